@@ -1,0 +1,66 @@
+# Everything a contributor does, by name. `make` alone lists the targets.
+# No target needs another before it: each builds .venv when it is missing or older than what it is built from.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-system lint bench ui constraints
+
+PYTHON ?= python3
+OUT ?= .demo
+DEMO_ARGS ?=
+UI_ARGS ?=
+
+READY := .venv/.ready
+PY := .venv/bin/python
+# DeepSpeed looks for `ninja` on PATH, even for an op that is already compiled.
+RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## build .venv with the pinned versions, and compile DeepSpeed's CPU op
+	@echo ".venv is ready: .venv/bin/mae --help"
+
+$(READY): pyproject.toml constraints.txt infra/prebuild_ops.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "$(PYTHON) is missing or older than 3.11: install a newer one, then 'make setup PYTHON=python3.12'" >&2; exit 1; }
+	@command -v g++ >/dev/null || command -v c++ >/dev/null \
+	  || { echo "no C++ compiler, which DeepSpeed needs for its CPU op: apt-get install g++" >&2; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv .venv \
+	  || { rm -rf .venv; echo "$(PYTHON) cannot make a virtual environment: apt-get install python3-venv" >&2; exit 1; }
+	@test -e $@ && echo "bringing .venv up to date" \
+	  || echo "installing about 7 GB into .venv: 3 minutes where the network is quick"
+	@PIP_CONSTRAINT=constraints.txt $(PY) -m pip install -q -e '.[dev]'
+	@echo "compiling DeepSpeed's CPU op, where that is not done yet: up to 2 minutes"
+	@$(RUN) $(PY) infra/prebuild_ops.py
+	@touch $@
+
+demo: $(READY)  ## the whole pipeline on small real images, results in OUT=.demo (DEMO_ARGS=--quick: shorter)
+	@$(RUN) $(PY) -m jobs.demo --out "$(OUT)" $(DEMO_ARGS)
+
+test: lint  ## lint, then the tests (without the long ones)
+	@$(RUN) $(PY) -m pytest
+
+test-system: $(READY)  ## the long tests, on real clusters, stores and servers
+	@$(RUN) $(PY) -m pytest -m system
+
+lint: $(READY)  ## ruff and mypy
+	@$(RUN) ruff check
+	@$(RUN) ruff format --check
+	@$(RUN) mypy
+
+bench: $(READY)  ## every benchmark in its quick shape
+	@set -e; found=; for file in benchmarks/[a-z]*.py; do \
+	  test -e "$$file" || continue; found=yes; name=$$(basename "$$file" .py); \
+	  echo "== $$name"; $(RUN) $(PY) -m "benchmarks.$$name" --quick; \
+	done; test -n "$$found" || echo "benchmarks/ holds no benchmark yet"
+
+ui: $(READY)  ## MLflow's pages over the local runs (UI_ARGS: see mae ui --help)
+	@$(RUN) mae ui $(UI_ARGS)
+
+constraints: $(READY)  ## write constraints.txt anew from what .venv holds
+	@{ sed -n '/^#/p' constraints.txt; \
+	   { $(PY) -m pip freeze --exclude-editable | grep -vE ' @ |^#|^(pip|setuptools|wheel)==' ; \
+	     grep '==.*  # ' constraints.txt; } | LC_ALL=C sort -f; } > constraints.txt.new
+	@mv constraints.txt.new constraints.txt
+	@echo "constraints.txt: $$(grep -c == constraints.txt) versions"

@@ -1,0 +1,1 @@
+"""Thin commands: they parse, call pipeline, print."""

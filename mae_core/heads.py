@@ -1,0 +1,74 @@
+"""What sits on an encoder when it is evaluated: the classifier of fine-tuning, and its drop path.
+
+Shapes: pixels [B, C, H, W] -> logits [B, num_classes]; drop scales [B, depth, 2], a number for each branch of each block.
+Units:  drop_path is a probability in [0, 1).       Errors: ConfigError for another pool or probability.
+Source: He et al. 2022, arXiv 2111.06377, A.1 and table 9; Huang et al. 2016, arXiv 1603.09382 (drop path)."""
+
+import copy
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mae_core.errors import ConfigError
+from mae_core.vit import Linear, ViTEncoder, fill
+
+
+class Classifier(nn.Module):
+    """An encoder with a linear head, for fine-tuning.
+
+    "mean": the mean of the last block's patch tokens through a fresh norm, fc_norm; the pretrained final norm has no part
+    in it, so this classifier's own copy of the encoder has an Identity in its place and no parameter lies idle.
+    "cls": the class token after the pretrained final norm.
+    The encoder is copied: the one given is left as it was. Shapes, errors and source: the module's.
+    """
+
+    def __init__(
+        self,
+        encoder: ViTEncoder,
+        *,
+        num_classes: int,
+        pool: Literal["mean", "cls"] = "mean",
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        if pool not in ("mean", "cls"):
+            raise ConfigError(f"pool={pool!r} is unknown: write one of mean, cls")
+        if num_classes < 1:
+            raise ConfigError(f"num_classes={num_classes} is not positive: write the number of labels")
+        dim = encoder.config.embed_dim
+        self.pool = pool
+        self.encoder = copy.deepcopy(encoder)
+        self.fc_norm: nn.Module = nn.Identity()
+        if pool == "mean":
+            self.encoder.norm = nn.Identity()
+            self.fc_norm = nn.LayerNorm(dim, eps=encoder.config.layer_norm_eps)
+        self.head = Linear(dim, num_classes)
+        fill(self.head.weight, lambda w: nn.init.trunc_normal_(w, std=2e-5, generator=generator), generator=generator)
+        nn.init.zeros_(self.head.bias)
+        self.to(device=encoder.cls_token.device, dtype=encoder.cls_token.dtype)
+
+    def forward(self, pixels: Tensor, drop_scales: Tensor | None = None) -> Tensor:
+        """Score every class: pixels float32 [B, C, H, W], drop_scales [B, depth, 2] or None -> float32 [B, num_classes].
+
+        Errors and source: the module's.
+        """
+        tokens = self.encoder(pixels, None, drop_scales)  # [B, 1 + L, D], before the final norm when pool is "mean"
+        pooled = tokens[:, 1:].mean(dim=1) if self.pool == "mean" else tokens[:, 0]  # [B, D]
+        logits: Tensor = self.head(self.fc_norm(pooled))
+        return logits.float()
+
+
+def drop_path_scales(noise: Tensor, *, drop_path: float) -> Tensor:
+    """How much of each branch each sample keeps: 0 where dropped, 1 / (share kept) elsewhere, so that the mean is 1.
+
+    The probability grows linearly over the blocks, from 0 at the first to drop_path at the last.
+    Shapes: noise uniform in [0, 1) [B, depth, 2] -> [B, depth, 2]. Errors: ConfigError outside [0, 1).
+    Source: arXiv 1603.09382, section 3.
+    """
+    if not 0.0 <= drop_path < 1.0:
+        raise ConfigError(f"drop_path={drop_path} is not in [0, 1): write 0.1 to drop 10 % in the last block")
+    rates = torch.linspace(0.0, drop_path, noise.shape[1], dtype=noise.dtype, device=noise.device)[
+        :, None
+    ]  # [depth, 1]
+    return (noise >= rates).to(noise.dtype) / (1.0 - rates)

@@ -1,0 +1,120 @@
+"""Images to patches and back, pixel scales, and the numbers the decoder has to predict.
+
+Shapes: B images, C channels, H x W pixels, P patch side, L = (H/P) * (W/P) patches in rows, N = P * P * C numbers in a
+        patch, ordered (row in patch, column in patch, channel).
+Units:  images are uint8 0..255, "pixels" are normalised by each channel's mean and deviation (given on the 0..1 scale).
+Errors: ConfigError where sizes do not fit; TypeError where half precision would spoil a target.
+Source: He et al. 2022, arXiv 2111.06377, section 3 ("Reconstruction target"); variance unbiased, 1e-6 added to it, as in
+        the weights the authors released."""
+
+# ruff: noqa: N806 (sizes carry the letters of the legend above)
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mae_core.errors import ConfigError
+
+VARIANCE_EPS = 1e-6
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Cut images into square patches, row by row.
+
+    Shapes: [B, C, H, W] -> [B, L, P * P * C], any dtype. Errors: ConfigError when P does not divide H and W.
+    Source: arXiv 2010.11929, section 3.1.
+    """
+    B, C, H, W = images.shape
+    P = patch_size
+    if H % P or W % P:
+        raise ConfigError(
+            f"patch_size={P} does not divide an image of {H} x {W}: crop or resize it to multiples of {P}"
+        )
+    x = images.reshape(B, C, H // P, P, W // P, P)  # [B, C, h, p, w, q]
+    x = x.permute(0, 2, 4, 3, 5, 1)  # [B, h, w, p, q, C]
+    return x.reshape(B, -1, P * P * C)  # [B, L, N]
+
+
+def unpatchify(patches: Tensor, *, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """Put patches back into images; the inverse of patchify.
+
+    Shapes: [B, L, P * P * C] -> [B, C, rows * P, columns * P]. Errors: ConfigError when L is not rows * columns or
+    P * P does not divide N. Source: arXiv 2010.11929, section 3.1.
+    """
+    B, L, N = patches.shape
+    (h, w), P = grid, patch_size
+    if h * w != L or N % (P * P):
+        raise ConfigError(
+            f"patches of shape {(B, L, N)} do not fill grid={grid} with patch_size={P}: give their own grid"
+        )
+    x = patches.reshape(B, h, w, P, P, -1)  # [B, h, w, p, q, C]
+    x = x.permute(0, 5, 1, 3, 2, 4)  # [B, C, h, p, w, q]
+    return x.reshape(B, -1, h * P, w * P)  # [B, C, H, W]
+
+
+def gather_patches(patches: Tensor, ids: Tensor) -> Tensor:
+    """Pick patches (or tokens) by index: patches [B, L, N], ids [B, K] int64 in 0..L-1 -> [B, K, N].
+
+    Errors: those of torch.gather. Source: none, plain indexing.
+    """
+    return patches.gather(1, ids.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
+
+
+def normalise_pixels(images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Turn image bytes into the pixels a model reads: (x / 255 - mean) / std by channel.
+
+    Shapes: uint8 [B, H, W, C] -> float32 [B, C, H, W]; mean and std: C numbers on the 0..1 scale. Errors: TypeError when
+    images are not uint8, so that nothing is normalised twice. Source: arXiv 2111.06377, appendix A.1.
+    """
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images are {images.dtype}, not uint8: normalise_pixels takes bytes 0..255, channels last")
+    x = images.permute(0, 3, 1, 2).to(torch.float32).div(255.0)  # [B, C, H, W]
+    return x.sub(_by_channel(mean, x)).div(_by_channel(std, x))
+
+
+def denormalise_pixels(pixels: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Turn pixels back into the 0..1 scale for display; what lies outside is clipped.
+
+    Shapes: [B, C, H, W] -> float32 [B, C, H, W]; mean and std as in normalise_pixels. Errors: none. Source: its inverse.
+    """
+    x = pixels.to(torch.float32)
+    return x.mul(_by_channel(std, x)).add(_by_channel(mean, x)).clamp(0.0, 1.0)
+
+
+def _by_channel(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=like.device).view(1, -1, 1, 1)
+
+
+def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each patch over all its numbers, channels together.
+
+    Shapes: [B, L, N] -> two float32 [B, L, 1]; the deviation is sqrt(unbiased variance + 1e-6). Errors: none.
+    Source: arXiv 2111.06377, section 3.
+    """
+    variance, mean = torch.var_mean(patches.to(torch.float32), dim=-1, correction=1, keepdim=True)
+    return mean, (variance + VARIANCE_EPS).sqrt()
+
+
+def normalised_target(patches: Tensor) -> Tensor:
+    """Each patch less its own mean, divided by its own deviation: [B, L, N] -> float32 [B, L, N].
+
+    A patch of one colour is not zero afterwards unless its channels are equal: the statistics run over all channels.
+    Errors: none. Source: arXiv 2111.06377, section 3; see patch_statistics.
+    """
+    mean, deviation = patch_statistics(patches)
+    return (patches.to(torch.float32) - mean) / deviation
+
+
+def targets(pixels: Tensor, *, patch_size: int, target: Literal["raw", "normalised"]) -> Tensor:
+    """What the decoder has to predict for every patch, in float32 whatever the model computes in.
+
+    Shapes: pixels [B, C, H, W] -> float32 [B, L, N]. Errors: TypeError for half-precision pixels, whose rounding would be
+    magnified in flat patches (bf16: off by 0.05 of a patch's deviation); ConfigError as patchify. Source: arXiv
+    2111.06377, section 3.
+    """
+    if pixels.dtype in (torch.float16, torch.bfloat16):
+        raise TypeError(f"pixels are {pixels.dtype}: hand them over as float32, the model casts its own input")
+    patches = patchify(pixels.to(torch.float32), patch_size)
+    return normalised_target(patches) if target == "normalised" else patches

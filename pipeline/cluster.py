@@ -1,0 +1,211 @@
+"""The one importer of ray outside training/launch.py: connect, run plain functions as tasks, progress, jobs.
+
+Coordinating code reserves 0 CPUs, so that two training workers fit on two cores. In executor `in_process` nothing of
+Ray is imported.
+Errors: PipelineError when a cluster cannot be reached; a task's own PipelineError comes out as itself."""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pipeline.errors import PipelineError
+from pipeline.graph.step import Executor, Progress
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+WORKER_ENVIRONMENT = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same in a worker as at the terminal
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # a first start may compile DeepSpeed's CPU operator (86-127 s seen)
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "600",
+    "PYTHONWARNINGS": "ignore",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+PASSED_ON = (
+    "DS_ACCELERATOR",
+    "OMP_NUM_THREADS",
+    "MLFLOW_TRACKING_URI",
+    "AWS_ENDPOINT_URL",
+    "AWS_DEFAULT_REGION",
+    "AWS_REGION",
+)
+"""Names (no secrets among them: Ray shows a job's environment to whoever holds its token) copied from the driver to its workers.
+Credentials come from each node's own standard chain; on one machine the workers inherit the driver's environment."""
+IN_FLIGHT = 64
+"""Tasks handed to Ray at once."""
+
+
+def connect(*, cpus: int | None = None) -> None:
+    """Joins the cluster that RAY_ADDRESS names, else starts one on this machine's loopback with `cpus` CPUs (all by default)."""
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled" if "RAY_ADDRESS" not in os.environ else "token")
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_usage_stats_enabled", "0")
+    import ray
+
+    if ray.is_initialized():
+        return
+    variables = dict(WORKER_ENVIRONMENT, **{name: os.environ[name] for name in PASSED_ON if name in os.environ})
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "runtime_env": {"env_vars": variables}}
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            ray.init(address=address, **options)
+        else:
+            ray.init(
+                address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=200_000_000, **options
+            )
+    except (ConnectionError, RuntimeError, ValueError) as cause:
+        where = address or "on this machine"
+        raise PipelineError(f"Ray {where}: cannot connect ({cause}). Unset RAY_ADDRESS to run here") from cause
+
+
+def disconnect() -> None:
+    """Leaves the cluster; one that `connect` started ends."""
+    import ray
+
+    if ray.is_initialized():
+        ray.shutdown()
+
+
+def own_error(error: BaseException) -> BaseException:
+    """The error a task raised, without Ray's wrapping."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, BaseException) else error
+
+
+def map_tasks(
+    function: Callable[[T], R],
+    items: Sequence[T],
+    *,
+    executor: Executor,
+    on_done: Callable[[int, R], None] | None = None,
+) -> list[R]:
+    """Calls `function` on every item, as Ray tasks of one CPU or one after the other here; results in the order of the items.
+
+    `on_done(index, result)` is called in the caller's process as each one ends. A function must bear being run twice: Ray runs
+    it again when a node dies. The first error ends the call and is raised as the function raised it."""
+    results: dict[int, R] = {}
+    for index, result in _completed(function, items, executor):
+        results[index] = result
+        if on_done is not None:
+            on_done(index, result)
+    return [results[index] for index in range(len(items))]
+
+
+def _completed(function: Callable[[T], R], items: Sequence[T], executor: Executor) -> Iterator[tuple[int, R]]:
+    if executor == "in_process":
+        for index, item in enumerate(items):
+            yield index, function(item)
+        return
+    import ray
+
+    task = ray.remote(num_cpus=1, max_retries=3)(function)
+    waiting = iter(enumerate(items))
+    running: dict[Any, int] = {}
+    try:
+        while True:
+            while len(running) < IN_FLIGHT and (following := next(waiting, None)) is not None:
+                running[task.remote(following[1])] = following[0]
+            if not running:
+                return
+            done, _ = ray.wait(list(running), num_returns=1)
+            for reference in done:
+                try:
+                    yield running[reference], ray.get(reference)
+                except ray.exceptions.RayTaskError as error:
+                    raise own_error(error) from None
+                del running[reference]
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=False)
+
+
+@dataclass
+class Handle:
+    """A function under way: ask `ready` now and then, take `result` once."""
+
+    reference: Any
+
+    def ready(self, *, timeout_s: float) -> bool:
+        """Whether it has ended, waiting up to `timeout_s`."""
+        import ray
+
+        done, _ = ray.wait([self.reference], timeout=timeout_s)
+        return bool(done)
+
+    def result(self) -> Any:
+        """What it returned; raises what it raised."""
+        import ray
+
+        try:
+            return ray.get(self.reference)
+        except ray.exceptions.RayTaskError as error:
+            raise own_error(error) from None
+        except ray.exceptions.WorkerCrashedError as error:
+            raise PipelineError(
+                f"the process that coordinated the step died ({error}); run the same command again"
+            ) from None
+
+    def cancel(self) -> None:
+        """Cuts it off."""
+        import ray
+
+        ray.cancel(self.reference, force=True)
+
+
+def submit(function: Callable[..., Any], *arguments: Any) -> Handle:
+    """Starts a coordinating function on the cluster: it reserves no CPU and is not run again by Ray."""
+    import ray
+
+    return Handle(ray.remote(num_cpus=0, max_retries=0)(function).remote(*arguments))
+
+
+class _Board:
+    """The actor that holds the newest word of every step under way."""
+
+    def __init__(self) -> None:
+        self.words: dict[str, tuple[int, int, str, Mapping[str, float]]] = {}
+
+    def put(self, step: str, word: tuple[int, int, str, Mapping[str, float]]) -> None:
+        self.words[step] = word
+
+    def take(self) -> dict[str, tuple[int, int, str, Mapping[str, float]]]:
+        words, self.words = self.words, {}
+        return words
+
+
+class ProgressBoard:
+    """Carries progress from wherever a stage runs to the terminal of the driver."""
+
+    def __init__(self) -> None:
+        import ray
+
+        self.actor = ray.remote(num_cpus=0)(_Board).remote()
+
+    def writer(self, step_name: str) -> Progress:
+        """What the stage of this step is handed."""
+        return _BoardWriter(self.actor, step_name)
+
+    def take(self) -> dict[str, tuple[int, int, str, Mapping[str, float]]]:
+        """The words since the last call: step -> (done, total, unit, fields)."""
+        import ray
+
+        return dict(ray.get(self.actor.take.remote()))
+
+
+class _BoardWriter:
+    """A stage's end of the board; at most five words a second, the last one always."""
+
+    def __init__(self, actor: Any, step_name: str) -> None:
+        self.actor, self.step_name, self.sent_at = actor, step_name, 0.0
+
+    def update(self, done: int, total: int, *, unit: str, **fields: float) -> None:
+        now = time.monotonic()
+        if now - self.sent_at >= 0.2 or done >= total:
+            self.sent_at = now
+            self.actor.put.remote(self.step_name, (done, total, unit, fields))

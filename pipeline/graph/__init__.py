@@ -1,0 +1,1 @@
+"""Steps, fingerprints, receipts and the runner: what is done, what is missing, who may write."""

@@ -1,0 +1,1 @@
+"""Figures, reconstructions and the page of a run."""

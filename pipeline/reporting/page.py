@@ -1,0 +1,116 @@
+"""The page of a run: one HTML file that needs nothing else, to be opened from a folder, mailed or printed.
+
+No scripts, no remote fonts, no links out; pictures are inside. All text is escaped: class names and paths come from strangers.
+Secrets in the config are hidden here too, since the file travels further than the store."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jinja2
+import yaml
+
+from pipeline.reporting.rows import Score, StepRow, clock, count, pairs
+from pipeline.tracking import redact, redact_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """One headline number."""
+
+    label: str
+    """What it is, `images served`."""
+    value: str
+    """The number with its unit, ready to show."""
+    note: str = ""
+    """One line below, `of 1 797 listed`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetCard:
+    """What became of one data source. listed = stored + quarantined; stored = served + duplicates."""
+
+    name: str
+    source: str
+    """Where the images came from."""
+    listed: int
+    """Files the snapshot names."""
+    stored: int
+    """Samples written into shards."""
+    served: int
+    """Samples that training sees."""
+    duplicates: int
+    """Stored, not served: their bytes equal another sample's."""
+    quarantined: int
+    """Not stored: unreadable or against the policy."""
+    reasons: tuple[tuple[str, str], ...] = ()
+    """The first quarantined samples, (key, reason)."""
+    digest: str = ""
+    """The manifest's digest: the dataset's identity."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportData:
+    """All that the page shows, as plain values. Empty sections are left out."""
+
+    title: str
+    """The run's name."""
+    summary: str
+    """One line: model, data, epochs, what came out."""
+    created: str
+    """When the report was written, ready to show."""
+    scores: Sequence[Score] = ()
+    """Every protocol, dataset and encoder; the headline cards and the table are made from these."""
+    cards: Sequence[Card] = ()
+    """Further headline numbers, shown after the scores."""
+    reconstructions_png: bytes | None = None
+    """From `reconstruction_grid_png`."""
+    reconstructions_note: str = ""
+    """One line above the grid, `8 held-out images, mask ratio 0.75`."""
+    curves_png: bytes | None = None
+    """From `curve_png`."""
+    scores_png: bytes | None = None
+    """From `scores_png`."""
+    datasets: Sequence[DatasetCard] = ()
+    """The pretraining set first, then those of the evaluation."""
+    steps: Sequence[StepRow] = ()
+    """In the order of the graph."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The resolved config; secrets are hidden on the way in."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Packages, git revision, stage versions."""
+    hardware: Mapping[str, str] = field(default_factory=dict)
+    """CPU, GPU, memory, workers, ZeRO stage."""
+    command: str = ""
+    """What to type to get the same run, on one or several lines."""
+    addresses: Mapping[str, str] = field(default_factory=dict)
+    """Where things are: store, tracking, encoder."""
+
+
+@dataclass(frozen=True)
+class _ScoreCard:
+    score: Score
+    random: Score | None
+
+    @property
+    def difference(self) -> str:
+        points = 100 * (self.score.mean - (self.random.mean if self.random else 0.0))
+        return f"{points:+.1f}".replace("-", "−")
+
+
+def render_page(report: ReportData) -> str:
+    """The whole page as one text."""
+    loader = jinja2.PackageLoader("pipeline.reporting", package_path="")
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"clock": clock, "count": count, "picture": _picture, "hidden": redact_text}
+    config = yaml.safe_dump(redact(report.config), sort_keys=False, allow_unicode=True) if report.config else ""
+    groups = pairs(report.scores)
+    headline = [_ScoreCard(g["pretrained"], g.get("random")) for g in groups.values() if "pretrained" in g]
+    return environment.get_template("page.html").render(report=report, headline=headline, groups=groups, config=config)
+
+
+def _picture(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()

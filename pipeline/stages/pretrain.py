@@ -1,0 +1,111 @@
+"""Masked autoencoder pretraining: shards in, an encoder out (He et al. 2021, arXiv 2111.06377).
+
+Output: encoder.safetensors, model.safetensors, config.json, reconstructions.npz (images uint8 [N, 4, H, W, 3]: original,
+visible patches, before training, after), history.jsonl. Errors: those of training; DataError when there is nothing to train on."""
+
+import io
+import json
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mae_core.config import MAEConfig
+from mae_core.mae import MAEOutput, MaskedAutoencoder, reconstruct
+from mae_core.patches import denormalise_pixels, normalise_pixels, patchify, unpatchify
+from pipeline.data.order import OrderConfig
+from pipeline.data.randomness import mask_noise
+from pipeline.graph.step import Attempt, StageInput, StageResult
+from pipeline.training.checkpoints import open_checkpoint
+from pipeline.training.launch import run_training
+from pipeline.training.spec import Placement, Recipe, TrainSpec, dataset_address
+from pipeline.training.tasks import MAETask
+from pipeline.training.world import World
+from pipeline.weights import write_weights
+
+VERSION = 1
+PANEL_IMAGES = 8
+HISTORY = "history.jsonl"
+RECONSTRUCTIONS = "reconstructions.npz"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """What decides the encoder."""
+
+    model: MAEConfig
+    recipe: Recipe
+    seed: int
+
+
+def pretrain(config: PretrainConfig, inputs: Mapping[str, StageInput], attempt: Attempt) -> StageResult:
+    """Trains the autoencoder and exports it."""
+    dataset = dataset_address(inputs["shards"])
+    spec = TrainSpec(
+        task=MAETask(model=config.model, weight_decay=config.recipe.weight_decay, seed=config.seed),
+        recipe=config.recipe,
+        order=OrderConfig(seed=config.seed),
+        image_size=config.model.encoder.image_size,
+        dataset=dataset,
+        train_labels=None,
+        evaluation_split="",
+        placement=Placement.from_resources(attempt.resources),
+    )
+    trained = run_training(spec, attempt)
+    checkpoint = open_checkpoint(attempt.root, trained.checkpoint_key)
+    weights = {name.removeprefix("model."): value for name, value in checkpoint.weights().items()}
+    files = write_weights(attempt.store, weights, config.model)
+    attempt.store.write(HISTORY, "".join(json.dumps(row) + "\n" for row in checkpoint.history()).encode())
+    packed = io.BytesIO()
+    np.savez(packed, images=_panel(config, spec, inputs["shards"], weights))
+    attempt.store.write(RECONSTRUCTIONS, packed.getvalue())
+    return StageResult(
+        facts={
+            "global_step": trained.global_step,
+            "loss": trained.loss,
+            "ids_digest": str(trained.ids_digest),
+            "images_seen": trained.global_step * config.recipe.global_batch,
+            "checkpoint": trained.checkpoint_key,
+            "dataset_digest": dataset.digest,
+        },
+        files=(*files, RECONSTRUCTIONS),
+    )
+
+
+def _panel(
+    config: PretrainConfig, spec: TrainSpec, shards: StageInput, weights: Mapping[str, Tensor]
+) -> "np.typing.NDArray[np.uint8]":
+    """uint8 [N, 4, H, W, 3]: held-out images, what the encoder sees of them, and the model's guess before and after."""
+    split = "test" if "test" in shards.facts["splits"] else "train"
+    alone = World(0, 1, torch.device("cpu"), None)
+    with closing(spec.loader(spec.dataset.open(), split, alone).evaluation_batches(PANEL_IMAGES)) as batches:
+        batch = next(batches)
+    encoder = config.model.encoder
+    pixels = normalise_pixels(batch.images, mean=encoder.pixel_mean, std=encoder.pixel_std)
+    ids = batch.sample_ids.numpy()
+    noise = torch.as_tensor(mask_noise(config.seed, np.zeros_like(ids), ids, encoder.num_patches))
+    model = MaskedAutoencoder(config.model, generator=torch.Generator().manual_seed(config.seed)).eval()
+    with torch.inference_mode():
+        before = model(pixels, noise)
+        model.load_state_dict(dict(weights))
+        after = model(pixels, noise)
+    mode: Literal["raw", "true_stats"] = "true_stats" if config.model.target == "normalised" else "raw"
+    pictures = [
+        pixels,
+        _only_visible(pixels, after, encoder.patch_size, encoder.grid),
+        reconstruct(pixels, before, patch_size=encoder.patch_size, mode=mode),
+        reconstruct(pixels, after, patch_size=encoder.patch_size, mode=mode),
+    ]
+    shown = [denormalise_pixels(p, mean=encoder.pixel_mean, std=encoder.pixel_std).clamp(0, 1) for p in pictures]
+    stacked = torch.stack(shown, dim=1).permute(0, 1, 3, 4, 2)  # [N, 4, H, W, C]
+    return (stacked * 255).round().to(torch.uint8).numpy()
+
+
+def _only_visible(pixels: Tensor, output: MAEOutput, patch_size: int, grid: tuple[int, int]) -> Tensor:
+    """Hidden patches in the mean colour: zero after normalisation."""
+    patches = patchify(pixels, patch_size) * (1 - output.masked.mask)[..., None]
+    return unpatchify(patches, grid=grid, patch_size=patch_size)

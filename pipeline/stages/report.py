@@ -1,0 +1,150 @@
+"""The page of a run: loss, learning rate, images/s, reconstructions before and after, scores, data, steps, config.
+
+Output: index.html (self-contained), reconstructions.png, curves.png, scores.png. They hold times, so they are not part of the
+receipt's hashed files; the facts (scores) are. Errors: none of its own."""
+
+import datetime
+import io
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from pipeline.graph.receipts import versions
+from pipeline.graph.step import Attempt, StageInput, StageResult
+from pipeline.reporting.figures import Curves, curve_png, scores_png
+from pipeline.reporting.page import Card, DatasetCard, ReportData, render_page
+from pipeline.reporting.reconstructions import reconstruction_grid_png
+from pipeline.reporting.rows import Score, StepRow
+
+VERSION = 1
+PAGE = "index.html"
+PICTURES = ("reconstructions.png", "curves.png", "scores.png")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """One evaluation step among the inputs."""
+
+    input: str
+    protocol: str
+    dataset: str
+    encoder: Literal["pretrained", "random"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """What the page is about."""
+
+    title: str
+    scored: tuple[Scored, ...]
+    datasets: tuple[str, ...]
+    """Names of the inputs that are shard steps, the pretraining set first."""
+    config: Mapping[str, Any]
+    """The resolved configuration, without what decides no result."""
+
+
+def report(config: ReportConfig, inputs: Mapping[str, StageInput], attempt: Attempt) -> StageResult:
+    """Draws the pictures and the page."""
+    scores = collect_scores(config.scored, inputs)
+    pretrained = inputs["pretrain"]
+    panel = np.load(io.BytesIO(pretrained.store.read("reconstructions.npz")), allow_pickle=False)["images"]
+    normalised = config.config["model"]["target"] == "normalised"
+    pictures = {
+        "reconstructions.png": reconstruction_grid_png(panel, statistics="true" if normalised else "predicted"),
+        "curves.png": curve_png(_curves(pretrained)),
+    }
+    if scores:
+        pictures["scores.png"] = scores_png(scores)
+    for name, png in pictures.items():
+        attempt.store.write(name, png)
+    page = render_page(
+        ReportData(
+            title=config.title,
+            summary=_summary(config, inputs),
+            created=datetime.datetime.now(tz=datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            scores=scores,
+            cards=(Card(label="final loss", value=f"{pretrained.facts['loss']:.3f}", note="on hidden patches"),),
+            reconstructions_png=pictures["reconstructions.png"],
+            reconstructions_note=f"{len(panel)} held-out images, {config.config['model']['mask_ratio']:.0%} of the patches hidden",
+            curves_png=pictures["curves.png"],
+            scores_png=pictures.get("scores.png"),
+            datasets=[_dataset_card(name, inputs) for name in config.datasets],
+            steps=[_step_row(name, step) for name, step in inputs.items()],
+            config=config.config,
+            versions=versions(),
+            hardware={"machine": platform.machine(), "CPUs": str(os.cpu_count()), "system": platform.platform()},
+            command="mae run CONFIG.yaml",
+            addresses={
+                "encoder": f"{pretrained.store.uri}/encoder.safetensors",
+                "data": inputs[config.datasets[0]].root_uri,
+            },
+        )
+    )
+    attempt.store.write(PAGE, page.encode())
+    return StageResult(
+        {"page": PAGE, "scores": {f"{s.protocol}/{s.dataset}/{s.encoder}": list(s.values) for s in scores}}
+    )
+
+
+def collect_scores(scored: tuple[Scored, ...], inputs: Mapping[str, StageInput]) -> list[Score]:
+    """Scores over their seeds, in order of first appearance; skipped evaluations have none."""
+    values: dict[tuple[str, str, str], list[float]] = {}
+    for one in scored:
+        top1 = inputs[one.input].facts.get("top1")
+        if top1 is not None:
+            values.setdefault((one.protocol, one.dataset, one.encoder), []).append(float(top1))
+    return [Score(protocol=p, dataset=d, encoder=e, values=tuple(found)) for (p, d, e), found in values.items()]
+
+
+def _curves(pretrained: StageInput) -> Curves:
+    rows = [json.loads(line) for line in pretrained.store.read("history.jsonl").splitlines()]
+    return Curves(
+        steps=[row["step"] for row in rows],
+        images_seen=[row["images"] for row in rows],
+        loss=[row["loss"] for row in rows],
+        learning_rate=[row["lr"] for row in rows],
+        images_per_s=[row["images_per_s"] for row in rows],
+    )
+
+
+def _summary(config: ReportConfig, inputs: Mapping[str, StageInput]) -> str:
+    encoder, recipe = config.config["model"]["encoder"], config.config["pretrain"]
+    served = inputs[config.datasets[0]].facts["counts"]["total"]["served"]
+    height, width = encoder["image_size"]
+    return (
+        f"ViT {encoder['embed_dim']} wide, {encoder['depth']} deep, patch {encoder['patch_size']}, {height} x {width} px; "
+        f"{served} images, {recipe['epochs']} epochs at a global batch of {recipe['global_batch']}"
+    )
+
+
+def _dataset_card(name: str, inputs: Mapping[str, StageInput]) -> DatasetCard:
+    facts = inputs[name].facts
+    total = facts["counts"]["total"]
+    return DatasetCard(
+        name=name,
+        source=facts["source"],
+        listed=total["listed"],
+        stored=total["stored"],
+        served=total["served"],
+        duplicates=total["duplicates"],
+        quarantined=total["quarantined"],
+        reasons=tuple((bad["source"], bad["reason"]) for bad in facts["quarantine_examples"]),
+        digest=facts["digest"],
+    )
+
+
+def _step_row(name: str, step: StageInput) -> StepRow:
+    return StepRow(
+        name=name,
+        state="done",
+        fingerprint=step.fingerprint,
+        seconds=float(step.made["seconds"]),
+        generation=step.generation,
+        uri=step.root_uri,
+        detail=str(step.facts.get("skipped", "")),
+    )

@@ -1,0 +1,247 @@
+"""Checkpoints that any world size and ZeRO stage can read: fragments beside a manifest that is written last.
+
+    g0007/checkpoints/step-00000100/rank-0000-of-0002.safetensors   tensors "kind|parameter|start", float32 [count]
+                                    history.jsonl                    logged rows from the first step to this one
+                                    manifest.json                    present = committed; names files, sizes, SHA-256
+There is no `latest` file: the newest valid manifest of the own generation wins, else the one that the generation was claimed
+to continue from, else older ones along the recorded parents. A file whose size or hash is wrong is refused, loudly, and the
+checkpoint before it is used; when all are damaged nothing is restarted in silence: CheckpointError.
+Units: bytes; steps are global batches consumed."""
+
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pipeline.errors import CheckpointError
+from pipeline.graph.receipts import claims, read_claim
+from pipeline.graph.step import Attempt, generation_key
+from pipeline.storage import MissingObject, Store
+from pipeline.training.engine import Fragment, Kind
+
+FOLDER = "checkpoints/"
+MANIFEST = "manifest.json"
+HISTORY = "history.jsonl"
+SCHEMA = 1
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CheckpointFile:
+    """One file of a checkpoint."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointManifest:
+    """What a committed checkpoint is."""
+
+    global_step: int
+    """Global batches consumed."""
+    optimizer_steps: int
+    """Steps that the optimiser applied: Adam's bias correction counts these."""
+    cursor: Mapping[str, Any]
+    """What the position is bound to: dataset digest, order parameters, global batch, seed."""
+    ids_digest: int
+    """Sum modulo 2**64 of a hash of every (epoch, sample) that reached a device up to here."""
+    parameters: Mapping[str, Sequence[int]]
+    """Shape of every trained parameter."""
+    world_size: int
+    zero_stage: int
+    files: tuple[CheckpointFile, ...]
+    schema: int = SCHEMA
+
+
+class Checkpoint:
+    """A committed checkpoint whose files have been verified and lie on this machine's disk."""
+
+    def __init__(self, key: str, manifest: CheckpointManifest, paths: Mapping[str, Path], owner: Any = None) -> None:
+        self.key, self.manifest, self._paths, self._owner = key, manifest, paths, owner
+        self._pieces: dict[tuple[str, str], list[tuple[int, Path, str]]] = {}
+        for path in (path for name, path in paths.items() if name.endswith(".safetensors")):
+            with safe_open(path, framework="pt") as tensors:
+                for tensor_key in tensors.keys():  # noqa: SIM118 - not a mapping
+                    kind, parameter, start = tensor_key.split("|")
+                    self._pieces.setdefault((parameter, kind), []).append((int(start), path, tensor_key))
+
+    def read(self, parameter: str, kind: Kind, start: int, count: int) -> Tensor:
+        """Values [start, start + count) of a flattened parameter, float32."""
+        values = torch.empty(count, dtype=torch.float32)
+        missing = count
+        for piece_start, path, tensor_key in self._pieces.get((parameter, kind), ()):
+            with safe_open(path, framework="pt") as tensors:
+                piece = tensors.get_slice(tensor_key)
+                low, high = max(start, piece_start), min(start + count, piece_start + piece.get_shape()[0])
+                if low < high:
+                    values[low - start : high - start] = piece[low - piece_start : high - piece_start]
+                    missing -= high - low
+        if missing:
+            raise CheckpointError(
+                f"{self.key}: {missing} of {count} values of {kind} of {parameter} are missing; the checkpoint was made by "
+                f"another model than the one that reads it"
+            )
+        return values
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every trained parameter in its shape, float32."""
+        weights = {}
+        for name, shape in self.manifest.parameters.items():
+            count = int(torch.Size(shape).numel())
+            weights[name] = self.read(name, "weight", 0, count).reshape(tuple(shape))
+        return weights
+
+    def history(self) -> list[dict[str, float]]:
+        """The logged rows up to this step."""
+        return [json.loads(line) for line in self._paths[HISTORY].read_text().splitlines()]
+
+
+def folder_of(global_step: int) -> str:
+    """Key of a step's checkpoint inside its generation."""
+    return f"{FOLDER}step-{global_step:08d}"
+
+
+def write_fragments(
+    store: Store, folder: str, fragments: Iterable[Fragment], *, rank: int, world_size: int
+) -> CheckpointFile:
+    """One rank's part; returns its name, size and hash for the manifest."""
+    name = f"rank-{rank:04d}-of-{world_size:04d}.safetensors"
+    tensors = {
+        f"{f.kind}|{f.parameter}|{f.start}": f.values.detach().to("cpu", copy=True).contiguous() for f in fragments
+    }
+    with tempfile.TemporaryDirectory(prefix="mae-checkpoint-") as scratch:
+        path = Path(scratch) / name
+        save_file(tensors, path)
+        size, sha256 = _measure(path)
+        store.upload(f"{folder}/{name}", path)
+    return CheckpointFile(name, size, sha256)
+
+
+def write_history(store: Store, folder: str, rows: Sequence[Mapping[str, float]]) -> CheckpointFile:
+    """The rows logged so far, so that a resumed run's curve has no gap."""
+    data = "".join(json.dumps(dict(row)) + "\n" for row in rows).encode()
+    store.write(f"{folder}/{HISTORY}", data)
+    return CheckpointFile(HISTORY, len(data), hashlib.sha256(data).hexdigest())
+
+
+def commit(store: Store, folder: str, manifest: CheckpointManifest) -> None:
+    """Makes the checkpoint exist."""
+    store.write(f"{folder}/{MANIFEST}", json.dumps(asdict(manifest), sort_keys=True).encode())
+
+
+def prune(store: Store, *, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints of a generation, each one's manifest first."""
+    folders = list(_folders(store))
+    for folder in folders[keep:]:
+        store.delete(f"{folder}/{MANIFEST}")
+        for info in list(store.list(f"{folder}/")):
+            store.delete(info.key)
+
+
+def resume_point(root: Store) -> str:
+    """What a new generation of a training step continues from: the newest committed checkpoint (by its key), or nothing."""
+    return next(_candidates(root, max(claims(root), default=0), ""), "")
+
+
+def newest(attempt: Attempt) -> Checkpoint | None:
+    """The newest valid checkpoint that this generation may start from; None: there is none, start from the first step."""
+    refused, root = [], attempt.root
+    for key in _candidates(root, attempt.generation, attempt.continues):
+        try:
+            return open_checkpoint(root, key)
+        except CheckpointError as cause:
+            log.warning("refused: %s. The checkpoint before it is used", cause)
+            refused.append(str(cause))
+    if refused:
+        raise CheckpointError(
+            f"{root.uri}: every checkpoint is damaged ({'; '.join(refused)}). Restore the files, or delete the folder to train anew"
+        )
+    return None
+
+
+def open_checkpoint(root: Store, key: str) -> Checkpoint:
+    """Fetches and verifies the files of one checkpoint; CheckpointError names what is wrong with which file."""
+    manifest = read_manifest(root, key)
+    scratch = tempfile.TemporaryDirectory(prefix="mae-checkpoint-")
+    paths = {}
+    for file in manifest.files:
+        path = root.local_path(f"{key}/{file.name}")
+        if path is None:
+            path = Path(scratch.name) / file.name
+            try:
+                root.download(f"{key}/{file.name}", path)
+            except MissingObject as cause:
+                raise CheckpointError(f"{root.uri}/{key}/{file.name} is missing") from cause
+        if not path.exists():
+            raise CheckpointError(f"{root.uri}/{key}/{file.name} is missing")
+        size, sha256 = _measure(path)
+        if (size, sha256) != (file.bytes, file.sha256):
+            raise CheckpointError(
+                f"{root.uri}/{key}/{file.name} is damaged: {size} bytes with SHA-256 {sha256[:12]}, "
+                f"the manifest says {file.bytes} with {file.sha256[:12]}"
+            )
+        paths[file.name] = path
+    return Checkpoint(key, manifest, paths, scratch)
+
+
+def read_manifest(root: Store, key: str) -> CheckpointManifest:
+    """A checkpoint's manifest alone."""
+    try:
+        body = json.loads(root.read(f"{key}/{MANIFEST}"))
+        body["files"] = tuple(CheckpointFile(**file) for file in body["files"])
+        manifest = CheckpointManifest(**body)
+    except MissingObject as cause:
+        raise CheckpointError(f"{root.uri}/{key}/{MANIFEST} is missing: this checkpoint was never committed") from cause
+    except (ValueError, TypeError, KeyError) as cause:
+        raise CheckpointError(f"{root.uri}/{key}/{MANIFEST} is damaged ({cause})") from cause
+    if manifest.schema != SCHEMA:
+        raise CheckpointError(f"{root.uri}/{key}: schema {manifest.schema}, this version reads {SCHEMA}")
+    return manifest
+
+
+def check_cursor(checkpoint: Checkpoint, expected: Mapping[str, Any]) -> None:
+    """A position means nothing in another order: refuse, naming the field."""
+    for field in sorted({*expected, *checkpoint.manifest.cursor}):
+        was, is_now = checkpoint.manifest.cursor.get(field), expected.get(field)
+        if was != is_now:
+            raise CheckpointError(
+                f"{checkpoint.key}: its position counts in another order: {field} was {was}, is now {is_now}. "
+                f"Train anew under another config, or restore that field"
+            )
+
+
+def _candidates(root: Store, generation: int, continues: str) -> Iterator[str]:
+    """Keys of committed checkpoints, newest first, along the recorded parents."""
+    limit = ""
+    while generation > 0:
+        for folder in _folders(root.at(generation_key(generation))):
+            key = f"{generation_key(generation)}/{folder}"
+            if not limit or key <= limit:
+                yield key
+        continues = continues or str(read_claim(root, generation)["continues"])
+        if not continues:
+            return
+        generation, limit, continues = int(continues[1:5]), continues, ""
+
+
+def _folders(store: Store) -> Iterator[str]:
+    committed = [info.key for info in store.list(FOLDER) if info.key.endswith(f"/{MANIFEST}")]
+    for key in sorted(committed, reverse=True):
+        yield key.removesuffix(f"/{MANIFEST}")
+
+
+def _measure(path: Path) -> tuple[int, str]:
+    with path.open("rb") as file:
+        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,226 @@
+"""The optimiser of all workers together: DeepSpeed ZeRO 1-3 behind a small face. The one importer of deepspeed.
+
+The global mean is exact at every world size, slices even or not: a worker's loss is its local sum of per-sample losses times
+W/B, and DeepSpeed averages over the W workers. Every DeepSpeed key that results depend on is written out (its clipping
+default became 1.0 in 2026; MAE does not clip) and compared with what the engine says it uses.
+
+State goes in and out as fragments (parameter, kind, start, values): float32 weights and Adam moments that this rank holds,
+read without collectives, so that any world size and ZeRO stage can read what any other wrote.
+Errors: ConfigError when DeepSpeed's effective settings are not the ones asked for."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mae_core.optim import ParameterGroup
+from pipeline.errors import ConfigError
+from pipeline.training.world import World
+
+Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
+KINDS: tuple[Kind, ...] = ("weight", "exp_avg", "exp_avg_sq")
+Lookup = Callable[[str, Kind, int, int], Tensor]
+"""(parameter, kind, start, count) -> float32 [count], from a checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """What the engine needs beside the model."""
+
+    precision: Literal["bf16", "fp32"]
+    zero_stage: Literal[1, 2, 3]
+    micro_batch: int
+    accumulation: int
+    """Micro-steps of one optimiser step, equal on all ranks."""
+    betas: tuple[float, float]
+
+
+class Fragment(NamedTuple):
+    """A run of one flattened parameter that this rank holds, in float32."""
+
+    parameter: str
+    kind: Kind
+    start: int
+    values: Tensor
+
+
+class MicroBatch(NamedTuple):
+    """Inputs of one forward pass; `weights` [b] is 1.0 for a sample and 0.0 for padding."""
+
+    inputs: tuple[Tensor, ...]
+    weights: Tensor
+
+
+class Engine:
+    """Trains `module`, whose forward gives per-sample losses [b], as one of the workers of `world`."""
+
+    def __init__(
+        self, module: nn.Module, groups: Sequence[ParameterGroup], settings: EngineSettings, world: World
+    ) -> None:
+        deepspeed = _deepspeed()
+        self.settings, self.world = settings, world
+        # lr=0: ZeRO-3 primes Adam's state with a step of its own, which must not move a weight; rates are set at every step.
+        parameter_groups = [
+            {"params": list(group["params"]), "weight_decay": group["weight_decay"], "lr": 0.0} for group in groups
+        ]
+        optimizer = torch.optim.AdamW(parameter_groups, lr=0.0, betas=settings.betas, eps=1e-8)
+        self._scales = [float(group["lr_scale"]) for group in groups]
+        self._engine, self._zero, _, _ = deepspeed.initialize(
+            model=module.to(world.device), optimizer=optimizer, config=deepspeed_config(settings)
+        )
+        self._check_effective()
+        self._prime()
+
+    @property
+    def module(self) -> nn.Module:
+        """The live module (its weights are in the compute precision; under ZeRO-3 they are gathered as it runs)."""
+        module: nn.Module = self._engine.module
+        return module
+
+    @property
+    def learning_rates(self) -> list[float]:
+        """The live optimiser's rates, group by group."""
+        return [float(group["lr"]) for group in self._zero.param_groups]
+
+    def train_step(self, micro_batches: Sequence[MicroBatch], *, global_batch: int, lr: float) -> tuple[float, float]:
+        """One optimiser step over this rank's micro-batches; returns (local sum of losses, global gradient norm)."""
+        if len(micro_batches) != self.settings.accumulation:
+            raise ConfigError(
+                f"{len(micro_batches)} micro-batches given, the engine accumulates {self.settings.accumulation}"
+            )
+        for group, scale in zip(self._zero.param_groups, self._scales, strict=True):
+            group["lr"] = lr * scale
+        loss_sum = torch.zeros((), dtype=torch.float64)
+        for inputs, weights in micro_batches:
+            per_sample = self._engine(*inputs)
+            local_sum = (per_sample * weights.to(per_sample.device)).sum()
+            self._engine.backward(local_sum * (self.world.size / global_batch), scale_wrt_gas=False)
+            self._engine.step()
+            loss_sum += local_sum.detach().double().cpu()
+        norm = self._engine.get_global_grad_norm()
+        return float(loss_sum), float(norm) if norm is not None else float("nan")
+
+    def shapes(self) -> dict[str, list[int]]:
+        """Full shape of every trained parameter."""
+        parameters = self._engine.module.named_parameters()
+        return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in parameters if p.requires_grad}
+
+    def fragments(self) -> Iterator[Fragment]:
+        """Everything of the trained state that this rank holds."""
+        for name, parameter in self._engine.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            for kind in KINDS:
+                held = self._held(parameter, kind)
+                if held is not None:
+                    start, values = held
+                    yield Fragment(name, kind, start, values)
+
+    def load(self, lookup: Lookup, *, optimizer_steps: int) -> None:
+        """Replaces weights and moments by a checkpoint's. The module must have been built with the same weights already:
+        DeepSpeed keeps a copy in the compute precision that this does not touch."""
+        for name, parameter in self._engine.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            for kind in KINDS:
+                held = self._held(parameter, kind)
+                if held is not None:
+                    start, values = held
+                    self._put(parameter, kind, lookup(name, kind, start, values.numel()))
+        for state in self._zero.optimizer.state.values():
+            state["step"] = torch.tensor(float(optimizer_steps))
+
+    def _held(self, parameter: Any, kind: Kind) -> tuple[int, Tensor] | None:
+        """(start, values) of what this rank holds of a parameter; None: nothing."""
+        state_key = None if kind == "weight" else kind
+        if self.settings.zero_stage < 3:
+            mapping = parameter._hp_mapping
+            if mapping is None:
+                return None
+            values = mapping.get_hp_fragment(optim_state_key=state_key)
+            return int(mapping.lp_fragment_address.start), values.detach().reshape(-1)
+        padded = parameter._z3_optimizer.get_local_fp32_param(parameter, state_key).reshape(-1)
+        start = self.world.rank * padded.numel()
+        count = min(padded.numel(), int(parameter.ds_numel) - start)
+        return (start, padded[:count].detach()) if count > 0 else None
+
+    def _put(self, parameter: Any, kind: Kind, values: Tensor) -> None:
+        state_key = None if kind == "weight" else kind
+        if self.settings.zero_stage < 3:
+            target = parameter._hp_mapping.get_hp_fragment(optim_state_key=state_key)
+            target.data.copy_(values.to(target.device))
+            return
+        padded = parameter._z3_optimizer.get_local_fp32_param(parameter, state_key).reshape(-1).clone()
+        padded[: values.numel()] = values.to(padded.device)
+        parameter._z3_optimizer.set_local_hp_param(padded, parameter, state_key)
+
+    def _prime(self) -> None:
+        """Gives Adam its (zero) state now: ZeRO 1 and 2 make it at the first step, too late to be loaded or saved."""
+        for state in self._zero.optimizer.state.values():
+            state["step"] = torch.zeros(())
+        if self.settings.zero_stage == 3:
+            return
+        for flat in self._zero.single_partition_of_fp32_groups:
+            self._zero.optimizer.state[flat] = {
+                "step": torch.zeros(()),
+                "exp_avg": torch.zeros_like(flat),
+                "exp_avg_sq": torch.zeros_like(flat),
+            }
+        self._zero._lazy_init_hp_params_optimizer_state()
+
+    def _check_effective(self) -> None:
+        effective = {
+            "gradient_clipping": (self._engine.gradient_clipping(), 0.0),
+            "zero_optimization.stage": (self._engine.zero_optimization_stage(), self.settings.zero_stage),
+            "gradient_accumulation_steps": (
+                self._engine.gradient_accumulation_steps(),
+                self.settings.accumulation,
+            ),
+            "bf16.enabled": (bool(self._engine.bfloat16_enabled()), self.settings.precision == "bf16"),
+            "data parallel size": (self._engine.dp_world_size, self.world.size),
+        }
+        for key, (is_now, asked) in effective.items():
+            if is_now != asked:
+                raise ConfigError(
+                    f"DeepSpeed runs with {key} = {is_now}, {asked} was asked for: its defaults have moved"
+                )
+
+
+def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
+    """DeepSpeed's configuration, every key that results depend on written out."""
+    return {
+        "train_micro_batch_size_per_gpu": settings.micro_batch,
+        "gradient_accumulation_steps": settings.accumulation,
+        "gradient_clipping": 0.0,
+        "prescale_gradients": False,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": settings.zero_stage,
+            "contiguous_gradients": True,
+            "overlap_comm": False,
+            "round_robin_gradients": False,
+            "stage3_param_persistence_threshold": 0,
+        },
+        "bf16": {"enabled": settings.precision == "bf16", "check_grad_overflow": True},
+        "fp16": {"enabled": False},
+        "wall_clock_breakdown": False,
+        "steps_per_print": 2**31 - 1,
+    }
+
+
+def _deepspeed() -> Any:
+    """DeepSpeed, told which accelerator there is, with ninja (it loads its CPU operator through it) on the path."""
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed

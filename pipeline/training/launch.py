@@ -1,0 +1,141 @@
+"""Starts the loop: as Ray Train's worker group, or alone in this process. The other importer of ray beside cluster.py.
+
+Ray Train restarts the group when a worker dies; the loop then starts from the newest checkpoint in the store, which alone is
+the truth (Ray's own snapshot holds nothing of ours). A person's error (PipelineError) is not retried: all workers return, rank 0
+writes it down, and the coordinating stage raises it.
+Errors: Stopped when asked to stop; Fenced; PipelineError from a worker, or when Ray Train gave up."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from pipeline import errors
+from pipeline.errors import Fenced, PipelineError, Stopped
+from pipeline.graph.receipts import check_fence
+from pipeline.graph.runner import stop_key
+from pipeline.graph.step import Attempt
+from pipeline.tracking import NullTracker, open_tracker
+from pipeline.training.loop import ELSEWHERE, StopReason, Trained, train
+from pipeline.training.spec import TrainSpec
+from pipeline.training.world import enter_world
+
+ASK_EVERY_S = 1.0
+"""Between two looks at the store for a request to stop or a higher generation."""
+RESULT = "trained.json"
+"""What the loop returned, in the generation's directory: how a worker group answers the stage that started it."""
+
+
+class StoreSupervisor:
+    """Reads, now and then, whether the store asks this generation to stop."""
+
+    def __init__(self, attempt: Attempt, clock: Callable[[], float] = time.monotonic) -> None:
+        self.attempt, self.clock, self.asked_at = attempt, clock, -ASK_EVERY_S
+
+    def should_stop(self) -> StopReason:
+        """`asked`, `fenced` or nothing."""
+        now = self.clock()
+        if now - self.asked_at < ASK_EVERY_S:
+            return ""
+        self.asked_at = now
+        try:
+            check_fence(self.attempt.root, self.attempt.generation)
+        except Fenced:
+            return "fenced"
+        return "asked" if self.attempt.root.exists(stop_key(self.attempt.generation)) else ""
+
+
+def run_training(spec: TrainSpec, attempt: Attempt) -> Trained:
+    """Trains to the end; the stage's one call."""
+    if attempt.executor == "in_process":
+        work(spec, attempt)
+    else:
+        _run_on_ray(spec, attempt)
+    answer = json.loads(attempt.store.read(RESULT))
+    if "error" in answer:
+        raise getattr(errors, answer["error"], PipelineError)(answer["message"])
+    trained = Trained(**answer)
+    if trained.stopped:
+        raise Stopped(
+            f"{attempt.step_name}: stopped at step {trained.global_step} of {trained.total_steps}, saved; "
+            f"the same command goes on from there"
+        )
+    return trained
+
+
+def work(spec: TrainSpec, attempt: Attempt) -> None:
+    """One worker: joins the world, runs the loop; rank 0 writes the answer."""
+    world = enter_world()
+    tracker = open_tracker(attempt.tracking_uri, attempt.mlflow_run_id) if world.is_first else NullTracker()
+    answer: Mapping[str, Any]
+    try:
+        answer = asdict(train(spec, attempt, world=world, tracker=tracker, supervisor=StoreSupervisor(attempt)))
+    except PipelineError as error:
+        answer = {"error": type(error).__name__, "message": str(error)}
+    finally:
+        tracker.close()
+    answers = world.all_of(answer)
+    if world.is_first:
+        attempt.store.write(RESULT, json.dumps(_first_error(answers) or answer).encode())
+
+
+def _first_error(answers: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The error of the worker that met it rather than of those that were told."""
+    wrong = [answer for answer in answers if "error" in answer]
+    return next((answer for answer in wrong if answer["message"] != ELSEWHERE), wrong[0] if wrong else None)
+
+
+def _on_ray_worker(settings: Mapping[str, Any]) -> None:
+    logging.getLogger().setLevel(logging.WARNING)
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max(1, int(settings["cpus_per_worker"])))
+    work(settings["spec"], settings["attempt"])
+
+
+def _run_on_ray(spec: TrainSpec, attempt: Attempt) -> None:
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    resources = attempt.resources
+    use_gpu = bool(resources["use_gpu"])
+    workers = resources["workers"]
+    trainer = TorchTrainer(
+        _on_ray_worker,
+        train_loop_config={"spec": spec, "attempt": attempt, "cpus_per_worker": resources["cpus_per_worker"]},
+        torch_config=TorchConfig(
+            backend="nccl" if use_gpu else "gloo", timeout_s=int(resources["collective_timeout_s"])
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=workers if isinstance(workers, int) else tuple(workers),
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": resources["cpus_per_worker"], **({"GPU": 1} if use_gpu else {})},
+        ),
+        run_config=RunConfig(
+            # The name holds fingerprint and generation: Ray Train would silently continue an old run of the same name.
+            name=f"{attempt.step_name}-{attempt.fingerprint[:12]}-{attempt.generation:04d}",
+            storage_path=resources["ray_storage_path"],
+            failure_config=FailureConfig(
+                max_failures=int(resources["max_failures"]),
+                max_preemption_failures=int(resources["max_preemptions"]),
+            ),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+        ),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:
+        raise PipelineError(
+            f"{attempt.step_name}: the workers failed more often than max_failures={resources['max_failures']} allows; "
+            f"last error: {_last_line(error)}. The same command goes on from the last checkpoint"
+        ) from error
+
+
+def _last_line(error: BaseException) -> str:
+    failures = getattr(error, "worker_failures", None)
+    text = str(next(iter(failures.values()))) if failures else str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,296 @@
+"""One loop for every Task: batches in their computed order, steps of the engine, checkpoints, agreement to stop.
+
+It knows no Ray and no MLflow: it is handed a world, the attempt (where to write), a tracker and a supervisor, so that Ray
+Train, `mae run --in-process` and a debugger call the same code. The position is one integer, `global_step`: global batches
+consumed. Units: learning rates absolute, times in seconds.
+Errors: what goes wrong on one worker is agreed by all at a step boundary, so that nobody is left waiting in a collective."""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from pipeline.data.loader import Batch, Loader
+from pipeline.data.order import ids_digest, plain_slice, steps_total
+from pipeline.errors import Fenced, PipelineError
+from pipeline.graph.step import Attempt, generation_key
+from pipeline.tracking import Tracker
+from pipeline.training import checkpoints
+from pipeline.training.checkpoints import Checkpoint, CheckpointManifest
+from pipeline.training.engine import Engine, EngineSettings, MicroBatch
+from pipeline.training.spec import TrainSpec
+from pipeline.training.world import World
+
+StopReason = Literal["", "asked", "fenced", "failed"]
+STOP_REASONS: tuple[StopReason, ...] = ("", "asked", "fenced", "failed")
+EVALUATION_BATCH = 256
+ELSEWHERE = "another worker failed; its own message says why"
+
+
+class Supervisor(Protocol):
+    """Who may ask the loop to stop."""
+
+    def should_stop(self) -> StopReason:
+        """Asked on rank 0 at every step boundary; must be cheap."""
+        ...
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the loop leaves behind, equal on every worker."""
+
+    checkpoint_key: str
+    """In the step's directory."""
+    global_step: int
+    total_steps: int
+    stopped: bool
+    ids_digest: int
+    """Over every (epoch, sample) of the committed line."""
+    loss: float
+    """Mean over the last global batch."""
+    scores: Mapping[str, float]
+
+
+@dataclass
+class _Position:
+    """Where training stands. `digest` is this rank's part since the checkpoint (rank 0: and what that one held)."""
+
+    global_step: int = 0
+    digest: int = 0
+    loss: float = math.nan
+    saved_at: int = -1
+    saved_key: str = ""
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def train(spec: TrainSpec, attempt: Attempt, *, world: World, tracker: Tracker, supervisor: Supervisor) -> Trained:
+    """Trains the task to its end, or until asked to stop; starts from the newest checkpoint there is."""
+    manifest = spec.dataset.open()
+    loader = spec.loader(manifest, "train", world)
+    total_steps = steps_total(loader.order.samples_per_epoch, spec.recipe.global_batch, spec.recipe.epochs)
+    engine, position = _start(spec, attempt, world, loader)
+    meter = _Meter(loader, position.global_step, spec.recipe.global_batch)
+    stopped: StopReason = ""
+    with closing(loader.from_step(position.global_step, total_steps)) as batches:
+        while position.global_step < total_steps:
+            batch, problem = _next(batches)
+            stopped = _agree(world, supervisor, problem)
+            if stopped or batch is None:
+                break
+            lr = spec.recipe.learning_rate(position.global_step, loader.order.samples_per_epoch)
+            grad_norm = _step(spec, engine, world, batch, position, lr)
+            if _due(position.global_step, spec.placement.log_every_steps, total_steps) and world.is_first:
+                row = meter.row(position, lr, grad_norm)
+                position.history.append(row)
+                tracker.log(position.global_step, {_METRICS[key]: row[key] for key in row if key in _METRICS})
+                attempt.progress.update(
+                    int(row["images"]),
+                    total_steps * spec.recipe.global_batch,
+                    unit="images",
+                    loss=row["loss"],
+                    images_per_s=row["images_per_s"],
+                )
+            if position.global_step % spec.placement.checkpoint_every_steps == 0:
+                _save(spec, attempt, engine, world, loader, position)
+    if stopped == "fenced":
+        raise Fenced(f"{attempt.root_uri}: another run has claimed a higher generation; this one stops")
+    if position.saved_at != position.global_step:
+        _save(spec, attempt, engine, world, loader, position)
+    scores = {} if stopped or not spec.evaluation_split else _evaluate(spec, engine, world)
+    return Trained(
+        position.saved_key,
+        position.global_step,
+        total_steps,
+        bool(stopped),
+        world.total_modulo_2_64(position.digest),
+        position.loss,
+        scores,
+    )
+
+
+_METRICS = {
+    "loss": "train/loss",
+    "lr": "train/lr",
+    "grad_norm": "train/grad_norm",
+    "epoch": "train/epoch",
+    "images": "train/images_seen",
+    "images_per_s": "throughput/images_per_s",
+    "data_wait": "throughput/data_wait_share",
+}
+"""Names in the history and in MLflow."""
+
+
+def _start(spec: TrainSpec, attempt: Attempt, world: World, loader: Loader) -> tuple[Engine, _Position]:
+    """The engine and the position, from the newest checkpoint or from nothing."""
+    checkpoint = _newest(attempt, world)
+    position = _Position()
+    built = spec.task.build()
+    if checkpoint is not None:
+        checkpoints.check_cursor(checkpoint, spec.cursor(loader.order))
+        built.module.load_state_dict(checkpoint.weights())
+        position = _Position(
+            global_step=checkpoint.manifest.global_step,
+            digest=checkpoint.manifest.ids_digest if world.is_first else 0,
+            history=checkpoint.history(),
+            saved_at=checkpoint.manifest.global_step,
+            saved_key=checkpoint.key,
+        )
+        if position.history:
+            position.loss = position.history[-1]["loss"]
+    largest_slice = math.ceil(spec.recipe.global_batch / world.size)
+    micro_batch = min(spec.placement.micro_batch, largest_slice)
+    settings = EngineSettings(
+        precision=spec.recipe.precision,
+        zero_stage=spec.placement.zero_stage,
+        micro_batch=micro_batch,
+        accumulation=math.ceil(largest_slice / micro_batch),
+        betas=spec.recipe.betas,
+    )
+    engine = Engine(built.module, built.groups, settings, world)
+    if checkpoint is not None:
+        engine.load(checkpoint.read, optimizer_steps=checkpoint.manifest.optimizer_steps)
+    return engine, position
+
+
+def _newest(attempt: Attempt, world: World) -> Checkpoint | None:
+    """The checkpoint that rank 0 finds, opened (and verified) on every worker."""
+    found = checkpoints.newest(attempt) if world.is_first else None
+    key = world.from_first(found.key if found else "")
+    if world.is_first or not key:
+        return found
+    return checkpoints.open_checkpoint(attempt.root, key)
+
+
+def _next(batches: Iterator[Batch]) -> tuple[Batch | None, PipelineError | None]:
+    try:
+        return next(batches), None
+    except PipelineError as error:
+        return None, error
+
+
+def _agree(world: World, supervisor: Supervisor, problem: PipelineError | None) -> StopReason:
+    """One reason to stop for all: a worker's failure, or what the supervisor tells rank 0."""
+    mine: StopReason = "failed" if problem else supervisor.should_stop() if world.is_first else ""
+    asked, fenced, failed = world.total([float(mine == reason) for reason in STOP_REASONS[1:]])
+    if problem:
+        raise problem
+    if failed:
+        raise PipelineError(ELSEWHERE)
+    return "fenced" if fenced else "asked" if asked else ""
+
+
+def _step(spec: TrainSpec, engine: Engine, world: World, batch: Batch, position: _Position, lr: float) -> float:
+    """One global batch: moves the weights and the position; returns the gradient norm."""
+    micro_batches = split(spec.task.inputs(batch), engine.settings, world.device)
+    local_sum, grad_norm = engine.train_step(micro_batches, global_batch=spec.recipe.global_batch, lr=lr)
+    position.loss = world.total([local_sum])[0] / spec.recipe.global_batch
+    position.global_step += 1
+    position.digest = (position.digest + ids_digest(batch.epochs.numpy(), batch.sample_ids.numpy())) % 2**64
+    if not math.isfinite(position.loss):
+        raise PipelineError(
+            f"the loss is {position.loss} at step {position.global_step} (learning rate {lr:.3g}): lower base_lr or "
+            f"train in fp32; the last checkpoint is untouched"
+        )
+    return grad_norm
+
+
+def split(inputs: tuple[Tensor, ...], settings: EngineSettings, device: torch.device) -> list[MicroBatch]:
+    """A worker's slice as exactly `accumulation` micro-batches; where samples run out, the first one stands in with weight 0."""
+    held = len(inputs[0])
+    indices = torch.arange(settings.micro_batch * settings.accumulation)
+    weights = (indices < held).float()
+    indices = torch.where(indices < held, indices, 0)
+    if held == 0:
+        inputs = tuple(torch.zeros(1, *tensor.shape[1:], dtype=tensor.dtype) for tensor in inputs)
+    micro_batches = []
+    for low in range(0, len(indices), settings.micro_batch):
+        filled = int(weights[low : low + settings.micro_batch].sum())
+        part = slice(low, low + max(1, filled))
+        chosen = indices[part]
+        micro_batches.append(
+            MicroBatch(
+                tuple(tensor[chosen].to(device, non_blocking=True) for tensor in inputs), weights[part].to(device)
+            )
+        )
+    return micro_batches
+
+
+def _save(spec: TrainSpec, attempt: Attempt, engine: Engine, world: World, loader: Loader, position: _Position) -> None:
+    """Writes every rank's fragments; rank 0 commits when all are there."""
+    folder = checkpoints.folder_of(position.global_step)
+    store = attempt.store
+    mine = checkpoints.write_fragments(store, folder, engine.fragments(), rank=world.rank, world_size=world.size)
+    files = world.all_of(mine)
+    digest = world.total_modulo_2_64(position.digest)
+    if world.is_first:
+        files.append(checkpoints.write_history(store, folder, position.history))
+        manifest = CheckpointManifest(
+            global_step=position.global_step,
+            optimizer_steps=position.global_step,
+            cursor=json.loads(json.dumps(spec.cursor(loader.order))),
+            ids_digest=digest,
+            parameters=engine.shapes(),
+            world_size=world.size,
+            zero_stage=engine.settings.zero_stage,
+            files=tuple(files),
+        )
+        checkpoints.commit(store, folder, manifest)
+        checkpoints.prune(store, keep=spec.placement.keep_checkpoints)
+    position.saved_at = position.global_step
+    position.saved_key = f"{generation_key(attempt.generation)}/{folder}"
+
+
+def _evaluate(spec: TrainSpec, engine: Engine, world: World) -> Mapping[str, float]:
+    """Scores of the trained module on the evaluation split, over all workers."""
+    loader = spec.loader(spec.dataset.open(), spec.evaluation_split, world)
+    total = int(loader.selection.counts.sum())
+    most = math.ceil(len(plain_slice(total, world.size - 1, world.size)) / EVALUATION_BATCH)
+    most = int(max(world.all_of(most)))
+    with closing(loader.evaluation_batches(EVALUATION_BATCH)) as batches:
+        return spec.task.evaluate(engine.module, _padded(batches, most, spec.image_size), world)
+
+
+def _padded(batches: Iterator[Batch], count: int, image_size: tuple[int, int]) -> Iterator[Batch]:
+    """As many batches on every rank: ZeRO-3 gathers weights in each forward pass. Padding has label -1 and is not counted."""
+    given = 0
+    for batch in batches:
+        given += 1
+        yield batch
+    nothing = torch.full((1,), -1)
+    for _ in range(given, count):
+        yield Batch(torch.zeros(1, *image_size, 3, dtype=torch.uint8), nothing, nothing, nothing)
+
+
+def _due(global_step: int, every: int, total_steps: int) -> bool:
+    return global_step % every == 0 or global_step == total_steps
+
+
+class _Meter:
+    """Images a second and the share of time spent waiting for data, between two rows of the history."""
+
+    def __init__(self, loader: Loader, global_step: int, global_batch: int) -> None:
+        self.loader, self.step, self.global_batch = loader, global_step, global_batch
+        self.time, self.wait = time.monotonic(), loader.wait_seconds
+
+    def row(self, position: _Position, lr: float, grad_norm: float) -> dict[str, float]:
+        now, wait = time.monotonic(), self.loader.wait_seconds
+        elapsed = max(now - self.time, 1e-9)
+        images = position.global_step * self.global_batch
+        row = {
+            "step": position.global_step,
+            "images": images,
+            "epoch": images / self.loader.order.samples_per_epoch,
+            "loss": position.loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "images_per_s": (position.global_step - self.step) * self.global_batch / elapsed,
+            "data_wait": (wait - self.wait) / elapsed,
+        }
+        self.step, self.time, self.wait = position.global_step, now, wait
+        return row

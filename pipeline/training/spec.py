@@ -1,0 +1,174 @@
+"""What a worker is told: task, recipe (decides results) and placement (does not). Small frozen values that travel."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from mae_core.schedules import scaled_lr, warmup_cosine
+from pipeline.data.cache import ShardCache
+from pipeline.data.images import AugmentConfig
+from pipeline.data.loader import Loader
+from pipeline.data.manifest import Manifest
+from pipeline.data.order import OrderConfig, SampleOrder
+from pipeline.data.selection import Selection
+from pipeline.errors import ConfigError
+from pipeline.graph.step import StageInput
+from pipeline.storage import open_store
+from pipeline.training.tasks import Task
+from pipeline.training.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetAddress:
+    """A finished shard step: where its manifest and its shards lie."""
+
+    manifest_uri: str
+    root_uri: str
+    digest: str
+    """The manifest's: the identity of the dataset."""
+
+    def open(self) -> Manifest:
+        """Reads the manifest."""
+        return Manifest.open(open_store(self.manifest_uri), open_store(self.root_uri))
+
+
+def dataset_address(shards: StageInput) -> DatasetAddress:
+    """Where a finished shard step left its dataset."""
+    return DatasetAddress(manifest_uri=shards.store.uri, root_uri=shards.root_uri, digest=str(shards.facts["digest"]))
+
+
+def unsuited(shards: StageInput) -> str:
+    """Why a dataset cannot be evaluated on; empty: it can."""
+    if not shards.facts["classes"]:
+        return "no labels"
+    if "test" not in shards.facts["splits"]:
+        return "no test split"
+    return ""
+
+
+def select(manifest: Manifest, split: str, *, train_labels: int | None, seed: int) -> Selection:
+    """All samples of a split, or so many labelled ones, equally many of each class."""
+    if train_labels is None:
+        return Selection.all(manifest, split)
+    return Selection.balanced(manifest, split, count=train_labels, seed=seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a task is optimised: all of it decides results. Defaults are MAE's for pretraining (arXiv 2111.06377, table 8)."""
+
+    global_batch: int = 4096
+    """Samples of one optimiser step, over all workers: micro-batch and accumulation are derived."""
+    epochs: int = 800
+    base_lr: float = 1.5e-4
+    """Learning rate at a global batch of 256; the absolute rate is base_lr * global_batch / 256."""
+    warmup_epochs: float = 40.0
+    min_lr: float = 0.0
+    """Absolute learning rate at the end of the cosine."""
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """What the model computes in; targets, softmax and loss are float32 either way."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch", "epochs", "base_lr"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}={getattr(self, name)} is not positive: write a number above 0")
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise ConfigError(f"warmup_epochs={self.warmup_epochs} is not in [0, epochs={self.epochs}): write fewer")
+
+    def learning_rate(self, global_step: int, samples_per_epoch: int) -> float:
+        """Absolute rate of a step: a pure function of images seen, so a resumed run cannot slip."""
+        return warmup_cosine(
+            global_step * self.global_batch,
+            peak_lr=scaled_lr(self.base_lr, self.global_batch),
+            warmup_images=round(self.warmup_epochs * samples_per_epoch),
+            total_images=self.epochs * samples_per_epoch,
+            min_lr=self.min_lr,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRecipe(Recipe):
+    """Fine-tuning of all weights. Defaults are MAE's (arXiv 2111.06377, table 9, ViT-B)."""
+
+    global_batch: int = 1024
+    epochs: int = 100
+    base_lr: float = 1e-3
+    warmup_epochs: float = 5.0
+    min_lr: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.999)
+    layer_decay: float = 0.75
+    """The learning rate of each layer is this times that of the layer above."""
+    drop_path: float = 0.1
+    label_smoothing: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """How it runs here: nothing of it decides results beyond rounding."""
+
+    zero_stage: Literal[1, 2, 3]
+    micro_batch: int
+    """Largest number of samples in one forward pass of a worker."""
+    checkpoint_every_steps: int
+    keep_checkpoints: int
+    log_every_steps: int
+    decode_threads: int
+    cache_directory: str
+    cache_max_bytes: int
+
+    @classmethod
+    def from_resources(cls, resources: Mapping[str, Any]) -> "Placement":
+        """Takes what concerns the loop from a step's resources."""
+        return cls(**{field.name: resources[field.name] for field in fields(cls)})
+
+    def cache(self, dataset: DatasetAddress) -> ShardCache:
+        """The node's cache of the dataset's shards."""
+        directory = Path(self.cache_directory).expanduser()
+        return ShardCache(open_store(dataset.root_uri), directory, max_bytes=self.cache_max_bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSpec:
+    """Everything a worker needs to train a task."""
+
+    task: Task
+    recipe: Recipe
+    order: OrderConfig
+    image_size: tuple[int, int]
+    dataset: DatasetAddress
+    train_labels: int | None
+    """Train on so many samples only, equally many of each class; None: on all."""
+    evaluation_split: str
+    """Split to score after training; empty: none."""
+    placement: Placement
+
+    def cursor(self, order: SampleOrder) -> dict[str, object]:
+        """What a position is bound to."""
+        return {
+            "dataset": self.dataset.digest,
+            "train_labels": self.train_labels,
+            "global_batch": self.recipe.global_batch,
+            **order.parameters(),
+        }
+
+    def loader(self, manifest: Manifest, split: str, world: World) -> Loader:
+        """This worker's reader of a split: the training split in the computed order, others whole."""
+        few = self.train_labels if split == "train" else None
+        selection = select(manifest, split, train_labels=few, seed=self.order.seed)
+        return Loader(
+            selection,
+            SampleOrder(selection.counts, self.order),
+            global_batch=self.recipe.global_batch,
+            rank=world.rank,
+            world_size=world.size,
+            augment=self.recipe.augment,
+            image_size=self.image_size,
+            seed=self.order.seed,
+            cache=self.placement.cache(self.dataset),
+            decode_threads=self.placement.decode_threads,
+            pin_memory=world.device.type == "cuda",
+        )

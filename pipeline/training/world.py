@@ -1,0 +1,71 @@
+"""Which of how many workers this process is, on which device, and how all of them agree.
+
+The process group is whoever started us's (Ray Train, torchrun) or, alone, one of our own with a single member.
+Flags and sums travel as float64 over gloo on the CPU, so that agreeing never waits for a GPU stream."""
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """Rank, number of workers, device, and the CPU group over which they agree."""
+
+    rank: int
+    size: int
+    device: torch.device
+    group: Any
+
+    @property
+    def is_first(self) -> bool:
+        """Rank 0: the one that logs, commits and publishes."""
+        return self.rank == 0
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Sums over all workers, in float64."""
+        tensor = torch.tensor(list(values), dtype=torch.float64)
+        dist.all_reduce(tensor, group=self.group)
+        return [float(value) for value in tensor]
+
+    def total_modulo_2_64(self, value: int) -> int:
+        """Sum of unsigned 64-bit numbers over all workers, wrapping around."""
+        signed = value - 2**64 if value >= 2**63 else value
+        tensor = torch.tensor([signed], dtype=torch.int64)
+        dist.all_reduce(tensor, group=self.group)
+        return int(tensor.item()) % 2**64
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's small Python value, on every worker."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+    def all_of(self, value: Any) -> list[Any]:
+        """Every worker's small Python value, in order of rank, on every worker."""
+        box: list[Any] = [None] * self.size
+        dist.all_gather_object(box, value, group=self.group)
+        return box
+
+
+def enter_world() -> World:
+    """The world of this process; joins the group that is there, or makes one with a single member."""
+    if not dist.is_initialized():
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        for name, value in {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
+            os.environ.setdefault(name, value)
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    return World(dist.get_rank(), dist.get_world_size(), device, group)

@@ -1,0 +1,104 @@
+"""Groups: who decays and how fast each layer learns, pinned by name."""
+
+import pytest
+import torch
+
+from mae_core import Classifier, ConfigError, MaskedAutoencoder, ViTEncoder, parameter_groups
+
+BLOCK_DECAYED = ["attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight"]
+BLOCK_EXEMPT = [
+    "norm1.weight",
+    "norm1.bias",
+    "attn.qkv.bias",
+    "attn.proj.bias",
+    "norm2.weight",
+    "norm2.bias",
+    "mlp.fc1.bias",
+    "mlp.fc2.bias",
+]
+
+
+def in_blocks(prefix, names):
+    return {f"{prefix}.blocks.{index}.{name}" for index in range(2) for name in names}
+
+
+def test_weight_decay_membership_of_the_autoencoder(mae_config, generator):
+    model = MaskedAutoencoder(mae_config, generator=generator)
+    decayed, exempt = parameter_groups(model, weight_decay=0.05)
+    assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.05, 0.0)
+    assert (decayed["name"], exempt["name"]) == ("decay", "no_decay")
+    assert set(decayed["names"]) == {
+        "encoder.patch_embed.weight",
+        "decoder.embed.weight",
+        "decoder.head.weight",
+        *in_blocks("encoder", BLOCK_DECAYED),
+        *in_blocks("decoder", BLOCK_DECAYED),
+    }
+    assert set(exempt["names"]) == {
+        "encoder.cls_token",
+        "encoder.patch_embed.bias",
+        "encoder.norm.weight",
+        "encoder.norm.bias",
+        "decoder.mask_token",
+        "decoder.embed.bias",
+        "decoder.norm.weight",
+        "decoder.norm.bias",
+        "decoder.head.bias",
+        *in_blocks("encoder", BLOCK_EXEMPT),
+        *in_blocks("decoder", BLOCK_EXEMPT),
+    }
+
+
+def test_layer_decay_of_the_classifier(vit_config, generator):
+    model = Classifier(ViTEncoder(vit_config, generator=generator), num_classes=5, generator=generator)
+    groups = parameter_groups(model, weight_decay=0.05, layer_decay=0.5, depth=2)
+    found = {group["name"]: (group["lr_scale"], group["weight_decay"], set(group["names"])) for group in groups}
+    expected = {
+        "layer_0/decay": (0.125, 0.05, {"encoder.patch_embed.weight"}),
+        "layer_0/no_decay": (0.125, 0.0, {"encoder.patch_embed.bias", "encoder.cls_token"}),
+        "layer_3/decay": (1.0, 0.05, {"head.weight"}),
+        "layer_3/no_decay": (1.0, 0.0, {"head.bias", "fc_norm.weight", "fc_norm.bias"}),
+    }
+    for index, scale in ((0, 0.25), (1, 0.5)):
+        block = f"encoder.blocks.{index}."
+        expected[f"layer_{index + 1}/decay"] = (scale, 0.05, {block + name for name in BLOCK_DECAYED})
+        expected[f"layer_{index + 1}/no_decay"] = (scale, 0.0, {block + name for name in BLOCK_EXEMPT})
+    assert found == expected
+    assert len(groups) <= 2 * (2 + 2)
+
+
+def test_the_final_norm_of_a_cls_classifier_learns_like_the_head(vit_config, generator):
+    encoder = ViTEncoder(vit_config, generator=generator)
+    model = Classifier(encoder, num_classes=5, pool="cls", generator=generator)
+    groups = parameter_groups(model, weight_decay=0.0, layer_decay=0.5, depth=2)
+    assert set(groups[-1]["names"]) == {"encoder.norm.weight", "encoder.norm.bias", "head.bias"}
+
+
+def test_frozen_parameters_are_left_out_and_no_group_is_empty(vit_config, generator):
+    model = Classifier(ViTEncoder(vit_config, generator=generator), num_classes=5, generator=generator)
+    model.encoder.requires_grad_(requires_grad=False)
+    model.head.bias.requires_grad_(requires_grad=False)
+    model.fc_norm.requires_grad_(requires_grad=False)
+    (only,) = parameter_groups(model, weight_decay=0.05)
+    assert only["names"] == ["head.weight"]
+    model.head.requires_grad_(requires_grad=False)
+    assert parameter_groups(model, weight_decay=0.05) == []
+
+
+def test_every_parameter_is_in_one_group_and_adamw_takes_them(mae_config, generator):
+    model = MaskedAutoencoder(mae_config, generator=generator)
+    groups = parameter_groups(model, weight_decay=0.05, layer_decay=0.75, depth=2)
+    ids = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(ids) == sorted(id(parameter) for parameter in model.parameters())
+    optimiser = torch.optim.AdamW(groups, lr=1e-3)
+    assert [group["lr_scale"] for group in optimiser.param_groups] == [group["lr_scale"] for group in groups]
+
+
+def test_wrong_values_are_answered(vit_config, generator):
+    encoder = ViTEncoder(vit_config, generator=generator)
+    with pytest.raises(ConfigError, match="give both or neither"):
+        parameter_groups(encoder, weight_decay=0.0, layer_decay=0.75)
+    with pytest.raises(ConfigError, match=r"layer_decay=1\.5"):
+        parameter_groups(encoder, weight_decay=0.0, layer_decay=1.5, depth=2)
+    with pytest.raises(ConfigError, match=r"depth=1.*blocks\.1"):
+        parameter_groups(encoder, weight_decay=0.0, layer_decay=0.75, depth=1)

@@ -1,0 +1,142 @@
+"""Progress and tables as text: with a clock of our own, on a terminal and in a log."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from pipeline.reporting.rows import PlanRow, Score, StepRow, as_metrics, clock
+from pipeline.reporting.terminal import ProgressDisplay, closing_table, plan_table
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def shown(renderable, width=120) -> str:
+    console = Console(file=io.StringIO(), width=width, record=True)
+    console.print(renderable)
+    return console.export_text()
+
+
+def run_a_step(console: Console, clock_: Clock, **fields: float) -> ProgressDisplay:
+    """Resumed at 4000 of 10 000 steps, then 2 steps a second for 60 s."""
+    display = ProgressDisplay(console=console, now=clock_)
+    display.step_state("pretrain", "running")
+    for second in range(61):
+        clock_.now = float(second)
+        display.for_step("pretrain").update(4000 + 2 * second, 10_000, unit="steps", **fields)
+    return display
+
+
+def test_rate_and_time_to_go_come_from_the_updates_and_a_resume_does_not_spoil_them():
+    console = Console(file=io.StringIO(), width=120, force_terminal=True, record=True)
+    line = shown(run_a_step(console, Clock(), loss=0.4123)._lines()).replace("\u202f", " ")
+    assert "4 120/10 000 steps" in line
+    assert "2.0 steps/s" in line
+    assert f"ETA {clock((10_000 - 4120) / 2)}" in line
+    assert "loss 0.4123" in line
+    assert "1:00" in line
+
+
+def test_what_the_stage_gives_is_believed():
+    console = Console(file=io.StringIO(), width=120, force_terminal=True, record=True)
+    line = shown(run_a_step(console, Clock(), images_per_s=512.0, eta_s=90.0)._lines())
+    assert "512 images/s" in line
+    assert "ETA 1:30" in line
+
+
+def test_a_narrow_terminal_keeps_the_numbers_whole():
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, record=True)
+    line = shown(run_a_step(console, Clock(), images_per_s=12_400.0, loss=0.4123)._lines(), width=80)
+    assert "41% " in line
+    assert "12\u202f400 images/s loss 0.4123 ETA 49:00" in line
+    assert len(line.splitlines()) == 1
+
+
+def test_a_log_gets_a_plain_line_every_ten_seconds():
+    console = Console(file=io.StringIO(), width=120, force_terminal=False, record=True)
+    with run_a_step(console, Clock(), loss=0.4) as display:
+        display.step_state("pretrain", "failed", detail="out of memory")
+    lines = console.export_text().replace("\u202f", " ").splitlines()
+    assert lines[0] == "pretrain: running"
+    assert lines[1] == "pretrain: 40%, 4 020/10 000 steps, 2.0 steps/s, loss 0.4, ETA 49:50, elapsed 10 s"
+    assert len(lines) == 8
+    assert lines[-1] == "pretrain: failed  1:00  out of memory"
+
+
+def test_on_a_terminal_a_finished_step_stays_as_a_line():
+    console = Console(file=io.StringIO(), width=120, force_terminal=True, record=True)
+    display = ProgressDisplay(console=console)
+    with display:
+        display.step_state("shard", "running")
+        display.step_state("shard", "done")
+        display.step_state("knn", "cached")
+    text = console.export_text()
+    assert "✓ shard" in text
+    assert "≡ knn" in text
+
+
+def test_the_closing_table_has_steps_scores_and_addresses():
+    steps = [
+        StepRow(name="pretrain", state="done", fingerprint="1c22a0b3d4e5ffff", seconds=7421),
+        StepRow(name="linear", state="failed", detail="[red]out of memory[/red]"),
+    ]
+    scores = [
+        Score(protocol="linear", dataset="digits", encoder="pretrained", values=(0.97, 0.98)),
+        Score(protocol="linear", dataset="digits", encoder="random", values=(0.84,)),
+    ]
+    text = shown(
+        closing_table(steps, scores=scores, addresses={"store": "s3://b/runs", "report": "/tmp/[x]/page.html"})
+    )
+    for part in ["✓ done", "2:03:41", "1c22a0b3d4e5", "97.5 ± 0.7 %", "84.0 %", "+13.5", "s3://b/runs"]:
+        assert part in text
+    assert "ffff" not in text
+    assert "[red]out of memory[/red]" in text  # names and errors are text, never markup
+    assert "/tmp/[x]/page.html" in text
+
+
+def test_the_plan_says_what_runs_and_which_field_made_it_differ():
+    rows = [
+        PlanRow(name="shard", state="cached", fingerprint="ab" * 32),
+        PlanRow(
+            name="pretrain",
+            state="to_run",
+            differs="mask_ratio 0.75 -> 0.6",
+            memory_gib=9.81,
+            seconds=151_200,
+            cost="$12",
+        ),
+        PlanRow(name="linear", state="blocked"),
+    ]
+    text = shown(plan_table(rows))
+    for part in ["≡ cached", "▸ to run", "9.8 GiB", "1 d 18:00", "$12", "mask_ratio 0.75 -> 0.6"]:
+        assert part in text
+    assert "1 of 3 steps to run, about 1 d 18:00" in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, "–"),
+        (4.21, "4.2 s"),
+        (59.4, "59 s"),
+        (59.6, "1:00"),
+        (187, "3:07"),
+        (7387, "2:03:07"),
+        (353_000, "4 d 02:03"),
+    ],
+)
+def test_durations_read_like_a_clock(seconds, text):
+    assert clock(seconds) == text
+
+
+def test_scores_have_names_under_which_mlflow_compares_them():
+    rows = [Score(protocol="linear", dataset="digits", encoder="pretrained", values=(0.5, 0.7))]
+    metrics = as_metrics(rows)
+    assert metrics["score/linear/digits/pretrained"] == pytest.approx(0.6)
+    assert metrics["score/linear/digits/pretrained/sd"] == pytest.approx(0.02**0.5)
+    assert metrics["score/linear/digits/pretrained/seeds"] == 2

@@ -1,0 +1,362 @@
+"""Tracking against real MLflow: SQLite files in a temporary folder, and once a real server that is killed."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pipeline import tracking
+from pipeline.tracking import MlflowTracker, TrackingError
+
+FINGERPRINT = "ab" * 32
+
+
+@pytest.fixture(scope="session")
+def migrated_database(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    tracking.check_tracking(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def uri(migrated_database, tmp_path) -> str:
+    shutil.copy(migrated_database, tmp_path / "mlflow.db")
+    return f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def client(uri):
+    return tracking._client(uri)
+
+
+def parent(uri, name="run") -> str:
+    return tracking.open_parent(uri, experiment="digits", name=name, tags={"git": "abc"}, params={"seed": 0})
+
+
+def child(uri, parent_run_id, **more) -> str:
+    settings = {"name": "pretrain", "fingerprint": FINGERPRINT, "tags": {}, "params": {}} | more
+    return tracking.open_child(uri, experiment="digits", parent_run_id=parent_run_id, **settings)
+
+
+def history(uri, run_id, key="train/loss") -> list[tuple[int, float]]:
+    return sorted((m.step, m.value) for m in client(uri).get_metric_history(run_id, key))
+
+
+# --- where
+
+
+def test_the_configured_address_wins_then_the_environment_then_the_store(monkeypatch, tmp_path):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://env:5000")
+    assert tracking.resolve_tracking_uri("http://cfg:5000", store_uri=str(tmp_path)) == "http://cfg:5000"
+    assert tracking.resolve_tracking_uri(None, store_uri=str(tmp_path)) == "http://env:5000"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    for store in (str(tmp_path), f"file://{tmp_path}"):
+        assert tracking.resolve_tracking_uri(None, store_uri=store) == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.chdir(tmp_path)
+    assert tracking.resolve_tracking_uri(None, store_uri="s3://b/p") == f"sqlite:///{tmp_path}/.mae/mlflow.db"
+    assert tracking.resolve_tracking_uri("sqlite:///my.db", store_uri="s3://b/p") == f"sqlite:///{tmp_path}/my.db"
+
+
+def test_an_unusable_address_is_answered_early_and_clearly(tmp_path):
+    with pytest.raises(TrackingError, match="use sqlite:///"):
+        tracking.check_tracking(f"file://{tmp_path}")
+    (tmp_path / "plain").write_text("")
+    with pytest.raises(TrackingError, match="cannot be made"):
+        tracking.check_tracking(f"sqlite:///{tmp_path}/plain/mlflow.db")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://user:pw@127.0.0.1:{free.getsockname()[1]}"
+        with pytest.raises(TrackingError, match="is the server up") as failure:
+            tracking.check_tracking(address)
+    assert "pw@" not in str(failure.value)
+
+
+def test_a_bare_database_needs_a_place_for_artifacts():
+    assert tracking.artifact_location("http://h:5000", None) is None
+    assert tracking.artifact_location("postgresql://h/db", "s3://b/art") == "s3://b/art"
+    with pytest.raises(TrackingError, match="bare database"):
+        tracking.artifact_location("postgresql://u:pw@h/db", None)
+
+
+# --- the family
+
+
+def test_a_step_is_a_child_of_its_run_and_the_run_names_it(uri):
+    top = parent(uri)
+    step = child(uri, top)
+    run = client(uri).get_run(step)
+    assert run.data.tags["mlflow.parentRunId"] == top
+    assert run.data.tags["mae.fingerprint"] == FINGERPRINT
+    assert client(uri).get_run(top).data.tags["mae.step.pretrain"] == step
+    assert run.info.run_name == "pretrain"
+
+
+def test_a_later_attempt_resumes_the_child_of_this_fingerprint_and_links_the_new_parent(uri):
+    first, second = parent(uri, "first"), parent(uri, "second")
+    step = child(uri, first)
+    tracking.close_run(uri, step, "FAILED")
+    assert child(uri, second) == step
+    run = client(uri).get_run(step)
+    assert run.info.status == "RUNNING"
+    assert run.data.tags["mae.later_parents"] == second
+    assert child(uri, second, fingerprint="cd" * 32) != step
+    assert tracking.find_child(uri, experiment="digits", fingerprint="00") is None
+    assert tracking.find_child(uri, experiment="nowhere", fingerprint=FINGERPRINT) is None
+
+
+def test_after_a_rollback_a_new_child_is_opened_and_found_from_then_on(uri):
+    top = parent(uri)
+    before = child(uri, top)
+    time.sleep(0.01)
+    after = child(uri, top, existing="leave")
+    assert after != before
+    assert child(uri, top) == after
+
+
+def test_a_cached_step_is_linked_not_run_again(uri):
+    step = child(uri, parent(uri, "first"))
+    tracking.close_run(uri, step, "FINISHED")
+    second = parent(uri, "second")
+    found = tracking.find_child(uri, experiment="digits", fingerprint=FINGERPRINT)
+    tracking.link_child(uri, parent_run_id=second, name="pretrain", run_id=found)
+    assert found == step
+    assert client(uri).get_run(step).info.status == "FINISHED"
+    assert client(uri).get_run(second).data.tags["mae.step.pretrain"] == step
+
+
+def test_two_processes_may_create_the_experiment_at_once(uri):
+    with ThreadPoolExecutor(6) as pool:
+        ids = set(pool.map(lambda _: tracking._experiment(uri, "same"), range(6)))
+    assert len(ids) == 1
+
+
+# --- what a run says about itself
+
+
+def test_parameters_are_flat_redacted_cut_and_may_be_repeated(uri):
+    config = {
+        "model": {"mask_ratio": 0.75},
+        "data": {"source": "s3://b"},
+        "auth": {"token": "t0p"},
+        "notes": "x" * 9000,
+    }
+    many = {f"k{i}": i for i in range(250)}
+    run = parent(uri)
+    for _ in range(2):
+        tracking.log_params(uri, run, config | many)
+    tracking.log_params(uri, run, {"model": {"mask_ratio": 0.6}})
+    data = client(uri).get_run(run).data
+    assert data.params["model.mask_ratio"] == "0.75"
+    assert data.params["auth.token"] == "***"
+    assert len(data.params["notes"]) == 6000
+    assert data.params["k249"] == "249"
+    assert data.tags["mae.changed.model.mask_ratio"] == "0.6"
+
+
+def test_secrets_are_hidden_and_numbers_that_sound_like_secrets_are_not():
+    config = {
+        "num_tokens": 196,
+        "aws_secretAccessKey": "AKIA",
+        "tokens": ["a", "b"],
+        "password": None,
+        "credentials": {"user": "me"},
+        "tracking": "postgresql://me:pa@ss@db/x",
+        "link": "https://h/o?X-Amz-Signature=abc&part=1",
+        "path": "s3://bucket/a@b",
+    }
+    assert tracking.redact(config) == {
+        "num_tokens": 196,
+        "aws_secretAccessKey": "***",
+        "tokens": ["***", "***"],
+        "password": None,
+        "credentials": {"user": "***"},
+        "tracking": "postgresql://***@db/x",
+        "link": "https://h/o?X-Amz-Signature=***&part=1",
+        "path": "s3://bucket/a@b",
+    }
+
+
+def test_flatten_keeps_lists_of_plain_values_together():
+    config = {"a": {"b": [1, {"c": None}]}, "sizes": [1, 2], "on": True, "s": "text"}
+    assert tracking.flatten(config) == {"a.b.0": "1", "a.b.1.c": "null", "sizes": "[1, 2]", "on": "true", "s": "text"}
+
+
+def test_a_dataset_digest_is_cut_for_mlflow_and_whole_in_a_tag(uri):
+    run = parent(uri)
+    tracking.log_dataset(uri, run, name="digits", digest="c0ffee" * 10 + "beef", source="s3://b/d", context="training")
+    found = client(uri).get_run(run)
+    dataset = found.inputs.dataset_inputs[0]
+    assert (dataset.dataset.name, dataset.dataset.digest) == ("digits", ("c0ffee" * 10)[:32])
+    assert json.loads(dataset.dataset.source) == {"uri": "s3://b/d"}
+    assert {tag.key: tag.value for tag in dataset.tags} == {"mlflow.data.context": "training"}
+    assert found.data.tags["mae.dataset.digits.digest"] == "c0ffee" * 10 + "beef"
+
+
+def test_scores_are_logged_once(uri):
+    run = parent(uri)
+    for _ in range(2):
+        tracking.log_scores(uri, run, {"score/linear/digits/pretrained": 0.97, "score/nan": float("nan")})
+    assert history(uri, run, "score/linear/digits/pretrained") == [(0, 0.97)]
+
+
+def test_artifacts_lie_beside_the_database_and_not_where_the_process_stands(uri, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "cwd"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    run = parent(uri)
+    tracking.log_text(uri, run, "seed: 0", "config/resolved.yaml")
+    tracking.log_figure(uri, run, b"png", "curve.png")
+    (tmp_path / "page.html").write_text("<html>")
+    tracking.log_file(uri, run, tmp_path / "page.html", folder="report")
+    files = {
+        str(p.relative_to(tmp_path / "mlartifacts" / run)) for p in tmp_path.rglob("mlartifacts/**/*") if p.is_file()
+    }
+    assert files == {"artifacts/config/resolved.yaml", "artifacts/curve.png", "artifacts/report/page.html"}
+    assert list(elsewhere.iterdir()) == []
+
+
+# --- metrics while training
+
+
+def send(uri, run, points) -> tracking.Unsent:
+    tracker = MlflowTracker(uri, run, every_s=0.05)
+    for step, metrics in points:
+        tracker.log(step, metrics)
+    return tracker.close()
+
+
+def test_a_replay_after_a_resume_leaves_no_duplicates(uri):
+    run = child(uri, parent(uri))
+    assert send(uri, run, [(s, {"train/loss": 1 / s, "train/lr": 0.1}) for s in range(1, 7)]).points == ()
+    # killed at 6, resumed from the checkpoint at 4; validation at 6 had not been sent
+    again = [(s, {"train/loss": 1 / s, "train/lr": 0.1}) for s in range(5, 9)]
+    assert send(uri, run, [*again, (6, {"val/loss": 0.5})]).points == ()
+    assert history(uri, run) == [(s, 1 / s) for s in range(1, 9)]
+    assert history(uri, run, "val/loss") == [(6, 0.5)]
+
+
+def test_more_metrics_than_one_call_takes_arrive_complete(uri):
+    run = parent(uri)
+    send(uri, run, [(s, {f"m{i}": float(s) for i in range(30)}) for s in range(100)])
+    assert len(history(uri, run, "m29")) == 100
+
+
+def test_values_that_are_no_numbers_become_a_tag(uri):
+    run = parent(uri)
+    send(uri, run, [(1, {"train/loss": float("nan"), "train/lr": 0.1}), (2, {"train/loss": float("inf")})])
+    assert history(uri, run) == []
+    assert history(uri, run, "train/lr") == [(1, 0.1)]
+    assert client(uri).get_run(run).data.tags["mae.nonfinite.train/loss"] == "inf at step 2"
+
+
+def test_a_full_queue_gives_up_every_second_point_and_says_so(tmp_path):
+    tracker = MlflowTracker("http://127.0.0.1:9", "run", every_s=60, close_within_s=0.0, queue_max_points=4)
+    for step in range(6):
+        tracker.log(step, {"train/loss": 0.0})
+    unsent = tracker.close()
+    assert [point.step for point in unsent.points] == [0, 2, 4, 5]
+    assert unsent.thinned == 2
+
+
+def test_without_tracking_there_is_nothing_to_send():
+    tracker = tracking.open_tracker("", "")
+    tracker.log(1, {"train/loss": 1.0})
+    assert tracker.close() == tracking.Unsent()
+
+
+def test_a_server_that_dies_and_comes_back_neither_blocks_nor_fails_the_loop_and_misses_nothing(uri, tmp_path, caplog):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    with server(uri, port, tmp_path):
+        tracking.check_tracking(address)
+        run = child(address, parent(address))
+        tracking.log_text(address, run, "hello", "note.txt")
+        tracker = MlflowTracker(address, run, every_s=0.1, close_within_s=2.0)
+        tracker.log(1, {"train/loss": 1.0})
+        wait_for(lambda: history(uri, run) == [(1, 1.0)])
+    began = time.monotonic()
+    for step in range(2, 1002):
+        tracker.log(step, {"train/loss": 1 / step})
+    assert time.monotonic() - began < 0.5  # a thousand appends; a thousand refused connections take tens of seconds
+    wait_for(lambda: tracker.failures > 0)
+    with server(uri, port, tmp_path):
+        wait_for(lambda: len(history(uri, run)) == 1001)
+    tracker.log(1002, {"train/loss": 0.0})
+    began = time.monotonic()
+    unsent = tracker.close()
+    assert time.monotonic() - began < 5
+    assert [point.step for point in unsent.points] == [1002]
+    assert "refused" in unsent.reason
+    assert sum("training goes on" in record.message for record in caplog.records) == 1
+    assert history(uri, run) == [(s, 1 / s) for s in range(1, 1002)]
+
+
+@contextlib.contextmanager
+def server(uri, port, folder):
+    """A real `mlflow server`, healthy on entry, killed without a warning on exit."""
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    log_file = folder / "server.log"
+    with log_file.open("w") as output:
+        process = subprocess.Popen(
+            tracking.serve_command(uri, port=port),
+            env=environment,
+            cwd=folder,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        wait_until_healthy(f"http://127.0.0.1:{port}", process, log_file)
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_until_healthy(address, process, log_file):
+    def healthy():
+        assert process.poll() is None, log_file.read_text()
+        try:
+            with urllib.request.urlopen(f"{address}/health", timeout=2) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
+
+    wait_for(healthy, within_s=120)
+
+
+def wait_for(condition, within_s=30):
+    end = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+# --- looking at it
+
+
+def test_the_server_is_for_this_machine_alone_and_keeps_files_beside_the_database():
+    command = tracking.serve_command("sqlite:////d/mlflow.db", port=5001)
+    assert command[:4] == [sys.executable, "-m", "mlflow", "server"]
+    settings = dict(zip(command[4::2], command[5::2], strict=True))
+    assert settings["--host"] == "127.0.0.1"
+    assert settings["--artifacts-destination"] == "/d/mlartifacts"
+
+
+def test_a_taken_port_is_said_before_the_server_starts(uri):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(TrackingError, match="is taken"):
+            tracking.serve(uri, port=taken.getsockname()[1])
