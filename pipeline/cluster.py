@@ -4,11 +4,17 @@ Coordinating code reserves 0 CPUs, so that two training workers fit on two cores
 Ray is imported.
 Errors: PipelineError when a cluster cannot be reached; a task's own PipelineError comes out as itself."""
 
+import asyncio
+import hashlib
 import os
+import secrets
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 from pipeline.errors import PipelineError
 from pipeline.graph.step import Executor, Progress
@@ -41,7 +47,9 @@ IN_FLIGHT = 64
 
 def connect(*, cpus: int | None = None) -> None:
     """Joins the cluster that RAY_ADDRESS names, else starts one on this machine's loopback with `cpus` CPUs (all by default)."""
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled" if "RAY_ADDRESS" not in os.environ else "token")
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:  # a cluster of our own for this run: nobody else knows its token, which is in no file
+        os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_usage_stats_enabled", "0")
@@ -51,13 +59,17 @@ def connect(*, cpus: int | None = None) -> None:
         return
     variables = dict(WORKER_ENVIRONMENT, **{name: os.environ[name] for name in PASSED_ON if name in os.environ})
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "runtime_env": {"env_vars": variables}}
-    address = os.environ.get("RAY_ADDRESS")
     try:
         if address:
             ray.init(address=address, **options)
         else:
             ray.init(
-                address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=200_000_000, **options
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                object_store_memory=200_000_000,
+                _node_ip_address="127.0.0.1",
+                **options,
             )
     except (ConnectionError, RuntimeError, ValueError) as cause:
         where = address or "on this machine"
@@ -104,7 +116,10 @@ def _completed(function: Callable[[T], R], items: Sequence[T], executor: Executo
         return
     import ray
 
-    task = ray.remote(num_cpus=1, max_retries=3)(function)
+    def call(item: T) -> R:  # ray.remote takes functions only, not partials
+        return function(item)
+
+    task = ray.remote(num_cpus=1, max_retries=3)(call)
     waiting = iter(enumerate(items))
     running: dict[Any, int] = {}
     try:
@@ -209,3 +224,78 @@ class _BoardWriter:
         if now - self.sent_at >= 0.2 or done >= total:
             self.sent_at = now
             self.actor.put.remote(self.step_name, (done, total, unit, fields))
+
+
+def submit_run(name: str, config_text: str, *, address: str) -> str:
+    """Starts `mae run` of a checked configuration as a Ray job; returns its id. One that is under way is not started again."""
+    stem = f"{name}-{hashlib.sha256(config_text.encode()).hexdigest()[:12]}"
+    with _jobs(address) as client, tempfile.TemporaryDirectory(prefix="mae-submit-") as folder:
+        earlier = [job for job in client.list_jobs() if (job.submission_id or "").startswith(f"{stem}-")]
+        for job in earlier:
+            if not job.status.is_terminal():
+                return str(job.submission_id)
+        (Path(folder) / "run.yaml").write_text(config_text)
+        return str(
+            client.submit_job(
+                entrypoint="mae run run.yaml --json",
+                submission_id=f"{stem}-{len(earlier) + 1}",
+                runtime_env={"working_dir": folder},
+                metadata={"run": name},
+            )
+        )
+
+
+def job_status(job: str, *, address: str) -> dict[str, str]:
+    """Where a job stands."""
+    with _jobs(address) as client:
+        return _row(client.get_job_info(job))
+
+
+def job_logs(job: str, *, address: str, until: Literal["now", "end"]) -> Iterator[str]:
+    """A job's output, as it comes when followed."""
+    with _jobs(address) as client:
+        if until == "now":
+            yield str(client.get_job_logs(job))
+            return
+        lines = client.tail_job_logs(job)
+        loop = asyncio.new_event_loop()
+        try:
+            while True:
+                yield str(loop.run_until_complete(anext(lines)))
+        except StopAsyncIteration:
+            return
+        finally:
+            loop.close()
+
+
+def stop_job(job: str, *, address: str) -> dict[str, str]:
+    """Asks a job to stop and waits until it has."""
+    with _jobs(address) as client:
+        client.stop_job(job)
+        while not (info := client.get_job_info(job)).status.is_terminal():
+            time.sleep(0.5)
+        return _row(info)
+
+
+def list_runs(*, address: str) -> list[dict[str, str]]:
+    """All jobs the cluster remembers."""
+    with _jobs(address) as client:
+        return [_row(job) for job in client.list_jobs()]
+
+
+def _row(job: Any) -> dict[str, str]:
+    return {"job": str(job.submission_id), "status": str(job.status.value), "message": str(job.message or "")}
+
+
+@contextmanager
+def _jobs(address: str) -> Iterator[Any]:
+    """A client of the cluster's job API; what it refuses is one clear line."""
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        yield JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError, ValueError) as cause:
+        first = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+        raise PipelineError(
+            f"{address}: {first}. Is this the dashboard's address, and does RAY_AUTH_TOKEN hold the cluster's token?"
+        ) from cause

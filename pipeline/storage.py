@@ -36,11 +36,11 @@ _CONFLICT_TRIES = 5
 _READ_TRIES = 4
 
 
-class MissingObject(StorageError):  # noqa: N818 (read as a fact: "raise MissingObject")
+class MissingObject(StorageError):
     """There is no object under this key."""
 
 
-class DeniedObject(StorageError):  # noqa: N818
+class DeniedObject(StorageError):
     """The store answers, and refuses this object to us."""
 
 

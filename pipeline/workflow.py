@@ -50,11 +50,15 @@ def build(config: RunConfig) -> list[Step]:
                     scored.append(Scored(input=name, protocol=protocol, dataset=dataset.name, encoder=encoder))
     datasets = {step.name: step for step in shards.values()}
     inside = {key: value for key, value in config.model_dump().items() if key not in OUTSIDE}
+    inside["data"] = {key: value for key, value in inside["data"].items() if not key.startswith("bad_share")}
     page = Step(
         name="report",
         function=report,
         config=ReportConfig(
-            title="Masked autoencoder", scored=tuple(scored), datasets=tuple(datasets), config=canonical(inside)
+            title="Masked autoencoder",
+            scored=tuple(scored),
+            sources={step.name: source for source, step in shards.items()},
+            config=canonical(inside),
         ),
         inputs={**datasets, "pretrain": pretrained, **evaluations},
     )

@@ -11,7 +11,7 @@ import os
 import time
 import zlib
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -82,12 +82,12 @@ class Loader:
         self.wait_seconds = 0.0
         """Time the consumer spent waiting for batches, so far."""
 
-    def from_step(self, start: int, stop: int) -> Iterator[Batch]:
+    def from_step(self, start: int, stop: int) -> Generator[Batch]:
         """This rank's part of the global batches of steps start..stop-1; closing it ends its threads."""
         steps = (self.order.rank_slice(t, self.global_batch, self.rank, self.world_size) for t in range(start, stop))
         return self._batches(steps, self.augment)
 
-    def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
+    def evaluation_batches(self, batch_size: int) -> Generator[Batch]:
         """Each sample once over all ranks, this rank's in plain order and from the centre; the last batch may be smaller."""
         part = plain_slice(int(self.selection.counts.sum()), self.rank, self.world_size)
         starts = range(part.start, part.stop, batch_size)
@@ -95,7 +95,7 @@ class Loader:
         steps = (plain_slots(self.selection.counts, p) for p in positions)
         return self._batches(steps, replace(self.augment, kind="center", flip=False))
 
-    def _batches(self, steps: Iterable[Slots], config: AugmentConfig) -> Iterator[Batch]:
+    def _batches(self, steps: Iterable[Slots], config: AugmentConfig) -> Generator[Batch]:
         pending: deque[tuple[Batch, list[Future[None]]]] = deque()
         pool = ThreadPoolExecutor(self.decode_threads, "decode")
         try:

@@ -5,12 +5,13 @@ The walker holds no state of its own: everything it knows is in the store, so th
 
 import json
 import time
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from pipeline import cluster
-from pipeline.errors import Fenced, PipelineError, Stopped
+from pipeline.errors import ConfigError, Fenced, PipelineError, Stopped
 from pipeline.graph.receipts import Receipt, claim, read_receipt, write_receipt
 from pipeline.graph.step import Attempt, Executor, StageInput, Step, canonical
 from pipeline.storage import Store, open_store
@@ -85,7 +86,7 @@ class Run:
         self.running: dict[str, tuple[Step, Attempt, cluster.Handle, float]] = {}
         self.at_work: tuple[Step, Attempt] | None = None
         self.stopping = False
-        self.board = cluster.ProgressBoard() if executor == "ray" else None
+        self.board: cluster.ProgressBoard | None = None
 
     def walk(self) -> list[Outcome]:
         """Runs all that is not done; returns what became of every step, in their order."""
@@ -129,6 +130,8 @@ class Run:
         root = self.store.at(step.directory)
         continues = step.resume_point(root) if step.resume_point else ""
         run_id = self.hooks.begin(step)
+        if self.executor == "ray" and self.board is None:
+            self.board = cluster.ProgressBoard()
         attempt = Attempt(
             root_uri=root.uri,
             generation=claim(root, continues=continues),
@@ -212,8 +215,14 @@ class Run:
 def execute(step: Step, inputs: Mapping[str, StageInput], attempt: Attempt) -> Receipt:
     """Runs the stage's function and completes the step; on Ray this is the task that reserves no CPU."""
     started = time.monotonic()
-    result = step.function(step.config, inputs, attempt)
     root = open_store(attempt.root_uri)
+    try:
+        result = step.function(step.config, inputs, attempt)
+    except (PipelineError, ConfigError):
+        raise
+    except Exception:
+        root.write(f"failure/{attempt.generation:04d}.txt", traceback.format_exc().encode())
+        raise
     return write_receipt(root, step, attempt.generation, result, seconds=time.monotonic() - started)
 
 

@@ -159,7 +159,7 @@ def _running_median(values: np.ndarray, window: int) -> np.ndarray:
 def _mark_last(axes: Axes, steps: np.ndarray, values: np.ndarray) -> None:
     if len(values):
         tail = float(np.nanmedian(values[-max(1, len(values) // 60) :]))
-        axes.annotate(f"{tail:.4g}", (steps[-1], tail), (0, 9), textcoords="offset points", ha="right", weight="bold")
+        axes.annotate(f"{tail:.4g}", (steps[-1], tail), (8, 0), textcoords="offset points", va="center", weight="bold")
 
 
 def _images_seen_on_top(axes: Axes, steps: np.ndarray, images: np.ndarray) -> None:

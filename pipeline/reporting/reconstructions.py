@@ -99,6 +99,8 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 def half_blocks(image: Images, *, columns: int) -> Text:
     """An image [H, W, 3] as coloured half blocks: each character shows two pixels, one above the other."""
     height, width = image.shape[:2]
+    if columns > width:
+        columns -= columns % width  # a whole factor, so that all pixels grow alike
     rows = max(2, 2 * round(columns * height / width / 2))
     kind = Image.Resampling.NEAREST if columns >= width else Image.Resampling.BOX
     pixels = np.asarray(Image.fromarray(image).resize((columns, rows), kind))
@@ -111,13 +113,13 @@ def half_blocks(image: Images, *, columns: int) -> Text:
     return picture
 
 
-def terminal_reconstruction(original: Images, hidden: Images, reconstruction: Images, *, columns: int = 24) -> Table:
-    """Original, what was hidden, and what the model painted, side by side; for terminals with colours."""
+def terminal_reconstruction(original: Images, masked: Images, reconstruction: Images, *, columns: int = 24) -> Table:
+    """Original, what the encoder sees, and what the model painted, side by side; for terminals with colours."""
     grid = Table.grid(padding=(0, 2))
     for _ in range(3):
         grid.add_column(justify="center", width=columns)
-    grid.add_row(*(Text(title, style="dim") for title in ("original", "hidden", "reconstruction")))
-    grid.add_row(*(half_blocks(image, columns=columns) for image in (original, hidden, reconstruction)))
+    grid.add_row(*(Text(title, style="dim") for title in ("original", "visible", "reconstruction")))
+    grid.add_row(*(half_blocks(image, columns=columns) for image in (original, masked, reconstruction)))
     return grid
 
 

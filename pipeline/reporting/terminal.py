@@ -165,7 +165,11 @@ class ProgressDisplay:
             )
             for step in self._running.values():
                 bar = ProgressBar(
-                    total=step.total or None, completed=step.done, pulse=not step.total, animation_time=now
+                    total=step.total or None,
+                    completed=step.done,
+                    pulse=not step.total,
+                    complete_style="blue",
+                    animation_time=now,
                 )
                 eta = f"ETA {clock(step.eta_s)}" if step.eta_s is not None else ""
                 amount = step.percent if narrow else step.amount

@@ -42,8 +42,8 @@ class ReportConfig:
 
     title: str
     scored: tuple[Scored, ...]
-    datasets: tuple[str, ...]
-    """Names of the inputs that are shard steps, the pretraining set first."""
+    sources: Mapping[str, str]
+    """Input that is a shard step -> where its images came from; the pretraining set is `shard`."""
     config: Mapping[str, Any]
     """The resolved configuration, without what decides no result."""
 
@@ -73,7 +73,7 @@ def report(config: ReportConfig, inputs: Mapping[str, StageInput], attempt: Atte
             reconstructions_note=f"{len(panel)} held-out images, {config.config['model']['mask_ratio']:.0%} of the patches hidden",
             curves_png=pictures["curves.png"],
             scores_png=pictures.get("scores.png"),
-            datasets=[_dataset_card(name, inputs) for name in config.datasets],
+            datasets=[_dataset_card(name, config, inputs) for name in config.sources],
             steps=[_step_row(name, step) for name, step in inputs.items()],
             config=config.config,
             versions=versions(),
@@ -81,7 +81,7 @@ def report(config: ReportConfig, inputs: Mapping[str, StageInput], attempt: Atte
             command="mae run CONFIG.yaml",
             addresses={
                 "encoder": f"{pretrained.store.uri}/encoder.safetensors",
-                "data": inputs[config.datasets[0]].root_uri,
+                "data": inputs["shard"].root_uri,
             },
         )
     )
@@ -114,7 +114,7 @@ def _curves(pretrained: StageInput) -> Curves:
 
 def _summary(config: ReportConfig, inputs: Mapping[str, StageInput]) -> str:
     encoder, recipe = config.config["model"]["encoder"], config.config["pretrain"]
-    served = inputs[config.datasets[0]].facts["counts"]["total"]["served"]
+    served = inputs["shard"].facts["counts"]["total"]["served"]
     height, width = encoder["image_size"]
     return (
         f"ViT {encoder['embed_dim']} wide, {encoder['depth']} deep, patch {encoder['patch_size']}, {height} x {width} px; "
@@ -122,12 +122,12 @@ def _summary(config: ReportConfig, inputs: Mapping[str, StageInput]) -> str:
     )
 
 
-def _dataset_card(name: str, inputs: Mapping[str, StageInput]) -> DatasetCard:
+def _dataset_card(name: str, config: ReportConfig, inputs: Mapping[str, StageInput]) -> DatasetCard:
     facts = inputs[name].facts
     total = facts["counts"]["total"]
     return DatasetCard(
         name=name,
-        source=facts["source"],
+        source=config.sources[name],
         listed=total["listed"],
         stored=total["stored"],
         served=total["served"],

@@ -7,9 +7,11 @@ Errors: Stopped when asked to stop; Fenced; PipelineError from a worker, or when
 
 import json
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -97,12 +99,16 @@ def _on_ray_worker(settings: Mapping[str, Any]) -> None:
 
 
 def _run_on_ray(spec: TrainSpec, attempt: Attempt) -> None:
+    import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     resources = attempt.resources
-    use_gpu = bool(resources["use_gpu"])
     workers = resources["workers"]
+    least = workers if isinstance(workers, int) else workers[0]
+    use_gpu = resources["use_gpu"]
+    if use_gpu is None:
+        use_gpu = ray.cluster_resources().get("GPU", 0) >= least
     trainer = TorchTrainer(
         _on_ray_worker,
         train_loop_config={"spec": spec, "attempt": attempt, "cpus_per_worker": resources["cpus_per_worker"]},
@@ -117,7 +123,9 @@ def _run_on_ray(spec: TrainSpec, attempt: Attempt) -> None:
         run_config=RunConfig(
             # The name holds fingerprint and generation: Ray Train would silently continue an old run of the same name.
             name=f"{attempt.step_name}-{attempt.fingerprint[:12]}-{attempt.generation:04d}",
-            storage_path=resources["ray_storage_path"],
+            storage_path=str(
+                Path(tempfile.gettempdir()) / "mae-ray-train"
+            ),  # Ray's own notes; the truth is in the store
             failure_config=FailureConfig(
                 max_failures=int(resources["max_failures"]),
                 max_preemption_failures=int(resources["max_preemptions"]),

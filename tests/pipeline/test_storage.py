@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import ConfigError, StorageError
-from pipeline.storage import FileStore, MissingObject, ObjectInfo, S3Store, open_store, probe
+from pipeline.storage import DeniedObject, FileStore, MissingObject, ObjectInfo, S3Store, open_store, probe
 
 
 @pytest.fixture(params=["file", "s3"])
@@ -224,6 +224,7 @@ class _Scripted(http.server.BaseHTTPRequestHandler):
     """An S3 endpoint that answers from `answers`, then keeps to the last: (status, code, headers, body)."""
 
     answers = ()
+    protocol_version = "HTTP/1.1"  # with 1.0 boto3 waits a second for "100 Continue"
 
     def _answer(self):
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -275,15 +276,16 @@ def test_a_body_that_breaks_off_is_read_again(scripted):
 
 
 @pytest.mark.parametrize(
-    ("answer", "words"),
+    ("answer", "kind", "words"),
     [
-        ((403, "AccessDenied", {}, b""), "access denied.*s3:GetObject"),
-        ((403, "InvalidAccessKeyId", {}, b""), "credentials are refused.*InvalidAccessKeyId"),
+        ((403, "AccessDenied", {}, b""), DeniedObject, "access denied.*s3:GetObject"),
+        ((403, "InvalidAccessKeyId", {}, b""), StorageError, "credentials are refused.*InvalidAccessKeyId"),
     ],
 )
-def test_refusals_are_named(scripted, answer, words):
-    with pytest.raises(StorageError, match=words):
+def test_refusals_are_named(scripted, answer, kind, words):
+    with pytest.raises(StorageError, match=words) as caught:
         scripted(answer).read("a")
+    assert type(caught.value) is kind
 
 
 def test_missing_credentials_are_named(s3_endpoint, monkeypatch, tmp_path):

@@ -74,6 +74,7 @@ def test_cmyk():
     taken = take_in(encoded(cmyk, quality=95), **LIMITS)
     assert taken.policy == "reencoded:cmyk"
     assert differ(taken, gradient()) < 3
+    assert simplejpeg.decode_jpeg_header(taken.data)[3] == "444"
 
 
 def test_grayscale():

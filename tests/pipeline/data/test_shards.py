@@ -9,6 +9,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -123,12 +124,12 @@ def test_a_plan_holds_each_sample_once_within_its_limits(sizes, test_every, min_
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.integers(1, 1000), min_size=1, max_size=200), st.integers(1, 30))
+@given(st.lists(st.integers(500, 1000), min_size=1, max_size=200), st.integers(1, 30))
 def test_cuts_are_even(sizes, parts):
     edges = cut_evenly(np.asarray(sizes), max_bytes=10**9, min_parts=parts)
-    runs = [sum(sizes[start:end]) for start, end in zip(edges, edges[1:], strict=False)]
+    runs = [sum(sizes[start:end]) for start, end in pairwise(edges)]
     assert len(runs) == min(parts, len(sizes))
-    if len(sizes) >= 10 * parts and max(sizes) <= 2 * min(sizes):
+    if len(sizes) >= 10 * parts:
         assert max(runs) - min(runs) <= 2 * max(sizes)  # each edge is off by at most one item
 
 

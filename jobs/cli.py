@@ -1,0 +1,74 @@
+"""The `mae` command. Commands are thin: they parse, call pipeline, print. Heavy imports wait until a command runs.
+
+Exit codes: 0 done, 1 failed, 2 wrong input, 3 stopped and resumable, 4 done with more quarantined images than the warning share."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.job import app as job_app
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="From a folder or bucket of images to an evaluated Masked Autoencoder encoder.",
+)
+app.add_typer(job_app, name="job")
+
+Config = Annotated[Path, typer.Argument(help="YAML file of the run.", metavar="CONFIG.yaml")]
+Set = Annotated[
+    list[str], typer.Option("--set", help="Overrides a field: --set pretrain.epochs=100", metavar="FIELD=VALUE")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="End with one JSON line on standard output.")]
+
+
+@app.command()
+def run(
+    config: Config,
+    overrides: Set = [],  # noqa: B006 - typer copies it
+    in_process: Annotated[bool, typer.Option("--in-process", help="No Ray, one worker; a debugger works.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Runs every step that is not done: snapshot, shard, pretrain, evaluate, report."""
+    from jobs.run import run_command
+
+    raise typer.Exit(run_command(config, overrides, executor="in_process" if in_process else "ray", as_json=as_json))
+
+
+@app.command()
+def plan(config: Config, overrides: Set = [], as_json: AsJson = False) -> None:  # noqa: B006
+    """Says for every step whether it is cached or would run, and which field made it differ. Writes nothing."""
+    from jobs.run import plan_command
+
+    raise typer.Exit(plan_command(config, overrides, as_json=as_json))
+
+
+@app.command()
+def ui(
+    config: Annotated[Path | None, typer.Argument(help="YAML file of a run; left out: the store in ./.mae.")] = None,
+    overrides: Set = [],  # noqa: B006
+    port: Annotated[int, typer.Option(help="On 127.0.0.1.")] = 5000,
+) -> None:
+    """Opens MLflow on this machine's loopback, on the runs of a configuration."""
+    from jobs.run import ui_command
+
+    raise typer.Exit(ui_command(config, overrides, port=port))
+
+
+def main() -> None:
+    """Entry point: a person's mistake is one clear line, never a traceback."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(3)
+    except Exception as error:
+        from jobs.console import explain
+
+        sys.exit(explain(error))
+
+
+if __name__ == "__main__":
+    main()

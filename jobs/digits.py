@@ -1,0 +1,48 @@
+"""scikit-learn's bundled handwritten digits (1,797 of 8 x 8 pixels) as a tree of image files, with three bad ones planted.
+
+    FOLDER/train/3/0042.png    1,397 images (with held_out="val": 1,097)
+    FOLDER/test/7/1700.png     400 images (with held_out="val": the 300 that come out of train, to choose settings by)
+The split is fixed: a keyed permutation cut at fixed places. Images are enlarged to 16 x 16 (bicubic) and stored as PNG."""
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from pipeline.data.randomness import permutation
+
+SIDE = 16
+TEST, VALIDATION = 400, 300
+BAD = {
+    "train/3/bad-empty.png": b"",
+    "train/5/bad-truncated.png": None,
+    "train/8/bad-text.jpg": b"this is not an image\n",
+}
+"""Planted to end in quarantine: empty, truncated (half of a good file), and text under an image's name."""
+
+
+def write_digits(folder: Path, *, held_out: Literal["test", "val"] = "test") -> Path:
+    """Writes the tree (once: the finished folder appears by rename); returns it."""
+    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+
+    if folder.exists():
+        return folder
+    digits = load_digits()
+    order = permutation(len(digits.target), "digits split", 0)
+    test, validation, rest = np.split(order, [TEST, TEST + VALIDATION])
+    parts = {"train": np.concatenate([validation, rest]), "test": test}
+    if held_out == "val":
+        parts = {"train": rest, "test": validation}
+    unfinished = folder.with_name(f".{folder.name}-unfinished")
+    for split, indices in parts.items():
+        for index in indices:
+            pixels = np.round(digits.images[index] * 255 / 16).astype(np.uint8)
+            path = unfinished / split / str(digits.target[index]) / f"{index:04d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(path)
+    good = next((unfinished / "train" / "5").glob("*.png")).read_bytes()
+    for name, content in BAD.items():
+        (unfinished / name).write_bytes(good[: len(good) // 2] if content is None else content)
+    unfinished.rename(folder)
+    return folder

@@ -1,0 +1,143 @@
+"""mae run, mae plan, mae ui: configuration in, tables and pictures out."""
+
+import io
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pipeline.config import RunConfig, load_config
+from pipeline.graph.runner import Outcome
+from pipeline.graph.step import Executor
+from pipeline.reporting.reconstructions import terminal_reconstruction
+from pipeline.reporting.rows import PlanRow, StepRow
+from pipeline.reporting.terminal import ProgressDisplay, closing_table, plan_table
+from pipeline.run import RunSummary, detail_of, plan, run
+from pipeline.tracking import resolve_tracking_uri, serve
+
+DEFAULT_STORE = ".mae/store"
+
+
+def run_command(config_path: Path, overrides: Sequence[str], *, executor: Executor, as_json: bool) -> int:
+    """Runs and shows; returns the exit code."""
+    summary = run_and_show(load_config(config_path, overrides), executor=executor)
+    if as_json:
+        print(json.dumps(as_line(summary)))
+    return summary.exit_code
+
+
+def run_and_show(config: RunConfig, *, executor: Executor) -> RunSummary:
+    """Runs with progress on standard error, closing with the tables and a reconstruction."""
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    console = Console(stderr=True, highlight=False)
+    with ProgressDisplay(console=console) as display:
+        summary = run(config, executor=executor, display=display)
+    console.print()
+    _show_reconstruction(console, summary)
+    addresses = dict(summary.addresses)
+    console.print(closing_table([_row(o) for o in summary.outcomes], scores=summary.scores, addresses=addresses))
+    console.print(verdict_line(config, summary), soft_wrap=True)
+    return summary
+
+
+def verdict_line(config: RunConfig, summary: RunSummary) -> str:
+    """What happened, and what to do about it."""
+    if summary.verdict == "failed":
+        return "failed: mend what the table names, and run the same command again; finished steps stay finished"
+    if summary.verdict == "stopped":
+        return "stopped, nothing is lost: the same command goes on from here"
+    if summary.verdict == "warned":
+        return (
+            f"done, but {summary.bad_share:.1%} of the images are unreadable, more than data.bad_share_warn="
+            f"{config.data.bad_share_warn:.1%}: quarantine.parquet in the shard step's folder names them"
+        )
+    return "done"
+
+
+def as_line(summary: RunSummary) -> dict[str, Any]:
+    """The JSON line that ends `mae run --json`."""
+    scores: dict[str, Any] = {}
+    for score in summary.scores:
+        entry = {"mean": score.mean, "sd": score.sd, "values": list(score.values)}
+        scores.setdefault(score.dataset, {}).setdefault(score.protocol, {})[score.encoder] = entry
+    return {
+        "run": summary.run_id,
+        "verdict": summary.verdict,
+        "steps": [
+            {
+                "name": outcome.step.name,
+                "fingerprint": outcome.step.fingerprint,
+                "state": outcome.state,
+                "uri": outcome.uri,
+                "seconds": round(outcome.seconds, 3),
+            }
+            for outcome in summary.outcomes
+        ],
+        "scores": scores,
+        "addresses": dict(summary.addresses),
+    }
+
+
+def plan_command(config_path: Path, overrides: Sequence[str], *, as_json: bool) -> int:
+    """Shows what a run would do."""
+    rows = plan(load_config(config_path, overrides))
+    if as_json:
+        steps = [
+            {
+                "name": row.step.name,
+                "fingerprint": row.step.fingerprint,
+                "state": row.state,
+                "differs": list(row.differs),
+                "uri": row.uri,
+                "memory_gib": None,
+                "seconds": None,
+                "cost": None,
+            }
+            for row in rows
+        ]
+        print(json.dumps({"steps": steps}))
+        return 0
+    shown = [
+        PlanRow(name=row.step.name, state=row.state, fingerprint=row.step.fingerprint, differs="; ".join(row.differs))
+        for row in rows
+    ]
+    Console(highlight=False).print(plan_table(shown))
+    return 0
+
+
+def ui_command(config_path: Path | None, overrides: Sequence[str], *, port: int) -> int:
+    """Serves MLflow until interrupted."""
+    config = load_config(config_path, overrides) if config_path else None
+    store = config.store if config else str(Path(DEFAULT_STORE).absolute())
+    serve(resolve_tracking_uri(config.tracking.uri if config else None, store_uri=store), port=port)
+    return 0
+
+
+def _row(outcome: Outcome) -> StepRow:
+    return StepRow(
+        name=outcome.step.name,
+        state=outcome.state,
+        fingerprint=outcome.step.fingerprint,
+        seconds=outcome.seconds if outcome.state != "blocked" else None,
+        generation=outcome.receipt.generation if outcome.receipt else None,
+        uri=outcome.uri,
+        detail=detail_of(outcome),
+    )
+
+
+def _show_reconstruction(console: Console, summary: RunSummary) -> None:
+    """The first held-out image: original, what the encoder sees, the model's guess."""
+    if not sys.stderr.isatty():
+        return
+    pretrained = next((o for o in summary.outcomes if o.step.name == "pretrain" and o.receipt), None)
+    if pretrained is None or pretrained.receipt is None:
+        return
+    import numpy as np
+
+    data = pretrained.receipt.as_input(pretrained.uri).store.read("reconstructions.npz")
+    original, hidden, _, after = np.load(io.BytesIO(data), allow_pickle=False)["images"][0]
+    console.print(terminal_reconstruction(original, hidden, after))

@@ -1,0 +1,293 @@
+"""One pipeline run: checks everything that can be checked before anything is held, walks the graph, keeps MLflow informed.
+
+Tracking never fails a run once it has begun: what MLflow refuses becomes a warning. Errors: ConfigError and PipelineError before
+the first step; afterwards every step's outcome is in the summary."""
+
+import logging
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from pipeline import cluster, tracking
+from pipeline.config import RunConfig
+from pipeline.data.sources import list_source
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.graph.receipts import versions
+from pipeline.graph.runner import Outcome, PlanRow, Run, plan_graph
+from pipeline.graph.step import Executor, Step
+from pipeline.reporting.rows import Score, as_metrics
+from pipeline.stages.report import PAGE, PICTURES, ReportConfig, collect_scores
+from pipeline.storage import Store, open_store, probe
+from pipeline.workflow import build
+
+log = logging.getLogger(__name__)
+
+EXIT_CODES: Mapping[str, int] = {"done": 0, "failed": 1, "stopped": 3, "warned": 4}
+
+
+class Display(Protocol):
+    """Where a run shows how far it is."""
+
+    def update(self, step_name: str, done: int, total: int, unit: str, fields: Mapping[str, float]) -> None:
+        """A step under way."""
+        ...
+
+    def step_state(self, step_name: str, state: Any, *, detail: str = "") -> None:
+        """A step began or ended."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """How a run ended."""
+
+    run_id: str
+    outcomes: Sequence[Outcome]
+    scores: Sequence[Score]
+    addresses: Mapping[str, str]
+    bad_share: float
+    """Share of unreadable images, of the worst dataset."""
+    verdict: Literal["done", "failed", "stopped", "warned"]
+
+    @property
+    def exit_code(self) -> int:
+        """0 done, 1 failed, 3 stopped and resumable, 4 done with more quarantined images than data.bad_share_warn."""
+        return EXIT_CODES[self.verdict]
+
+
+def plan(config: RunConfig) -> list[PlanRow]:
+    """What a run would do; writes nothing."""
+    steps = build(config)
+    store = open_store(config.store)
+    unable = [step.name for step in steps if step.name.startswith("snapshot") and _source_problem(step)]
+    return plan_graph(steps, store=store, unable=unable)
+
+
+def run(config: RunConfig, *, executor: Executor, display: Display) -> RunSummary:
+    """Runs all that is not done."""
+    steps = build(config)
+    store = open_store(config.store)
+    _check_before(config, steps, store, executor)
+    uri = tracking.resolve_tracking_uri(config.tracking.uri, store_uri=store.uri)
+    tracking.check_tracking(uri)
+    family = _Family(uri, config, display)
+    if executor == "ray" and any(row.state == "to_run" for row in plan_graph(steps, store=store)):
+        cluster.connect()
+    walk = Run(steps, store=store, executor=executor, hooks=family, parallel=config.resources.parallel_steps)
+    try:
+        with _stop_on_signals(walk.request_stop):
+            outcomes = walk.walk()
+    finally:
+        if executor == "ray":
+            cluster.disconnect()
+    summary = _summarise(config, family, outcomes, store)
+    family.close(summary, store)
+    return summary
+
+
+class _Family:
+    """The runner's hooks: a parent run in MLflow with a child for each step, and the terminal."""
+
+    def __init__(self, uri: str, config: RunConfig, display: Display) -> None:
+        self.tracking_uri, self.config, self.display = uri, config, display
+        self.run_id = tracking.open_parent(
+            uri,
+            experiment=config.tracking.experiment,
+            name=config.name,
+            tags={"git.revision": git_revision(), **{f"version.{name}": v for name, v in versions().items()}},
+            params=config.model_dump(),
+        )
+
+    def begin(self, step: Step) -> str:
+        self.display.step_state(step.name, "running")
+        with _warned(f"tracking of {step.name}"):
+            return tracking.open_child(
+                self.tracking_uri,
+                experiment=self.config.tracking.experiment,
+                parent_run_id=self.run_id,
+                name=step.name,
+                fingerprint=step.fingerprint,
+                tags={"mae.step": step.name},
+                params=step.identity()["config"],
+            )
+        return ""
+
+    def progress(self, step_name: str, done: int, total: int, unit: str, fields: Mapping[str, float]) -> None:
+        self.display.update(step_name, done, total, unit, fields)
+
+    def end(self, outcome: Outcome) -> None:
+        self.display.step_state(outcome.step.name, outcome.state, detail=detail_of(outcome))
+        with _warned(f"tracking of {outcome.step.name}"):
+            if outcome.state == "cached":
+                self._link(outcome)
+            elif outcome.mlflow_run_id:
+                self._log_result(outcome)
+                status: Mapping[str, tracking.RunStatus] = {"done": "FINISHED", "stopped": "KILLED"}
+                tracking.close_run(self.tracking_uri, outcome.mlflow_run_id, status.get(outcome.state, "FAILED"))
+
+    def close(self, summary: RunSummary, store: Store) -> None:
+        """Scores, the page and its pictures on the parent run."""
+        with _warned("tracking of the run"):
+            tracking.log_scores(self.tracking_uri, self.run_id, as_metrics(summary.scores))
+            page = next((o for o in summary.outcomes if o.step.name == "report" and o.receipt), None)
+            if page and page.receipt:
+                files = page.receipt.as_input(page.uri).store
+                for name in (PAGE, *PICTURES):
+                    if files.exists(name):
+                        tracking.log_figure(self.tracking_uri, self.run_id, files.read(name), f"report/{name}")
+            ended: Mapping[str, tracking.RunStatus] = {"failed": "FAILED", "stopped": "KILLED"}
+            tracking.close_run(self.tracking_uri, self.run_id, ended.get(summary.verdict, "FINISHED"))
+
+    def _link(self, outcome: Outcome) -> None:
+        run_id = tracking.find_child(
+            self.tracking_uri, experiment=self.config.tracking.experiment, fingerprint=outcome.step.fingerprint
+        )
+        if run_id:
+            tracking.link_child(self.tracking_uri, parent_run_id=self.run_id, name=outcome.step.name, run_id=run_id)
+
+    def _log_result(self, outcome: Outcome) -> None:
+        if outcome.receipt is None:
+            return
+        facts = outcome.receipt.facts
+        numbers = {f"result/{key}": float(value) for key, value in facts.items() if isinstance(value, int | float)}
+        tracking.log_scores(self.tracking_uri, outcome.mlflow_run_id, numbers)
+        shards = next((s for s in (outcome.step, *outcome.step.inputs.values()) if s.name.startswith("shard")), None)
+        digest = facts.get("dataset_digest") or facts.get("digest")
+        if shards and digest:
+            tracking.log_dataset(
+                self.tracking_uri,
+                outcome.mlflow_run_id,
+                name=shards.name,
+                digest=str(digest),
+                source=str(shards.config.source),
+                context="training",
+            )
+
+
+def detail_of(outcome: Outcome) -> str:
+    """One line on why a step is not simply done."""
+    if outcome.error is not None:
+        text = str(outcome.error) or type(outcome.error).__name__
+        return (
+            text
+            if isinstance(outcome.error, PipelineError | ConfigError)
+            else f"{type(outcome.error).__name__}: {text}"
+        )
+    if outcome.receipt is not None and outcome.receipt.facts.get("skipped"):
+        return f"not evaluated: {outcome.receipt.facts['skipped']}"
+    if outcome.receipt is not None and outcome.receipt.facts.get("quarantined"):
+        return f"{outcome.receipt.facts['quarantined']} images quarantined"
+    if outcome.state == "blocked":
+        return "an input is missing"
+    return ""
+
+
+def git_revision() -> str:
+    """The commit of the code that runs, with `+` when the tree has changes; `unknown` outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        revision = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return revision + ("+" if changed else "")
+
+
+def _check_before(config: RunConfig, steps: Sequence[Step], store: Store, executor: Executor) -> None:
+    """Whatever can be refused before GPUs are held."""
+    probe(store)
+    to_run = {row.step.name for row in plan_graph(steps, store=store) if row.state == "to_run"}
+    for step in steps:
+        if step.name in to_run and (problem := _source_problem(step)):
+            raise problem
+    low = config.resources.workers if isinstance(config.resources.workers, int) else config.resources.workers[0]
+    needed, there = low * config.resources.cpus_per_worker, os.cpu_count() or 1
+    if executor == "ray" and "RAY_ADDRESS" not in os.environ and needed > there:
+        raise ConfigError(
+            f"resources.workers={low} at cpus_per_worker={config.resources.cpus_per_worker} need {needed} CPUs, this machine has "
+            f"{there}: write fewer workers, or cpus_per_worker={there / low:.2f}"
+        )
+
+
+def _source_problem(step: Step) -> PipelineError | ConfigError | None:
+    if not step.name.startswith("snapshot"):
+        return None
+    try:
+        next(item for item in list_source(step.config.source) if item.role == "image")
+    except (PipelineError, ConfigError) as problem:
+        return problem
+    return None
+
+
+def _summarise(config: RunConfig, family: _Family, outcomes: Sequence[Outcome], store: Store) -> RunSummary:
+    page = next(outcome for outcome in outcomes if outcome.step.name == "report")
+    scored = page.step.config.scored if isinstance(page.step.config, ReportConfig) else ()
+    finished = {o.step.name: o.receipt.as_input(o.uri) for o in outcomes if o.receipt}
+    shares = [float(o.receipt.facts["bad_share"]) for o in outcomes if o.receipt and "bad_share" in o.receipt.facts]
+    bad_share = max(shares, default=0.0)
+    states = {outcome.state for outcome in outcomes}
+    verdict: Literal["done", "failed", "stopped", "warned"] = "done"
+    if "failed" in states:
+        verdict = "failed"
+    elif "stopped" in states:
+        verdict = "stopped"
+    elif bad_share > config.data.bad_share_warn:
+        verdict = "warned"
+    addresses = {"store": store.uri, "tracking": family.tracking_uri}
+    if page.receipt:
+        files = page.receipt.as_input(page.uri).store
+        addresses["report"] = str(files.local_path(PAGE) or f"{files.uri}/{PAGE}")
+    pretrained = finished.get("pretrain")
+    if pretrained:
+        addresses["encoder"] = f"{pretrained.store.uri}/encoder.safetensors"
+    return RunSummary(
+        run_id=family.run_id,
+        outcomes=outcomes,
+        scores=collect_scores(tuple(one for one in scored if one.input in finished), finished),
+        addresses=addresses,
+        bad_share=bad_share,
+        verdict=verdict,
+    )
+
+
+@contextmanager
+def _warned(what: str) -> Iterator[None]:
+    try:
+        yield
+    except PipelineError as error:
+        log.warning("%s: %s", what, error)
+
+
+@contextmanager
+def _stop_on_signals(request_stop: Callable[[], None]) -> Iterator[None]:
+    """The first SIGINT or SIGTERM asks the run to save and stop; a second one cuts it off."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, _: object) -> None:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        request_stop()
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
