@@ -64,7 +64,7 @@ def main() -> None:
         app()
     except KeyboardInterrupt:
         sys.exit(3)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - explain() raises again what is no person's mistake
         from jobs.console import explain
 
         sys.exit(explain(error))

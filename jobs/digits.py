@@ -24,7 +24,7 @@ BAD = {
 
 def write_digits(folder: Path, *, held_out: Literal["test", "val"] = "test") -> Path:
     """Writes the tree (once: the finished folder appears by rename); returns it."""
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+    from sklearn.datasets import load_digits
 
     if folder.exists():
         return folder

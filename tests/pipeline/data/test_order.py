@@ -135,6 +135,9 @@ def test_far_seek_is_arithmetic():
     slots = order.global_batch(10**9, 1024)
     assert set(slots.epochs.tolist()) == {10240}
     assert len(set(pairs(slots))) == 1024
+    assert (
+        np.lexsort((slots.positions, slots.lanes)) == np.arange(1024)
+    ).all()  # by position within a lane, on any numpy
     assert len(set(slots.shards.tolist())) > 64 * 4  # windows of 8 shards in each of 64 lanes
 
 
