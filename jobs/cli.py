@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 failed, 2 wrong input, 3 stopped and resumable, 4 done with more quarantined images than the warning share."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -59,9 +60,14 @@ def ui(
 
 
 def main() -> None:
-    """Entry point: a person's mistake is one clear line, never a traceback."""
+    """Entry point of `mae`."""
+    guarded(app)
+
+
+def guarded(command: Callable[[], None]) -> None:
+    """Runs a command; a person's mistake is one clear line, never a traceback."""
     try:
-        app()
+        command()
     except KeyboardInterrupt:
         sys.exit(3)
     except Exception as error:  # noqa: BLE001 - explain() raises again what is no person's mistake
