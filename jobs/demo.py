@@ -15,7 +15,9 @@ import typer
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path(".demo"),
     seeds: Annotated[int, typer.Option(min=1, help="Evaluations are repeated with so many seeds.")] = 1,
-    quick: Annotated[bool, typer.Option("--quick", help="Ten epochs instead of a hundred: does it run at all?")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Ten epochs instead of a hundred: does it run at all?")
+    ] = False,
 ) -> None:
     """Runs the digits configuration in OUT."""
     from jobs.digits import write_digits

@@ -3,10 +3,14 @@
 The token comes from the environment (RAY_AUTH_MODE=token with RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH)."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
 
 app = typer.Typer(no_args_is_help=True, help="Runs on a Ray cluster.")
 
@@ -30,10 +34,23 @@ def submit(
     from pipeline.config import load_config
 
     checked = load_config(config, overrides)
+    for warning in _warnings(checked):
+        typer.echo(f"WARNING {warning}", err=True)
     text = yaml.safe_dump(json.loads(checked.model_dump_json()), sort_keys=False)
     job = submit_run(checked.name, text, address=address)
     typer.echo(job)
     typer.echo(f"mae job logs {job} --address {address} --follow", err=True)
+
+
+def _warnings(config: "RunConfig") -> Iterator[str]:
+    """What works here and may not work there."""
+    for field, address in (("store", config.store), ("data.source", config.data.source)):
+        if not address.startswith("s3://"):
+            yield f"{field} {address} is a folder: every node of the cluster must see it under this path"
+    uri = config.tracking.uri
+    if uri is None or uri.startswith("sqlite"):
+        shown = uri or "is not set: where the cluster sets no MLFLOW_TRACKING_URI it"
+        yield f"tracking.uri {shown} is a file of the machine that drives the run; name an MLflow server"
 
 
 @app.command()

@@ -5,18 +5,19 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from pipeline.cluster import Executor
 from pipeline.config import RunConfig, load_config
 from pipeline.graph.runner import Outcome
-from pipeline.graph.step import Executor
 from pipeline.reporting.reconstructions import terminal_reconstruction
 from pipeline.reporting.rows import PlanRow, StepRow
 from pipeline.reporting.terminal import ProgressDisplay, closing_table, plan_table
-from pipeline.run import RunSummary, detail_of, plan, run
+from pipeline.run import EXIT_CODES, RunSummary, detail_of, plan, run
 from pipeline.tracking import resolve_tracking_uri, serve
 
 DEFAULT_STORE = ".mae/store"
@@ -24,7 +25,11 @@ DEFAULT_STORE = ".mae/store"
 
 def run_command(config_path: Path, overrides: Sequence[str], *, executor: Executor, as_json: bool) -> int:
     """Runs and shows; returns the exit code."""
-    summary = run_and_show(load_config(config_path, overrides), executor=executor)
+    try:
+        summary = run_and_show(load_config(config_path, overrides), executor=executor)
+    except KeyboardInterrupt:
+        print("mae: cut off; the same command goes on from what was saved last", file=sys.stderr)
+        return EXIT_CODES["stopped"]
     if as_json:
         print(json.dumps(as_line(summary)))
     return summary.exit_code
@@ -34,12 +39,14 @@ def run_and_show(config: RunConfig, *, executor: Executor) -> RunSummary:
     """Runs with progress on standard error, closing with the tables and a reconstruction."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     console = Console(stderr=True, highlight=False)
-    with ProgressDisplay(console=console) as display:
+    # standard output belongs to results: DeepSpeed prints there
+    with redirect_stdout(sys.stderr), ProgressDisplay(console=console) as display:
         summary = run(config, executor=executor, display=display)
     console.print()
     _show_reconstruction(console, summary)
     addresses = dict(summary.addresses)
-    console.print(closing_table([_row(o) for o in summary.outcomes], scores=summary.scores, addresses=addresses))
+    rows = [_row(outcome) for outcome in summary.outcomes]
+    console.print(closing_table(rows, scores=summary.scores, addresses=addresses), soft_wrap=True)
     console.print(verdict_line(config, summary), soft_wrap=True)
     return summary
 
@@ -84,6 +91,7 @@ def as_line(summary: RunSummary) -> dict[str, Any]:
 
 def plan_command(config_path: Path, overrides: Sequence[str], *, as_json: bool) -> int:
     """Shows what a run would do."""
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     rows = plan(load_config(config_path, overrides))
     if as_json:
         steps = [
@@ -102,11 +110,17 @@ def plan_command(config_path: Path, overrides: Sequence[str], *, as_json: bool) 
         print(json.dumps({"steps": steps}))
         return 0
     shown = [
-        PlanRow(name=row.step.name, state=row.state, fingerprint=row.step.fingerprint, differs="; ".join(row.differs))
+        PlanRow(name=row.step.name, state=row.state, fingerprint=row.step.fingerprint, differs=_why(row.differs))
         for row in rows
     ]
-    Console(highlight=False).print(plan_table(shown))
+    Console(highlight=False).print(plan_table(shown), soft_wrap=True)
     return 0
+
+
+def _why(differs: Sequence[str]) -> str:
+    """A step's own fields; that its inputs are made anew is said only where nothing else is."""
+    own = [line for line in differs if not line.startswith("inputs.")]
+    return "; ".join(own or differs)
 
 
 def ui_command(config_path: Path | None, overrides: Sequence[str], *, port: int) -> int:

@@ -14,13 +14,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from pipeline.errors import PipelineError
-from pipeline.graph.step import Executor, Progress
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+Executor = Literal["ray", "in_process"]
+"""`ray`: stages, tasks and workers are Ray's. `in_process`: everything in this process, one worker, a debugger works."""
+
+
+class Progress(Protocol):
+    """Where a stage says how far it is; cheap, may be called often, never fails the stage."""
+
+    def update(self, done: int, total: int, *, unit: str, **fields: float) -> None:
+        """`done` of `total` units; `fields` are shown beside the bar (loss=0.61, images_per_s=512)."""
+        ...
+
 
 WORKER_ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -41,6 +52,8 @@ PASSED_ON = (
 )
 """Names (no secrets among them: Ray shows a job's environment to whoever holds its token) copied from the driver to its workers.
 Credentials come from each node's own standard chain; on one machine the workers inherit the driver's environment."""
+STOP_WITHIN_S = "120"
+"""Between SIGTERM and SIGKILL when a job is stopped: time for a checkpoint. Ray's own is 3."""
 IN_FLIGHT = 64
 """Tasks handed to Ray at once."""
 
@@ -74,6 +87,13 @@ def connect(*, cpus: int | None = None) -> None:
     except (ConnectionError, RuntimeError, ValueError) as cause:
         where = address or "on this machine"
         raise PipelineError(f"Ray {where}: cannot connect ({cause}). Unset RAY_ADDRESS to run here") from cause
+
+
+def node_count() -> int:
+    """Living machines of the cluster that `connect` joined."""
+    import ray
+
+    return sum(bool(node["Alive"]) for node in ray.nodes())
 
 
 def disconnect() -> None:
@@ -161,9 +181,10 @@ class Handle:
             return ray.get(self.reference)
         except ray.exceptions.RayTaskError as error:
             raise own_error(error) from None
-        except ray.exceptions.WorkerCrashedError as error:
+        except ray.exceptions.RayError as error:  # killed, out of memory, its node lost: one line of what Ray says
+            what = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise PipelineError(
-                f"the process that coordinated the step died ({error}); run the same command again"
+                f"the process that coordinated the step died ({type(error).__name__}: {what}). Run the same command again"
             ) from None
 
     def cancel(self) -> None:
@@ -207,10 +228,13 @@ class ProgressBoard:
         return _BoardWriter(self.actor, step_name)
 
     def take(self) -> dict[str, tuple[int, int, str, Mapping[str, float]]]:
-        """The words since the last call: step -> (done, total, unit, fields)."""
+        """The words since the last call: step -> (done, total, unit, fields); none when the board does not answer."""
         import ray
 
-        return dict(ray.get(self.actor.take.remote()))
+        try:
+            return dict(ray.get(self.actor.take.remote(), timeout=10))
+        except ray.exceptions.RayError:
+            return {}
 
 
 class _BoardWriter:
@@ -235,14 +259,25 @@ def submit_run(name: str, config_text: str, *, address: str) -> str:
             if not job.status.is_terminal():
                 return str(job.submission_id)
         (Path(folder) / "run.yaml").write_text(config_text)
-        return str(
-            client.submit_job(
-                entrypoint="mae run run.yaml --json",
-                submission_id=f"{stem}-{len(earlier) + 1}",
-                runtime_env={"working_dir": folder},
-                metadata={"run": name},
-            )
-        )
+        job = {
+            "entrypoint": "mae run run.yaml --json || test $? -eq 4",  # 4: done, with a warning
+            "submission_id": f"{stem}-{len(earlier) + 1}",
+            "runtime_env": {"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": STOP_WITHIN_S}},
+            "metadata": {"run": name},
+        }
+        return _submitted(client, job, within_s=60.0)
+
+
+def _submitted(client: Any, job: Mapping[str, Any], *, within_s: float) -> str:
+    """A cluster that has only just begun has a dashboard before it can take jobs: asks again until it can."""
+    deadline = time.monotonic() + within_s
+    while True:
+        try:
+            return str(client.submit_job(**job))
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(1.0)
 
 
 def job_status(job: str, *, address: str) -> dict[str, str]:
@@ -257,6 +292,7 @@ def job_logs(job: str, *, address: str, until: Literal["now", "end"]) -> Iterato
         if until == "now":
             yield str(client.get_job_logs(job))
             return
+        client.get_job_info(job)
         lines = client.tail_job_logs(job)
         loop = asyncio.new_event_loop()
         try:
@@ -284,18 +320,28 @@ def list_runs(*, address: str) -> list[dict[str, str]]:
 
 
 def _row(job: Any) -> dict[str, str]:
-    return {"job": str(job.submission_id), "status": str(job.status.value), "message": str(job.message or "")}
+    first, _, _ = str(job.message or "").partition("\n")  # what follows is the end of the log
+    return {"job": str(job.submission_id), "status": str(job.status.value), "message": first}
 
 
 @contextmanager
 def _jobs(address: str) -> Iterator[Any]:
     """A client of the cluster's job API; what it refuses is one clear line."""
+    import aiohttp
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     try:
         yield JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, ValueError) as cause:
-        first = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+    except AuthenticationError as cause:
         raise PipelineError(
-            f"{address}: {first}. Is this the dashboard's address, and does RAY_AUTH_TOKEN hold the cluster's token?"
+            f"{address}: the cluster refuses the token: does RAY_AUTH_TOKEN hold the cluster's token, and is RAY_AUTH_MODE=token?"
         ) from cause
+    except (OSError, RuntimeError, ValueError, aiohttp.ClientError) as cause:
+        lines = str(cause).strip().splitlines()
+        first = (lines[0] if lines else type(cause).__name__).rstrip(".")
+        unknown = "does not exist" in str(cause)
+        hint = (
+            "`mae job list` names those there are" if unknown else "Is this the dashboard's address (http://head:8265)?"
+        )
+        raise PipelineError(f"{address}: {first}. {hint}") from cause

@@ -6,18 +6,70 @@ results; everything else does. Units are in the names."""
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from mae_core.config import SIZES, MAEConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StorageError
+from pipeline.storage import open_store
 from pipeline.training.spec import FinetuneRecipe, Recipe
 
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
+
+
+def _usable_address(address: str) -> str:
+    if not address.strip():
+        raise ValueError("is empty: write a folder or s3://bucket/prefix")
+    if re.match(r"[a-z0-9]+:/(?!/)", address):
+        raise ValueError(f"{address!r} has one slash too few: write {address.replace(':/', '://', 1)}")
+    try:
+        open_store(address)
+    except StorageError as cause:
+        raise ValueError(str(cause)) from cause
+    return address
+
+
+def _possible(recipe: AnyRecipe) -> AnyRecipe:
+    """Refuses what would fail, or train nothing, hours later."""
+    fractions = ("drop_path", "label_smoothing")
+    for name in ("weight_decay", "min_lr", *fractions):
+        value = getattr(recipe, name, 0.0)
+        if value < 0 or (name in fractions and value >= 1):
+            raise ValueError(
+                f"{name}={value} is not {'in [0, 1)' if name in fractions else '0 or more'}: write 0 for none"
+            )
+    if not all(0 <= beta < 1 for beta in recipe.betas):
+        raise ValueError(f"betas={recipe.betas} are not both in [0, 1): write [0.9, 0.95]")
+    decay = getattr(recipe, "layer_decay", 1.0)
+    if not 0 < decay <= 1:
+        raise ValueError(f"layer_decay={decay} is not in (0, 1]: write 1 for the same rate in all layers")
+    return recipe
+
+
 Protocol = Literal["linear", "finetune"]
+Address = Annotated[str, AfterValidator(_usable_address)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+ShortName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")]
+NAMING = {
+    r"^[A-Za-z0-9._-]{1,64}$": "1 to 64 letters, digits, dots, _ or -",
+    r"^[a-z0-9][a-z0-9_-]{0,31}$": "1 to 32 small letters, digits, _ or -",
+}
+"""The patterns in words."""
 
 
 class Section(BaseModel):
@@ -29,11 +81,11 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Where the images come from and how they are stored."""
 
-    source: str
+    source: Address
     """A folder of class folders, a flat folder, or an s3:// prefix; train/, val/ and test/ on top are explicit splits."""
-    snapshot: str = Field("1", pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    snapshot: Annotated[Name, BeforeValidator(lambda value: str(value) if type(value) is int else value)] = "1"
     """Name of the listing. A source is listed once a name: write another to take in what has changed since."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the random split and of the assignment of images to shards."""
     test_share: float = Field(0.1, ge=0, lt=1)
     """Share of the images held out as `test` when the source has no explicit splits."""
@@ -60,14 +112,27 @@ class LinearConfig(Section):
     """At a batch of 256; SGD with momentum 0.9, cosine."""
     warmup_epochs: float = Field(10.0, ge=0)
 
+    @model_validator(mode="after")
+    def _warm_before_the_end(self) -> "LinearConfig":
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs={self.warmup_epochs} is not in [0, epochs={self.epochs}): write fewer")
+        return self
+
 
 class DatasetConfig(Section):
     """A labelled dataset to evaluate on."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")
-    source: str | None = None
+    name: ShortName
+    source: Address | None = None
     """As data.source; left out: data.source itself."""
     protocols: tuple[Protocol, ...] = ("linear", "finetune")
+
+    @field_validator("protocols")
+    @classmethod
+    def _each_once(cls, value: tuple[Protocol, ...]) -> tuple[Protocol, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"protocols={list(value)}: write each once")
+        return value
 
 
 class EvaluationConfig(Section):
@@ -75,21 +140,24 @@ class EvaluationConfig(Section):
 
     datasets: tuple[DatasetConfig, ...] = (DatasetConfig(name="data"),)
     """Images without labels are passed over, and the tables say so."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
     """Every protocol is run once a seed; tables show mean and standard deviation."""
     train_labels: int | None = Field(None, ge=1)
     """Learn from so many labelled images only, equally many of each class; left out: from all."""
     linear: LinearConfig = LinearConfig()
-    finetune: FinetuneRecipe = FinetuneRecipe()
+    finetune: Annotated[FinetuneRecipe, AfterValidator(_possible)] = FinetuneRecipe()
 
     @model_validator(mode="after")
     def _unique(self) -> "EvaluationConfig":
         names = [dataset.name for dataset in self.datasets]
         if len(set(names)) < len(names):
-            raise ValueError(f"datasets has a name twice: {names}; names must differ")
+            raise ValueError(f"datasets={names} has a name twice: names must differ")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds={list(self.seeds)}: write at least one, each once")
         return self
+
+
+WORKERS = "write a number from 1, or [min, max]"
 
 
 class Resources(Section):
@@ -122,7 +190,7 @@ class Resources(Section):
     def _workers(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
         low, high = (value, value) if isinstance(value, int) else value
         if not 1 <= low <= high:
-            raise ValueError(f"workers={value}: write a number from 1, or [min, max]")
+            raise ValueError(f"workers={value}: {WORKERS}")
         return value
 
 
@@ -137,14 +205,14 @@ class TrackingConfig(Section):
 class RunConfig(Section):
     """One pipeline run, whole."""
 
-    name: str = Field("mae", pattern=r"^[A-Za-z0-9._-]{1,64}$")
-    store: str = ".mae/store"
+    name: Name = "mae"
+    store: Address = ".mae/store"
     """Object store: a folder or s3://bucket/prefix."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Of initial weights, order, crops and masks of pretraining."""
     data: DataConfig
     model: MAEConfig
-    pretrain: Recipe = Recipe()
+    pretrain: Annotated[Recipe, AfterValidator(_possible)] = Recipe()
     evaluation: EvaluationConfig = EvaluationConfig()
     resources: Resources = Resources()
     tracking: TrackingConfig = TrackingConfig()
@@ -157,7 +225,7 @@ class RunConfig(Section):
             return value
         rest = {key: item for key, item in value.items() if key not in ("size", "encoder")}
         size = value.get("size", "base")
-        if size not in SIZES:
+        if not isinstance(size, str) or size not in SIZES:
             raise ValueError(f"size={size!r} is unknown: write one of {', '.join(SIZES)}")
         encoder = value.get("encoder", {})
         if not isinstance(encoder, Mapping):
@@ -175,13 +243,24 @@ class RunConfig(Section):
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML file, applies `a.b=value` overrides, validates. Local paths become absolute."""
     document = _read_yaml(path)
-    for override in overrides:
-        _override(document, override)
+    given = [_override(document, override) for override in overrides]
     try:
         config = RunConfig.model_validate(document)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(path, document, problem) for problem in error.errors())) from error
+        complaints = [_explain(problem) for problem in error.errors()]
+    else:
+        complaints = list(_booleans_for_numbers(document, config))
+    if complaints:
+        # a union complains once a member: one line a field is enough
+        lines = {field: f"{_origin(path, given, field)}: {field}{text}" for field, text in reversed(complaints)}
+        raise ConfigError("\n".join(reversed(lines.values())))
     return _with_absolute_paths(config)
+
+
+def _origin(path: Path, given: Sequence[str], field: str) -> str:
+    """Where a field was written: the file, or --set."""
+    within = (pair for dotted in given for pair in ((field, dotted), (dotted, field)))
+    return "--set" if any(f"{inner}.".startswith(f"{outer}.") for inner, outer in within) else str(path)
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -190,12 +269,13 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002 - PyYAML's
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key is not a name", key_node.start_mark)
+            if key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is written twice", key_node.start_mark
+                    None, None, f"key {key_node.value!r} is written twice", key_node.start_mark
                 )
-            seen.add(key)
+            seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
 
@@ -203,49 +283,111 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         document = yaml.load(path.read_text(), Loader=_UniqueKeys)  # noqa: S506 - a SafeLoader
     except (OSError, UnicodeDecodeError) as cause:
-        raise ConfigError(f"{path}: cannot be read ({cause}). Give the path of a YAML file") from cause
+        words = cause.strerror if isinstance(cause, OSError) else "it is not text"
+        raise ConfigError(f"{path}: cannot be read ({words}). Give the path of a YAML file") from cause
     except yaml.YAMLError as cause:
         where = getattr(cause, "problem_mark", None)
         line = f":{where.line + 1}" if where else ""
         raise ConfigError(f"{path}{line}: not YAML ({getattr(cause, 'problem', cause)}). Mend that line") from cause
     if not isinstance(document, dict):
-        raise ConfigError(
-            f"{path}: holds {type(document).__name__}, not a mapping of fields such as data, model, pretrain"
-        )
+        held = "is empty" if document is None else f"holds a {type(document).__name__}"
+        raise ConfigError(f"{path}: {held}: write a mapping of fields such as data, model, pretrain")
     return document
 
 
-def _override(document: dict[str, Any], override: str) -> None:
+def _override(document: dict[str, Any], override: str) -> str:
+    """Writes one `a.b=value` (or `a.0.b=value`) into the document; returns `a.b`."""
     dotted, equals, text = override.partition("=")
-    if not equals or not dotted:
+    parts = dotted.strip().split(".")
+    if not equals or not all(parts):
         raise ConfigError(f"--set {override}: write field=value, for example --set pretrain.epochs=100")
-    *parents, last = dotted.strip().split(".")
-    section = document
-    for parent in parents:
-        inner = section.setdefault(parent, {})
-        if not isinstance(inner, dict):
-            raise ConfigError(f"--set {override}: {parent} is not a section, it holds {inner!r}")
-        section = inner
     try:
-        section[last] = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as cause:
         raise ConfigError(f"--set {override}: {text!r} is not a YAML value") from cause
+    section: Any = document
+    for parent, part in zip(["", *parts], parts, strict=False):
+        key: Any = part
+        if isinstance(section, list) and part.isdecimal() and int(part) < len(section):
+            key = int(part)
+        elif not isinstance(section, dict):
+            raise ConfigError(f"--set {override}: {parent} has no {part}, it holds {section!r}; write {parent} whole")
+        if key is part and section.get(key) is None:
+            section[key] = {}
+        outer, section = section, section[key]
+    outer[key] = value
+    return ".".join(parts)
 
 
-def _explain(path: Path, document: Mapping[str, Any], problem: Any) -> str:
-    location = [str(part) for part in problem["loc"] if not str(part).startswith(("function-", "tuple[", "int"))]
-    field = ".".join(location)
-    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+_WORDS: Mapping[str, str] = {
+    "int_type": "is not a whole number",
+    "int_parsing": "is not a whole number",
+    "int_from_float": "is not a whole number",
+    "float_type": "is not a number",
+    "float_parsing": "is not a number",
+    "finite_number": "is not a finite number",
+    "string_type": "is not text: write it in quotes",
+    "string_too_short": "is empty: write a name",
+    "bool_type": "is not true or false",
+    "bool_parsing": "is not true or false",
+    "tuple_type": "is not a list: write [a, b]",
+    "too_long": "has too many values: {max_length} at most",
+    "literal_error": "is unknown: write {expected}",
+    "greater_than": "is too small: write more than {gt}",
+    "greater_than_equal": "is too small: write {ge} or more",
+    "less_than": "is too large: write less than {lt}",
+    "less_than_equal": "is too large: write {le} or less",
+    "model_type": "is not a section: write its fields below it",
+    "dataclass_type": "is not a section: write its fields below it",
+}
+"""Pydantic's kinds of complaint as they are said here; `{}`: its context."""
+
+
+def _explain(problem: Any) -> tuple[str, str]:
+    """What is wrong with which field: ("pretrain.epochs", " = 'three' is not a whole number")."""
+    union = next((i for i, part in enumerate(problem["loc"]) if str(part).startswith(("tuple[", "int"))), None)
+    location = [str(part) for part in problem["loc"][:union] if not str(part).startswith("function-")]
+    field, kind = ".".join(location), problem["type"]
+    if union is not None:
+        return field, f" = {problem['input']!r}: {WORKERS}"
+    if kind in ("extra_forbidden", "unexpected_keyword_argument", "invalid_key"):
         known = _known_fields(problem["loc"][:-1])
         near = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
-        return f"{path}: {field} is not a field; {hint}"
-    if problem["type"] == "missing":
-        return f"{path}: {field} is missing; add it, or --set {field}=..."
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    given = problem["input"]
-    shown = "" if isinstance(given, (Mapping, BaseModel)) or str(given) in message else f" = {given!r}"
-    return f"{path}: {field}{shown}: {message}"
+        return field, f" is not a field; {hint}"
+    if kind == "missing":
+        if location[-1].isdecimal():
+            return ".".join(location[:-1]), f" = {list(problem['input'])} has too few values"
+        return field, f" is missing; add it, or --set {field}=..."
+    if kind == "value_error":
+        return _own_words(location, str(problem["ctx"]["error"]))
+    if problem["input"] is None:
+        return field, " is empty: give it a value, or leave it out"
+    words = NAMING.get(problem["ctx"]["pattern"]) if kind == "string_pattern_mismatch" else None
+    text = f"is not usable: write {words}" if words else _WORDS.get(kind, problem["msg"])
+    return field, f" = {problem['input']!r} {text.format_map(problem.get('ctx', {}))}"
+
+
+def _own_words(location: Sequence[str], message: str) -> tuple[str, str]:
+    """Our own validators say `name=value ...` of a field of theirs: the name joins the address."""
+    named = re.match(r"([a-z_]+(?:\.[a-z_]+)*)(=.*)", message, re.DOTALL)
+    if not named:
+        return ".".join(location), f": {message}" if not message.startswith("is ") else f" {message}"
+    outer = location[:-1] if location and location[-1] == named[1] else location
+    return ".".join([*outer, named[1]]), named[2].replace("=", " = ", 1)
+
+
+def _booleans_for_numbers(value: Any, read: Any, field: str = "") -> Iterator[tuple[str, str]]:
+    """`epochs: yes` is true in YAML and 1 to pydantic: neither is what was meant."""
+    if isinstance(value, bool) and not isinstance(read, bool):
+        yield field, f" = {value} is not a number: YAML reads yes, no, on, off as true or false"
+    pairs: Iterator[tuple[Any, Any]] = iter(())
+    if isinstance(value, Mapping):
+        pairs = ((key, (item, getattr(read, key, None))) for key, item in value.items())
+    elif isinstance(value, list):
+        pairs = ((index, (item, read[index])) for index, item in enumerate(value))
+    for key, (item, inner) in pairs:
+        yield from _booleans_for_numbers(item, inner, f"{field}.{key}" if field else str(key))
 
 
 def _known_fields(location: Sequence[Any]) -> list[str]:
@@ -281,5 +423,5 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
 
 
 def absolute(address: str) -> str:
-    """A local path made absolute; addresses with a scheme as they are."""
-    return address if "://" in address else str(Path(address).expanduser().absolute())
+    """A local path made absolute; addresses with a scheme as they are, but for a slash at the end."""
+    return address.rstrip("/") if "://" in address else str(Path(address).expanduser().absolute())

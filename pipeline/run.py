@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from pipeline import cluster, tracking
+from pipeline.cluster import Executor
 from pipeline.config import RunConfig
 from pipeline.data.sources import list_source
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.graph.receipts import versions
 from pipeline.graph.runner import Outcome, PlanRow, Run, plan_graph
-from pipeline.graph.step import Executor, Step
+from pipeline.graph.step import Step
 from pipeline.reporting.rows import Score, as_metrics
 from pipeline.stages.report import PAGE, PICTURES, ReportConfig, collect_scores
 from pipeline.storage import Store, open_store, probe
@@ -64,8 +65,12 @@ def plan(config: RunConfig) -> list[PlanRow]:
     """What a run would do; writes nothing."""
     steps = build(config)
     store = open_store(config.store)
-    unable = [step.name for step in steps if step.name.startswith("snapshot") and _source_problem(step)]
-    return plan_graph(steps, store=store, unable=unable)
+    problems = {step.name: problem for step in steps if (problem := _source_problem(step))}
+    rows = plan_graph(steps, store=store, unable=problems)
+    for row in rows:
+        if row.state == "blocked" and row.step.name in problems:
+            log.warning("%s is blocked: %s", row.step.name, problems[row.step.name])
+    return rows
 
 
 def run(config: RunConfig, *, executor: Executor, display: Display) -> RunSummary:
@@ -76,14 +81,19 @@ def run(config: RunConfig, *, executor: Executor, display: Display) -> RunSummar
     uri = tracking.resolve_tracking_uri(config.tracking.uri, store_uri=store.uri)
     tracking.check_tracking(uri)
     family = _Family(uri, config, display)
-    if executor == "ray" and any(row.state == "to_run" for row in plan_graph(steps, store=store)):
+    on_cluster = executor == "ray" and any(row.state == "to_run" for row in plan_graph(steps, store=store))
+    if on_cluster:
         cluster.connect()
+        _warn_of_folders(store, uri)
     walk = Run(steps, store=store, executor=executor, hooks=family, parallel=config.resources.parallel_steps)
     try:
         with _stop_on_signals(walk.request_stop):
             outcomes = walk.walk()
+    except BaseException as error:
+        family.abandon("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
     finally:
-        if executor == "ray":
+        if on_cluster:
             cluster.disconnect()
     summary = _summarise(config, family, outcomes, store)
     family.close(summary, store)
@@ -95,6 +105,7 @@ class _Family:
 
     def __init__(self, uri: str, config: RunConfig, display: Display) -> None:
         self.tracking_uri, self.config, self.display = uri, config, display
+        self.open_children: dict[str, str] = {}
         self.run_id = tracking.open_parent(
             uri,
             experiment=config.tracking.experiment,
@@ -106,7 +117,7 @@ class _Family:
     def begin(self, step: Step) -> str:
         self.display.step_state(step.name, "running")
         with _warned(f"tracking of {step.name}"):
-            return tracking.open_child(
+            self.open_children[step.name] = tracking.open_child(
                 self.tracking_uri,
                 experiment=self.config.tracking.experiment,
                 parent_run_id=self.run_id,
@@ -115,12 +126,13 @@ class _Family:
                 tags={"mae.step": step.name},
                 params=step.identity()["config"],
             )
-        return ""
+        return self.open_children.get(step.name, "")
 
     def progress(self, step_name: str, done: int, total: int, unit: str, fields: Mapping[str, float]) -> None:
         self.display.update(step_name, done, total, unit, fields)
 
     def end(self, outcome: Outcome) -> None:
+        self.open_children.pop(outcome.step.name, None)
         self.display.step_state(outcome.step.name, outcome.state, detail=detail_of(outcome))
         with _warned(f"tracking of {outcome.step.name}"):
             if outcome.state == "cached":
@@ -142,6 +154,12 @@ class _Family:
                         tracking.log_figure(self.tracking_uri, self.run_id, files.read(name), f"report/{name}")
             ended: Mapping[str, tracking.RunStatus] = {"failed": "FAILED", "stopped": "KILLED"}
             tracking.close_run(self.tracking_uri, self.run_id, ended.get(summary.verdict, "FINISHED"))
+
+    def abandon(self, status: tracking.RunStatus) -> None:
+        """The walk broke off: no run is left that says RUNNING."""
+        for run_id in (*self.open_children.values(), self.run_id):
+            with _warned("tracking of the run"):
+                tracking.close_run(self.tracking_uri, run_id, status)
 
     def _link(self, outcome: Outcome) -> None:
         run_id = tracking.find_child(
@@ -211,8 +229,7 @@ def git_revision() -> str:
 
 
 def _check_before(config: RunConfig, steps: Sequence[Step], store: Store, executor: Executor) -> None:
-    """Whatever can be refused before GPUs are held."""
-    probe(store)
+    """Whatever can be refused before GPUs are held, or anything is written."""
     to_run = {row.step.name for row in plan_graph(steps, store=store) if row.state == "to_run"}
     for step in steps:
         if step.name in to_run and (problem := _source_problem(step)):
@@ -223,6 +240,23 @@ def _check_before(config: RunConfig, steps: Sequence[Step], store: Store, execut
         raise ConfigError(
             f"resources.workers={low} at cpus_per_worker={config.resources.cpus_per_worker} need {needed} CPUs, this machine has "
             f"{there}: write fewer workers, or cpus_per_worker={there / low:.2f}"
+        )
+    probe(store)
+
+
+def _warn_of_folders(store: Store, tracking_uri: str) -> None:
+    """On a cluster of several machines a folder of this one is not where the others look."""
+    nodes = cluster.node_count()
+    if store.local_path("x") and nodes > 1:
+        log.warning(
+            "store %s is a folder and the cluster has %d nodes: every one must see it under this path", store.uri, nodes
+        )
+    if tracking_uri.startswith("sqlite") and (nodes > 1 or ("RAY_ADDRESS" in os.environ and not store.local_path("x"))):
+        log.warning(
+            "tracking %s is a file of the machine that drives the run: other nodes cannot write to it, and it goes when that "
+            "machine goes. Set tracking.uri or MLFLOW_TRACKING_URI to a server; the report and history.jsonl in the store "
+            "hold the curves either way",
+            tracking.redact_text(tracking_uri),
         )
 
 
@@ -277,15 +311,23 @@ def _warned(what: str) -> Iterator[None]:
 
 @contextmanager
 def _stop_on_signals(request_stop: Callable[[], None]) -> Iterator[None]:
-    """The first SIGINT or SIGTERM asks the run to save and stop; a second one cuts it off."""
+    """The first SIGINT or SIGTERM asks the run to save and stop; a second one cuts it off, a third one ends the process."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def handle(number: int, _: object) -> None:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    def on_both(handler: Any) -> None:
+        for number in before:
+            signal.signal(number, handler)
+
+    def ask(*_: object) -> None:
+        on_both(cut_off)
+        log.warning("asked to stop: what is under way is saved first; asked once more, it is cut off")
         request_stop()
 
-    for number in before:
-        signal.signal(number, handle)
+    def cut_off(*_: object) -> None:
+        on_both(signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    on_both(ask)
     try:
         yield
     finally:

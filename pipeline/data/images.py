@@ -129,7 +129,9 @@ def resize(image: Image, box: Box, size: tuple[int, int]) -> Image:
     part = image[box.top : box.top + box.height, box.left : box.left + box.width]
     if part.shape[:2] == size:
         return part
-    tensor = torch.from_numpy(part).permute(2, 0, 1).unsqueeze(0)  # [1, 3, h, w], channels last in memory
+    # numpy copies the box, for torch would do it with all its threads: 7 ms instead of 0.1 where there are two. And the axis
+    # of one is put before the others move, or torch does not see channels last: 0.4 ms instead of 0.3. Pixels are the same.
+    tensor = torch.from_numpy(np.ascontiguousarray(part))[None].permute(0, 3, 1, 2)  # [1, 3, h, w], channels last
     resized = F.interpolate(tensor, size=size, mode="bicubic", antialias=True, align_corners=False)
     out: Image = resized[0].permute(1, 2, 0).numpy()  # [*size, 3]
     return out
@@ -146,4 +148,6 @@ def augment(image: Image, uniforms: Uniforms, config: AugmentConfig, size: tuple
     else:
         box = center_box(height, width, target=size, crop_ratio=config.crop_ratio)
     out = resize(image, box, size)
-    return out[:, ::-1] if config.flip and uniforms[AUGMENT_UNIFORMS - 1] < 0.5 else out
+    if config.flip and uniforms[AUGMENT_UNIFORMS - 1] < 0.5:
+        out = torch.from_numpy(out).flip(1).numpy()  # 40 us; copying numpy's [:, ::-1] takes 300
+    return out

@@ -2,7 +2,7 @@
 
 Shapes: images [b, H, W, 3] uint8 RGB, b = this rank's share of the global batch; labels, sample_ids, epochs [b] int64.
 Threads fill places of a batch that were laid out beforehand, so their timing changes nothing; the libraries that do the
-work release the GIL, and torch's uint8 resize starts no threads of its own. Batches are made `prefetch_batches` ahead of
+work release the GIL and start no threads of their own. Batches are made `prefetch_batches` ahead of
 the one that is asked for; the shards of a remote store are fetched further ahead.
 Every read is checked against the manifest's CRC-32 (23 us a picture of 88 KB, 2 % of its decode).
 Errors: DataError naming shard, sample and remedy for bytes that are not what was written. Nothing is ever skipped."""

@@ -98,8 +98,9 @@ def check_fence(root: Store, generation: int) -> None:
 
 
 def write_receipt(root: Store, step: Step, generation: int, result: StageResult, *, seconds: float) -> Receipt:
-    """Completes the step. When another generation was quicker, its receipt stands and is returned."""
-    check_fence(root, generation)
+    """Completes the step. When another generation was quicker, its receipt stands and is returned.
+
+    What is returned is read back, so that readers of the step see the same whether it was made in this run or in an earlier one."""
     store = root.at(generation_key(generation))
     receipt = Receipt(
         step=step.name,
@@ -115,10 +116,12 @@ def write_receipt(root: Store, step: Step, generation: int, result: StageResult,
             "architecture": platform.machine(),
             "python": platform.python_version(),
             "versions": versions(),
+            "notes": result.notes,
         },
     )
-    if root.create(RECEIPT, json.dumps(asdict(receipt), indent=1, sort_keys=True).encode()):
-        return receipt
+    body = json.dumps(asdict(receipt), indent=1, sort_keys=True).encode()
+    check_fence(root, generation)
+    root.create(RECEIPT, body)
     standing = read_receipt(root)
     if standing is None:
         raise DataError(f"{root.uri}/{RECEIPT} vanished while it was read. Run the same command again")

@@ -12,54 +12,48 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any
 
 from mae_core.errors import ConfigError
+from pipeline.cluster import Executor, Progress
 from pipeline.storage import Store, open_store
-
-Executor = Literal["ray", "in_process"]
-"""`ray`: stages, tasks and workers are Ray's. `in_process`: everything in this process, one worker, a debugger works."""
-
-
-class Progress(Protocol):
-    """Where a stage says how far it is; cheap, may be called often, never fails the stage."""
-
-    def update(self, done: int, total: int, *, unit: str, **fields: float) -> None:
-        """`done` of `total` units; `fields` are shown beside the bar (loss=0.61, images_per_s=512)."""
-        ...
 
 
 @dataclass(frozen=True)
-class StageInput:
-    """A finished step as its readers see it."""
+class Place:
+    """One generation of one step: where its files are."""
 
     root_uri: str
     """The step's directory, `<store>/<name>-<fingerprint[:12]>`."""
     generation: int
-    """The generation that the receipt names; its files lie under `g%04d/`."""
+    """Its files lie under `g%04d/`."""
+
+    @property
+    def root(self) -> Store:
+        """The step's directory: content-addressed objects and put-if-absent rows, common to all generations."""
+        return open_store(self.root_uri)
+
+    @property
+    def store(self) -> Store:
+        """The generation's own directory."""
+        return self.root.at(generation_key(self.generation))
+
+
+@dataclass(frozen=True)
+class StageInput(Place):
+    """A finished step as its readers see it; the generation is the one that the receipt names."""
+
     fingerprint: str
     facts: Mapping[str, Any]
     """What the stage returned: small JSON values (digests, counts, scores)."""
     made: Mapping[str, Any] = field(default_factory=dict)
     """When, where and in how many seconds it was made; for show only, never for results."""
 
-    @property
-    def root(self) -> Store:
-        """The step's directory: content-addressed objects lie here."""
-        return open_store(self.root_uri)
-
-    @property
-    def store(self) -> Store:
-        """The files of the generation that made the receipt."""
-        return self.root.at(generation_key(self.generation))
-
 
 @dataclass(frozen=True)
-class Attempt:
+class Attempt(Place):
     """Where a stage may write, and how it may run: one claimed generation of one step."""
 
-    root_uri: str
-    generation: int
     continues: str
     """What this generation was claimed to continue from, a key in the step's directory (a checkpoint); empty: from nothing."""
     step_name: str
@@ -72,23 +66,17 @@ class Attempt:
     """MLflow's address; empty: no tracking."""
     mlflow_run_id: str = ""
 
-    @property
-    def root(self) -> Store:
-        """The step's directory: only content-addressed objects and put-if-absent rows may be written here."""
-        return open_store(self.root_uri)
-
-    @property
-    def store(self) -> Store:
-        """This generation's own directory."""
-        return self.root.at(generation_key(self.generation))
-
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage leaves: facts for the receipt, and the files (keys in the generation's directory) that readers rely on."""
+    """What a stage leaves for the receipt."""
 
     facts: Mapping[str, Any]
+    """Small JSON values, the same however often the work was interrupted."""
     files: tuple[str, ...] = ()
+    """Keys, in the generation's directory, of the files that readers rely on."""
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """How this attempt went (what it could take up from earlier ones); for show only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +109,7 @@ class Step:
         return {
             "name": self.name,
             "version": self.version,
-            "config": canonical(self.config),
+            "config": canonical(self.config, f"step {self.name}: config"),
             "inputs": {key: step.fingerprint for key, step in sorted(self.inputs.items())},
         }
 
@@ -142,24 +130,24 @@ def generation_key(generation: int) -> str:
     return f"g{generation:04d}"
 
 
-def canonical(value: Any) -> Any:
-    """Plain JSON values with one stable form; anything else is refused rather than guessed at."""
+def canonical(value: Any, where: str = "value") -> Any:
+    """Plain JSON values with one stable form; anything else is refused rather than guessed at. `where` names it in the refusal."""
     if hasattr(value, "model_dump") and not isinstance(value, type):
-        return canonical(value.model_dump(mode="python"))
+        return canonical(value.model_dump(mode="python"), where)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: canonical(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: canonical(getattr(value, f.name), f"{where}.{f.name}") for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
-            raise ConfigError(f"{value!r} has keys that are not text: a fingerprint needs text keys")
-        return {key: canonical(value[key]) for key in sorted(value)}
+            raise ConfigError(f"{where}={value!r} has keys that are not text: a fingerprint needs text keys")
+        return {key: canonical(value[key], f"{where}.{key}") for key in sorted(value)}
     if isinstance(value, (list, tuple)):
-        return [canonical(item) for item in value]
+        return [canonical(item, f"{where}[{index}]") for index, item in enumerate(value)]
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise ConfigError(f"{value!r} has no stable form in a fingerprint: write a finite number")
+            raise ConfigError(f"{where}={value!r} has no stable form in a fingerprint: write a finite number")
         return int(value) if value.is_integer() and abs(value) < 2**53 else value
     if value is None or isinstance(value, (bool, int, str)):
         return value
     raise ConfigError(
-        f"{type(value).__name__} {value!r} has no stable form in a fingerprint: use numbers, text, lists, mappings"
+        f"{where}={value!r} ({type(value).__name__}) has no stable form in a fingerprint: use numbers, text, lists, mappings"
     )

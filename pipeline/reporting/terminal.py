@@ -13,7 +13,6 @@ from typing import Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
@@ -192,22 +191,32 @@ class StepProgress:
 def closing_table(
     steps: Sequence[StepRow], *, scores: Sequence[Score] = (), addresses: Mapping[str, str]
 ) -> RenderableType:
-    """How a run ended: its steps, its scores, and where to look (`{"store": ..., "report": ..., "tracking": ...}`)."""
-    parts: list[RenderableType] = [_steps_table(steps)]
+    """How a run ended: its steps, its scores, and where to look (`{"store": ..., "report": ..., "tracking": ...}`).
+
+    Print it with soft_wrap=True: addresses and details are lines of any length, which the terminal breaks and a person can copy."""
+    parts: list[RenderableType] = [_steps_table(steps), ""]
+    if details := {step.name: step.detail for step in steps if step.detail}:
+        parts += [_lines(details), ""]
     if scores:
-        parts.append(_scores_table(scores))
-    places = Table.grid(Column(style="dim", no_wrap=True), Column(overflow="fold"), padding=(0, 2))
-    for name, address in addresses.items():
-        places.add_row(name, Text(address))
-    return Group(*(Padding(part, (0, 0, 1, 0)) for part in parts), places)
+        parts += [_scores_table(scores), ""]
+    return Group(*parts, _lines(addresses))
 
 
 def _steps_table(steps: Sequence[StepRow]) -> Table:
-    table = _table(["step", "state"], numbers=["time"], rest=["fingerprint", ""])
+    table = _table(["step", "state"], numbers=["time"], rest=["fingerprint"])
     for step in steps:
-        name, detail = Text(step.name, style="bold"), Text(step.detail)
-        table.add_row(name, _state(step.state), clock(step.seconds), step.fingerprint[:12], detail)
+        name = Text(step.name, style="bold")
+        table.add_row(name, _state(step.state), clock(step.seconds), step.fingerprint[:12])
     return table
+
+
+def _lines(said: Mapping[str, str]) -> RenderableType:
+    """A line each: the name, and what is said of it, whole."""
+    width = max(map(len, said), default=0)
+    lines = [Text.assemble((f"{name:<{width}}  ", "dim"), text) for name, text in said.items()]
+    for line in lines:
+        line.no_wrap, line.overflow = True, "ignore"
+    return Group(*lines)
 
 
 def _scores_table(scores: Sequence[Score]) -> Table:
@@ -232,17 +241,23 @@ def _difference(group: Mapping[str, Score]) -> Text:
 
 
 def plan_table(rows: Sequence[PlanRow]) -> RenderableType:
-    """What `mae run` would do, step by step, and why."""
-    table = _table(["step", "plan"], numbers=["memory", "time", "cost"], rest=["fingerprint", "differs in"])
-    for row in rows:
-        memory = "–" if row.memory_gib is None else f"{row.memory_gib:.1f} GiB"
-        numbers = [memory, clock(row.seconds), row.cost or "–"]
-        name, differs = Text(row.name, style="bold"), Text(row.differs)
-        table.add_row(name, _state(row.state), *numbers, row.fingerprint[:12], differs)
+    """What `mae run` would do, step by step, and why. Numbers that nobody knows have no column. Print it with soft_wrap=True."""
+    known_numbers = {
+        "memory": ["–" if row.memory_gib is None else f"{row.memory_gib:.1f} GiB" for row in rows],
+        "time": [clock(row.seconds) for row in rows],
+        "cost": [row.cost or "–" for row in rows],
+    }
+    numbers = {name: cells for name, cells in known_numbers.items() if set(cells) != {"–"}}
+    table = _table(["step", "plan"], numbers=list(numbers), rest=["fingerprint"])
+    for index, row in enumerate(rows):
+        cells = [column[index] for column in numbers.values()]
+        table.add_row(Text(row.name, style="bold"), _state(row.state), *cells, row.fingerprint[:12])
+    differs = {row.name: row.differs for row in rows if row.differs}
+    why = [Text("\ndiffers from the nearest finished step in", style="dim"), _lines(differs)] if differs else []
     to_run = [row for row in rows if row.state == "to_run"]
     known = [row.seconds for row in to_run if row.seconds is not None]
     total = f", about {clock(sum(known))}" if known else ""
-    return Group(table, Text(f"\n{len(to_run)} of {len(rows)} steps to run{total}"))
+    return Group(table, *why, Text(f"\n{len(to_run)} of {len(rows)} steps to run{total}"))
 
 
 def _table(words: Sequence[str], *, numbers: Sequence[str], rest: Sequence[str] = ()) -> Table:
@@ -252,7 +267,7 @@ def _table(words: Sequence[str], *, numbers: Sequence[str], rest: Sequence[str] 
     for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
     for name in rest:
-        table.add_column(name, overflow="fold", style="dim")
+        table.add_column(name, no_wrap=True, style="dim")
     return table
 
 

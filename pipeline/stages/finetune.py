@@ -55,14 +55,15 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, StageInput], attempt: 
         order=OrderConfig(seed=config.seed),
         image_size=config.encoder.image_size,
         dataset=dataset_address(shards),
-        train_labels=config.train_labels,
+        train_samples=config.train_labels or "labelled",
         evaluation_split="test",
         placement=Placement.from_resources(attempt.resources),
     )
     trained = run_training(spec, attempt)
-    checkpoint = open_checkpoint(attempt.root, trained.checkpoint_key)
-    weights = {name.removeprefix("model."): value for name, value in checkpoint.weights().items()}
+    with open_checkpoint(attempt.root, trained.checkpoint_key) as checkpoint:
+        weights = {name.removeprefix("model."): value for name, value in checkpoint.weights().items()}
+        history = checkpoint.history()
     attempt.store.write(CLASSIFIER, save(weights))
-    attempt.store.write(HISTORY, "".join(json.dumps(row) + "\n" for row in checkpoint.history()).encode())
+    attempt.store.write(HISTORY, "".join(json.dumps(row) + "\n" for row in history).encode())
     facts = {"global_step": trained.global_step, "ids_digest": str(trained.ids_digest), **trained.scores}
     return StageResult(facts, files=(CLASSIFIER,))

@@ -28,7 +28,7 @@ from pipeline.data.loader import Loader
 from pipeline.data.order import OrderConfig, SampleOrder
 from pipeline.graph.step import Attempt, StageInput, StageResult
 from pipeline.storage import open_store
-from pipeline.training.spec import DatasetAddress, Placement, dataset_address, select, unsuited
+from pipeline.training.spec import DatasetAddress, Placement, Samples, dataset_address, select, unsuited
 from pipeline.weights import ENCODER, read_weights
 
 VERSION = 1
@@ -120,8 +120,8 @@ def features_of(
     else:
         initialise(encoder, generator=torch.Generator().manual_seed(config.seed))
     encoder.eval()
-    few = config.train_labels if part.split == "train" else None
-    selection = select(dataset.open(), part.split, train_labels=few, seed=config.seed)
+    samples: Samples = (config.train_labels or "labelled") if part.split == "train" else "all"
+    selection = select(dataset.open(), part.split, samples, seed=config.seed)
     loader = Loader(
         selection,
         SampleOrder(selection.counts, OrderConfig(seed=config.seed)),

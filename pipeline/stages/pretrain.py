@@ -51,15 +51,16 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, StageInput], attempt: 
         order=OrderConfig(seed=config.seed),
         image_size=config.model.encoder.image_size,
         dataset=dataset,
-        train_labels=None,
+        train_samples="all",
         evaluation_split="",
         placement=Placement.from_resources(attempt.resources),
     )
     trained = run_training(spec, attempt)
-    checkpoint = open_checkpoint(attempt.root, trained.checkpoint_key)
-    weights = {name.removeprefix("model."): value for name, value in checkpoint.weights().items()}
+    with open_checkpoint(attempt.root, trained.checkpoint_key) as checkpoint:
+        weights = {name.removeprefix("model."): value for name, value in checkpoint.weights().items()}
+        history = checkpoint.history()
     files = write_weights(attempt.store, weights, config.model)
-    attempt.store.write(HISTORY, "".join(json.dumps(row) + "\n" for row in checkpoint.history()).encode())
+    attempt.store.write(HISTORY, "".join(json.dumps(row) + "\n" for row in history).encode())
     packed = io.BytesIO()
     np.savez(packed, images=_panel(config, spec, inputs["shards"], weights))
     attempt.store.write(RECONSTRUCTIONS, packed.getvalue())
@@ -69,10 +70,10 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, StageInput], attempt: 
             "loss": trained.loss,
             "ids_digest": str(trained.ids_digest),
             "images_seen": trained.global_step * config.recipe.global_batch,
-            "checkpoint": trained.checkpoint_key,
             "dataset_digest": dataset.digest,
         },
         files=(*files, RECONSTRUCTIONS),
+        notes={"checkpoint": trained.checkpoint_key},
     )
 
 

@@ -84,9 +84,8 @@ def shard(config: ShardStageConfig, inputs: Mapping[str, StageInput], attempt: A
         "bad_share": len(bad) / max(1, snapshot.num_rows),
         "quarantine_examples": [{"source": line["source"], "reason": line["reason"]} for line in bad[:_EXAMPLES]],
         "duplicates_across_splits": copies.across,
-        "reused_shards": sum(row.reused for row in rows),
     }
-    return StageResult(facts=facts, files=MANIFEST_FILES)
+    return StageResult(facts, MANIFEST_FILES, notes={"reused_shards": sum(row.reused for row in rows)})
 
 
 @dataclass(frozen=True)

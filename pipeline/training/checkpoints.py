@@ -13,9 +13,11 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors import safe_open
@@ -65,29 +67,47 @@ class CheckpointManifest:
     schema: int = SCHEMA
 
 
-class Checkpoint:
-    """A committed checkpoint whose files have been verified and lie on this machine's disk."""
+class _Piece(NamedTuple):
+    """A run of one flattened parameter in one file."""
 
-    def __init__(self, key: str, manifest: CheckpointManifest, paths: Mapping[str, Path], owner: Any = None) -> None:
-        self.key, self.manifest, self._paths, self._owner = key, manifest, paths, owner
-        self._pieces: dict[tuple[str, str], list[tuple[int, Path, str]]] = {}
+    start: int
+    length: int
+    file: Any
+    tensor_key: str
+
+
+class Checkpoint:
+    """A committed checkpoint whose files have been verified and lie on this machine's disk; close it after reading."""
+
+    def __init__(self, key: str, manifest: CheckpointManifest, paths: Mapping[str, Path], held: ExitStack) -> None:
+        self.key, self.manifest, self._paths, self._held = key, manifest, paths, held
+        self._pieces: dict[tuple[str, str], list[_Piece]] = {}
         for path in (path for name, path in paths.items() if name.endswith(".safetensors")):
-            with safe_open(path, framework="pt") as tensors:
-                for tensor_key in tensors.keys():  # noqa: SIM118 - not a mapping
-                    kind, parameter, start = tensor_key.split("|")
-                    self._pieces.setdefault((parameter, kind), []).append((int(start), path, tensor_key))
+            file = held.enter_context(safe_open(path, framework="pt"))  # mapped: nothing is read before it is asked for
+            for tensor_key in file.keys():  # noqa: SIM118 - not a mapping
+                kind, parameter, start = tensor_key.split("|")
+                piece = _Piece(int(start), file.get_slice(tensor_key).get_shape()[0], file, tensor_key)
+                self._pieces.setdefault((parameter, kind), []).append(piece)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pieces.clear()
+        self._held.close()
 
     def read(self, parameter: str, kind: Kind, start: int, count: int) -> Tensor:
         """Values [start, start + count) of a flattened parameter, float32."""
         values = torch.empty(count, dtype=torch.float32)
         missing = count
-        for piece_start, path, tensor_key in self._pieces.get((parameter, kind), ()):
-            with safe_open(path, framework="pt") as tensors:
-                piece = tensors.get_slice(tensor_key)
-                low, high = max(start, piece_start), min(start + count, piece_start + piece.get_shape()[0])
-                if low < high:
-                    values[low - start : high - start] = piece[low - piece_start : high - piece_start]
-                    missing -= high - low
+        for piece in self._pieces.get((parameter, kind), ()):
+            low, high = max(start, piece.start), min(start + count, piece.start + piece.length)
+            if low < high:
+                held = piece.file.get_slice(piece.tensor_key)
+                values[low - start : high - start] = held[low - piece.start : high - piece.start]
+                missing -= high - low
         if missing:
             raise CheckpointError(
                 f"{self.key}: {missing} of {count} values of {kind} of {parameter} are missing; the checkpoint was made by "
@@ -152,12 +172,16 @@ def prune(store: Store, *, keep: int) -> None:
 
 def resume_point(root: Store) -> str:
     """What a new generation of a training step continues from: the newest committed checkpoint (by its key), or nothing."""
-    return next(_candidates(root, max(claims(root), default=0), ""), "")
+    generation = max(claims(root), default=0)
+    if not generation:
+        return ""
+    return next(_candidates(root, generation, ""), str(read_claim(root, generation)["continues"]))
 
 
 def newest(attempt: Attempt) -> Checkpoint | None:
     """The newest valid checkpoint that this generation may start from; None: there is none, start from the first step."""
-    refused, root = [], attempt.root
+    refused: list[str] = []
+    root = attempt.root
     for key in _candidates(root, attempt.generation, attempt.continues):
         try:
             return open_checkpoint(root, key)
@@ -168,32 +192,20 @@ def newest(attempt: Attempt) -> Checkpoint | None:
         raise CheckpointError(
             f"{root.uri}: every checkpoint is damaged ({'; '.join(refused)}). Restore the files, or delete the folder to train anew"
         )
+    if attempt.continues:
+        raise CheckpointError(
+            f"{root.uri}/{attempt.continues} is gone, and there is none before it. Restore it, or delete the folder to train anew"
+        )
     return None
 
 
 def open_checkpoint(root: Store, key: str) -> Checkpoint:
     """Fetches and verifies the files of one checkpoint; CheckpointError names what is wrong with which file."""
     manifest = read_manifest(root, key)
-    scratch = tempfile.TemporaryDirectory(prefix="mae-checkpoint-")
-    paths = {}
-    for file in manifest.files:
-        path = root.local_path(f"{key}/{file.name}")
-        if path is None:
-            path = Path(scratch.name) / file.name
-            try:
-                root.download(f"{key}/{file.name}", path)
-            except MissingObject as cause:
-                raise CheckpointError(f"{root.uri}/{key}/{file.name} is missing") from cause
-        if not path.exists():
-            raise CheckpointError(f"{root.uri}/{key}/{file.name} is missing")
-        size, sha256 = _measure(path)
-        if (size, sha256) != (file.bytes, file.sha256):
-            raise CheckpointError(
-                f"{root.uri}/{key}/{file.name} is damaged: {size} bytes with SHA-256 {sha256[:12]}, "
-                f"the manifest says {file.bytes} with {file.sha256[:12]}"
-            )
-        paths[file.name] = path
-    return Checkpoint(key, manifest, paths, scratch)
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mae-checkpoint-")))
+        paths = {file.name: _verified(root, key, file, scratch) for file in manifest.files}
+        return Checkpoint(key, manifest, paths, stack.pop_all())
 
 
 def read_manifest(root: Store, key: str) -> CheckpointManifest:
@@ -222,6 +234,25 @@ def check_cursor(checkpoint: Checkpoint, expected: Mapping[str, Any]) -> None:
             )
 
 
+def _verified(root: Store, key: str, file: CheckpointFile, scratch: Path) -> Path:
+    """Where the file lies on this machine, its size and hash being the manifest's."""
+    address = f"{root.uri}/{key}/{file.name}"
+    path = root.local_path(f"{key}/{file.name}")
+    try:
+        if path is None:
+            path = scratch / file.name
+            root.download(f"{key}/{file.name}", path)
+        size, sha256 = _measure(path)
+    except (MissingObject, FileNotFoundError) as cause:
+        raise CheckpointError(f"{address} is missing") from cause
+    if (size, sha256) != (file.bytes, file.sha256):
+        raise CheckpointError(
+            f"{address} is damaged: {size} bytes with SHA-256 {sha256[:12]}, "
+            f"the manifest says {file.bytes} with {file.sha256[:12]}"
+        )
+    return path
+
+
 def _candidates(root: Store, generation: int, continues: str) -> Iterator[str]:
     """Keys of committed checkpoints, newest first, along the recorded parents."""
     limit = ""
@@ -233,7 +264,7 @@ def _candidates(root: Store, generation: int, continues: str) -> Iterator[str]:
         continues = continues or str(read_claim(root, generation)["continues"])
         if not continues:
             return
-        generation, limit, continues = int(continues[1:5]), continues, ""
+        generation, limit, continues = int(continues.partition("/")[0][1:]), continues, ""
 
 
 def _folders(store: Store) -> Iterator[str]:

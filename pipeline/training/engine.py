@@ -65,7 +65,7 @@ class Engine:
     ) -> None:
         deepspeed = _deepspeed()
         self.settings, self.world = settings, world
-        # lr=0: ZeRO-3 primes Adam's state with a step of its own, which must not move a weight; rates are set at every step.
+        # lr=0: a step that DeepSpeed took of its own accord would not move a weight; rates are set at every step.
         parameter_groups = [
             {"params": list(group["params"]), "weight_decay": group["weight_decay"], "lr": 0.0} for group in groups
         ]
@@ -87,6 +87,12 @@ class Engine:
     def learning_rates(self) -> list[float]:
         """The live optimiser's rates, group by group."""
         return [float(group["lr"]) for group in self._zero.param_groups]
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Steps that the optimiser applied; it skips one whose gradients overflowed."""
+        state = next(iter(self._zero.optimizer.state.values()))
+        return int(state["step"])
 
     def train_step(self, micro_batches: Sequence[MicroBatch], *, global_batch: int, lr: float) -> tuple[float, float]:
         """One optimiser step over this rank's micro-batches; returns (local sum of losses, global gradient norm)."""
@@ -161,18 +167,17 @@ class Engine:
         parameter._z3_optimizer.set_local_hp_param(padded, parameter, state_key)
 
     def _prime(self) -> None:
-        """Gives Adam its (zero) state now: ZeRO 1 and 2 make it at the first step, too late to be loaded or saved."""
-        for state in self._zero.optimizer.state.values():
-            state["step"] = torch.zeros(())
-        if self.settings.zero_stage == 3:
-            return
-        for flat in self._zero.single_partition_of_fp32_groups:
+        """Gives Adam its (zero) state now: it makes it at the first step, too late to be loaded or saved."""
+        sharded = self.settings.zero_stage == 3
+        flats = self._zero.fp32_partitioned_groups_flat if sharded else self._zero.single_partition_of_fp32_groups
+        for flat in flats:
             self._zero.optimizer.state[flat] = {
                 "step": torch.zeros(()),
                 "exp_avg": torch.zeros_like(flat),
                 "exp_avg_sq": torch.zeros_like(flat),
             }
-        self._zero._lazy_init_hp_params_optimizer_state()
+        if not sharded:
+            self._zero._lazy_init_hp_params_optimizer_state()
 
     def _check_effective(self) -> None:
         effective = {

@@ -3,7 +3,7 @@
 Ray Train restarts the group when a worker dies; the loop then starts from the newest checkpoint in the store, which alone is
 the truth (Ray's own snapshot holds nothing of ours). A person's error (PipelineError) is not retried: all workers return, rank 0
 writes it down, and the coordinating stage raises it.
-Errors: Stopped when asked to stop; Fenced; PipelineError from a worker, or when Ray Train gave up."""
+Errors: Stopped when asked to stop; Fenced; a worker's own PipelineError or ConfigError; PipelineError when Ray Train gave up."""
 
 import json
 import logging
@@ -11,20 +11,21 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline import errors
-from pipeline.errors import Fenced, PipelineError, Stopped
+from pipeline.errors import ConfigError, Fenced, PipelineError, Stopped, StorageError
 from pipeline.graph.receipts import check_fence
 from pipeline.graph.runner import stop_key
 from pipeline.graph.step import Attempt
 from pipeline.tracking import NullTracker, open_tracker
-from pipeline.training.loop import ELSEWHERE, StopReason, Trained, train
+from pipeline.training.loop import StopReason, Trained, train
 from pipeline.training.spec import TrainSpec
-from pipeline.training.world import enter_world
+from pipeline.training.world import ELSEWHERE, enter_world
+
+log = logging.getLogger(__name__)
 
 ASK_EVERY_S = 1.0
 """Between two looks at the store for a request to stop or a higher generation."""
@@ -39,20 +40,24 @@ class StoreSupervisor:
         self.attempt, self.clock, self.asked_at = attempt, clock, -ASK_EVERY_S
 
     def should_stop(self) -> StopReason:
-        """`asked`, `fenced` or nothing."""
+        """`asked`, `fenced` or nothing; a store that does not answer is asked again later, and training goes on."""
         now = self.clock()
         if now - self.asked_at < ASK_EVERY_S:
             return ""
         self.asked_at = now
         try:
             check_fence(self.attempt.root, self.attempt.generation)
+            return "asked" if self.attempt.root.exists(stop_key(self.attempt.generation)) else ""
         except Fenced:
             return "fenced"
-        return "asked" if self.attempt.root.exists(stop_key(self.attempt.generation)) else ""
+        except StorageError as error:
+            log.warning("cannot see whether this run is asked to stop: %s", error)
+            return ""
 
 
 def run_training(spec: TrainSpec, attempt: Attempt) -> Trained:
     """Trains to the end; the stage's one call."""
+    attempt.store.delete(RESULT)  # an earlier call's answer must not be taken for this one's
     if attempt.executor == "in_process":
         work(spec, attempt)
     else:
@@ -76,7 +81,7 @@ def work(spec: TrainSpec, attempt: Attempt) -> None:
     answer: Mapping[str, Any]
     try:
         answer = asdict(train(spec, attempt, world=world, tracker=tracker, supervisor=StoreSupervisor(attempt)))
-    except PipelineError as error:
+    except (PipelineError, ConfigError) as error:
         answer = {"error": type(error).__name__, "message": str(error)}
     finally:
         tracker.close()
@@ -99,6 +104,12 @@ def _on_ray_worker(settings: Mapping[str, Any]) -> None:
 
 
 def _run_on_ray(spec: TrainSpec, attempt: Attempt) -> None:
+    with tempfile.TemporaryDirectory(prefix="mae-ray-train-", ignore_cleanup_errors=True) as notes:
+        _fit(spec, attempt, notes)
+
+
+def _fit(spec: TrainSpec, attempt: Attempt, notes: str) -> None:
+    """One run of Ray Train; `notes`: a folder for what it writes down for itself (the truth is in the store)."""
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -121,11 +132,9 @@ def _run_on_ray(spec: TrainSpec, attempt: Attempt) -> None:
             resources_per_worker={"CPU": resources["cpus_per_worker"], **({"GPU": 1} if use_gpu else {})},
         ),
         run_config=RunConfig(
-            # The name holds fingerprint and generation: Ray Train would silently continue an old run of the same name.
+            # Ray Train would silently continue an old run of this name in this folder, so the folder is this call's own.
             name=f"{attempt.step_name}-{attempt.fingerprint[:12]}-{attempt.generation:04d}",
-            storage_path=str(
-                Path(tempfile.gettempdir()) / "mae-ray-train"
-            ),  # Ray's own notes; the truth is in the store
+            storage_path=notes,
             failure_config=FailureConfig(
                 max_failures=int(resources["max_failures"]),
                 max_preemption_failures=int(resources["max_preemptions"]),

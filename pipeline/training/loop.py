@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -25,12 +25,10 @@ from pipeline.training import checkpoints
 from pipeline.training.checkpoints import Checkpoint, CheckpointManifest
 from pipeline.training.engine import Engine, EngineSettings, MicroBatch
 from pipeline.training.spec import TrainSpec
-from pipeline.training.world import World
+from pipeline.training.world import ELSEWHERE, World
 
-StopReason = Literal["", "asked", "fenced", "failed"]
-STOP_REASONS: tuple[StopReason, ...] = ("", "asked", "fenced", "failed")
+StopReason = Literal["", "asked", "fenced"]
 EVALUATION_BATCH = 256
-ELSEWHERE = "another worker failed; its own message says why"
 
 
 class Supervisor(Protocol):
@@ -71,8 +69,8 @@ class _Position:
 
 def train(spec: TrainSpec, attempt: Attempt, *, world: World, tracker: Tracker, supervisor: Supervisor) -> Trained:
     """Trains the task to its end, or until asked to stop; starts from the newest checkpoint there is."""
-    manifest = spec.dataset.open()
-    loader = spec.loader(manifest, "train", world)
+    with world.together():
+        loader = spec.loader(spec.dataset.open(), "train", world)
     total_steps = steps_total(loader.order.samples_per_epoch, spec.recipe.global_batch, spec.recipe.epochs)
     engine, position = _start(spec, attempt, world, loader)
     meter = _Meter(loader, position.global_step, spec.recipe.global_batch)
@@ -85,17 +83,13 @@ def train(spec: TrainSpec, attempt: Attempt, *, world: World, tracker: Tracker, 
                 break
             lr = spec.recipe.learning_rate(position.global_step, loader.order.samples_per_epoch)
             grad_norm = _step(spec, engine, world, batch, position, lr)
-            if _due(position.global_step, spec.placement.log_every_steps, total_steps) and world.is_first:
+            if world.is_first and _due(position.global_step, spec.placement.log_every_steps, total_steps):
                 row = meter.row(position, lr, grad_norm)
                 position.history.append(row)
-                tracker.log(position.global_step, {_METRICS[key]: row[key] for key in row if key in _METRICS})
-                attempt.progress.update(
-                    int(row["images"]),
-                    total_steps * spec.recipe.global_batch,
-                    unit="images",
-                    loss=row["loss"],
-                    images_per_s=row["images_per_s"],
-                )
+                tracker.log(position.global_step, {name: row[key] for key, name in _METRICS.items()})
+                shown = {key: row[key] for key in ("loss", "images_per_s")}
+                images = total_steps * spec.recipe.global_batch
+                attempt.progress.update(int(row["images"]), images, unit="images", **shown)
             if position.global_step % spec.placement.checkpoint_every_steps == 0:
                 _save(spec, attempt, engine, world, loader, position)
     if stopped == "fenced":
@@ -128,46 +122,58 @@ _METRICS = {
 
 def _start(spec: TrainSpec, attempt: Attempt, world: World, loader: Loader) -> tuple[Engine, _Position]:
     """The engine and the position, from the newest checkpoint or from nothing."""
-    checkpoint = _newest(attempt, world)
-    position = _Position()
-    built = spec.task.build()
-    if checkpoint is not None:
-        checkpoints.check_cursor(checkpoint, spec.cursor(loader.order))
-        built.module.load_state_dict(checkpoint.weights())
-        position = _Position(
-            global_step=checkpoint.manifest.global_step,
-            digest=checkpoint.manifest.ids_digest if world.is_first else 0,
-            history=checkpoint.history(),
-            saved_at=checkpoint.manifest.global_step,
-            saved_key=checkpoint.key,
-        )
-        if position.history:
-            position.loss = position.history[-1]["loss"]
+    with _newest(attempt, world) as checkpoint:
+        with world.together():
+            built = spec.task.build()
+            if checkpoint:
+                checkpoints.check_cursor(checkpoint, spec.cursor(loader.order))
+                built.module.load_state_dict(checkpoint.weights())
+        engine = Engine(built.module, built.groups, _settings(spec, world), world)
+        if not checkpoint:
+            return engine, _Position()
+        with world.together():
+            engine.load(checkpoint.read, optimizer_steps=checkpoint.manifest.optimizer_steps)
+        history = checkpoint.history()
+    return engine, _Position(
+        global_step=checkpoint.manifest.global_step,
+        digest=checkpoint.manifest.ids_digest if world.is_first else 0,
+        loss=history[-1]["loss"] if history else math.nan,
+        saved_at=checkpoint.manifest.global_step,
+        saved_key=checkpoint.key,
+        history=history,
+    )
+
+
+@contextmanager
+def _newest(attempt: Attempt, world: World) -> Iterator[Checkpoint | None]:
+    """The checkpoint that rank 0 finds, opened (and verified) on every worker; None: start from nothing."""
+    with ExitStack() as held:
+        checkpoint = None
+        with world.together():
+            if world.is_first and (checkpoint := checkpoints.newest(attempt)):
+                held.enter_context(checkpoint)
+        key = world.from_first(checkpoint.key if checkpoint else "")
+        with world.together():
+            if key and not world.is_first:
+                checkpoint = held.enter_context(checkpoints.open_checkpoint(attempt.root, key))
+        yield checkpoint
+
+
+def _settings(spec: TrainSpec, world: World) -> EngineSettings:
+    """Micro-batch and accumulation follow from the global batch and the largest slice of a worker."""
     largest_slice = math.ceil(spec.recipe.global_batch / world.size)
     micro_batch = min(spec.placement.micro_batch, largest_slice)
-    settings = EngineSettings(
+    return EngineSettings(
         precision=spec.recipe.precision,
         zero_stage=spec.placement.zero_stage,
         micro_batch=micro_batch,
         accumulation=math.ceil(largest_slice / micro_batch),
         betas=spec.recipe.betas,
     )
-    engine = Engine(built.module, built.groups, settings, world)
-    if checkpoint is not None:
-        engine.load(checkpoint.read, optimizer_steps=checkpoint.manifest.optimizer_steps)
-    return engine, position
-
-
-def _newest(attempt: Attempt, world: World) -> Checkpoint | None:
-    """The checkpoint that rank 0 finds, opened (and verified) on every worker."""
-    found = checkpoints.newest(attempt) if world.is_first else None
-    key = world.from_first(found.key if found else "")
-    if world.is_first or not key:
-        return found
-    return checkpoints.open_checkpoint(attempt.root, key)
 
 
 def _next(batches: Iterator[Batch]) -> tuple[Batch | None, PipelineError | None]:
+    """The next batch, or why there is none."""
     try:
         return next(batches), None
     except PipelineError as error:
@@ -176,8 +182,8 @@ def _next(batches: Iterator[Batch]) -> tuple[Batch | None, PipelineError | None]
 
 def _agree(world: World, supervisor: Supervisor, problem: PipelineError | None) -> StopReason:
     """One reason to stop for all: a worker's failure, or what the supervisor tells rank 0."""
-    mine: StopReason = "failed" if problem else supervisor.should_stop() if world.is_first else ""
-    asked, fenced, failed = world.total([float(mine == reason) for reason in STOP_REASONS[1:]])
+    reason = supervisor.should_stop() if world.is_first else ""
+    failed, asked, fenced = world.total([problem is not None, reason == "asked", reason == "fenced"])
     if problem:
         raise problem
     if failed:
@@ -225,46 +231,48 @@ def _save(spec: TrainSpec, attempt: Attempt, engine: Engine, world: World, loade
     """Writes every rank's fragments; rank 0 commits when all are there."""
     folder = checkpoints.folder_of(position.global_step)
     store = attempt.store
-    mine = checkpoints.write_fragments(store, folder, engine.fragments(), rank=world.rank, world_size=world.size)
+    with world.together():
+        mine = checkpoints.write_fragments(store, folder, engine.fragments(), rank=world.rank, world_size=world.size)
     files = world.all_of(mine)
     digest = world.total_modulo_2_64(position.digest)
-    if world.is_first:
-        files.append(checkpoints.write_history(store, folder, position.history))
-        manifest = CheckpointManifest(
-            global_step=position.global_step,
-            optimizer_steps=position.global_step,
-            cursor=json.loads(json.dumps(spec.cursor(loader.order))),
-            ids_digest=digest,
-            parameters=engine.shapes(),
-            world_size=world.size,
-            zero_stage=engine.settings.zero_stage,
-            files=tuple(files),
-        )
-        checkpoints.commit(store, folder, manifest)
-        checkpoints.prune(store, keep=spec.placement.keep_checkpoints)
+    with world.together():
+        if world.is_first:
+            files.append(checkpoints.write_history(store, folder, position.history))
+            manifest = CheckpointManifest(
+                global_step=position.global_step,
+                optimizer_steps=engine.optimizer_steps,
+                cursor=json.loads(json.dumps(spec.cursor(loader.order))),
+                ids_digest=digest,
+                parameters=engine.shapes(),
+                world_size=world.size,
+                zero_stage=engine.settings.zero_stage,
+                files=tuple(files),
+            )
+            checkpoints.commit(store, folder, manifest)
+            checkpoints.prune(store, keep=spec.placement.keep_checkpoints)
     position.saved_at = position.global_step
     position.saved_key = f"{generation_key(attempt.generation)}/{folder}"
 
 
 def _evaluate(spec: TrainSpec, engine: Engine, world: World) -> Mapping[str, float]:
     """Scores of the trained module on the evaluation split, over all workers."""
-    loader = spec.loader(spec.dataset.open(), spec.evaluation_split, world)
+    with world.together():
+        loader = spec.loader(spec.dataset.open(), spec.evaluation_split, world)
     total = int(loader.selection.counts.sum())
-    most = math.ceil(len(plain_slice(total, world.size - 1, world.size)) / EVALUATION_BATCH)
-    most = int(max(world.all_of(most)))
+    largest_slice = len(plain_slice(total, world.size - 1, world.size))
+    most = math.ceil(largest_slice / EVALUATION_BATCH)
     with closing(loader.evaluation_batches(EVALUATION_BATCH)) as batches:
-        return spec.task.evaluate(engine.module, _padded(batches, most, spec.image_size), world)
+        return spec.task.evaluate(engine.module, _in_step(batches, most, spec.image_size, world), world)
 
 
-def _padded(batches: Iterator[Batch], count: int, image_size: tuple[int, int]) -> Iterator[Batch]:
+def _in_step(batches: Iterator[Batch], count: int, image_size: tuple[int, int], world: World) -> Iterator[Batch]:
     """As many batches on every rank: ZeRO-3 gathers weights in each forward pass. Padding has label -1 and is not counted."""
-    given = 0
-    for batch in batches:
-        given += 1
-        yield batch
     nothing = torch.full((1,), -1)
-    for _ in range(given, count):
-        yield Batch(torch.zeros(1, *image_size, 3, dtype=torch.uint8), nothing, nothing, nothing)
+    padding = Batch(torch.zeros(1, *image_size, 3, dtype=torch.uint8), nothing, nothing, nothing)
+    for _ in range(count):
+        with world.together():
+            batch = next(batches, padding)
+        yield batch
 
 
 def _due(global_step: int, every: int, total_steps: int) -> bool:

@@ -5,11 +5,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from mae_core.schedules import scaled_lr, warmup_cosine
 from pipeline.data.cache import ShardCache
 from pipeline.data.images import AugmentConfig
 from pipeline.data.loader import Loader
-from pipeline.data.manifest import Manifest
+from pipeline.data.manifest import NO_LABEL, Manifest
 from pipeline.data.order import OrderConfig, SampleOrder
 from pipeline.data.selection import Selection
 from pipeline.errors import ConfigError
@@ -47,11 +49,19 @@ def unsuited(shards: StageInput) -> str:
     return ""
 
 
-def select(manifest: Manifest, split: str, *, train_labels: int | None, seed: int) -> Selection:
-    """All samples of a split, or so many labelled ones, equally many of each class."""
-    if train_labels is None:
-        return Selection.all(manifest, split)
-    return Selection.balanced(manifest, split, count=train_labels, seed=seed)
+Samples = int | Literal["all", "labelled"]
+"""Which samples of a split: all, those with a label, or so many of these, equally many of each class."""
+
+
+def select(manifest: Manifest, split: str, samples: Samples, *, seed: int) -> Selection:
+    """Opens the choice."""
+    everything = Selection.all(manifest, split)
+    if samples == "all":
+        return everything
+    if samples == "labelled":
+        labels = [everything.rows(shard).labels for shard in range(len(everything.shards))]
+        return Selection(manifest, split, tuple(np.flatnonzero(of_shard != NO_LABEL) for of_shard in labels))
+    return Selection.balanced(manifest, split, count=samples, seed=seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +150,8 @@ class TrainSpec:
     order: OrderConfig
     image_size: tuple[int, int]
     dataset: DatasetAddress
-    train_labels: int | None
-    """Train on so many samples only, equally many of each class; None: on all."""
+    train_samples: Samples
+    """What of the training split is trained on."""
     evaluation_split: str
     """Split to score after training; empty: none."""
     placement: Placement
@@ -150,15 +160,15 @@ class TrainSpec:
         """What a position is bound to."""
         return {
             "dataset": self.dataset.digest,
-            "train_labels": self.train_labels,
+            "train_samples": self.train_samples,
             "global_batch": self.recipe.global_batch,
             **order.parameters(),
         }
 
     def loader(self, manifest: Manifest, split: str, world: World) -> Loader:
         """This worker's reader of a split: the training split in the computed order, others whole."""
-        few = self.train_labels if split == "train" else None
-        selection = select(manifest, split, train_labels=few, seed=self.order.seed)
+        samples = self.train_samples if split == "train" else "all"
+        selection = select(manifest, split, samples, seed=self.order.seed)
         return Loader(
             selection,
             SampleOrder(selection.counts, self.order),

@@ -1,16 +1,23 @@
 """Which of how many workers this process is, on which device, and how all of them agree.
 
 The process group is whoever started us's (Ray Train, torchrun) or, alone, one of our own with a single member.
-Flags and sums travel as float64 over gloo on the CPU, so that agreeing never waits for a GPU stream."""
+Flags and sums travel as float64 over gloo on the CPU, so that agreeing never waits for a GPU stream.
+Errors: `together` raises on every worker what a person's error (PipelineError, ConfigError) on one of them ended."""
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from pipeline.errors import ConfigError, PipelineError
+
+ELSEWHERE = "another worker failed; its own message says why"
+"""What a worker raises when the error is not its own."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,20 @@ class World:
         box: list[Any] = [None] * self.size
         dist.all_gather_object(box, value, group=self.group)
         return box
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Work that may fail on one worker (reading, writing; nothing collective): it then fails on all, and nobody waits."""
+        problem: PipelineError | ConfigError | None = None
+        try:
+            yield
+        except (PipelineError, ConfigError) as error:
+            problem = error
+        failures = self.total([float(problem is not None)])[0]
+        if problem:
+            raise problem
+        if failures:
+            raise PipelineError(ELSEWHERE)
 
 
 def enter_world() -> World:

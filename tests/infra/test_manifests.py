@@ -294,6 +294,16 @@ def test_a_run_is_started_by_the_same_command_everywhere():
     assert "run.yaml" in documents()["ConfigMap"]["data"]
 
 
+@pytest.mark.parametrize(("code", "ended"), [(0, 0), (1, 1), (2, 2), (3, 0), (4, 0), (137, 137)])
+def test_the_entrypoint_is_retried_only_where_a_retry_helps(tmp_path, code, ended):
+    # 3: stopped, or fenced by another run, which must not be claimed back; 4: done with a warning
+    (tmp_path / "mae").write_text(f'#!/bin/sh\ntest "$*" = "run /config/run.yaml" && exit {code}\n')
+    (tmp_path / "mae").chmod(0o755)
+    entrypoint = documents()["RayJob"]["spec"]["entrypoint"]
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    assert subprocess.run(entrypoint, shell=True, env={"PATH": path}, check=False).returncode == ended
+
+
 @pytest.mark.parametrize("command", commands())
 def test_the_command_line_knows_the_command(command):
     call = [sys.executable, "-m", "jobs.cli", *command.split(), "--help"]

@@ -304,7 +304,7 @@ def test_another_generation_writes_nothing_twice_and_has_the_same_digest(source,
     shards = objects(root, "shards/") | objects(root, "rows/")
     second = shard(config(source), inputs, attempt(tmp_path / "root", generation=2))
     assert objects(root, "shards/") | objects(root, "rows/") == shards
-    assert (first.facts["reused_shards"], second.facts["reused_shards"]) == (0, first.facts["shards"])
+    assert (first.notes["reused_shards"], second.notes["reused_shards"]) == (0, first.facts["shards"])
     elsewhere = shard(config(source), inputs, attempt(tmp_path / "elsewhere"))
     assert first.facts["digest"] == second.facts["digest"] == elsewhere.facts["digest"]
 
@@ -329,7 +329,7 @@ def test_after_a_kill_only_what_is_missing_is_written(source, tmp_path):
     done = sum(key.startswith("rows/") for key in before)
     assert 0 < done < whole.facts["shards"]
     result = shard(config(source), inputs, replace(given, generation=2))
-    assert result.facts["reused_shards"] == done
+    assert result.notes["reused_shards"] == done
     after = objects(given.root)
     assert {key: after[key] for key in before} == before
     assert result.facts["digest"] == whole.facts["digest"]
@@ -393,7 +393,7 @@ def test_too_many_bad_images_stop_and_keep_what_was_written(source, tmp_path):
     kept = sum(1 for _ in given.root.list("rows/"))
     assert kept > 0
     result = shard(config(source), inputs, attempt(tmp_path / "root", generation=2, bad_share_stop=0.2))
-    assert result.facts["reused_shards"] == kept
+    assert result.notes["reused_shards"] == kept
     assert result.facts["counts"]["total"]["quarantined"] == 5
 
 

@@ -118,6 +118,28 @@ def test_the_plan_says_what_runs_and_which_field_made_it_differ():
     assert "1 of 3 steps to run, about 1 d 18:00" in text
 
 
+def test_on_80_columns_tables_stay_tables_and_addresses_can_be_copied():
+    name, address = "finetune-imagenet-1k-pretrained-s0", "file:///data/" + "deep/" * 30 + "index.html"
+    detail = f"{address}: no space left. Free some, or choose another store"
+    closing = closing_table(
+        [StepRow(name=name, state="stopped", fingerprint="1c22a0b3d4e5ffff", seconds=353_000, detail=detail)],
+        addresses={"report": address},
+    )
+    foreseen = plan_table(
+        [PlanRow(name=name, state="to_run", fingerprint="1c22a0b3d4e5ffff", differs=f"config.x: {detail}")]
+    )
+    for renderable, whole in (
+        (closing, (f"{name}  {detail}", f"report  {address}")),
+        (foreseen, (f"{name}  config.x: {detail}",)),
+    ):
+        console = Console(file=io.StringIO(), width=80, record=True)
+        console.print(renderable, soft_wrap=True)
+        lines = [line.rstrip() for line in console.export_text().splitlines()]
+        assert lines[1].split()[-1] == "1c22a0b3d4e5"
+        assert len(lines[1]) <= 80
+        assert set(whole) <= set(lines)
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [

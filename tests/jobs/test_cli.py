@@ -1,0 +1,261 @@
+"""The `mae` command in processes of its own: help, wrong input, JSON, signals."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from run_kit import ROOT, document, environment, mae, migrated_database, store, write_config, write_images
+
+__all__ = ["migrated_database", "store"]
+
+
+def only_line(done: subprocess.CompletedProcess[str]) -> str:
+    """Standard error, which must be one line of ours."""
+    assert "Traceback" not in done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("mae: ")
+    return lines[0].removeprefix("mae: ")
+
+
+@pytest.fixture
+def config(tmp_path, store) -> Path:
+    return write_config(tmp_path / "run.yaml", document(store, write_images(tmp_path / "images", 40)))
+
+
+# --- help ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["plan", "--help"], ["job", "submit", "--help"]])
+def test_help_imports_nothing_heavy(arguments):
+    code = f"""
+import sys
+from jobs.cli import app
+try:
+    app({arguments!r})
+except SystemExit as end:
+    assert end.code == 0
+heavy = {{"torch", "ray", "mlflow", "deepspeed", "pyarrow", "boto3", "numpy"}} & set(sys.modules)
+print("HEAVY", sorted(heavy))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, timeout=30
+    )
+    assert "HEAVY []" in done.stdout
+    assert "Usage" in done.stdout
+
+
+def test_every_command_says_what_it_does():
+    text = mae("--help").stdout + mae("job", "--help").stdout
+    for command in ("run", "plan", "ui", "job", "submit", "status", "logs", "stop", "list"):
+        assert re.search(rf"\b{command}\s+\w+", text), command
+
+
+def test_an_unknown_command_or_option_is_exit_code_2():
+    for arguments in (["runn"], ["run"], ["run", "x.yaml", "--zzz"]):
+        done = mae(*arguments)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+
+
+# --- wrong input -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_a_wrong_configuration_is_one_line_and_exit_code_2(tmp_path, command):
+    path = tmp_path / "run.yaml"
+    path.write_text("data: {source: x}\nmodel: {size: tiny\n")
+    done = mae(command, path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert only_line(done).startswith(f"{path}:3: not YAML")
+    write_config(path, document(tmp_path / "store", tmp_path) | {"sede": 1})
+    done = mae(command, path)
+    assert (done.returncode, only_line(done)) == (2, f"{path}: sede is not a field; did you mean seed?")
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_missing_and_an_empty_source_are_one_line_and_exit_code_2_and_mending_them_is_enough(tmp_path, store):
+    content = document(store, tmp_path / "images")
+    content["evaluation"]["datasets"] = []
+    path = write_config(tmp_path / "run.yaml", content)
+    done = mae("run", path, "--in-process", "--json")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "images does not exist. Point it at a folder" in only_line(done)
+    (tmp_path / "images").mkdir()
+    done = mae("run", path, "--in-process", "--json")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "holds no images (0 other files)" in only_line(done)
+    write_images(tmp_path / "images", 40)
+    done = mae("run", path, "--in-process", "--json")
+    assert done.returncode == 0, done.stderr
+    assert {step["state"] for step in json.loads(done.stdout)["steps"]} == {"done"}
+
+
+def test_a_store_that_cannot_be_written_is_one_line(tmp_path, store):
+    (tmp_path / "file").write_text("x")
+    path = write_config(
+        tmp_path / "run.yaml", document(tmp_path / "file" / "store", write_images(tmp_path / "images", 20))
+    )
+    done = mae("run", path, "--in-process")
+    assert done.returncode == 1
+    assert f"{tmp_path}/file/store" in only_line(done)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    made = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.skip(f"a small disk cannot be mounted here ({made.stderr.strip()})")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_stops_the_run_in_one_line_and_space_lets_it_go_on(tmp_path, migrated_database):
+    with small_disk(tmp_path / "disk", "100k") as disk:
+        content = document(disk / "store", write_images(tmp_path / "images", 200))
+        content["evaluation"]["datasets"] = []
+        path = write_config(tmp_path / "run.yaml", content | {"tracking": {"uri": f"sqlite:///{migrated_database}"}})
+        done = mae("run", path, "--in-process", "--json")
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        told = [line for line in done.stderr.splitlines() if line.startswith("shard: failed")]
+        assert len(told) == 1
+        assert "no space left" in told[0]
+        assert "Free some, or choose another store; finished work is kept" in told[0]
+        states = {step["name"]: step["state"] for step in json.loads(done.stdout)["steps"]}
+        assert (states["shard"], states["pretrain"]) == ("failed", "blocked")
+        assert not list(disk.rglob(".tmp-*"))  # nothing half written
+        subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
+        done = mae("run", path, "--in-process", "--json")
+        assert done.returncode == 0, done.stderr
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_plan_json_has_its_contract_and_writes_nothing(tmp_path):
+    path = write_config(tmp_path / "run.yaml", document(tmp_path / "store", write_images(tmp_path / "images", 20)))
+    done = mae("plan", path, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    (line,) = done.stdout.splitlines()
+    steps = json.loads(line)["steps"]
+    assert [step["name"] for step in steps][:3] == ["snapshot", "shard", "pretrain"]
+    for step in steps:
+        assert {"name", "fingerprint", "state", "differs", "memory_gib", "seconds", "cost"} <= step.keys()
+        assert (step["state"], step["differs"], len(step["fingerprint"])) == ("to_run", [], 64)
+    assert not (tmp_path / "store").exists()
+    done = mae("plan", path, "--json", "--set", "data.source=/nowhere")
+    assert {step["state"] for step in json.loads(done.stdout)["steps"]} == {"blocked"}
+    assert "WARNING snapshot is blocked: data.source='/nowhere'" in done.stderr
+
+
+def test_run_json_and_then_plan_says_what_a_changed_field_costs(config):
+    done = mae("run", config, "--in-process", "--json", COLUMNS="80")
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()  # nothing else on standard output
+    answer = json.loads(line)
+    assert {step["state"] for step in answer["steps"]} == {"done"}
+    assert answer["scores"]["toy"].keys() == {"linear", "finetune"}
+    addresses = [line for line in done.stderr.splitlines() if line.startswith("report  ")]
+    assert any(line.endswith(answer["addresses"]["report"]) for line in addresses)  # whole, on one line
+
+    done = mae("plan", config, "--json", "--set", "model.mask_ratio=0.5")
+    rows = {row["name"]: row for row in json.loads(done.stdout)["steps"]}
+    assert rows["shard"]["state"] == "cached"
+    assert rows["pretrain"]["differs"] == ["config.model.mask_ratio: 0.75 -> 0.5"]
+    shown = mae("plan", config, "--set", "model.mask_ratio=0.5", COLUMNS="80").stdout
+    assert "config.model.mask_ratio: 0.75 -> 0.5" in shown
+    assert rows["pretrain"]["fingerprint"][:12] in shown
+
+    done = mae("run", config, "--in-process", "--json")
+    assert {step["state"] for step in json.loads(done.stdout)["steps"]} == {"cached"}
+
+
+# --- signals -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def running(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
+    """`mae` under way, in a process group of its own; gone afterwards."""
+    call = [sys.executable, "-m", "jobs.cli", *map(str, arguments)]
+    process = subprocess.Popen(
+        call,
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for(root: Path, pattern: str, process: subprocess.Popen[str], *, within_s: float = 60) -> Path:
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        if found := sorted(root.glob(pattern)):
+            return found[-1]
+        assert process.poll() is None, "the run ended by itself"
+        time.sleep(0.1)
+    raise AssertionError(f"no {pattern} in {root} within {within_s} s")
+
+
+def lengthened(config: Path, epochs: int) -> Path:
+    content: dict[str, Any] = yaml.safe_load(config.read_text())
+    content["pretrain"]["epochs"] = epochs
+    content["resources"] |= {"checkpoint_every_steps": 50, "log_every_steps": 50}
+    content["evaluation"]["datasets"] = []
+    return write_config(config, content)
+
+
+def states(stdout: str) -> dict[str, str]:
+    return {step["name"]: step["state"] for step in json.loads(stdout)["steps"]}
+
+
+def test_a_signal_saves_and_stops_and_the_same_command_goes_on(config, store):
+    lengthened(config, 400)
+    for attempt, number in enumerate((signal.SIGINT, signal.SIGTERM), start=1):
+        with running("run", config, "--in-process", "--json") as process:
+            wait_for(store, f"pretrain-*/g{attempt:04d}/checkpoints/*/manifest.json", process)
+            process.send_signal(number)
+            stdout, _ = process.communicate(timeout=60)
+        assert process.returncode == 3, number
+        came = "done" if attempt == 1 else "cached"
+        assert states(stdout) == {"snapshot": came, "shard": came, "pretrain": "stopped", "report": "stopped"}
+        assert not list(store.glob("pretrain-*/receipt.json"))
+
+    done = mae("run", config, "--in-process", "--json")
+    assert done.returncode == 0, done.stderr
+    assert states(done.stdout) == {"snapshot": "cached", "shard": "cached", "pretrain": "done", "report": "done"}
+    continues = [json.loads(claim.read_text())["continues"] for claim in sorted(store.glob("pretrain-*/gen/*.json"))]
+    assert [key[:6] for key in continues] == ["", "g0001/", "g0002/"]
+
+
+def test_a_second_signal_cuts_off_at_once_with_exit_code_3(config, store):
+    lengthened(config, 3000)
+    with running("run", config, "--in-process", "--json") as process:
+        wait_for(store, "pretrain-*/g0001/checkpoints/*/manifest.json", process)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+    assert process.returncode == 3

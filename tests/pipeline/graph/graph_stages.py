@@ -1,0 +1,144 @@
+"""Tiny real stages for the tests of the graph: they write files and tell a log, line by line, what they did.
+
+The log's path and a tick's length come with the resources, so that they are outside every fingerprint."""
+
+import hashlib
+import json
+import os
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import errors
+from pipeline.errors import Stopped
+from pipeline.graph.receipts import check_fence, claims
+from pipeline.graph.runner import stop_key
+from pipeline.graph.step import Attempt, StageInput, StageResult, Step, generation_key
+
+VERSION = 1
+OUT = "out.txt"
+
+
+@dataclass(frozen=True)
+class Work:
+    value: int = 0
+    ticks: int = 4
+
+
+def tell(attempt: Attempt, line: str) -> None:
+    """Appends a line; short appends of several processes do not mix."""
+    with Path(attempt.resources["log"]).open("a") as file:
+        file.write(line + "\n")
+
+
+def tick(attempt: Attempt) -> None:
+    time.sleep(attempt.resources.get("tick_s", 0.0))
+    check_fence(attempt.root, attempt.generation)
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def finished(attempt: Attempt, text: str) -> StageResult:
+    attempt.store.write(OUT, text.encode())
+    return StageResult(facts={"digest": digest(text), "shape": (1, 2), "per_label": {7: 1}}, files=(OUT,))
+
+
+def write(config: Work, inputs: Mapping[str, StageInput], attempt: Attempt) -> StageResult:
+    """Hashes its configuration and what its inputs wrote."""
+    tell(attempt, attempt.step_name)
+    for done in range(config.ticks):
+        attempt.progress.update(done, config.ticks, unit="ticks", half=0.5)
+        tick(attempt)
+    read = {name: one.store.read(OUT).decode() for name, one in sorted(inputs.items())}
+    return finished(attempt, digest([config.value, read]))
+
+
+def objects(config: Work, inputs: Mapping[str, StageInput], attempt: Attempt) -> StageResult:
+    """Content-addressed objects under the step's root, each with a row that is put if absent; a new generation adds the missing."""
+    keys = []
+    for index in range(config.ticks):
+        row = f"rows/{index}.json"
+        if not attempt.root.exists(row):
+            tick(attempt)
+            tell(attempt, f"{attempt.step_name} {index}")
+            data = digest([config.value, index]).encode() * 500
+            key = f"objects/{hashlib.sha256(data).hexdigest()}"
+            attempt.root.write(key, data)
+            attempt.root.create(row, key.encode())
+        keys.append(attempt.root.read(row).decode())
+    return finished(attempt, "\n".join(keys))
+
+
+def count(config: Work, inputs: Mapping[str, StageInput], attempt: Attempt) -> StageResult:
+    """A chain of hashes, saved at every link; goes on from the link that its generation was claimed to continue from."""
+    saved = json.loads(attempt.root.read(attempt.continues)) if attempt.continues else {"done": 0, "chain": ""}
+    for done in range(saved["done"], config.ticks):
+        attempt.progress.update(done, config.ticks, unit="links")
+        tick(attempt)
+        if attempt.root.exists(stop_key(attempt.generation)):
+            raise Stopped(f"stopped at {done} of {config.ticks}, saved")
+        tell(attempt, f"{attempt.step_name} {done}")
+        saved = {"done": done + 1, "chain": digest([config.value, done, saved["chain"]])}
+        attempt.store.write(f"links/{done:04d}.json", json.dumps(saved).encode())
+    return finished(attempt, saved["chain"])
+
+
+def newest_link(root: Any) -> str:
+    """The furthest link of any generation."""
+    links = [info.key for number in claims(root) for info in root.list(f"{generation_key(number)}/links/")]
+    return max(links, key=lambda key: key.rpartition("/")[2], default="")
+
+
+def fails(config: Work, inputs: Mapping[str, StageInput], attempt: Attempt) -> StageResult:
+    """Raises, as long as the resources say so, an error of the pipeline's (by name) or one of Python's."""
+    tell(attempt, attempt.step_name)
+    if broken := attempt.resources["broken"]:
+        raise getattr(errors, broken, ZeroDivisionError)("images/7.jpg is not an image. Remove it")
+    return finished(attempt, "mended")
+
+
+def dies_once(config: Work, inputs: Mapping[str, StageInput], attempt: Attempt) -> StageResult:
+    """Leaves a half-written output and takes its process with it; the second time it does not."""
+    tell(attempt, attempt.step_name)
+    attempt.store.write("half.txt", b"half")
+    if attempt.generation == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return finished(attempt, "alive")
+
+
+def meets(config: Work, inputs: Mapping[str, StageInput], attempt: Attempt) -> StageResult:
+    """Ends only when two steps are at work at the same time."""
+    meeting = Path(attempt.resources["meeting"])
+    (meeting / attempt.step_name).touch()
+    for _ in range(600):
+        if len(list(meeting.iterdir())) == 2:
+            return finished(attempt, "met")
+        time.sleep(0.1)
+    raise TimeoutError("nobody came")
+
+
+def small_graph(resources: Mapping[str, Any], *, ticks: int = 4) -> list[Step]:
+    """A graph in the pipeline's shape: listing -> shards -> training -> two probes -> page."""
+    listing = Step(name="listing", function=write, config=Work(1, ticks), resources=resources)
+    shards = Step(
+        name="shards", function=objects, config=Work(2, ticks), inputs={"listing": listing}, resources=resources
+    )
+    training = Step(
+        name="training",
+        function=count,
+        config=Work(3, 2 * ticks),
+        inputs={"shards": shards},
+        resources=resources,
+        resume_point=newest_link,
+    )
+    near = Step(name="near", function=write, config=Work(4, ticks), inputs={"shards": shards}, resources=resources)
+    far = Step(name="far", function=write, config=Work(5, ticks), inputs={"training": training}, resources=resources)
+    page = Step(
+        name="page", function=write, config=Work(6, ticks), inputs={"near": near, "far": far}, resources=resources
+    )
+    return [listing, shards, training, near, far, page]

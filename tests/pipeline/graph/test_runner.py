@@ -1,0 +1,436 @@
+"""The walker on tiny real steps: twice, changed, dry, failing, stopped, in this process and on a real Ray."""
+
+import contextlib
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+from graph_drivers import HERE, Driver, Silent, check_like_undisturbed, kill_and_go_on, results, walk_to_the_end
+from graph_stages import OUT, Work, count, dies_once, fails, meets, newest_link, small_graph, write
+
+from pipeline import cluster
+from pipeline.errors import DataError, Fenced, PipelineError, Stopped, StorageError
+from pipeline.graph.plan import flatten, nearest_difference, plan_graph
+from pipeline.graph.receipts import RECEIPT, claim, claims, read_receipt
+from pipeline.graph.runner import Run, execute, stop_key
+from pipeline.graph.step import Attempt, Step
+from pipeline.storage import FileStore
+
+
+@pytest.fixture
+def store(tmp_path) -> FileStore:
+    return FileStore(tmp_path / "store")
+
+
+@pytest.fixture
+def resources(tmp_path) -> dict[str, object]:
+    return {"log": str(tmp_path / "log")}
+
+
+@pytest.fixture(scope="module")
+def ray():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("PYTHONPATH", HERE)
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):  # `connect` sets them: as they were, afterwards
+            patch.setenv(name, os.environ.get(name, ""))
+        cluster.connect(cpus=2)
+        yield
+        cluster.disconnect()
+
+
+def told(resources) -> list[str]:
+    """What the stages said since the last look."""
+    log = Path(resources["log"])
+    lines = log.read_text().splitlines() if log.exists() else []
+    log.write_text("")
+    return lines
+
+
+def names(lines) -> list[str]:
+    return list(dict.fromkeys(line.split()[0] for line in lines))
+
+
+def states(outcomes) -> dict[str, str]:
+    return {outcome.step.name: outcome.state for outcome in outcomes}
+
+
+def walk(steps, store, *, executor="in_process", parallel=1, hooks=None):
+    return Run(steps, store=store, executor=executor, hooks=hooks or Silent(), parallel=parallel).walk()
+
+
+def alone(function, resources, name="alone", **more) -> Step:
+    return Step(name=name, function=function, config=Work(), resources=resources, **more)
+
+
+# --- what is done stays done
+
+
+def test_second_run_computes_nothing(store, resources):
+    steps = small_graph(resources)
+    first, second = walk(steps, store), walk(steps, store)
+    assert names(told(resources)) == ["listing", "shards", "training", "near", "far", "page"]
+    assert set(states(first).values()) == {"done"}
+    assert set(states(second).values()) == {"cached"}
+    assert [outcome.receipt for outcome in second] == [outcome.receipt for outcome in first]
+
+
+def test_steps_given_out_of_order_run_in_order(store, resources):
+    steps = small_graph(resources)
+    assert [outcome.step.name for outcome in walk([steps[-1]], store)] == [
+        "listing", "shards", "near", "training", "far", "page",
+    ]  # fmt: skip
+
+
+def test_a_changed_field_runs_again_exactly_what_depends_on_it(store, resources):
+    listing, shards, training, near, far, page = small_graph(resources)
+    walk([page], store)
+    told(resources)
+    other = dataclasses.replace(training, config=Work(30, 8))
+    far = dataclasses.replace(far, inputs={"training": other})
+    page = dataclasses.replace(page, inputs={"near": near, "far": far})
+    outcomes = walk([listing, shards, other, near, far, page], store)
+    assert names(told(resources)) == ["training", "far", "page"]
+    assert [name for name, state in states(outcomes).items() if state == "cached"] == ["listing", "shards", "near"]
+    assert set(states(walk(small_graph(resources), store)).values()) == {"cached"}  # the old ones are still there
+
+
+def test_changed_resources_run_nothing_again(store, resources, tmp_path):
+    walk(small_graph(resources), store)
+    told(resources)
+    moved = resources | {"tick_s": 1.0, "workers": 64, "zero_stage": 3}
+    assert set(states(walk(small_graph(moved), store, parallel=4)).values()) == {"cached"}
+    assert told(resources) == []
+
+
+def test_a_step_whose_receipt_was_deleted_runs_again_from_what_it_left(store, resources):
+    steps = small_graph(resources)
+    walk(steps, store)
+    told(resources)
+    store.at(steps[1].directory).delete(RECEIPT)
+    assert states(walk(steps, store))["shards"] == "done"
+    assert told(resources) == []  # its objects were all there
+
+
+def test_two_different_steps_of_one_name_are_refused(store, resources):
+    twice = [alone(write, resources), dataclasses.replace(alone(write, resources), config=Work(9))]
+    with pytest.raises(PipelineError, match="two different steps are named alone"):
+        walk(twice, store)
+    with pytest.raises(PipelineError, match="two different steps are named alone"):
+        plan_graph(twice, store=store)
+    assert list(store.list()) == []
+
+
+# --- the plan
+
+
+def test_the_plan_names_what_would_run_and_why_and_writes_nothing(store, resources):
+    listing, shards, _, near, _, page = small_graph(resources)
+    assert {row.state for row in plan_graph([page], store=store)} == {"to_run"}
+    assert list(store.list()) == []
+    walk([page], store)
+    before = list(store.list())
+    changed = dataclasses.replace(shards, config=Work(2, 5))
+    near = dataclasses.replace(near, inputs={"shards": changed})
+    rows = plan_graph([listing, changed, near], store=store, unable=["shards"])
+    assert [(row.step.name, row.state, row.differs) for row in rows] == [
+        ("listing", "cached", ()),
+        ("shards", "blocked", ("config.ticks: 4 -> 5",)),
+        ("near", "blocked", ("inputs.shards: made anew",)),
+    ]
+    rows = plan_graph([listing, changed, near], store=store)
+    assert [row.state for row in rows] == ["cached", "to_run", "to_run"]
+    assert list(store.list()) == before
+    assert rows[1].uri == store.at(changed.directory).uri
+
+
+def test_the_plan_compares_with_the_most_similar_step_done_before():
+    identity = {"name": "a", "version": 2, "config": {"lr": 0.1, "deep": {"sizes": [1, 2]}}}
+    far = {"name": "a", "version": 1, "config": {"lr": 0.2, "deep": {"sizes": [1]}, "gone": 1}}
+    near = {"name": "a", "version": 2, "config": {"lr": 0.1, "deep": {"sizes": [1]}}}
+    assert nearest_difference(identity, [far, near]) == ("config.deep.sizes: [1] -> [1, 2]",)
+    assert nearest_difference(identity, [far]) == (
+        "config.deep.sizes: [1] -> [1, 2]",
+        "config.gone: 1 -> absent",
+        "config.lr: 0.2 -> 0.1",
+        "version: 1 -> 2",
+    )
+    assert nearest_difference(identity, []) == ()
+    assert flatten(identity)["config.deep.sizes"] == [1, 2]
+
+
+def test_a_step_whose_driver_died_right_after_the_receipt_is_remembered_too(store, resources):
+    steps = small_graph(resources)
+    walk(steps, store)
+    for info in list(store.list("history/")):
+        store.delete(info.key)
+    walk(steps, store)
+    [row] = plan_graph([dataclasses.replace(steps[0], config=Work(7, 4))], store=store)
+    assert row.differs == ("config.value: 1 -> 7",)
+
+
+# --- failures
+
+
+def test_a_failing_step_blocks_only_what_needs_it(store, resources):
+    bad = alone(fails, resources | {"broken": "DataError"}, "bad")
+    needs = alone(write, resources, "needs", inputs={"bad": bad})
+    last = alone(write, resources, "last", inputs={"needs": needs})
+    free = alone(write, resources, "free")
+    outcomes = walk([bad, needs, last, free], store)
+    assert states(outcomes) == {"bad": "failed", "needs": "blocked", "last": "blocked", "free": "done"}
+    assert isinstance(outcomes[0].error, DataError)
+    mended = dataclasses.replace(bad, resources=resources | {"broken": ""})
+    inputs = {"bad": mended}
+    needs = dataclasses.replace(needs, inputs=inputs)
+    last = dataclasses.replace(last, inputs={"needs": needs})
+    assert states(walk([mended, needs, last, free], store)) == {
+        "bad": "done", "needs": "done", "last": "done", "free": "cached",
+    }  # fmt: skip
+
+
+def test_an_unexpected_error_leaves_its_traceback_in_the_store(store, resources):
+    bad = alone(fails, resources | {"broken": "ZeroDivisionError"})
+    [outcome] = walk([bad], store)
+    assert (outcome.state, type(outcome.error)) == ("failed", ZeroDivisionError)
+    assert b"ZeroDivisionError: images/7.jpg" in store.at(bad.directory).read("failure/0001.txt")
+
+
+def test_a_done_step_is_cached_though_its_input_cannot_be_made_again(store, resources):
+    bad = alone(fails, resources | {"broken": ""}, "bad")
+    needs = alone(write, resources, "needs", inputs={"bad": bad})
+    walk([bad, needs], store)
+    store.at(bad.directory).delete(RECEIPT)
+    bad = dataclasses.replace(bad, resources=resources | {"broken": "DataError"})
+    needs = dataclasses.replace(needs, inputs={"bad": bad})
+    assert states(walk([needs], store)) == {"bad": "failed", "needs": "cached"}
+
+
+def test_a_damaged_receipt_fails_its_step_and_lets_the_others_go_on(store, resources):
+    damaged, free = alone(write, resources, "damaged"), alone(write, resources, "free")
+    store.at(damaged.directory).write(RECEIPT, b"{")
+    needs = alone(write, resources, "needs", inputs={"damaged": damaged})
+    outcomes = walk([damaged, needs, free], store)
+    assert states(outcomes) == {"damaged": "failed", "needs": "blocked", "free": "done"}
+    assert RECEIPT in str(outcomes[0].error)
+
+
+def test_a_store_that_refuses_a_claim_fails_that_step_alone(store, resources):
+    shut, free = alone(write, resources, "shut"), alone(write, resources, "free")
+    store.root.mkdir()
+    (store.root / shut.directory).write_text("a file where the step's folder should be")
+    hooks = Silent()
+    outcomes = walk([shut, free], store, hooks=hooks)
+    assert states(outcomes) == {"shut": "failed", "free": "done"}
+    assert isinstance(outcomes[0].error, StorageError)
+    assert hooks.begun == ["free"]  # no run in MLflow is left open for a step that never began
+
+
+def test_code_that_differs_from_the_drivers_is_refused(store, resources):
+    step = alone(write, resources)
+    root = store.at(step.directory)
+    attempt = Attempt(root.uri, 1, "", step.name, "0" * 64, resources, "in_process", progress=None)
+    with pytest.raises(PipelineError, match="Install the same version of mae-pipeline on every machine"):
+        execute(step, {}, attempt)
+    assert told(resources) == []
+
+
+# --- stopping
+
+
+class StopsAt(Silent):
+    """Asks the run to stop at the first word of a step, as a signal would: in the middle of its work."""
+
+    def __init__(self, step_name: str) -> None:
+        super().__init__()
+        self.step_name = step_name
+
+    def progress(self, step_name, done, total, unit, fields):
+        if step_name == self.step_name and not self.run.stopping:
+            self.run.request_stop()
+
+
+def stopped_walk(steps, store, step_name, *, executor="in_process", parallel=1):
+    hooks = StopsAt(step_name)
+    hooks.run = Run(steps, store=store, executor=executor, hooks=hooks, parallel=parallel)
+    return hooks.run.walk()
+
+
+def test_a_stop_lets_a_step_save_and_the_next_run_goes_on_from_there(store, resources):
+    steps = small_graph(resources | {"tick_s": 0.1})
+    outcomes = stopped_walk(steps, store, "training")
+    assert states(outcomes) == {
+        "listing": "done", "shards": "done", "training": "stopped", "near": "stopped", "far": "stopped", "page": "stopped",
+    }  # fmt: skip
+    assert isinstance(outcomes[2].error, Stopped)
+    assert store.at(steps[2].directory).exists(stop_key(1))
+    walk(steps, store)  # the old request is to the first generation: it stops no other
+    lines = told(resources)
+    assert sorted(line for line in lines if line.startswith("training ")) == [f"training {link}" for link in range(8)]
+
+
+def test_a_stop_cuts_off_a_step_that_cannot_save(store, resources):
+    steps = small_graph(resources)
+    outcomes = stopped_walk(steps, store, "near")
+    assert states(outcomes)["near"] == "stopped"
+    assert "the same command runs it again" in str(outcomes[3].error)
+    assert states(outcomes)["far"] == "stopped"  # nothing new is started
+    assert set(states(walk(steps, store)).values()) == {"done", "cached"}
+
+
+def test_what_is_done_is_told_so_in_a_stopped_run(store, resources):
+    steps = small_graph(resources)
+    walk(steps[:2], store)
+    run = Run([steps[0], steps[3]], store=store, executor="in_process", hooks=Silent())
+    run.request_stop()
+    assert states(run.walk()) == {"listing": "cached", "shards": "cached", "near": "stopped"}
+
+
+def test_an_interrupt_without_a_request_stops_the_whole_run(store, resources):
+    class Interrupted(Silent):
+        def progress(self, step_name, done, total, unit, fields):
+            raise KeyboardInterrupt
+
+    outcomes = walk([alone(write, resources, "a"), alone(write, resources, "b")], store, hooks=Interrupted())
+    assert states(outcomes) == {"a": "stopped", "b": "stopped"}
+
+
+def test_a_failure_while_stopping_is_still_a_failure(store, resources):
+    class Stopping(Silent):
+        def begin(self, step):
+            with contextlib.suppress(KeyboardInterrupt):
+                self.run.request_stop()
+            return ""
+
+    hooks = Stopping()
+    bad = alone(fails, resources | {"broken": "DataError"}, resume_point=newest_link)
+    hooks.run = Run([bad], store=store, executor="in_process", hooks=hooks)
+    assert states(hooks.run.walk()) == {"alone": "failed"}
+
+
+# --- two drivers
+
+
+class ClaimsToo(Silent):
+    """Another driver, that claims a step as soon as this one is at work on it."""
+
+    def __init__(self, root) -> None:
+        super().__init__()
+        self.root = root
+
+    def progress(self, step_name, done, total, unit, fields):
+        if step_name == "training" and len(claims(self.root)) == 1:
+            claim(self.root, continues=newest_link(self.root))
+
+
+def test_a_fenced_driver_stops_and_never_claims_again(store, resources):
+    steps = small_graph(resources)
+    root = store.at(steps[2].directory)
+    outcomes = walk(steps, store, hooks=ClaimsToo(root))
+    assert states(outcomes) == {
+        "listing": "done", "shards": "done", "training": "stopped", "near": "stopped", "far": "stopped", "page": "stopped",
+    }  # fmt: skip
+    assert isinstance(outcomes[2].error, Fenced)
+    assert claims(root) == [1, 2]
+    assert claims(store.at(steps[3].directory)) == []
+
+
+def test_two_drivers_at_once_end_in_one_result(tmp_path, store, resources):
+    walk_to_the_end(tmp_path / "alone", tick_s=0)
+    together = tmp_path / "together"
+    drivers = [Driver(together, tick_s=0.2), Driver(together, tick_s=0.2)]
+    for driver in drivers:
+        driver.go()
+    ends = [driver.states() for driver in drivers]
+    assert {state for end in ends for state in end.values()} <= {"done", "cached", "stopped"}
+    assert any("stopped" not in end.values() for end in ends)  # one of them came through
+    assert results(together) == results(tmp_path / "alone")
+    assert set(walk_to_the_end(together, tick_s=0).values()) == {"cached"}
+
+
+# --- kills
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_killed_driver_goes_on_to_the_same_results(seed, tmp_path):
+    walk_to_the_end(tmp_path / "alone", tick_s=0)
+    kills = kill_and_go_on(tmp_path / "killed", seed=seed, tick_s=0.04, span_s=0.8, executor="in_process")
+    assert kills > 0  # 28 ticks take longer than the span
+    check_like_undisturbed(tmp_path / "killed", results(tmp_path / "alone"), kills=kills)
+
+
+# --- on Ray
+
+
+def test_the_graph_on_ray_is_the_graph_in_process(ray, store, resources, tmp_path):
+    steps = small_graph(resources)
+    hooks = Silent()
+    assert set(states(walk(steps, store, executor="ray", hooks=hooks)).values()) == {"done"}
+    assert (
+        "listing",
+        3,
+        4,
+        "ticks",
+        {"half": 0.5},
+    ) in hooks.words or hooks.words  # the newest word; earlier ones may be passed over
+    walk_to_the_end(tmp_path / "alone", tick_s=0)
+    assert results(tmp_path) == results(tmp_path / "alone")
+    assert set(states(walk(steps, store)).values()) == {"cached"}
+
+
+def test_independent_steps_run_at_once(ray, store, tmp_path):
+    meeting = tmp_path / "meeting"
+    meeting.mkdir()
+    steps = [alone(meets, {"meeting": str(meeting)}, name) for name in ("a", "b")]
+    assert states(walk(steps, store, executor="ray", parallel=2)) == {"a": "done", "b": "done"}
+
+
+def test_errors_on_ray_arrive_as_themselves(ray, store, resources):
+    kinds = ["PipelineError", "DataError", "CheckpointError", "ZeroDivisionError"]
+    steps = [alone(fails, resources | {"broken": kind}, f"bad-{kind}") for kind in kinds]
+    for outcome, kind in zip(walk(steps, store, executor="ray"), kinds, strict=True):
+        assert (outcome.state, type(outcome.error).__name__) == ("failed", kind)
+        assert str(outcome.error) == "images/7.jpg is not an image. Remove it"
+
+
+def test_a_step_whose_process_dies_is_failed_and_done_the_next_time(ray, store, resources):
+    dying = alone(dies_once, resources, "dying")
+    needs, free = alone(write, resources, "needs", inputs={"dying": dying}), alone(write, resources, "free")
+    outcomes = walk([dying, needs, free], store, executor="ray")
+    assert states(outcomes) == {"dying": "failed", "needs": "blocked", "free": "done"}
+    assert isinstance(outcomes[0].error, PipelineError)
+    message = str(outcomes[0].error)
+    assert message.startswith("the process that coordinated the step died (")
+    assert message.endswith("Run the same command again")
+    assert "\n" not in message
+    assert states(walk([dying, needs, free], store, executor="ray")) == {
+        "dying": "done",
+        "needs": "done",
+        "free": "cached",
+    }
+    receipt = read_receipt(store.at(dying.directory))
+    assert [file.key for file in receipt.files] == [OUT]
+    assert receipt.generation == 2
+
+
+def test_a_stop_on_ray_saves_what_can_save_and_cuts_off_the_rest(ray, store, resources):
+    slow = resources | {"tick_s": 0.2}
+    saves = Step(name="saves", function=count, config=Work(1, 200), resources=slow, resume_point=newest_link)
+    cannot = Step(name="cannot", function=write, config=Work(2, 200), resources=slow)
+    outcomes = stopped_walk([saves, cannot], store, "saves", executor="ray", parallel=2)
+    assert states(outcomes) == {"saves": "stopped", "cannot": "stopped"}
+    assert "saved" in str(outcomes[0].error)
+    assert "cut off" in str(outcomes[1].error)
+    assert read_receipt(store.at(cannot.directory)) is None
+
+
+def test_a_fence_on_ray_stops_what_else_is_at_work(ray, store, resources):
+    slow = resources | {"tick_s": 0.2}
+    fenced = Step(name="training", function=write, config=Work(1, 200), resources=slow)
+    saves = Step(name="saves", function=count, config=Work(1, 200), resources=slow, resume_point=newest_link)
+    hooks = ClaimsToo(store.at(fenced.directory))
+    outcomes = walk([fenced, saves], store, executor="ray", parallel=2, hooks=hooks)
+    assert [type(outcome.error) for outcome in outcomes] == [Fenced, Stopped]
+    assert json.loads(store.at(saves.directory).read(stop_key(1))) == {}

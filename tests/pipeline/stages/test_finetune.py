@@ -1,0 +1,151 @@
+"""The fine-tuning stage, run whole on one and two workers: scores over all test images, from the weights that were asked for."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load
+from training_kit import SEED, TEST, TRAIN, attempt_at, classification_spec, encoder_config, finetune_recipe
+
+from mae_core.heads import Classifier
+from mae_core.metrics import topk_counts
+from mae_core.patches import normalise_pixels
+from mae_core.vit import ViTEncoder
+from pipeline.data.images import AugmentConfig, augment, decode
+from pipeline.data.manifest import NO_LABEL
+from pipeline.data.selection import Selection
+from pipeline.graph.step import Attempt, StageInput
+from pipeline.stages.finetune import CLASSIFIER, FinetuneConfig, finetune
+from pipeline.tracking import NullTracker
+from pipeline.training.launch import StoreSupervisor
+from pipeline.training.loop import train
+from pipeline.training.spec import dataset_address, select
+from pipeline.training.tasks import ClassificationTask
+from pipeline.training.world import enter_world
+from pipeline.weights import ENCODER, read_weights
+
+
+def config(weights: str, **recipe) -> FinetuneConfig:
+    return FinetuneConfig(
+        encoder=encoder_config(), weights=weights, recipe=finetune_recipe(**recipe), train_labels=None, seed=SEED
+    )
+
+
+def finetune_here(of: FinetuneConfig, inputs: dict[str, StageInput], attempt: Attempt):
+    return finetune(of, inputs, attempt)
+
+
+def test_images(shards: StageInput) -> tuple[torch.Tensor, torch.Tensor]:
+    """All test images as evaluation cuts them, one after the other and without the loader: uint8 [n, H, W, 3], labels [n]."""
+    selection = Selection.all(dataset_address(shards).open(), "test")
+    centre = AugmentConfig(kind="center", flip=False)
+    images, labels = [], []
+    for shard, entry in enumerate(selection.shards):
+        rows = selection.rows(shard)
+        tar = shards.root.read(entry.key)
+        for offset, length, label in zip(rows.offsets, rows.lengths, rows.labels, strict=True):
+            picture = augment(decode(tar[offset : offset + length]), torch.zeros(64).numpy(), centre, (16, 16))
+            images.append(torch.as_tensor(picture))
+            labels.append(int(label))
+    return torch.stack(images), torch.tensor(labels)
+
+
+test_images.__test__ = False
+
+
+@pytest.mark.parametrize("weights", ["pretrained", "random"])
+def test_the_score_is_the_saved_classifiers_over_all_test_images(teams, shards, pretrained, tmp_path, weights):
+    inputs = {"shards": shards} | ({"pretrain": pretrained} if weights == "pretrained" else {})
+    attempt = attempt_at(tmp_path)
+    result = teams(1).run(finetune_here, config(weights), inputs, attempt)[0]
+    facts = result.facts
+    assert facts["images"] == TEST
+    images, labels = test_images(shards)
+    encoder = encoder_config()
+    model = Classifier(ViTEncoder(encoder), num_classes=3, generator=torch.Generator())
+    model.load_state_dict(load(attempt.store.read(CLASSIFIER)))
+    with torch.inference_mode():
+        logits = model.eval()(normalise_pixels(images, mean=encoder.pixel_mean, std=encoder.pixel_std))
+    counts = topk_counts(logits, labels)
+    assert facts["top1"] == counts.top1
+    assert facts["top5"] == 1.0  # of three classes
+    assert facts["loss"] == pytest.approx(counts.loss, rel=1e-5)
+    rows = [json.loads(line) for line in attempt.store.read("history.jsonl").splitlines()]
+    assert len(rows) == facts["global_step"] == 19  # 4 epochs of 60 in batches of 13
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def train_here(spec, attempt):
+    trained = train(spec, attempt, world=enter_world(), tracker=NullTracker(), supervisor=StoreSupervisor(attempt))
+    return dict(trained.scores)
+
+
+@pytest.mark.parametrize(("workers", "zero_stage"), [(2, 1), (3, 3)])
+def test_any_number_of_workers_counts_every_test_image_once(teams, shards, tmp_path, workers, zero_stage):
+    """23 images over 2 or 3 workers, with ZeRO-3's forward passes kept in step; equal to one worker's score."""
+    scores = []
+    for size, stage in ((1, 1), (workers, zero_stage)):
+        attempt = attempt_at(tmp_path / str(size), zero_stage=stage)
+        spec = classification_spec(shards, attempt)
+        answers = teams(size).run(train_here, spec, attempt)
+        assert all(answer == answers[0] for answer in answers)
+        scores.append(answers[0])
+    alone, together = scores
+    assert together["images"] == alone["images"] == TEST
+    assert together["top1"] == alone["top1"]
+    assert together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+
+
+def test_the_encoder_is_the_pretrained_one_and_the_head_is_fresh(pretrained):
+    def build(uri: str, seed: int) -> Classifier:
+        task = ClassificationTask(
+            encoder=encoder_config(),
+            encoder_uri=uri,
+            num_classes=3,
+            weight_decay=0.0,
+            layer_decay=0.75,
+            drop_path=0.0,
+            label_smoothing=0.0,
+            seed=seed,
+        )
+        return task.build().module.model
+
+    reference = ViTEncoder(encoder_config())
+    reference.load_state_dict(read_weights(pretrained.store, ENCODER))
+    reference.norm = torch.nn.Identity()  # the classifier pools before a norm of its own
+    pixels = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = reference.encode(pixels, pool="mean")
+        from_pretrained = build(pretrained.store.uri, seed=1).encoder.encode(pixels, pool="mean")
+        from_random = build("", seed=1).encoder.encode(pixels, pool="mean")
+    assert torch.equal(from_pretrained, expected)
+    assert not torch.allclose(from_random, expected, atol=0.1)
+    heads = [build(pretrained.store.uri, seed=seed).head.weight for seed in (1, 1, 2)]
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+
+
+def test_images_without_labels_are_passed_over(unlabelled, tmp_path):
+    attempt = attempt_at(tmp_path)
+    result = finetune(config("random"), {"shards": unlabelled}, attempt)
+    assert (result.facts, result.files) == ({"skipped": "no labels"}, ())
+    assert list(attempt.store.list()) == []
+
+
+def test_a_dataset_without_a_test_split_is_passed_over(shards, tmp_path):
+    lacking = replace(shards, facts=dict(shards.facts) | {"splits": ["train"]})
+    result = finetune(config("random"), {"shards": lacking}, attempt_at(tmp_path))
+    assert result.facts == {"skipped": "no test split"}
+
+
+def test_stray_images_without_a_label_are_neither_learnt_nor_scored(teams, partly_labelled, tmp_path):
+    manifest = dataset_address(partly_labelled).open()
+    everything, labelled = (select(manifest, "train", which, seed=0) for which in ("all", "labelled"))
+    assert int(everything.counts.sum()) == TRAIN + 5
+    assert int(labelled.counts.sum()) == TRAIN
+    assert all((labelled.rows(shard).labels != NO_LABEL).all() for shard in range(len(labelled.shards)))
+    attempt = attempt_at(tmp_path)
+    facts = teams(1).run(finetune_here, config("random", epochs=2), {"shards": partly_labelled}, attempt)[0].facts
+    assert facts["images"] == TEST
+    assert facts["global_step"] == 10

@@ -1,0 +1,358 @@
+"""The loop in real processes: what is trained does not depend on stops, world size or ZeRO stage, and nobody is left waiting."""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from training_kit import (
+    SEED,
+    SIDE,
+    Raised,
+    attempt_at,
+    checkpoint_state,
+    classification_spec,
+    mae_config,
+    mae_spec,
+    same_attempt,
+)
+
+from mae_core.masking import random_mask
+from pipeline.data.loader import Batch
+from pipeline.data.order import OrderConfig, SampleOrder, ids_digest
+from pipeline.data.selection import Selection
+from pipeline.errors import DataError
+from pipeline.graph.receipts import claim
+from pipeline.graph.runner import stop_key
+from pipeline.graph.step import Attempt, StageInput
+from pipeline.storage import S3Store
+from pipeline.tracking import NullTracker
+from pipeline.training.checkpoints import open_checkpoint
+from pipeline.training.launch import RESULT, StoreSupervisor, run_training, work
+from pipeline.training.loop import train
+from pipeline.training.spec import TrainSpec, dataset_address
+from pipeline.training.tasks import MAETask
+from pipeline.training.world import ELSEWHERE, enter_world
+
+TOTAL_STEPS = 10  # 2 epochs of 60 samples in batches of 13
+SEEN: list[tuple[list[int], list[int]]] = []
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchedMAETask(MAETask):
+    """Writes down which (epoch, sample) reach the module."""
+
+    def inputs(self, batch: Batch) -> tuple[torch.Tensor, ...]:
+        SEEN.append((batch.epochs.tolist(), batch.sample_ids.tolist()))
+        return super().inputs(batch)
+
+
+@dataclass
+class StopAfter:
+    """Asks for a stop, for a reason, when so many steps are done."""
+
+    steps: int
+    reason: str = "asked"
+
+    def should_stop(self) -> Any:
+        self.steps -= 1
+        return self.reason if self.steps < 0 else ""
+
+
+def train_here(spec: TrainSpec, attempt: Attempt, supervisor: StopAfter) -> dict[str, Any]:
+    """Runs the loop as one worker of a team; what it returned and what it saw."""
+    SEEN.clear()
+    if isinstance(spec.task, MAETask):
+        spec = replace(spec, task=WatchedMAETask(**asdict(spec.task) | {"model": spec.task.model}))
+    trained = train(spec, attempt, world=enter_world(), tracker=NullTracker(), supervisor=supervisor)
+    return asdict(trained) | {"seen": list(SEEN)}
+
+
+def run(team, shards: StageInput, attempt: Attempt, *, stop_after: int = 99, **recipe: Any) -> list[dict[str, Any]]:
+    """One call of the loop on all workers of a team."""
+    return team.run(train_here, mae_spec(shards, attempt, **recipe), attempt, StopAfter(stop_after))
+
+
+def history_of(attempt: Attempt, key: str) -> list[dict[str, float]]:
+    with open_checkpoint(attempt.root, key) as checkpoint:
+        return checkpoint.history()
+
+
+def seen_by_step(results: list[dict[str, Any]]) -> list[list[tuple[int, int]]]:
+    """For each step the sorted (epoch, sample) of all ranks."""
+    steps = zip(*(result["seen"] for result in results), strict=True)
+    return [
+        sorted((epoch, sample) for epochs, samples in step for epoch, sample in zip(epochs, samples, strict=True))
+        for step in steps
+    ]
+
+
+def computed_by_step(
+    shards: StageInput, global_batch: int = 13, steps: int = TOTAL_STEPS
+) -> list[list[tuple[int, int]]]:
+    """The same by arithmetic alone."""
+    selection = Selection.all(dataset_address(shards).open(), "train")
+    order = SampleOrder(selection.counts, OrderConfig(seed=SEED))
+    slots = [order.global_batch(step, global_batch) for step in range(steps)]
+    return [sorted(zip(s.epochs.tolist(), selection.sample_ids(s).tolist(), strict=True)) for s in slots]
+
+
+def digest_of(steps: list[list[tuple[int, int]]]) -> int:
+    pairs = np.array([pair for step in steps for pair in step])
+    return ids_digest(pairs[:, 0], pairs[:, 1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopping and going on
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_a_stop_and_a_resume_change_no_bit(teams, shards, tmp_path, zero_stage):
+    """In one layout, fp32: weights, moments, losses and digest of a run that was stopped twice are those of one that was not."""
+    straight = attempt_at(tmp_path / "straight", zero_stage=zero_stage)
+    whole = run(teams(2), shards, straight)[0]
+    for stop_after in (4, 3):  # 4: between two checkpoints, 7: likewise
+        stopped = attempt_at(tmp_path / "broken", zero_stage=zero_stage)
+        assert run(teams(2), shards, stopped, stop_after=stop_after)[0]["stopped"]
+    last = attempt_at(tmp_path / "broken", zero_stage=zero_stage)
+    assert last.generation == 3
+    assert last.continues.endswith("step-00000007")
+    resumed = run(teams(2), shards, last)[0]
+
+    assert (whole["global_step"], whole["stopped"]) == (TOTAL_STEPS, False)
+    for field in ("global_step", "total_steps", "stopped", "ids_digest", "loss"):
+        assert resumed[field] == whole[field], field
+    expected = checkpoint_state(straight.root_uri, whole["checkpoint_key"])
+    state = checkpoint_state(last.root_uri, resumed["checkpoint_key"])
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
+
+    rows, expected_rows = (history_of(a, r["checkpoint_key"]) for a, r in ((last, resumed), (straight, whole)))
+    assert [row["step"] for row in rows] == list(range(1, TOTAL_STEPS + 1))
+    for field in ("loss", "lr", "grad_norm", "epoch", "images"):
+        assert [row[field] for row in rows] == [row[field] for row in expected_rows]
+
+
+def test_any_world_size_and_zero_stage_goes_on_with_the_same_samples(teams, shards, tmp_path):
+    """2 workers at ZeRO-1, 1 at ZeRO-2, 3 at ZeRO-3, 2 at ZeRO-1: the ids of one worker at ZeRO-1, and its losses."""
+    straight = attempt_at(tmp_path / "straight")
+    whole = run(teams(1), shards, straight)
+    seen, losses = [], []
+    for workers, zero_stage, stop_after in ((2, 1, 2), (1, 2, 3), (3, 3, 2), (2, 1, 99)):
+        attempt = attempt_at(tmp_path / "moved", zero_stage=zero_stage)
+        results = run(teams(workers), shards, attempt, stop_after=stop_after)
+        seen += seen_by_step(results)
+        assert len({result["ids_digest"] for result in results}) == 1
+        losses = [row["loss"] for row in history_of(attempt, results[0]["checkpoint_key"])]
+    computed = computed_by_step(shards)
+    assert seen == seen_by_step(whole) == computed
+    assert results[0]["ids_digest"] == whole[0]["ids_digest"] == digest_of(computed)
+
+    expected = [row["loss"] for row in history_of(straight, whole[0]["checkpoint_key"])]
+    assert losses == pytest.approx(expected, rel=1e-6)  # sums in another order: 6.3e-8 seen
+    state = checkpoint_state(attempt.root_uri, results[0]["checkpoint_key"])
+    for key, value in checkpoint_state(straight.root_uri, whole[0]["checkpoint_key"]).items():
+        if not key.endswith(
+            "qkv.bias"
+        ):  # softmax cancels the keys' bias: its gradient is rounding, which Adam makes steps of
+            torch.testing.assert_close(state[key], value, rtol=0, atol=2e-6)  # 1.2e-7 seen
+
+
+def test_the_same_generation_goes_on_after_its_workers_died(teams, shards, tmp_path):
+    """What Ray Train does when a worker dies, elastic at that: the generation's own newest checkpoint, fewer workers."""
+    attempt = attempt_at(tmp_path / "step")
+    run(teams(3), shards, attempt, stop_after=5)
+    resumed = run(teams(2), shards, same_attempt(attempt, zero_stage=2))
+    assert len(resumed[0]["seen"]) == TOTAL_STEPS - 5
+    assert resumed[0]["ids_digest"] == digest_of(computed_by_step(shards))
+
+
+def test_a_finished_training_is_not_trained_again(teams, shards, tmp_path):
+    done = run(teams(2), shards, attempt_at(tmp_path / "step"))[0]
+    again = run(teams(2), shards, attempt_at(tmp_path / "step"))[0]
+    assert again.pop("seen") == []
+    assert again == {key: done[key] for key in again}
+
+
+def test_two_images_and_three_workers(teams, shards, tmp_path):
+    """B < W: the worker without a sample runs padding that counts for nothing."""
+    losses = []
+    for workers, folder in ((1, "alone"), (3, "crowd")):
+        attempt = attempt_at(tmp_path / folder, checkpoint_every_steps=100)
+        result = run(teams(workers), shards, attempt, stop_after=6, global_batch=2)
+        losses.append([row["loss"] for row in history_of(attempt, result[0]["checkpoint_key"])])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Going wrong together
+
+
+def damage(shards: StageInput, folder: Path, split: str, position: int) -> tuple[StageInput, str]:
+    """A copy of the dataset in which one byte of one image is another; and that image's source."""
+    copied = shutil.copytree(Path(shards.root_uri.removeprefix("file://")), folder)
+    bad = replace(shards, root_uri=copied.as_uri())
+    selection = Selection.all(dataset_address(bad).open(), split)
+    if split == "train":
+        slots = SampleOrder(selection.counts, OrderConfig(seed=SEED)).rank_slice(position, 13, 1, 2)
+        shard, index = int(slots.shards[0]), int(slots.indices[0])
+    else:
+        shard, index = len(selection.shards) - 1, -1
+    place = copied / selection.shards[shard].key
+    data = bytearray(place.read_bytes())
+    data[int(selection.rows(shard).offsets[index]) + 40] ^= 1
+    place.chmod(0o644)
+    place.write_bytes(data)
+    return bad, selection.shards[shard].key
+
+
+def work_here(spec: TrainSpec, attempt: Attempt) -> None:
+    work(spec, attempt)
+
+
+def run_training_here(spec: TrainSpec, attempt: Attempt) -> Any:
+    return asdict(run_training(spec, attempt))
+
+
+def test_an_unreadable_image_on_one_worker_ends_all_with_its_message(teams, shards, tmp_path):
+    bad, key = damage(shards, tmp_path / "shards", "train", position=4)
+    attempt = attempt_at(tmp_path / "step")
+    first, second = teams(2).outcomes(train_here, mae_spec(bad, attempt), attempt, StopAfter(99), timeout_s=40)
+    assert (first.kind, first.message) == ("PipelineError", ELSEWHERE)
+    assert second.kind == "DataError"
+    assert key in second.message
+    assert "CRC-32" in second.message
+
+    teams(2).run(
+        work_here, mae_spec(bad, attempt), attempt
+    )  # what a Ray worker runs: it returns, and leaves the answer
+    answer = json.loads(attempt.store.read(RESULT))
+    assert answer == {"error": "DataError", "message": second.message}
+    alone = teams(1).outcomes(run_training_here, mae_spec(bad, attempt), attempt)[0]
+    assert (alone.kind, alone.message) == ("DataError", second.message)
+    # and the work done before it is kept
+    assert attempt_at(tmp_path / "step").continues == "g0001/checkpoints/step-00000003"
+
+
+def test_an_unreadable_image_in_evaluation_ends_all(teams, shards, tmp_path):
+    bad, key = damage(shards, tmp_path / "shards", "test", position=0)
+    attempt = attempt_at(tmp_path / "step", zero_stage=3)
+    first, second = teams(2).outcomes(
+        train_here, classification_spec(bad, attempt), attempt, StopAfter(99), timeout_s=40
+    )
+    assert (first.kind, first.message) == ("PipelineError", ELSEWHERE)
+    assert second.kind == "DataError"
+    assert key in second.message
+
+
+def test_a_worker_that_cannot_write_its_part_ends_all_and_commits_nothing(teams, shards, tmp_path):
+    attempt = attempt_at(tmp_path / "step")
+    in_the_way = tmp_path / "step/g0001/checkpoints/step-00000003/rank-0001-of-0002.safetensors"
+    (in_the_way / "folder").mkdir(parents=True)
+    first, second = teams(2).outcomes(train_here, mae_spec(shards, attempt), attempt, StopAfter(99), timeout_s=40)
+    assert (first.kind, first.message) == ("PipelineError", ELSEWHERE)
+    assert second.message != ELSEWHERE
+    assert in_the_way.name in second.message
+    assert not attempt.store.exists("checkpoints/step-00000003/manifest.json")
+
+
+def test_a_dataset_that_cannot_be_opened_ends_all(teams, shards, tmp_path):
+    attempt = attempt_at(tmp_path / "step")
+    gone = mae_spec(replace(shards, root_uri=(tmp_path / "nothing").as_uri()), attempt)
+    results = teams(2).outcomes(train_here, gone, attempt, StopAfter(99), timeout_s=40)
+    assert [result.kind for result in results] == ["DataError", "DataError"]
+
+
+def test_another_order_is_refused_on_all_workers(teams, shards, tmp_path):
+    run(teams(2), shards, attempt_at(tmp_path / "step"), stop_after=3)
+    attempt = attempt_at(tmp_path / "step")
+    results = teams(2).outcomes(
+        train_here, mae_spec(shards, attempt, global_batch=12), attempt, StopAfter(99), timeout_s=40
+    )
+    for result in results:
+        assert result.kind == "CheckpointError"
+        assert "global_batch was 13, is now 12" in result.message
+
+
+def test_a_loss_that_is_no_number_ends_all_and_says_what_to_lower(teams, shards, tmp_path):
+    attempt = attempt_at(tmp_path / "step", checkpoint_every_steps=1)
+    spec = mae_spec(shards, attempt, base_lr=1e30, warmup_epochs=0.0)
+    results = teams(2).outcomes(train_here, spec, attempt, StopAfter(99), timeout_s=40)
+    for result in results:
+        assert isinstance(result, Raised)
+        assert result.kind == "PipelineError"
+        assert "lower base_lr" in result.message
+
+
+def test_a_fenced_run_saves_nothing_more(teams, shards, tmp_path):
+    attempt = attempt_at(tmp_path / "step")
+    results = teams(2).outcomes(train_here, mae_spec(shards, attempt), attempt, StopAfter(5, "fenced"), timeout_s=40)
+    assert [result.kind for result in results] == ["Fenced", "Fenced"]
+    assert [info.key for info in attempt.store.list("checkpoints/") if info.key.endswith("manifest.json")] == [
+        "checkpoints/step-00000003/manifest.json"
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Who asks for the stop
+
+
+def test_the_supervisor_reads_the_store_once_a_second(tmp_path):
+    now = [100.0]
+    attempt = attempt_at(tmp_path / "step")
+    supervisor = StoreSupervisor(attempt, clock=lambda: now[0])
+    assert supervisor.should_stop() == ""
+    attempt.root.create(stop_key(attempt.generation), b"{}")
+    assert supervisor.should_stop() == ""  # asked a moment ago
+    now[0] += 1.0
+    assert supervisor.should_stop() == "asked"
+    claim(attempt.root, continues="")
+    now[0] += 1.0
+    assert supervisor.should_stop() == "fenced"
+
+
+def test_a_store_that_does_not_answer_stops_no_training(s3_endpoint, tmp_path, caplog):
+    attempt = replace(attempt_at(tmp_path / "step"), root_uri=S3Store("no-such-bucket", "step").uri)
+    assert StoreSupervisor(attempt).should_stop() == ""
+    assert "no-such-bucket" in caplog.text
+
+
+def test_a_stop_asked_through_the_store_is_answered_as_stopped(teams, shards, tmp_path):
+    attempt = attempt_at(tmp_path / "step")
+    attempt.root.create(stop_key(attempt.generation), b"{}")
+    answer = teams(1).outcomes(run_training_here, mae_spec(shards, attempt), attempt)[0]
+    assert answer.kind == "Stopped"
+    assert "stopped at step 0 of 10" in answer.message
+    # the next generation starts from what was saved, and the same process may train again
+    attempt = attempt_at(tmp_path / "step")
+    assert teams(1).run(run_training_here, mae_spec(shards, attempt), attempt)[0]["global_step"] == TOTAL_STEPS
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Masks
+
+
+def masks(epochs: list[int], ids: list[int], seed: int = 0) -> torch.Tensor:
+    task = MAETask(model=mae_config(), weight_decay=0.0, seed=seed)
+    images = torch.zeros(len(ids), SIDE, SIDE, 3, dtype=torch.uint8)
+    batch = Batch(images, torch.zeros(len(ids)), torch.tensor(ids), torch.tensor(epochs))
+    pixels, noise = task.inputs(batch)
+    assert pixels is images
+    return random_mask(noise, mask_ratio=0.75).mask
+
+
+def test_masks_depend_on_seed_epoch_and_sample_alone():
+    batch = masks([0, 0, 0, 1], [7, 8, 9, 7])
+    assert torch.equal(batch[2], masks([0], [9])[0])  # wherever in whichever batch
+    assert len({tuple(mask.tolist()) for mask in batch}) == 4  # another sample or another epoch is another mask
+    assert not torch.equal(batch, masks([0, 0, 0, 1], [7, 8, 9, 7], seed=1))
+    assert batch.sum(dim=1).eq(12).all()
+
+
+def test_a_missing_dataset_is_a_data_error(shards, tmp_path):
+    with pytest.raises(DataError):
+        dataset_address(replace(shards, root_uri=tmp_path.as_uri())).open()

@@ -1,0 +1,93 @@
+"""Tiny image sets, a configuration that runs in seconds, and the `mae` command as a person starts it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from pipeline import tracking
+
+ROOT = Path(__file__).parents[1]
+SIDE = 16
+MODEL = {
+    "size": "tiny",
+    "encoder": {"image_size": [SIDE, SIDE], "patch_size": 4, "embed_dim": 12, "depth": 1, "num_heads": 3},
+    "decoder_embed_dim": 12,
+    "decoder_depth": 1,
+    "decoder_num_heads": 3,
+}
+
+
+def write_images(folder: Path, count: int, *, classes: tuple[str, ...] = ("cat", "dog"), seed: int = 0) -> Path:
+    """Noise in class folders, or flat without classes; every image differs."""
+    draw = np.random.default_rng(seed)
+    for index in range(count):
+        place = folder / classes[index % len(classes)] if classes else folder
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = draw.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(place / f"{index:04d}.png")
+    return folder
+
+
+def document(store: str | Path, source: str | Path) -> dict[str, Any]:
+    """A whole run in seconds: 0.3 of the images are held out."""
+    return {
+        "name": "tiny",
+        "store": str(store),
+        "data": {"source": str(source), "test_share": 0.3, "min_shards": 2},
+        "model": MODEL,
+        "pretrain": {"global_batch": 8, "epochs": 2, "warmup_epochs": 0, "precision": "fp32"},
+        "evaluation": {
+            "datasets": [{"name": "toy"}],
+            "linear": {"epochs": 2, "batch": 16, "warmup_epochs": 0},
+            "finetune": {"global_batch": 8, "epochs": 1, "warmup_epochs": 0, "precision": "fp32"},
+        },
+        "resources": {"micro_batch": 8, "log_every_steps": 2, "checkpoint_every_steps": 4},
+    }
+
+
+def write_config(path: Path, content: Mapping[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(dict(content)))
+    return path
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's, without what would lead a run elsewhere, with the project's commands on PATH."""
+    away = ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_MODE")
+    kept = {name: value for name, value in os.environ.items() if name not in away}
+    return kept | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"} | more
+
+
+def mae(
+    *arguments: str | Path, cwd: Path = ROOT, timeout: float = 120, **more: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs `mae` to its end."""
+    call = [sys.executable, "-m", "jobs.cli", *map(str, arguments)]
+    return subprocess.run(
+        call, cwd=cwd, env=environment(**more), capture_output=True, text=True, check=False, timeout=timeout
+    )
+
+
+@pytest.fixture(scope="session")
+def migrated_database(tmp_path_factory) -> Path:
+    """MLflow takes seconds to make a database; runs get a copy of this one."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    tracking.check_tracking(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def store(tmp_path, migrated_database) -> Path:
+    """An empty store with an MLflow database in it."""
+    folder = tmp_path / "store"
+    folder.mkdir()
+    shutil.copy(migrated_database, folder / "mlflow.db")
+    return folder

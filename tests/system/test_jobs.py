@@ -1,0 +1,83 @@
+"""Whole runs on a real local Ray cluster by the command: a bucket and two workers, Ctrl-C as a terminal sends it."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_kit import ROOT, document, environment, mae, migrated_database, store, write_config, write_images
+
+from pipeline.storage import open_store
+
+__all__ = ["migrated_database", "store"]
+pytestmark = pytest.mark.system
+SECRET = "wJalrXUtnFEMI-not-to-be-seen"
+
+
+def states(stdout: str) -> set[str]:
+    return {step["state"] for step in json.loads(stdout.strip().splitlines()[-1])["steps"]}
+
+
+def test_two_workers_train_from_a_bucket_and_leave_no_secret(tmp_path, s3_bucket, s3_endpoint, migrated_database):
+    database = tmp_path / "mlflow.db"
+    shutil.copy(migrated_database, database)
+    images = write_images(tmp_path / "images", 200)
+    bucket = open_store(f"s3://{s3_bucket}")
+    for path in images.rglob("*.png"):
+        bucket.upload(f"images/{path.relative_to(images)}", path)
+    content: dict[str, Any] = document(f"s3://{s3_bucket}/runs", f"s3://{s3_bucket}/images")
+    content["tracking"] = {"uri": f"sqlite:///{database}"}
+    content["evaluation"]["datasets"] = [{"name": "toy", "protocols": ["linear"]}]
+    content["resources"] |= {"workers": 2, "cache_directory": str(tmp_path / "cache"), "checkpoint_every_steps": 20}
+    config = write_config(tmp_path / "run.yaml", content)
+    secrets = {"AWS_SECRET_ACCESS_KEY": SECRET}
+    done = mae("run", config, "--json", timeout=300, **secrets)
+    assert done.returncode == 0, done.stderr
+    assert states(done.stdout) == {"done"}
+    manifest = next(
+        info.key for info in bucket.list("runs/") if "/pretrain-" in f"/{info.key}" and "manifest" in info.key
+    )
+    assert json.loads(bucket.read(manifest))["world_size"] == 2
+    for text in (database.read_bytes().decode("latin-1"), done.stdout, done.stderr):
+        assert SECRET not in text
+    assert not [info.key for info in bucket.list("runs/") if SECRET.encode() in bucket.read(info.key)]
+    again = mae("run", config, "--json", timeout=60, **secrets)
+    assert (again.returncode, states(again.stdout)) == (0, {"cached"})
+
+
+def test_ctrl_c_reaches_every_process_and_still_saves(tmp_path, store):
+    content: dict[str, Any] = document(store, write_images(tmp_path / "images", 40))
+    content["pretrain"]["epochs"] = 2000
+    content["evaluation"]["datasets"] = []
+    content["resources"] |= {"workers": 2, "cpus_per_worker": 0.5, "checkpoint_every_steps": 50, "log_every_steps": 50}
+    config = write_config(tmp_path / "run.yaml", content)
+    call = [sys.executable, "-m", "jobs.cli", "run", str(config), "--json"]
+    process = subprocess.Popen(
+        call,
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not list(Path(store).glob("pretrain-*/g0001/checkpoints/*/manifest.json")):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole foreground group
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 3, stderr
+    assert "saved; the same command goes on from there" in stderr
+    assert states(stdout) == {"done", "stopped"}

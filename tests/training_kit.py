@@ -1,0 +1,391 @@
+"""A tiny real dataset, tiny models, and teams of real processes: what the tests of training are made of.
+
+A Team is W processes that joined one gloo group and run functions together; it is kept for the session, since importing
+DeepSpeed takes seconds. The dataset is made by the real snapshot and shard stages."""
+
+import io
+import multiprocessing
+import multiprocessing.resource_tracker
+import os
+import pickle
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from mae_core.config import MAEConfig, ViTConfig
+from pipeline import cluster
+from pipeline.data.images import AugmentConfig
+from pipeline.data.order import OrderConfig
+from pipeline.graph.receipts import claim, claims
+from pipeline.graph.step import Attempt, StageInput
+from pipeline.stages.pretrain import PretrainConfig, pretrain
+from pipeline.stages.shard import ShardStageConfig, shard
+from pipeline.stages.snapshot import SnapshotConfig, snapshot
+from pipeline.storage import FileStore, open_store
+from pipeline.training.spec import FinetuneRecipe, Placement, Recipe, TrainSpec, dataset_address
+from pipeline.training.tasks import ClassificationTask, MAETask
+
+CLASSES = ("circle", "stripe", "noise")
+TRAIN, TEST = 60, 23
+SIDE = 16
+SEED = 5
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    def update(self, done, total, *, unit, **fields):
+        pass
+
+
+def encoder_config() -> ViTConfig:
+    return ViTConfig(image_size=(SIDE, SIDE), patch_size=4, embed_dim=16, depth=2, num_heads=2)
+
+
+def mae_config(**changes: Any) -> MAEConfig:
+    return MAEConfig(encoder=encoder_config(), decoder_embed_dim=12, decoder_depth=1, decoder_num_heads=1, **changes)
+
+
+def recipe(**changes: Any) -> Recipe:
+    """13 does not divide: not 60 samples, not by 2 or 3 workers."""
+    values = {"global_batch": 13, "epochs": 2, "base_lr": 0.05, "warmup_epochs": 0.5, "precision": "fp32"}
+    return Recipe(**values | changes)
+
+
+def finetune_recipe(**changes: Any) -> FinetuneRecipe:
+    values = {"global_batch": 13, "epochs": 4, "base_lr": 0.02, "warmup_epochs": 1.0, "precision": "fp32"}
+    values |= {"augment": AugmentConfig(kind="shift", shift_pixels=1)}
+    return FinetuneRecipe(**values | changes)
+
+
+def resources(**changes: Any) -> dict[str, Any]:
+    """Everything outside the fingerprint that a training stage asks for."""
+    return {
+        "workers": 1,
+        "cpus_per_worker": 1.0,
+        "use_gpu": False,
+        "zero_stage": 1,
+        "micro_batch": 4,
+        "checkpoint_every_steps": 3,
+        "keep_checkpoints": 10,
+        "log_every_steps": 1,
+        "decode_threads": 1,
+        "cache_directory": "/nonexistent",
+        "cache_max_bytes": 2**20,
+        "max_failures": 2,
+        "max_preemptions": 0,
+        "collective_timeout_s": 60,
+        "bad_share_stop": 0.0,
+        **changes,
+    }
+
+
+def attempt_at(folder: Path, *, continues: str | None = None, executor="in_process", **changes: Any) -> Attempt:
+    """Claims the next generation of the step whose directory this is; by default it goes on from where the last one stood."""
+    from pipeline.training.checkpoints import resume_point
+
+    root = FileStore(folder)
+    continues = resume_point(root) if continues is None else continues
+    return Attempt(
+        root_uri=root.uri,
+        generation=claim(root, continues=continues),
+        continues=continues,
+        step_name="step",
+        fingerprint="f" * 64,
+        resources=resources(**changes),
+        executor=executor,
+        progress=Silent(),
+    )
+
+
+def same_attempt(attempt: Attempt, **changes: Any) -> Attempt:
+    """The same generation at work again, as after a worker's death, with other resources."""
+    assert claims(attempt.root)[-1] == attempt.generation
+    return replace(attempt, resources=dict(attempt.resources) | changes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def picture(index: int, kind: str) -> bytes:
+    """A PNG of 20 x 24 pixels whose class shows."""
+    rng = np.random.default_rng(index)
+    y, x = np.mgrid[:20, :24]
+    tint = rng.integers(60, 255, 3)
+    if kind == "circle":
+        shape = ((y - rng.integers(6, 14)) ** 2 + (x - rng.integers(8, 16)) ** 2 < 30).astype(float)
+    elif kind == "stripe":
+        shape = ((x + rng.integers(0, 6)) // 3 % 2).astype(float)
+    else:
+        shape = rng.random((20, 24))
+    buffer = io.BytesIO()
+    Image.fromarray((shape[..., None] * tint).astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_images(folder: Path, *, classes=CLASSES) -> None:
+    """train/ and test/ with class folders; without classes: flat."""
+    for split, count, offset in (("train", TRAIN, 0), ("test", TEST, 1000)):
+        for index in range(count):
+            kind = CLASSES[index % len(CLASSES)]
+            place = folder / split / (kind if classes else "")
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{index:03d}.png").write_bytes(picture(offset + index, kind))
+
+
+def make_shards(folder: Path, source: Path) -> StageInput:
+    """The source through the real snapshot and shard stages."""
+    taken = SnapshotConfig(source=str(source), test_share=0.0, seed=0)
+    listing = _finish(snapshot, taken, {}, attempt_at(folder / "snapshot"))
+    cut = ShardStageConfig(source=str(source), seed=0, shard_max_bytes=2**16, min_shards=5)
+    return _finish(shard, cut, {"snapshot": listing}, attempt_at(folder / "shard"))
+
+
+def _finish(stage: Callable[..., Any], config: Any, inputs: Mapping[str, StageInput], attempt: Attempt) -> StageInput:
+    return as_input(stage(config, inputs, attempt), attempt)
+
+
+def as_input(result: Any, attempt: Attempt) -> StageInput:
+    """A stage's result as the next stage sees it."""
+    return StageInput(attempt.root_uri, attempt.generation, attempt.fingerprint, result.facts)
+
+
+def pretrain_config(**changes: Any) -> PretrainConfig:
+    return PretrainConfig(model=mae_config(), recipe=recipe(**changes), seed=SEED)
+
+
+def mae_spec(shards: StageInput, attempt: Attempt, **changes: Any) -> TrainSpec:
+    """What the pretrain stage makes of the tiny config; 10 steps."""
+    made = recipe(**changes)
+    return TrainSpec(
+        task=MAETask(model=mae_config(), weight_decay=made.weight_decay, seed=SEED),
+        recipe=made,
+        order=OrderConfig(seed=SEED),
+        image_size=(SIDE, SIDE),
+        dataset=dataset_address(shards),
+        train_samples="all",
+        evaluation_split="",
+        placement=Placement.from_resources(attempt.resources),
+    )
+
+
+def pretrain_here(shards: StageInput, folder: Path) -> StageInput:
+    """The real pretraining stage in this process; 10 steps."""
+    attempt = attempt_at(folder)
+    return as_input(pretrain(pretrain_config(), {"shards": shards}, attempt), attempt)
+
+
+def classification_spec(shards: StageInput, attempt: Attempt, **changes: Any) -> TrainSpec:
+    """What the finetune stage makes of a tiny config with random weights."""
+    made = finetune_recipe(epochs=2, **changes)
+    task = ClassificationTask(
+        encoder=encoder_config(),
+        encoder_uri="",
+        num_classes=len(CLASSES),
+        weight_decay=made.weight_decay,
+        layer_decay=made.layer_decay,
+        drop_path=made.drop_path,
+        label_smoothing=made.label_smoothing,
+        seed=SEED,
+    )
+    spec = mae_spec(shards, attempt)
+    return replace(spec, task=task, recipe=made, train_samples="labelled", evaluation_split="test")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+class TeamError(AssertionError):
+    """A process of a team did not answer, or raised what no test expected."""
+
+
+@dataclass
+class Raised:
+    """What a function raised in one of the processes."""
+
+    kind: str
+    message: str
+    trace: str
+
+
+class Team:
+    """W processes in one gloo group. `run` calls a top-level function on all of them: function(*arguments) -> small values."""
+
+    def __init__(self, size: int, folder: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.size, self.pipes, self.processes = size, [], []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, size, str(folder / f"gloo-{size}"), theirs), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, function: Callable[..., Any], *arguments: Any, timeout_s: float = 90) -> list[Any]:
+        """The results by rank; an exception is an error of the test."""
+        results = self.outcomes(function, *arguments, timeout_s=timeout_s)
+        for rank, result in enumerate(results):
+            if isinstance(result, Raised):
+                raise TeamError(f"rank {rank} of {self.size}: {result.trace}")
+        return results
+
+    def outcomes(self, function: Callable[..., Any], *arguments: Any, timeout_s: float = 90) -> list[Any]:
+        """The results by rank, exceptions as `Raised`."""
+        for pipe in self.pipes:
+            pipe.send_bytes(pickle.dumps((function, arguments)))
+        results = []
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(timeout_s):
+                self.close()
+                raise TeamError(f"rank {rank} of {self.size} hangs in {function.__name__}")
+            results.append(pickle.loads(pipe.recv_bytes()))
+        return results
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def _serve(rank: int, size: int, rendezvous: str, pipe: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    # Ranks leave collectives together or not at all: a test that hangs ends by gloo's timeout, below the Team's.
+    dist.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+    )
+    while True:
+        try:
+            function, arguments = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        try:
+            answer = function(*arguments)
+        except BaseException as error:  # noqa: BLE001 - told to the test
+            answer = Raised(type(error).__name__, str(error), traceback.format_exc())
+        pipe.send_bytes(pickle.dumps(answer))  # plain bytes: torch would hand over file descriptors
+
+
+@dataclass
+class Teams:
+    """Teams of the session, by size, started when first asked for."""
+
+    folder: Path
+    by_size: dict[int, Team]
+
+    def __call__(self, size: int) -> Team:
+        if size not in self.by_size:
+            self.by_size[size] = Team(size, self.folder)
+        return self.by_size[size]
+
+    def close(self) -> None:
+        for team in self.by_size.values():
+            team.close()
+
+
+def checkpoint_state(root_uri: str, key: str) -> dict[str, torch.Tensor]:
+    """Every value of a checkpoint: "kind|parameter" -> float32."""
+    from pipeline.training.checkpoints import open_checkpoint
+    from pipeline.training.engine import KINDS
+
+    with open_checkpoint(open_store(root_uri), key) as checkpoint:
+        return {
+            f"{kind}|{name}": checkpoint.read(name, kind, 0, int(np.prod(shape)))
+            for name, shape in checkpoint.manifest.parameters.items()
+            for kind in KINDS
+        }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ray Train, disturbed
+
+
+@dataclass(frozen=True)
+class Disturbed:
+    """What became of a pretraining on Ray whose workers were killed."""
+
+    facts: Mapping[str, Any]
+    killed_at: list[int]
+    """Newest committed step when each kill was sent."""
+    killed: list[int]
+    """Process ids."""
+    left: list[str]
+    """Command lines of processes of ours that outlived the cluster."""
+
+
+def pretrain_on_ray(
+    shards: StageInput, attempt: Attempt, config: PretrainConfig, kill_after: tuple[int, ...]
+) -> Disturbed:
+    """Runs the real stage on a cluster of its own; kills one training worker as soon as each of these steps is committed."""
+    watcher = _Killer(attempt, kill_after)
+    cluster.connect(cpus=2)
+    try:
+        watcher.start()
+        attempt = replace(attempt, progress=cluster.ProgressBoard().writer(attempt.step_name))
+        facts = pretrain(config, {"shards": shards}, attempt).facts
+    finally:
+        watcher.ended.set()
+        watcher.join()
+        cluster.disconnect()
+    left = psutil.wait_procs(psutil.Process().children(recursive=True), timeout=10)[1]
+    own = multiprocessing.resource_tracker._resource_tracker._pid
+    lines = [" ".join(process.cmdline()) for process in left if process.pid != own]
+    return Disturbed(facts, watcher.killed_at, watcher.killed, lines)
+
+
+class _Killer(threading.Thread):
+    """Sends SIGKILL to training workers while the stage is at work."""
+
+    def __init__(self, attempt: Attempt, kill_after: tuple[int, ...]) -> None:
+        super().__init__()
+        self.attempt, self.kill_after = attempt, kill_after
+        self.ended = threading.Event()
+        self.killed_at: list[int] = []
+        self.killed: list[int] = []
+
+    def run(self) -> None:
+        for step in self.kill_after:
+            while self._committed() < step or not self._workers():
+                if self.ended.wait(0.02):
+                    return
+            victim = self._workers()[-1]
+            self.killed_at.append(self._committed())
+            self.killed.append(victim.pid)
+            victim.kill()
+            victim.wait(10)
+
+    def _committed(self) -> int:
+        keys = (info.key for info in self.attempt.store.list("checkpoints/"))
+        return max((int(key.split("/")[1][5:]) for key in keys if key.endswith("manifest.json")), default=0)
+
+    def _workers(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.Process().children(recursive=True):
+            try:
+                if "RayTrainWorker" in " ".join(process.cmdline()):
+                    found.append(process)
+            except psutil.Error:  # it ended meanwhile
+                continue
+        return found
+
+
+def in_a_process(function: Callable[..., Any], *arguments: Any, timeout_s: float = 280) -> Any:
+    """Calls a top-level function in a fresh process: Ray lets a process be in one cluster only."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result(timeout=timeout_s)
