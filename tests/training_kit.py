@@ -28,7 +28,7 @@ from pipeline import cluster
 from pipeline.data.images import AugmentConfig
 from pipeline.data.order import OrderConfig
 from pipeline.graph.receipts import claim, claims
-from pipeline.graph.step import Attempt, StageInput
+from pipeline.graph.step import Attempt, StageInput, StageResult
 from pipeline.stages.pretrain import PretrainConfig, pretrain
 from pipeline.stages.shard import ShardStageConfig, shard
 from pipeline.stages.snapshot import SnapshotConfig, snapshot
@@ -157,9 +157,9 @@ def _finish(stage: Callable[..., Any], config: Any, inputs: Mapping[str, StageIn
     return as_input(stage(config, inputs, attempt), attempt)
 
 
-def as_input(result: Any, attempt: Attempt) -> StageInput:
+def as_input(result: StageResult, attempt: Attempt) -> StageInput:
     """A stage's result as the next stage sees it."""
-    return StageInput(attempt.root_uri, attempt.generation, attempt.fingerprint, result.facts)
+    return StageInput(attempt.root_uri, attempt.generation, attempt.fingerprint, result.facts, {"notes": result.notes})
 
 
 def pretrain_config(**changes: Any) -> PretrainConfig:
@@ -320,7 +320,7 @@ def checkpoint_state(root_uri: str, key: str) -> dict[str, torch.Tensor]:
 class Disturbed:
     """What became of a pretraining on Ray whose workers were killed."""
 
-    facts: Mapping[str, Any]
+    result: StageResult
     killed_at: list[int]
     """Newest committed step when each kill was sent."""
     killed: list[int]
@@ -338,7 +338,7 @@ def pretrain_on_ray(
     try:
         watcher.start()
         attempt = replace(attempt, progress=cluster.ProgressBoard().writer(attempt.step_name))
-        facts = pretrain(config, {"shards": shards}, attempt).facts
+        result = pretrain(config, {"shards": shards}, attempt)
     finally:
         watcher.ended.set()
         watcher.join()
@@ -346,7 +346,7 @@ def pretrain_on_ray(
     left = psutil.wait_procs(psutil.Process().children(recursive=True), timeout=10)[1]
     own = multiprocessing.resource_tracker._resource_tracker._pid
     lines = [" ".join(process.cmdline()) for process in left if process.pid != own]
-    return Disturbed(facts, watcher.killed_at, watcher.killed, lines)
+    return Disturbed(result, watcher.killed_at, watcher.killed, lines)
 
 
 class _Killer(threading.Thread):

@@ -114,11 +114,11 @@ def _curves(pretrained: StageInput) -> Curves:
 
 def _summary(config: ReportConfig, inputs: Mapping[str, StageInput]) -> str:
     encoder, recipe = config.config["model"]["encoder"], config.config["pretrain"]
-    served = inputs["shard"].facts["counts"]["total"]["served"]
+    served = inputs["shard"].facts["counts"]["splits"]["train"]["served"]
     height, width = encoder["image_size"]
     return (
         f"ViT {encoder['embed_dim']} wide, {encoder['depth']} deep, patch {encoder['patch_size']}, {height} x {width} px; "
-        f"{served} images, {recipe['epochs']} epochs at a global batch of {recipe['global_batch']}"
+        f"pretrained on {served} images, {recipe['epochs']} epochs at a global batch of {recipe['global_batch']}"
     )
 
 

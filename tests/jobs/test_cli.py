@@ -222,7 +222,7 @@ def wait_for(root: Path, pattern: str, process: subprocess.Popen[str], *, within
 def lengthened(config: Path, epochs: int) -> Path:
     content: dict[str, Any] = yaml.safe_load(config.read_text())
     content["pretrain"]["epochs"] = epochs
-    content["resources"] |= {"checkpoint_every_steps": 50, "log_every_steps": 50}
+    content["resources"] |= {"checkpoint_every_steps": 20, "log_every_steps": 20}
     content["evaluation"]["datasets"] = []
     return write_config(config, content)
 
@@ -232,7 +232,7 @@ def states(stdout: str) -> dict[str, str]:
 
 
 def test_a_signal_saves_and_stops_and_the_same_command_goes_on(config, store):
-    lengthened(config, 400)
+    lengthened(config, 150)
     for attempt, number in enumerate((signal.SIGINT, signal.SIGTERM), start=1):
         with running("run", config, "--in-process", "--json") as process:
             wait_for(store, f"pretrain-*/g{attempt:04d}/checkpoints/*/manifest.json", process)
@@ -243,7 +243,7 @@ def test_a_signal_saves_and_stops_and_the_same_command_goes_on(config, store):
         assert states(stdout) == {"snapshot": came, "shard": came, "pretrain": "stopped", "report": "stopped"}
         assert not list(store.glob("pretrain-*/receipt.json"))
 
-    done = mae("run", config, "--in-process", "--json")
+    done = mae("run", config, "--in-process", "--json", timeout=240)
     assert done.returncode == 0, done.stderr
     assert states(done.stdout) == {"snapshot": "cached", "shard": "cached", "pretrain": "done", "report": "done"}
     continues = [json.loads(claim.read_text())["continues"] for claim in sorted(store.glob("pretrain-*/gen/*.json"))]

@@ -54,7 +54,7 @@ def test_two_killed_workers_change_nothing(shards, calm, tmp_path, zero_stage):
     assert len(set(disturbed.killed)) == 2
     assert disturbed.killed_at[1] < 270
     assert disturbed.left == []
-    state = checkpoint_state(attempt.root_uri, disturbed.notes["checkpoint"])
+    state = checkpoint_state(attempt.root_uri, disturbed.result.notes["checkpoint"])
     assert all(torch.equal(state[key], value) for key, value in calm[zero_stage].items())
 
 
@@ -65,5 +65,5 @@ def test_more_deaths_than_allowed_end_the_step_and_the_next_run_goes_on(shards, 
     following = attempt_on_ray(tmp_path, max_failures=0)
     assert following.continues >= "g0001/checkpoints/step-00000020"
     disturbed = in_a_process(pretrain_on_ray, shards, following, pretrain_config(epochs=EPOCHS), (), timeout_s=300)
-    state = checkpoint_state(following.root_uri, disturbed.notes["checkpoint"])
+    state = checkpoint_state(following.root_uri, disturbed.result.notes["checkpoint"])
     assert all(torch.equal(state[key], value) for key, value in calm[1].items())

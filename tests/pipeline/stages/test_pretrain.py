@@ -16,7 +16,7 @@ from pipeline.weights import CONFIG, ENCODER, MODEL, read_weights
 
 def test_the_exported_weights_are_the_checkpoints_and_load(pretrained):
     weights = read_weights(pretrained.store, MODEL)
-    with open_checkpoint(pretrained.root, pretrained.notes["checkpoint"]) as checkpoint:
+    with open_checkpoint(pretrained.root, pretrained.made["notes"]["checkpoint"]) as checkpoint:
         trained = checkpoint.weights()
     assert {f"model.{name}" for name in weights} == trained.keys()
     assert all(torch.equal(weights[name.removeprefix("model.")], value) for name, value in trained.items())
