@@ -112,6 +112,11 @@ class Engine:
         norm = self._engine.get_global_grad_norm()
         return float(loss_sum), float(norm) if norm is not None else float("nan")
 
+    def close(self) -> None:
+        """Lets go of model and optimiser state: DeepSpeed's hooks would keep them for as long as the process lives."""
+        self._engine.destroy()
+        self._zero.optimizer.state.clear()
+
     def shapes(self) -> dict[str, list[int]]:
         """Full shape of every trained parameter."""
         parameters = self._engine.module.named_parameters()

@@ -97,6 +97,7 @@ def train(spec: TrainSpec, attempt: Attempt, *, world: World, tracker: Tracker, 
     if position.saved_at != position.global_step:
         _save(spec, attempt, engine, world, loader, position)
     scores = {} if stopped or not spec.evaluation_split else _evaluate(spec, engine, world)
+    engine.close()
     return Trained(
         position.saved_key,
         position.global_step,
