@@ -4,8 +4,13 @@ import logging
 import uuid
 
 import boto3
+import hypothesis
 import pytest
 from moto.server import ThreadedMotoServer
+
+# A busy machine must not fail a property: hypothesis would otherwise count 200 ms for one example as a failure.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")
