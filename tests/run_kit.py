@@ -1,7 +1,9 @@
 """Tiny image sets, a configuration that runs in seconds, and the `mae` command as a person starts it."""
 
+import ctypes
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -66,8 +68,17 @@ def environment(**more: str) -> dict[str, str]:
     return kept | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"} | more
 
 
+PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
+
+
+def end_with_parent() -> None:
+    """For preexec_fn: a process in a session of its own is told to end when pytest is killed before it can do so (Linux)."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def mae(
-    *arguments: str | Path, cwd: Path = ROOT, timeout: float = 120, **more: str
+    *arguments: str | Path, cwd: Path = ROOT, timeout: float = 240, **more: str
 ) -> subprocess.CompletedProcess[str]:
     """Runs `mae` to its end."""
     call = [sys.executable, "-m", "jobs.cli", *map(str, arguments)]

@@ -3,6 +3,7 @@
 A Team is W processes that joined one gloo group and run functions together; it is kept for the session, since importing
 DeepSpeed takes seconds. The dataset is made by the real snapshot and shard stages."""
 
+import importlib
 import io
 import multiprocessing
 import multiprocessing.resource_tracker
@@ -10,6 +11,7 @@ import os
 import pickle
 import threading
 import traceback
+import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -208,6 +210,10 @@ def classification_spec(shards: StageInput, attempt: Attempt, **changes: Any) ->
 # Processes
 
 
+PATIENCE_S = 150
+"""What takes a second or two on an idle machine gets this long before it is called a hang."""
+
+
 class TeamError(AssertionError):
     """A process of a team did not answer, or raised what no test expected."""
 
@@ -226,18 +232,18 @@ class Team:
 
     def __init__(self, size: int, folder: Path) -> None:
         context = multiprocessing.get_context("spawn")
+        rendezvous = str(folder / f"gloo-{uuid.uuid4().hex}")
         self.size, self.pipes, self.processes = size, [], []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(rank, size, str(folder / f"gloo-{size}"), theirs), daemon=True
-            )
+            process = context.Process(target=_serve, args=(rank, size, rendezvous, theirs), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
+        self.run(_ready)
 
-    def run(self, function: Callable[..., Any], *arguments: Any, timeout_s: float = 90) -> list[Any]:
+    def run(self, function: Callable[..., Any], *arguments: Any, timeout_s: float = PATIENCE_S) -> list[Any]:
         """The results by rank; an exception is an error of the test."""
         results = self.outcomes(function, *arguments, timeout_s=timeout_s)
         for rank, result in enumerate(results):
@@ -245,7 +251,7 @@ class Team:
                 raise TeamError(f"rank {rank} of {self.size}: {result.trace}")
         return results
 
-    def outcomes(self, function: Callable[..., Any], *arguments: Any, timeout_s: float = 90) -> list[Any]:
+    def outcomes(self, function: Callable[..., Any], *arguments: Any, timeout_s: float = PATIENCE_S) -> list[Any]:
         """The results by rank, exceptions as `Raised`."""
         for pipe in self.pipes:
             pipe.send_bytes(pickle.dumps((function, arguments)))
@@ -263,12 +269,27 @@ class Team:
             process.join()
 
 
+def _ready() -> None:
+    """DeepSpeed is imported, which takes seconds, and all ranks are there."""
+    importlib.import_module("deepspeed")
+    dist.barrier()
+
+
 def _serve(rank: int, size: int, rendezvous: str, pipe: Any) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    # Ranks leave collectives together or not at all: a test that hangs ends by gloo's timeout, below the Team's.
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "DS_ACCELERATOR": "cpu",
+    }
     dist.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+        "gloo",
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=2 * PATIENCE_S),
     )
     while True:
         try:
@@ -290,7 +311,8 @@ class Teams:
     by_size: dict[int, Team]
 
     def __call__(self, size: int) -> Team:
-        if size not in self.by_size:
+        known = self.by_size.get(size)
+        if known is None or not all(process.is_alive() for process in known.processes):
             self.by_size[size] = Team(size, self.folder)
         return self.by_size[size]
 

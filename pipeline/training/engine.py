@@ -113,9 +113,11 @@ class Engine:
         return float(loss_sum), float(norm) if norm is not None else float("nan")
 
     def close(self) -> None:
-        """Lets go of model and optimiser state: DeepSpeed's hooks would keep them for as long as the process lives."""
+        """Lets go of module and optimiser state, which DeepSpeed's hooks would keep for as long as the process lives.
+
+        ZeRO-3 keeps them even so; in a process of its own, as Ray Train gives it, that is no matter.
+        """
         self._engine.destroy()
-        self._zero.optimizer.state.clear()
 
     def shapes(self) -> dict[str, list[int]]:
         """Full shape of every trained parameter."""

@@ -71,8 +71,23 @@ def train(spec: TrainSpec, attempt: Attempt, *, world: World, tracker: Tracker, 
     """Trains the task to its end, or until asked to stop; starts from the newest checkpoint there is."""
     with world.together():
         loader = spec.loader(spec.dataset.open(), "train", world)
-    total_steps = steps_total(loader.order.samples_per_epoch, spec.recipe.global_batch, spec.recipe.epochs)
     engine, position = _start(spec, attempt, world, loader)
+    with closing(engine):
+        return _run(spec, attempt, world, tracker, supervisor, loader, engine, position)
+
+
+def _run(
+    spec: TrainSpec,
+    attempt: Attempt,
+    world: World,
+    tracker: Tracker,
+    supervisor: Supervisor,
+    loader: Loader,
+    engine: Engine,
+    position: _Position,
+) -> Trained:
+    """From the position to the end, or to where all agree to stop."""
+    total_steps = steps_total(loader.order.samples_per_epoch, spec.recipe.global_batch, spec.recipe.epochs)
     meter = _Meter(loader, position.global_step, spec.recipe.global_batch)
     stopped: StopReason = ""
     with closing(loader.from_step(position.global_step, total_steps)) as batches:
@@ -97,7 +112,6 @@ def train(spec: TrainSpec, attempt: Attempt, *, world: World, tracker: Tracker, 
     if position.saved_at != position.global_step:
         _save(spec, attempt, engine, world, loader, position)
     scores = {} if stopped or not spec.evaluation_split else _evaluate(spec, engine, world)
-    engine.close()
     return Trained(
         position.saved_key,
         position.global_step,

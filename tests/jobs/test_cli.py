@@ -14,7 +14,17 @@ from typing import Any
 
 import pytest
 import yaml
-from run_kit import ROOT, document, environment, mae, migrated_database, store, write_config, write_images
+from run_kit import (
+    ROOT,
+    document,
+    end_with_parent,
+    environment,
+    mae,
+    migrated_database,
+    store,
+    write_config,
+    write_images,
+)
 
 __all__ = ["migrated_database", "store"]
 
@@ -200,6 +210,7 @@ def running(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
         stderr=subprocess.DEVNULL,
         text=True,
         start_new_session=True,
+        preexec_fn=end_with_parent,  # noqa: PLW1509 - one system call
     )
     try:
         yield process
@@ -209,7 +220,7 @@ def running(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def wait_for(root: Path, pattern: str, process: subprocess.Popen[str], *, within_s: float = 60) -> Path:
+def wait_for(root: Path, pattern: str, process: subprocess.Popen[str], *, within_s: float = 180) -> Path:
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         if found := sorted(root.glob(pattern)):
@@ -222,7 +233,7 @@ def wait_for(root: Path, pattern: str, process: subprocess.Popen[str], *, within
 def lengthened(config: Path, epochs: int) -> Path:
     content: dict[str, Any] = yaml.safe_load(config.read_text())
     content["pretrain"]["epochs"] = epochs
-    content["resources"] |= {"checkpoint_every_steps": 20, "log_every_steps": 20}
+    content["resources"] |= {"checkpoint_every_steps": 10, "log_every_steps": 10}
     content["evaluation"]["datasets"] = []
     return write_config(config, content)
 
@@ -232,18 +243,18 @@ def states(stdout: str) -> dict[str, str]:
 
 
 def test_a_signal_saves_and_stops_and_the_same_command_goes_on(config, store):
-    lengthened(config, 150)
+    lengthened(config, 110)
     for attempt, number in enumerate((signal.SIGINT, signal.SIGTERM), start=1):
         with running("run", config, "--in-process", "--json") as process:
             wait_for(store, f"pretrain-*/g{attempt:04d}/checkpoints/*/manifest.json", process)
             process.send_signal(number)
-            stdout, _ = process.communicate(timeout=60)
+            stdout, _ = process.communicate(timeout=180)
         assert process.returncode == 3, number
         came = "done" if attempt == 1 else "cached"
         assert states(stdout) == {"snapshot": came, "shard": came, "pretrain": "stopped", "report": "stopped"}
         assert not list(store.glob("pretrain-*/receipt.json"))
 
-    done = mae("run", config, "--in-process", "--json", timeout=240)
+    done = mae("run", config, "--in-process", "--json")
     assert done.returncode == 0, done.stderr
     assert states(done.stdout) == {"snapshot": "cached", "shard": "cached", "pretrain": "done", "report": "done"}
     continues = [json.loads(claim.read_text())["continues"] for claim in sorted(store.glob("pretrain-*/gen/*.json"))]
@@ -257,5 +268,5 @@ def test_a_second_signal_cuts_off_at_once_with_exit_code_3(config, store):
         process.send_signal(signal.SIGINT)
         time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=20)
+        process.communicate(timeout=60)
     assert process.returncode == 3

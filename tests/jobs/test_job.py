@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from run_kit import document, environment, mae, migrated_database, write_config, write_images
+from run_kit import document, end_with_parent, environment, mae, migrated_database, write_config, write_images
 
 __all__ = ["migrated_database"]
 TOKEN = "0123456789abcdef" * 4
@@ -73,6 +73,7 @@ def head() -> Iterator[Head]:
         stdout=(folder / "head.log").open("wb"),
         stderr=subprocess.STDOUT,
         start_new_session=True,
+        preexec_fn=end_with_parent,  # noqa: PLW1509 - one system call
     )
     try:
         there = Head(f"http://127.0.0.1:{dashboard}")
@@ -118,7 +119,7 @@ def test_a_run_is_submitted_once_stopped_and_taken_up_again(head, tmp_path, migr
     assert job.startswith("tiny-")
     assert job.endswith("-1")
     assert submitted(head, config) == job  # under way: not a second time
-    until(lambda: list((tmp_path / "store").glob("pretrain-*/g0001/checkpoints/*/manifest.json")), within_s=120)
+    until(lambda: list((tmp_path / "store").glob("pretrain-*/g0001/checkpoints/*/manifest.json")), within_s=240)
     assert head.status(job) == "RUNNING"
     assert "pretrain: running" in head.job("logs", job).stdout
 
@@ -132,7 +133,7 @@ def test_a_run_is_submitted_once_stopped_and_taken_up_again(head, tmp_path, migr
 
     second = submitted(head, config)
     assert second.endswith("-2")
-    until(lambda: list((tmp_path / "store").glob("pretrain-*/gen/0002.json")), within_s=120)
+    until(lambda: list((tmp_path / "store").glob("pretrain-*/gen/0002.json")), within_s=240)
     (claim,) = (tmp_path / "store").glob("pretrain-*/gen/0002.json")
     assert json.loads(claim.read_text())["continues"].startswith("g0001/")
     assert head.job("stop", second).returncode == 0

@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_kit import ROOT, document, environment, mae, migrated_database, store, write_config, write_images
+from run_kit import (
+    ROOT,
+    document,
+    end_with_parent,
+    environment,
+    mae,
+    migrated_database,
+    store,
+    write_config,
+    write_images,
+)
 
 from pipeline.storage import open_store
 
@@ -66,6 +76,7 @@ def test_ctrl_c_reaches_every_process_and_still_saves(tmp_path, store):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=end_with_parent,  # noqa: PLW1509 - one system call
     )
     try:
         deadline = time.monotonic() + 120

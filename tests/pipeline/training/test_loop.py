@@ -1,7 +1,9 @@
 """The loop in real processes: what is trained does not depend on stops, world size or ZeRO stage, and nobody is left waiting."""
 
+import gc
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from mae_core.masking import random_mask
 from pipeline.data.loader import Batch
 from pipeline.data.order import OrderConfig, SampleOrder, ids_digest
 from pipeline.data.selection import Selection
-from pipeline.errors import DataError
+from pipeline.errors import DataError, Fenced
 from pipeline.graph.receipts import claim
 from pipeline.graph.runner import stop_key
 from pipeline.graph.step import Attempt, StageInput
@@ -221,7 +223,7 @@ def run_training_here(spec: TrainSpec, attempt: Attempt) -> Any:
 def test_an_unreadable_image_on_one_worker_ends_all_with_its_message(teams, shards, tmp_path):
     bad, key = damage(shards, tmp_path / "shards", "train", position=4)
     attempt = attempt_at(tmp_path / "step")
-    first, second = teams(2).outcomes(train_here, mae_spec(bad, attempt), attempt, StopAfter(99), timeout_s=40)
+    first, second = teams(2).outcomes(train_here, mae_spec(bad, attempt), attempt, StopAfter(99))
     assert (first.kind, first.message) == ("PipelineError", ELSEWHERE)
     assert second.kind == "DataError"
     assert key in second.message
@@ -241,9 +243,7 @@ def test_an_unreadable_image_on_one_worker_ends_all_with_its_message(teams, shar
 def test_an_unreadable_image_in_evaluation_ends_all(teams, shards, tmp_path):
     bad, key = damage(shards, tmp_path / "shards", "test", position=0)
     attempt = attempt_at(tmp_path / "step", zero_stage=3)
-    first, second = teams(2).outcomes(
-        train_here, classification_spec(bad, attempt), attempt, StopAfter(99), timeout_s=40
-    )
+    first, second = teams(2).outcomes(train_here, classification_spec(bad, attempt), attempt, StopAfter(99))
     assert (first.kind, first.message) == ("PipelineError", ELSEWHERE)
     assert second.kind == "DataError"
     assert key in second.message
@@ -253,7 +253,7 @@ def test_a_worker_that_cannot_write_its_part_ends_all_and_commits_nothing(teams,
     attempt = attempt_at(tmp_path / "step")
     in_the_way = tmp_path / "step/g0001/checkpoints/step-00000003/rank-0001-of-0002.safetensors"
     (in_the_way / "folder").mkdir(parents=True)
-    first, second = teams(2).outcomes(train_here, mae_spec(shards, attempt), attempt, StopAfter(99), timeout_s=40)
+    first, second = teams(2).outcomes(train_here, mae_spec(shards, attempt), attempt, StopAfter(99))
     assert (first.kind, first.message) == ("PipelineError", ELSEWHERE)
     assert second.message != ELSEWHERE
     assert in_the_way.name in second.message
@@ -263,16 +263,14 @@ def test_a_worker_that_cannot_write_its_part_ends_all_and_commits_nothing(teams,
 def test_a_dataset_that_cannot_be_opened_ends_all(teams, shards, tmp_path):
     attempt = attempt_at(tmp_path / "step")
     gone = mae_spec(replace(shards, root_uri=(tmp_path / "nothing").as_uri()), attempt)
-    results = teams(2).outcomes(train_here, gone, attempt, StopAfter(99), timeout_s=40)
+    results = teams(2).outcomes(train_here, gone, attempt, StopAfter(99))
     assert [result.kind for result in results] == ["DataError", "DataError"]
 
 
 def test_another_order_is_refused_on_all_workers(teams, shards, tmp_path):
     run(teams(2), shards, attempt_at(tmp_path / "step"), stop_after=3)
     attempt = attempt_at(tmp_path / "step")
-    results = teams(2).outcomes(
-        train_here, mae_spec(shards, attempt, global_batch=12), attempt, StopAfter(99), timeout_s=40
-    )
+    results = teams(2).outcomes(train_here, mae_spec(shards, attempt, global_batch=12), attempt, StopAfter(99))
     for result in results:
         assert result.kind == "CheckpointError"
         assert "global_batch was 13, is now 12" in result.message
@@ -281,7 +279,7 @@ def test_another_order_is_refused_on_all_workers(teams, shards, tmp_path):
 def test_a_loss_that_is_no_number_ends_all_and_says_what_to_lower(teams, shards, tmp_path):
     attempt = attempt_at(tmp_path / "step", checkpoint_every_steps=1)
     spec = mae_spec(shards, attempt, base_lr=1e30, warmup_epochs=0.0)
-    results = teams(2).outcomes(train_here, spec, attempt, StopAfter(99), timeout_s=40)
+    results = teams(2).outcomes(train_here, spec, attempt, StopAfter(99))
     for result in results:
         assert isinstance(result, Raised)
         assert result.kind == "PipelineError"
@@ -290,7 +288,7 @@ def test_a_loss_that_is_no_number_ends_all_and_says_what_to_lower(teams, shards,
 
 def test_a_fenced_run_saves_nothing_more(teams, shards, tmp_path):
     attempt = attempt_at(tmp_path / "step")
-    results = teams(2).outcomes(train_here, mae_spec(shards, attempt), attempt, StopAfter(5, "fenced"), timeout_s=40)
+    results = teams(2).outcomes(train_here, mae_spec(shards, attempt), attempt, StopAfter(5, "fenced"))
     assert [result.kind for result in results] == ["Fenced", "Fenced"]
     assert [info.key for info in attempt.store.list("checkpoints/") if info.key.endswith("manifest.json")] == [
         "checkpoints/step-00000003/manifest.json"
@@ -330,6 +328,27 @@ def test_a_stop_asked_through_the_store_is_answered_as_stopped(teams, shards, tm
     # the next generation starts from what was saved, and the same process may train again
     attempt = attempt_at(tmp_path / "step")
     assert teams(1).run(run_training_here, mae_spec(shards, attempt), attempt)[0]["global_step"] == TOTAL_STEPS
+
+
+def engines_left(spec: TrainSpec, attempt: Attempt, supervisor: StopAfter) -> int:
+    """DeepSpeed's engines alive in this process, beyond those before, once a training has ended, well or not."""
+
+    def alive() -> int:
+        gc.collect()
+        return sum(type(thing).__name__ == "DeepSpeedEngine" for thing in gc.get_objects())
+
+    before = alive()
+    with suppress(Fenced):
+        train(spec, attempt, world=enter_world(), tracker=NullTracker(), supervisor=supervisor)
+    return alive() - before
+
+
+@pytest.mark.parametrize("reason", ["asked", "fenced"])
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_a_training_leaves_no_engine_in_the_process(teams, shards, tmp_path, zero_stage, reason):
+    """In process, fine-tuning follows on pretraining a dozen times: weights and moments must not pile up."""
+    attempt = attempt_at(tmp_path / "step", zero_stage=zero_stage)
+    assert teams(1).run(engines_left, mae_spec(shards, attempt), attempt, StopAfter(2, reason)) == [0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
