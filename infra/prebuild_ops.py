@@ -2,9 +2,9 @@
 
 Command: .venv/bin/python infra/prebuild_ops.py      (`make setup` and the Dockerfile run it; 1.5 minutes, later seconds)
 
-The compiled op goes to torch's extension cache (TORCH_EXTENSIONS_DIR, else ~/.cache/torch_extensions). A compile that was
-killed leaves a `lock` file there, for which torch would wait for ever: one that no living process holds open is removed.
-Needs a C++ compiler, and `ninja` (a dependency of DeepSpeed) on PATH.
+The compiled op goes where training looks for it: TORCH_EXTENSIONS_DIR, else `torch_extensions` in the Python environment. A
+compile that was killed leaves a `lock` file there, for which torch would wait for ever: one that no living process holds
+open is removed. Needs a C++ compiler.
 """
 
 import os
@@ -34,7 +34,9 @@ def remove_stale_lock(build_directory: Path) -> None:
 def main() -> None:
     """Builds the op, or loads the one that is built."""
     os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    from pipeline.training.engine import prepare_environment
+
+    prepare_environment()
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
     from torch.utils.cpp_extension import _get_build_directory
 
