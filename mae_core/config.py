@@ -12,13 +12,15 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from mae_core.errors import ConfigError
-from mae_core.masking import visible_count
+from mae_core.masking import Masking, visible_count
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-Masking = Literal["random"]
-Target = Literal["raw", "normalised"]
+Positions = Literal["sine_cosine", "learned"]
+Target = Literal["raw", "normalised", "pca"]
+EncoderInput = Literal["visible", "all"]
+LossOn = Literal["hidden", "all"]
 
 
 def _check_positive(config: object, *fields: str) -> None:
@@ -26,6 +28,12 @@ def _check_positive(config: object, *fields: str) -> None:
         value = getattr(config, field)
         if not value > 0:
             raise ConfigError(f"{field}={value} is not positive: write a number above 0")
+
+
+def _check_choice(config: object, field: str, choices: object) -> None:
+    value = getattr(config, field)
+    if value not in get_args(choices):
+        raise ConfigError(f"{field}={value!r} is unknown: write one of {', '.join(get_args(choices))}")
 
 
 def _check_width(width_field: str, width: int, heads_field: str, heads: int) -> None:
@@ -61,6 +69,11 @@ class ViTConfig:
     """Width of a block's hidden MLP layer, in multiples of embed_dim."""
     layer_norm_eps: float = 1e-6
     """Added to the variance in every LayerNorm."""
+    cls_tokens: int = 1
+    """Class tokens in front of the patches; the paper has one, Pixio eight."""
+    positions: Positions = "sine_cosine"
+    """`sine_cosine`, a fixed table recomputed for any grid; or `learned`, a parameter that starts as that table (fine-tuned
+    encoders of the official code, supervised ones of others)."""
     pixel_mean: tuple[float, ...] = IMAGENET_MEAN
     """Mean of each channel on the 0..1 scale, subtracted from the pixels; ImageNet's by default."""
     pixel_std: tuple[float, ...] = IMAGENET_STD
@@ -68,7 +81,8 @@ class ViTConfig:
 
     def __post_init__(self) -> None:
         _check_positive(self, "patch_size", "in_channels", "embed_dim", "depth", "num_heads", "mlp_ratio")
-        _check_positive(self, "layer_norm_eps")
+        _check_positive(self, "layer_norm_eps", "cls_tokens")
+        _check_choice(self, "positions", Positions)
         for side, pixels in zip(("height", "width"), self.image_size, strict=True):
             if pixels < 1 or pixels % self.patch_size:
                 fitting = max(1, round(pixels / self.patch_size)) * self.patch_size
@@ -122,25 +136,63 @@ class MAEConfig:
     """Number of decoder blocks."""
     decoder_num_heads: int = 16
     """Attention heads in a decoder block."""
+    decoder_mlp_ratio: float = 4.0
+    """Width of a decoder block's hidden MLP layer, in multiples of decoder_embed_dim."""
     mask_ratio: float = 0.75
     """Fraction of patches hidden from the encoder; at least one patch stays visible and one hidden."""
     masking: Masking = "random"
-    """How hidden patches are chosen: `random`, each patch alike."""
+    """How hidden patches are chosen: `random` (each patch alike), `block` (few large rectangles), `grid` (visible ones regularly
+    spaced), `cell` (whole cells of mask_cell x mask_cell patches)."""
+    mask_cell: int = 2
+    """Side of a cell in patches; read by masking `cell` alone."""
     target: Target = "normalised"
-    """What the decoder predicts: `raw` pixels, or pixels `normalised` by each patch's own mean and deviation."""
+    """What the decoder predicts: `raw` pixels, pixels `normalised` by each patch's own mean and deviation, or the first
+    pca_components coefficients of a `pca` in patch space."""
+    pca_components: int = 96
+    """Coefficients a patch; read by target `pca` alone."""
+    encoder_input: EncoderInput = "visible"
+    """`visible`: the encoder sees visible patches alone. `all`: it also sees mask tokens for the hidden ones, and the decoder
+    adds none (the paper's ablation, at 3.3 times the operations)."""
+    loss_on: LossOn = "hidden"
+    """Patches that are predicted and judged: the `hidden` ones, or `all` (an ablation: 0.5 % worse in the paper)."""
 
     def __post_init__(self) -> None:
-        _check_positive(self, "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
+        _check_positive(self, "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "decoder_mlp_ratio")
         _check_width("decoder_embed_dim", self.decoder_embed_dim, "decoder_num_heads", self.decoder_num_heads)
-        for field, choices in (("masking", get_args(Masking)), ("target", get_args(Target))):
-            if getattr(self, field) not in choices:
-                raise ConfigError(f"{field}={getattr(self, field)!r} is unknown: write one of {', '.join(choices)}")
+        _check_choice(self, "masking", Masking)
+        _check_choice(self, "target", Target)
+        _check_choice(self, "encoder_input", EncoderInput)
+        _check_choice(self, "loss_on", LossOn)
+        if not 1 <= self.mask_cell <= max(self.encoder.grid):
+            raise ConfigError(
+                f"mask_cell={self.mask_cell} is not in [1, {max(self.encoder.grid)}]: write 2 for 2 x 2 patches"
+            )
+        if self.target == "pca" and not 1 <= self.pca_components <= self.encoder.patch_dim:
+            raise ConfigError(
+                f"pca_components={self.pca_components} is not in [1, {self.encoder.patch_dim}], the numbers of a patch: write fewer"
+            )
         visible_count(self.encoder.num_patches, self.mask_ratio)
 
     @property
     def visible_patches(self) -> int:
         """K, patches the encoder sees of each image."""
         return visible_count(self.encoder.num_patches, self.mask_ratio)
+
+    @property
+    def predicted_patches(self) -> int:
+        """M, patches of each image that are predicted and judged."""
+        hidden = self.encoder.num_patches - self.visible_patches
+        return hidden if self.loss_on == "hidden" else self.encoder.num_patches
+
+    @property
+    def target_dim(self) -> int:
+        """Numbers the decoder predicts for a patch."""
+        return self.pca_components if self.target == "pca" else self.encoder.patch_dim
+
+    @property
+    def decoder_mlp_dim(self) -> int:
+        """Width of the decoder's hidden MLP layer."""
+        return int(self.decoder_embed_dim * self.decoder_mlp_ratio)
 
 
 def tiny(**overrides: Any) -> ViTConfig:

@@ -1,7 +1,7 @@
 """What sits on an encoder when it is evaluated: the classifier of fine-tuning, and its drop path.
 
 Shapes: pixels [B, C, H, W] -> logits [B, num_classes]; drop scales [B, depth, 2], a number for each branch of each block.
-Units:  drop_path is a probability in [0, 1).       Errors: ConfigError for another pool or probability.
+Units:  drop_path is a probability in [0, 1).       Errors: ConfigError for another pool, norm or probability.
 Source: He et al. 2022, arXiv 2111.06377, A.1 and table 9; Huang et al. 2016, arXiv 1603.09382 (drop path)."""
 
 import copy
@@ -11,15 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from mae_core.errors import ConfigError
-from mae_core.vit import Linear, ViTEncoder, fill
+from mae_core.vit import Linear, ViTEncoder, fill, pooled
 
 
 class Classifier(nn.Module):
     """An encoder with a linear head, for fine-tuning.
 
-    "mean": the mean of the last block's patch tokens through a fresh norm, fc_norm; the pretrained final norm has no part
-    in it, so this classifier's own copy of the encoder has an Identity in its place and no parameter lies idle.
-    "cls": the class token after the pretrained final norm.
+    Its feature is the last block's tokens under two choices, kept as `pool` and `norm`:
+    pool "mean": the mean of the patch tokens, class tokens left out; "cls": the mean of the class tokens.
+    norm "fresh": a new norm behind the pooling, fc_norm; the pretrained final norm has no part in it, so this classifier's
+    own copy of the encoder has an Identity in its place and no parameter lies idle. "pretrained": the encoder's final norm
+    on every token before the pooling, as ViTEncoder.encode. None: the usual one, fresh for "mean", pretrained for "cls".
+    A fresh norm must be trained: frozen as it starts, it is no probe of what was learnt (mae_core.probes is).
     The encoder is copied: the one given is left as it was. Shapes, errors and source: the module's.
     """
 
@@ -29,18 +32,22 @@ class Classifier(nn.Module):
         *,
         num_classes: int,
         pool: Literal["mean", "cls"] = "mean",
+        norm: Literal["fresh", "pretrained"] | None = None,
         generator: torch.Generator,
     ) -> None:
         super().__init__()
         if pool not in ("mean", "cls"):
             raise ConfigError(f"pool={pool!r} is unknown: write one of mean, cls")
+        if norm not in ("fresh", "pretrained", None):
+            raise ConfigError(f"norm={norm!r} is unknown: write one of fresh, pretrained")
         if num_classes < 1:
             raise ConfigError(f"num_classes={num_classes} is not positive: write the number of labels")
         dim = encoder.config.embed_dim
-        self.pool = pool
+        self.pool: Literal["mean", "cls"] = pool
+        self.norm: Literal["fresh", "pretrained"] = norm or ("fresh" if pool == "mean" else "pretrained")
         self.encoder = copy.deepcopy(encoder)
         self.fc_norm: nn.Module = nn.Identity()
-        if pool == "mean":
+        if self.norm == "fresh":
             self.encoder.norm = nn.Identity()
             self.fc_norm = nn.LayerNorm(dim, eps=encoder.config.layer_norm_eps)
         self.head = Linear(dim, num_classes)
@@ -53,9 +60,9 @@ class Classifier(nn.Module):
 
         Errors and source: the module's.
         """
-        tokens = self.encoder(pixels, None, drop_scales)  # [B, 1 + L, D], before the final norm when pool is "mean"
-        pooled = tokens[:, 1:].mean(dim=1) if self.pool == "mean" else tokens[:, 0]  # [B, D]
-        logits: Tensor = self.head(self.fc_norm(pooled))
+        tokens = self.encoder(pixels, None, drop_scales)  # [B, n + L, D], before the final norm when norm is "fresh"
+        feature = pooled(tokens, pool=self.pool, cls_tokens=self.encoder.config.cls_tokens)  # [B, D]
+        logits: Tensor = self.head(self.fc_norm(feature))
         return logits.float()
 
 

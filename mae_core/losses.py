@@ -6,11 +6,11 @@ Errors: none but those of torch.       Source: He et al. 2022, arXiv 2111.06377,
 from torch import Tensor, nn
 
 
-def hidden_mse_per_sample(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each sample over its hidden patches.
+def mse_per_sample(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each sample over its predicted patches.
 
-    Shapes: prediction and target [B, M, N], M hidden patches -> float32 [B]. Units: squared target units. Errors: torch's
-    on unequal shapes. Source: arXiv 2111.06377, section 3 (loss on hidden patches only).
+    Shapes: prediction and target [B, M, N], M predicted patches -> float32 [B]. Units: squared target units. Errors: torch's
+    on unequal shapes. Source: arXiv 2111.06377, section 3 (the hidden ones only).
     """
     return (prediction.float() - target.float()).square().mean(dim=(1, 2))
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from mae_core.errors import ConfigError
 
-NEVER_DECAYED = ("cls_token", "mask_token")
-"""Learnt tokens: three-dimensional, yet no matrices."""
+NEVER_DECAYED = ("cls_token", "mask_token", "positions", "queries")
+"""Learnt tokens and what is added to tokens: of two or three dimensions, yet no matrices that map one space to another."""
 
 
 class ParameterGroup(TypedDict):
@@ -26,13 +26,14 @@ class ParameterGroup(TypedDict):
 
 
 def layer_index(name: str, *, depth: int) -> int:
-    """The layer a parameter belongs to: patch embedding and class token 0, block i of the encoder i + 1, others depth + 1.
+    """The layer a parameter belongs to: what makes the encoder's first tokens (patch embedding, class and mask tokens,
+    positions) 0, block i of the encoder i + 1, others (norm, head, the decoder with its own) depth + 1.
 
     `name` as in named_parameters of a ViTEncoder, Classifier or MaskedAutoencoder. Errors: ConfigError when the block's
     number is not below depth. Source: arXiv 2003.10555.
     """
     local = name.removeprefix("encoder.")
-    if local.startswith(("patch_embed.", "cls_token")):
+    if local.startswith("patch_embed.") or local in ("cls_token", "mask_token", "positions"):
         return 0
     block = re.match(r"blocks\.(\d+)\.", local)
     if block is None:
@@ -47,7 +48,7 @@ def parameter_groups(
 ) -> list[ParameterGroup]:
     """Sort the trainable parameters into at most 2 (or, with layer_decay, 2 * (depth + 2)) groups, none of them empty.
 
-    Vectors, scalars, cls_token and mask_token do not decay. With layer_decay the scale of layer l is
+    Vectors, scalars and NEVER_DECAYED do not decay. With layer_decay the scale of layer l is
     layer_decay ** (depth + 1 - l); without, 1. Call it before ZeRO-3 splits the parameters: their rank decides.
     Errors: ConfigError unless layer_decay in (0, 1] and depth come together. Source: see the module.
     """

@@ -1,23 +1,19 @@
-"""Images to patches and back, pixel scales, and the numbers the decoder has to predict.
+"""Images to patches and back, and pixel scales.
 
 Shapes: B images, C channels, H x W pixels, P patch side, L = (H/P) * (W/P) patches in rows, N = P * P * C numbers in a
         patch, ordered (row in patch, column in patch, channel).
 Units:  images are uint8 0..255, "pixels" are normalised by each channel's mean and deviation (given on the 0..1 scale).
-Errors: ConfigError where sizes do not fit; TypeError where half precision would spoil a target.
-Source: He et al. 2022, arXiv 2111.06377, section 3 ("Reconstruction target"); variance unbiased, 1e-6 added to it, as in
-        the weights the authors released."""
+Errors: ConfigError where sizes do not fit; TypeError where pixels would be normalised twice.
+Source: Dosovitskiy et al. 2021, arXiv 2010.11929, section 3.1; He et al. 2022, arXiv 2111.06377, A.1."""
 
 # ruff: noqa: N806 (sizes carry the letters of the legend above)
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mae_core.errors import ConfigError
-
-VARIANCE_EPS = 1e-6
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -85,36 +81,3 @@ def denormalise_pixels(pixels: Tensor, *, mean: Sequence[float], std: Sequence[f
 
 def _by_channel(values: Sequence[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=like.device).view(1, -1, 1, 1)
-
-
-def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each patch over all its numbers, channels together.
-
-    Shapes: [B, L, N] -> two float32 [B, L, 1]; the deviation is sqrt(unbiased variance + 1e-6). Errors: none.
-    Source: arXiv 2111.06377, section 3.
-    """
-    variance, mean = torch.var_mean(patches.to(torch.float32), dim=-1, correction=1, keepdim=True)
-    return mean, (variance + VARIANCE_EPS).sqrt()
-
-
-def normalised_target(patches: Tensor) -> Tensor:
-    """Each patch less its own mean, divided by its own deviation: [B, L, N] -> float32 [B, L, N].
-
-    A patch of one colour is not zero afterwards unless its channels are equal: the statistics run over all channels.
-    Errors: none. Source: arXiv 2111.06377, section 3; see patch_statistics.
-    """
-    mean, deviation = patch_statistics(patches)
-    return (patches.to(torch.float32) - mean) / deviation
-
-
-def targets(pixels: Tensor, *, patch_size: int, target: Literal["raw", "normalised"]) -> Tensor:
-    """What the decoder has to predict for every patch, in float32 whatever the model computes in.
-
-    Shapes: pixels [B, C, H, W] -> float32 [B, L, N]. Errors: TypeError for half-precision pixels, whose rounding would be
-    magnified in flat patches (bf16: off by 0.05 of a patch's deviation); ConfigError as patchify. Source: arXiv
-    2111.06377, section 3.
-    """
-    if pixels.dtype in (torch.float16, torch.bfloat16):
-        raise TypeError(f"pixels are {pixels.dtype}: hand them over as float32, the model casts its own input")
-    patches = patchify(pixels.to(torch.float32), patch_size)
-    return normalised_target(patches) if target == "normalised" else patches

@@ -1,7 +1,7 @@
 """The Vision Transformer encoder: pixels in, tokens out, of visible patches alone when told which are visible.
 
-Shapes: pixels [B, C, H, W], patches [B, L, N], ids_visible [B, K] -> tokens [B, 1 + K, D], class token first; T tokens and
-        h heads inside a block.
+Shapes: pixels [B, C, H, W], patches [B, L, N], ids_visible [B, K] -> tokens [B, n + K, D], the n class tokens first; T tokens
+        and h heads inside a block.
 Units:  pixels are normalised float32 (mae_core.patches.normalise_pixels); they are cast to the parameters' dtype here.
 Errors: ConfigError when an image does not have the size the encoder was made for.
 Source: Dosovitskiy et al. 2021, arXiv 2010.11929, section 3.1; He et al. 2022, arXiv 2111.06377, section 3 and A.1.
@@ -13,7 +13,7 @@ alone, and a forgotten fill cannot pass for a trained model."""
 
 import math
 from collections.abc import Callable
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -104,21 +104,32 @@ class PatchEmbed(Linear):
     """
 
 
-class ViTEncoder(nn.Module):
-    """The encoder: patch embedding, class token, fixed positions, blocks, final norm.
+class MaskTokens(NamedTuple):
+    """A learnt token that stands in the encoder for every hidden patch (MAEConfig.encoder_input "all")."""
 
-    Weights are NaN until loaded, unless `generator` is given: then `initialise` fills them.
+    token: Tensor  # [1, 1, D]
+    ids: Tensor  # [B, M]  int64, the hidden patches
+
+
+class ViTEncoder(nn.Module):
+    """The encoder: patch embedding, class tokens, positions, blocks, final norm.
+
+    Weights are NaN until loaded, unless `generator` is given: then `initialise` fills them. With fixed positions the weights
+    of one image size serve every other: build the encoder with that size and load them.
     Shapes, units, errors and source: the module's.
     """
 
-    positions: Tensor  # [L, D], recomputed and never stored
+    positions: Tensor  # [L, D], a parameter when learned; else recomputed and never stored
 
     def __init__(self, config: ViTConfig, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbed(config.patch_dim, config.embed_dim)
-        self.cls_token = nn.Parameter(torch.full((1, 1, config.embed_dim), math.nan))
-        self.register_buffer("positions", sine_cosine_2d(config.grid, config.embed_dim), persistent=False)
+        self.cls_token = nn.Parameter(torch.full((1, config.cls_tokens, config.embed_dim), math.nan))
+        if config.positions == "learned":
+            self.positions = nn.Parameter(torch.full((config.num_patches, config.embed_dim), math.nan))
+        else:
+            self.register_buffer("positions", sine_cosine_2d(config.grid, config.embed_dim), persistent=False)
         self.blocks = nn.ModuleList(
             Block(
                 config.embed_dim,
@@ -132,46 +143,79 @@ class ViTEncoder(nn.Module):
         if generator is not None:
             initialise(self, generator=generator)
 
-    def tokens(self, pixels: Tensor, ids_visible: Tensor | None = None, drop_scales: Tensor | None = None) -> Tensor:
-        """Tokens of the last block, before the final norm; arguments, shapes, errors and source as `forward`."""
+    def embed(self, pixels: Tensor, ids_visible: Tensor | None, mask_tokens: MaskTokens | None) -> Tensor:
+        """Patches as tokens with their positions, [B, K (+ M), D]; arguments, errors and source as `forward`."""
         if tuple(pixels.shape[1:]) != (self.config.in_channels, *self.config.image_size):
             raise ConfigError(
                 f"pixels of shape {tuple(pixels.shape)} do not fit in_channels={self.config.in_channels}, "
                 f"image_size={self.config.image_size}: resize the images or build the encoder with their size"
             )
         patches = patchify(pixels, self.config.patch_size)  # [B, L, N]
-        positions = self.positions.expand(len(patches), -1, -1)  # [B, L, D]
-        if ids_visible is not None:
-            patches = gather_patches(patches, ids_visible)  # [B, K, N]: hidden patches are not even embedded
-            positions = gather_patches(positions, ids_visible)  # [B, K, D]
         dtype = self.cls_token.dtype
-        x = self.patch_embed(patches.to(dtype)) + positions.to(dtype)  # [B, K, D]
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)  # [B, 1 + K, D], class: position 0
+        positions = self.positions.to(dtype).expand(len(patches), -1, -1)  # [B, L, D]
+        if ids_visible is None:
+            return cast("Tensor", self.patch_embed(patches.to(dtype)) + positions)  # [B, L, D]
+        patches = gather_patches(patches, ids_visible)  # [B, K, N]: hidden patches are not even embedded
+        x = self.patch_embed(patches.to(dtype)) + gather_patches(positions, ids_visible)  # [B, K, D]
+        if mask_tokens is None:
+            return cast("Tensor", x)
+        hidden = mask_tokens.token.to(x.dtype) + gather_patches(positions, mask_tokens.ids)  # [B, M, D]
+        return torch.cat([x, hidden], dim=1)
+
+    def tokens(
+        self,
+        pixels: Tensor,
+        ids_visible: Tensor | None = None,
+        drop_scales: Tensor | None = None,
+        mask_tokens: MaskTokens | None = None,
+    ) -> Tensor:
+        """Tokens of the last block, before the final norm; arguments, shapes, errors and source as `forward`."""
+        x = self.embed(pixels, ids_visible, mask_tokens)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)  # class tokens: position 0
         for index, block in enumerate(self.blocks):
             x = block(x, None if drop_scales is None else drop_scales[:, index])
-        return cast("Tensor", x)
+        return x
 
-    def forward(self, pixels: Tensor, ids_visible: Tensor | None = None, drop_scales: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        pixels: Tensor,
+        ids_visible: Tensor | None = None,
+        drop_scales: Tensor | None = None,
+        mask_tokens: MaskTokens | None = None,
+    ) -> Tensor:
         """Encode images, or their visible patches alone.
 
         Shapes: pixels float32 [B, C, H, W]; ids_visible int64 [B, K] or None for all patches; drop_scales [B, depth, 2]
-        (see mae_core.heads.drop_path_scales) or None -> tokens [B, 1 + K, D] after the final norm, class token first,
-        patches in the order of ids_visible, in the parameters' dtype. Errors and source: the module's.
+        (see mae_core.heads.drop_path_scales) or None; mask_tokens for M hidden patches or None -> tokens [B, n + K (+ M), D]
+        after the final norm, the n class tokens first, then patches in the order of ids_visible, then hidden ones in the
+        order of mask_tokens.ids, in the parameters' dtype. Errors and source: the module's.
         """
-        return cast("Tensor", self.norm(self.tokens(pixels, ids_visible, drop_scales)))
+        return cast("Tensor", self.norm(self.tokens(pixels, ids_visible, drop_scales, mask_tokens)))
 
     def encode(self, pixels: Tensor, *, pool: Literal["cls", "mean", "none"]) -> Tensor:
         """Features of whole images after the final norm; nothing is ever hidden or dropped here.
 
-        Shapes: pixels float32 [B, C, H, W] -> "cls" the class token [B, D], "mean" the mean of the patch tokens [B, D],
-        "none" all tokens [B, 1 + L, D]. Errors: the module's; ConfigError for another pool. Source: arXiv 2111.06377, A.1.
+        Shapes: pixels float32 [B, C, H, W] -> "cls" the mean of the class tokens [B, D], "mean" the mean of the patch tokens
+        [B, D], "none" all tokens [B, n + L, D]. Errors: the module's; ConfigError for another pool. Source: arXiv
+        2111.06377, A.1.
         """
-        if pool not in ("cls", "mean", "none"):
-            raise ConfigError(f"pool={pool!r} is unknown: write one of cls, mean, none")
-        tokens = cast("Tensor", self(pixels))
-        if pool == "none":
+        return pooled(cast("Tensor", self(pixels)), pool=pool, cls_tokens=self.config.cls_tokens)
+
+
+def pooled(tokens: Tensor, *, pool: Literal["cls", "mean", "none"], cls_tokens: int) -> Tensor:
+    """Tokens of an image as one feature.
+
+    Shapes: tokens [B, n + L, D], n = cls_tokens -> "cls" the mean of the class tokens [B, D], "mean" the mean of the patch
+    tokens [B, D], "none" the tokens as they are. Errors: ConfigError for another pool. Source: arXiv 2111.06377, A.1.
+    """
+    match pool:
+        case "none":
             return tokens
-        return tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(dim=1)
+        case "cls":
+            return tokens[:, :cls_tokens].mean(dim=1)
+        case "mean":
+            return tokens[:, cls_tokens:].mean(dim=1)
+    raise ConfigError(f"pool={pool!r} is unknown: write one of cls, mean, none")
 
 
 def fill(parameter: Tensor, init: Callable[[Tensor], Tensor], *, generator: torch.Generator) -> None:
@@ -191,7 +235,7 @@ def initialise(module: nn.Module, *, generator: torch.Generator) -> None:
     """Fill every parameter of encoder, decoder or both from the generator, in the order of `named_modules`.
 
     Linear layers xavier uniform with zero bias (the patch embedding on its flattened patch, queries, keys and values as
-    one matrix), norms one and zero, cls_token and mask_token normal with deviation 0.02.
+    one matrix), norms one and zero, cls_token and mask_token normal with deviation 0.02, learned positions the fixed table.
     Shapes: the module's. Errors: ConfigError for a parameter of another kind. Source: arXiv 2111.06377, A.1.
     """
 
@@ -208,6 +252,9 @@ def initialise(module: nn.Module, *, generator: torch.Generator) -> None:
         for name, parameter in part.named_parameters(recurse=False):
             if name in ("cls_token", "mask_token"):
                 fill(parameter, normal, generator=generator)
+            elif isinstance(part, ViTEncoder) and name == "positions":
+                table = sine_cosine_2d(part.config.grid, part.config.embed_dim)
+                fill(parameter, lambda fresh, table=table: fresh.copy_(table), generator=generator)  # type: ignore[misc]
             elif isinstance(part, nn.Linear) and name == "weight":
                 fill(parameter, xavier, generator=generator)
             elif isinstance(part, nn.Linear) and name == "bias":

@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,8 @@ def encoder_config() -> ViTConfig:
 
 
 def mae_config(**changes: Any) -> MAEConfig:
-    return MAEConfig(encoder=encoder_config(), decoder_embed_dim=12, decoder_depth=1, decoder_num_heads=1, **changes)
+    tiny = MAEConfig(encoder=encoder_config(), decoder_embed_dim=12, decoder_depth=1, decoder_num_heads=1)
+    return replace(tiny, **changes)
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -183,10 +185,11 @@ def mae_spec(shards: StageInput, attempt: Attempt, **changes: Any) -> TrainSpec:
     )
 
 
-def pretrain_here(shards: StageInput, folder: Path) -> StageInput:
-    """The real pretraining stage in this process; 10 steps."""
+def pretrain_here(shards: StageInput, folder: Path, model: Mapping[str, Any] = MappingProxyType({})) -> StageInput:
+    """The real pretraining stage in this process; 10 steps. `model` changes the tiny autoencoder."""
     attempt = attempt_at(folder)
-    return as_input(pretrain(pretrain_config(), {"shards": shards}, attempt), attempt)
+    config = replace(pretrain_config(), model=mae_config(**model))
+    return as_input(pretrain(config, {"shards": shards}, attempt), attempt)
 
 
 def classification_spec(shards: StageInput, attempt: Attempt, **changes: Any) -> TrainSpec:

@@ -1,22 +1,24 @@
 """Masked autoencoder pretraining: shards in, an encoder out (He et al. 2021, arXiv 2111.06377).
 
-Output: encoder.safetensors, model.safetensors, config.json, reconstructions.npz (images uint8 [N, 4, H, W, 3]: original,
-visible patches, before training, after), history.jsonl. Errors: those of training; DataError when there is nothing to train on."""
+Output: encoder.safetensors, model.safetensors, config.json, basis.safetensors (target `pca` alone), reconstructions.npz (images
+uint8 [N, 4, H, W, 3]: original, visible patches, before training, after), history.jsonl. Errors: those of training; DataError when
+there is nothing to train on."""
 
 import io
 import json
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from mae_core.config import MAEConfig
-from mae_core.mae import MAEOutput, MaskedAutoencoder, reconstruct
+from mae_core.mae import MAEOutput, MaskedAutoencoder
 from mae_core.patches import denormalise_pixels, normalise_pixels, patchify, unpatchify
+from mae_core.targets import PatchBasis, patch_basis
 from pipeline.data.order import OrderConfig
 from pipeline.data.randomness import mask_noise
 from pipeline.graph.step import Attempt, StageInput, StageResult
@@ -29,6 +31,9 @@ from pipeline.weights import write_weights
 
 VERSION = 1
 PANEL_IMAGES = 8
+BASIS = "basis.safetensors"
+BASIS_IMAGES = 512
+"""Images whose patches give target `pca` its components: 100,352 patches at 224 px, for 768 numbers a patch."""
 HISTORY = "history.jsonl"
 RECONSTRUCTIONS = "reconstructions.npz"
 
@@ -45,8 +50,9 @@ class PretrainConfig:
 def pretrain(config: PretrainConfig, inputs: Mapping[str, StageInput], attempt: Attempt) -> StageResult:
     """Trains the autoencoder and exports it."""
     dataset = dataset_address(inputs["shards"])
+    task = MAETask(model=config.model, weight_decay=config.recipe.weight_decay, seed=config.seed)
     spec = TrainSpec(
-        task=MAETask(model=config.model, weight_decay=config.recipe.weight_decay, seed=config.seed),
+        task=task,
         recipe=config.recipe,
         order=OrderConfig(seed=config.seed),
         image_size=config.model.encoder.image_size,
@@ -55,14 +61,20 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, StageInput], attempt: 
         evaluation_split="",
         placement=Placement.from_resources(attempt.resources),
     )
+    if config.model.target == "pca":
+        task = replace(task, basis=_basis(spec, config.model, attempt))
+        spec = replace(spec, task=task)
     trained = run_training(spec, attempt)
     with open_checkpoint(attempt.root, trained.checkpoint_key) as checkpoint:
         weights = {name.removeprefix("model."): value for name, value in checkpoint.weights().items()}
         history = checkpoint.history()
     files = write_weights(attempt.store, weights, config.model)
     attempt.store.write(HISTORY, "".join(json.dumps(row) + "\n" for row in history).encode())
+    if task.basis:
+        attempt.store.write(BASIS, save(task.basis._asdict()))
+        files = (*files, BASIS)
     packed = io.BytesIO()
-    np.savez(packed, images=_panel(config, spec, inputs["shards"], weights))
+    np.savez(packed, images=_panel(config, spec, inputs["shards"], task.basis, weights))
     attempt.store.write(RECONSTRUCTIONS, packed.getvalue())
     return StageResult(
         facts={
@@ -77,8 +89,20 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, StageInput], attempt: 
     )
 
 
+def _basis(spec: TrainSpec, model: MAEConfig, attempt: Attempt) -> PatchBasis:
+    """The components of target `pca`: found once for the step, by whichever attempt comes first, so that none trains on others."""
+    if not attempt.root.exists(BASIS):
+        alone = World(0, 1, torch.device("cpu"), None)
+        with closing(spec.loader(spec.dataset.open(), "train", alone).evaluation_batches(BASIS_IMAGES)) as batches:
+            images = next(batches).images
+        pixels = normalise_pixels(images, mean=model.encoder.pixel_mean, std=model.encoder.pixel_std)
+        patches = patchify(pixels, model.encoder.patch_size).flatten(0, 1)
+        attempt.root.create(BASIS, save(patch_basis(patches, components=model.pca_components)._asdict()))
+    return PatchBasis(**load(attempt.root.read(BASIS)))
+
+
 def _panel(
-    config: PretrainConfig, spec: TrainSpec, shards: StageInput, weights: Mapping[str, Tensor]
+    config: PretrainConfig, spec: TrainSpec, shards: StageInput, basis: PatchBasis | None, weights: Mapping[str, Tensor]
 ) -> "np.typing.NDArray[np.uint8]":
     """uint8 [N, 4, H, W, 3]: held-out images, what the encoder sees of them, and the model's guess before and after."""
     split = "test" if "test" in shards.facts["splits"] else "train"
@@ -89,17 +113,17 @@ def _panel(
     pixels = normalise_pixels(batch.images, mean=encoder.pixel_mean, std=encoder.pixel_std)
     ids = batch.sample_ids.numpy()
     noise = torch.as_tensor(mask_noise(config.seed, np.zeros_like(ids), ids, encoder.num_patches))
-    model = MaskedAutoencoder(config.model, generator=torch.Generator().manual_seed(config.seed)).eval()
+    generator = torch.Generator().manual_seed(config.seed)
+    model = MaskedAutoencoder(config.model, generator=generator, basis=basis).eval()
     with torch.inference_mode():
         before = model(pixels, noise)
         model.load_state_dict(dict(weights))
         after = model(pixels, noise)
-    mode: Literal["raw", "true_stats"] = "true_stats" if config.model.target == "normalised" else "raw"
     pictures = [
         pixels,
         _only_visible(pixels, after, encoder.patch_size, encoder.grid),
-        reconstruct(pixels, before, patch_size=encoder.patch_size, mode=mode),
-        reconstruct(pixels, after, patch_size=encoder.patch_size, mode=mode),
+        model.reconstruct(pixels, before),
+        model.reconstruct(pixels, after),
     ]
     shown = [denormalise_pixels(p, mean=encoder.pixel_mean, std=encoder.pixel_std).clamp(0, 1) for p in pictures]
     stacked = torch.stack(shown, dim=1).permute(0, 1, 3, 4, 2)  # [N, 4, H, W, C]

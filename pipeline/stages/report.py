@@ -53,7 +53,8 @@ def report(config: ReportConfig, inputs: Mapping[str, StageInput], attempt: Atte
     scores = collect_scores(config.scored, inputs)
     pretrained = inputs["pretrain"]
     panel = np.load(io.BytesIO(pretrained.store.read("reconstructions.npz")), allow_pickle=False)["images"]
-    normalised = config.config["model"]["target"] == "normalised"
+    model = config.config["model"]
+    normalised = model["target"] == "normalised"
     pictures = {
         "reconstructions.png": reconstruction_grid_png(panel, statistics="true" if normalised else "predicted"),
         "curves.png": curve_png(_curves(pretrained)),
@@ -68,9 +69,13 @@ def report(config: ReportConfig, inputs: Mapping[str, StageInput], attempt: Atte
             summary=_summary(config, inputs),
             created=datetime.datetime.now(tz=datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
             scores=scores,
-            cards=(Card(label="final loss", value=f"{pretrained.facts['loss']:.3f}", note="on hidden patches"),),
+            cards=(
+                Card(
+                    label="final loss", value=f"{pretrained.facts['loss']:.3f}", note=f"on {model['loss_on']} patches"
+                ),
+            ),
             reconstructions_png=pictures["reconstructions.png"],
-            reconstructions_note=f"{len(panel)} held-out images, {config.config['model']['mask_ratio']:.0%} of the patches hidden",
+            reconstructions_note=f"{len(panel)} held-out images, {model['mask_ratio']:.0%} of the patches hidden",
             curves_png=pictures["curves.png"],
             scores_png=pictures.get("scores.png"),
             datasets=[_dataset_card(name, config, inputs) for name in config.sources],

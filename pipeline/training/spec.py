@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from mae_core.schedules import scaled_lr, warmup_cosine
+from mae_core.schedules import scaled_lr, warmup_cosine, warmup_stable_decay
 from pipeline.data.cache import ShardCache
 from pipeline.data.images import AugmentConfig
 from pipeline.data.loader import Loader
@@ -74,8 +75,12 @@ class Recipe:
     base_lr: float = 1.5e-4
     """Learning rate at a global batch of 256; the absolute rate is base_lr * global_batch / 256."""
     warmup_epochs: float = 40.0
+    schedule: Literal["cosine", "warmup_stable_decay"] = "cosine"
+    """After the warmup: half a cosine, or constant and then down over the last `decay_share`."""
+    decay_share: float = 0.2
+    """Share of the epochs over which `warmup_stable_decay` comes down; `cosine` does not read it."""
     min_lr: float = 0.0
-    """Absolute learning rate at the end of the cosine."""
+    """Absolute learning rate at the end."""
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -88,14 +93,25 @@ class Recipe:
                 raise ConfigError(f"{name}={getattr(self, name)} is not positive: write a number above 0")
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ConfigError(f"warmup_epochs={self.warmup_epochs} is not in [0, epochs={self.epochs}): write fewer")
+        most = 1 - self.warmup_epochs / self.epochs
+        if self.schedule == "warmup_stable_decay" and not 0 < self.decay_share <= most:
+            raise ConfigError(
+                f"decay_share={self.decay_share} is not in (0, {most:.2g}], what the warmup leaves: write less"
+            )
 
     def learning_rate(self, global_step: int, samples_per_epoch: int) -> float:
         """Absolute rate of a step: a pure function of images seen, so a resumed run cannot slip."""
-        return warmup_cosine(
+        total_images = self.epochs * samples_per_epoch
+        warmup_images = round(self.warmup_epochs * samples_per_epoch)
+        curve = warmup_cosine
+        if self.schedule == "warmup_stable_decay":
+            decay_images = min(round(self.decay_share * total_images), total_images - warmup_images)
+            curve = partial(warmup_stable_decay, decay_images=max(1, decay_images))
+        return curve(
             global_step * self.global_batch,
             peak_lr=scaled_lr(self.base_lr, self.global_batch),
-            warmup_images=round(self.warmup_epochs * samples_per_epoch),
-            total_images=self.epochs * samples_per_epoch,
+            warmup_images=warmup_images,
+            total_images=total_images,
             min_lr=self.min_lr,
         )
 

@@ -17,6 +17,7 @@ from mae_core.mae import MaskedAutoencoder
 from mae_core.metrics import TopK, topk_counts
 from mae_core.optim import ParameterGroup, parameter_groups
 from mae_core.patches import normalise_pixels
+from mae_core.targets import PatchBasis
 from mae_core.vit import ViTEncoder, initialise
 from pipeline.data.loader import Batch
 from pipeline.data.randomness import mask_noise, uniform_rows
@@ -69,10 +70,13 @@ class MAETask:
     model: MAEConfig
     weight_decay: float
     seed: int
+    basis: PatchBasis | None = None
+    """What target `pca` needs; None for the other targets."""
 
     def build(self) -> Built:
         """The autoencoder, initialised from the seed."""
-        model = MaskedAutoencoder(self.model, generator=torch.Generator().manual_seed(self.seed))
+        generator = torch.Generator().manual_seed(self.seed)
+        model = MaskedAutoencoder(self.model, generator=generator, basis=self.basis)
         return Built(MAELosses(model), parameter_groups(model, weight_decay=self.weight_decay))
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-from mae_core import MAEConfig, ViTConfig
+from mae_core import MAEConfig, ViTConfig, sine_cosine_2d
 
 torch.set_num_threads(1)
 
@@ -62,16 +62,34 @@ def hugging_face_peer() -> Callable[[MAEConfig], ViTMAEForPreTraining]:
                 attn_implementation="eager",
             )
         )
-        # transformers 5.23 leaves the position tables of a fresh model at zero: its own marks make it skip them
-        for marked in (*peer.modules(), *peer.parameters()):
-            vars(marked).pop("_is_hf_initialized", None)
-        peer.vit.embeddings.initialize_weights()
-        peer.decoder.initialize_weights(encoder.num_patches)
+        initialise_positions(peer, encoder.image_size[0] ** 2 // encoder.patch_size**2)
+        if encoder.grid[0] != encoder.grid[1]:
+            give_tables(peer, encoder.grid)
         generator = torch.Generator().manual_seed(3)
+        # at a width of 16 each weight moves by 0.3; wider sums take smaller moves to the same size
+        move = 1.2 / encoder.embed_dim**0.5
         with torch.no_grad():
             for parameter in peer.parameters():
                 if parameter.requires_grad:
-                    parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+                    parameter.add_(move * torch.randn(parameter.shape, generator=generator))
         return peer
 
     return build
+
+
+def initialise_positions(peer: ViTMAEForPreTraining, num_patches: int) -> None:
+    """Fills the position tables of a fresh model, which transformers 5.23 leaves at zero: its own marks make it skip them."""
+    for marked in (*peer.modules(), *peer.parameters()):
+        vars(marked).pop("_is_hf_initialized", None)
+    peer.vit.embeddings.initialize_weights()
+    peer.decoder.initialize_weights(num_patches)
+
+
+def give_tables(peer: ViTMAEForPreTraining, grid: tuple[int, int]) -> None:
+    """Position tables of a rectangular grid, which transformers can neither compute nor keep from stretching: call such a
+    model with interpolate_pos_encoding=True."""
+    for module, name in ((peer.vit.embeddings, "position_embeddings"), (peer.decoder, "decoder_pos_embed")):
+        width = getattr(module, name).shape[2]
+        table = torch.cat([torch.zeros(1, width), sine_cosine_2d(grid, width)])[None]
+        setattr(module, name, torch.nn.Parameter(table, requires_grad=False))
+        module.interpolate_pos_encoding = lambda *_, module=module, name=name: getattr(module, name)

@@ -1,5 +1,7 @@
 """The classifier: what it pools, that no parameter lies idle, that drop path keeps the mean."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -29,9 +31,49 @@ def test_cls_pool_uses_the_pretrained_norm(encoder, draw, generator):
     assert not any(name.startswith("fc_norm") for name, _ in classifier.named_parameters())
 
 
+@pytest.mark.parametrize("norm", ["fresh", "pretrained"])
 @pytest.mark.parametrize("pool", ["mean", "cls"])
-def test_every_parameter_gets_a_gradient(encoder, draw, generator, pool):
-    classifier = Classifier(encoder, num_classes=5, pool=pool, generator=generator)
+@pytest.mark.parametrize("cls_tokens", [1, 8])
+def test_pool_reads_its_own_tokens_alone(vit_config, draw, generator, cls_tokens, pool, norm):
+    encoder = ViTEncoder(replace(vit_config, cls_tokens=cls_tokens), generator=generator)
+    classifier = Classifier(encoder, num_classes=5, pool=pool, norm=norm, generator=generator)
+    pixels, _ = draw(encoder.config, 3)
+    logits = classifier(pixels)
+    tokens = encoder.tokens(pixels)
+    assert tokens.shape == (3, cls_tokens + 24, 16)
+    for index in range(cls_tokens + 24):
+        # only attention may mix tokens: whatever the last block says of one that is not pooled changes nothing
+        def shift(module, arguments, output, index=index):
+            return output + torch.eye(output.shape[1])[index][:, None] * torch.randn(16, generator=generator)
+
+        handle = classifier.encoder.blocks[-1].register_forward_hook(shift)
+        assert torch.equal(classifier(pixels), logits) == ((index < cls_tokens) != (pool == "cls"))
+        handle.remove()
+
+
+@pytest.mark.parametrize("cls_tokens", [1, 8])
+def test_feature_is_pooling_and_norm(vit_config, draw, generator, cls_tokens):
+    encoder = ViTEncoder(replace(vit_config, cls_tokens=cls_tokens), generator=generator)
+    for part in encoder.norm.parameters():
+        torch.nn.init.normal_(part, generator=generator)  # as if trained: no longer the norm that a fresh one starts as
+    pixels, _ = draw(encoder.config, 3)
+    unnormed = encoder.tokens(pixels)
+    means = {"mean": unnormed[:, cls_tokens:].mean(dim=1), "cls": unnormed[:, :cls_tokens].mean(dim=1)}
+    for pool, mean in means.items():
+        fresh = torch.nn.functional.layer_norm(mean, (16,), eps=1e-6)
+        for norm, feature in (("fresh", fresh), ("pretrained", encoder.encode(pixels, pool=pool))):
+            classifier = Classifier(encoder, num_classes=5, pool=pool, norm=norm, generator=generator)
+            assert (classifier.pool, classifier.norm) == (pool, norm)
+            # logits of 1e-4, rounded in float32
+            torch.testing.assert_close(classifier(pixels), feature @ classifier.head.weight.T, rtol=0, atol=1e-8)
+    defaults = {pool: Classifier(encoder, num_classes=5, pool=pool, generator=generator).norm for pool in means}
+    assert defaults == {"mean": "fresh", "cls": "pretrained"}
+
+
+@pytest.mark.parametrize("norm", ["fresh", "pretrained"])
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_every_parameter_gets_a_gradient(encoder, draw, generator, pool, norm):
+    classifier = Classifier(encoder, num_classes=5, pool=pool, norm=norm, generator=generator)
     scales = drop_path_scales(torch.ones(2, 2, 2) * 0.9, drop_path=0.5)
     classifier(draw(encoder.config, 2)[0], scales).square().sum().backward()
     assert all(p.grad is not None for p in classifier.parameters())
@@ -67,5 +109,7 @@ def test_wrong_values_are_answered(encoder, generator):
         drop_path_scales(torch.zeros(1, 1, 2), drop_path=1.0)
     with pytest.raises(ConfigError, match="pool='max'"):
         Classifier(encoder, num_classes=5, pool="max", generator=generator)
+    with pytest.raises(ConfigError, match="norm='final'"):
+        Classifier(encoder, num_classes=5, norm="final", generator=generator)
     with pytest.raises(ConfigError, match="num_classes=0"):
         Classifier(encoder, num_classes=0, generator=generator)

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from mae_core import cross_entropy_per_sample, hidden_mse_per_sample
+from mae_core import cross_entropy_per_sample, mse_per_sample
 
 
 def test_mean_squared_error_by_hand():
     prediction = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[0.0, 0.0], [0.0, 2.0]]])
-    assert hidden_mse_per_sample(prediction, torch.zeros(2, 2, 2)).tolist() == [7.5, 1.0]
-    assert hidden_mse_per_sample(prediction.bfloat16(), torch.zeros(2, 2, 2)).dtype == torch.float32
+    assert mse_per_sample(prediction, torch.zeros(2, 2, 2)).tolist() == [7.5, 1.0]
+    assert mse_per_sample(prediction.bfloat16(), torch.zeros(2, 2, 2)).dtype == torch.float32
 
 
 def test_cross_entropy_by_hand():

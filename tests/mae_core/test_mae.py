@@ -6,28 +6,51 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mae_core import ConfigError, MAEConfig, MaskedAutoencoder, ViTConfig, from_hf_vitmae, reconstruct, targets
+from mae_core import (
+    ConfigError,
+    MAEConfig,
+    MaskedAutoencoder,
+    ViTConfig,
+    base,
+    from_hf_vitmae,
+    huge,
+    patch_basis,
+    patchify,
+    target_of,
+)
 from mae_core.patches import gather_patches
 
 
-@pytest.mark.parametrize("target", ["raw", "normalised"])
-@pytest.mark.parametrize(("side", "mask_ratio"), [(16, 0.75), (20, 0.75), (12, 0.66)])  # 4 of 16, 6.25 of 25, 3.06 of 9
-def test_equals_hugging_face(*, target, side, mask_ratio, draw, generator, hugging_face_peer):
-    encoder = ViTConfig(image_size=(side, side), patch_size=4, embed_dim=16, depth=2, num_heads=2)
-    config = MAEConfig(
-        encoder=encoder,
-        decoder_embed_dim=8,
-        decoder_depth=2,
-        decoder_num_heads=2,
-        mask_ratio=mask_ratio,
-        target=target,
+def small(**changes):
+    encoder = ViTConfig(image_size=(16, 16), patch_size=4, embed_dim=16, depth=2, num_heads=2)
+    return MAEConfig(
+        **{"encoder": encoder, "decoder_embed_dim": 8, "decoder_depth": 2, "decoder_num_heads": 2, **changes}
     )
+
+
+PARITY = {  # the shapes in which the two are compared
+    "16 patches": small(),
+    "16 patches, raw": small(target="raw"),
+    "25 patches, 6.25 visible": small(encoder=replace(small().encoder, image_size=(20, 20))),
+    "9 patches, 3.06 visible": small(encoder=replace(small().encoder, image_size=(12, 12)), mask_ratio=0.66),
+    "rectangular": small(encoder=replace(small().encoder, image_size=(16, 24))),
+    "huge/14, fewer and narrower blocks": small(
+        encoder=huge(image_size=(56, 56), embed_dim=80, depth=2, num_heads=2), decoder_embed_dim=64
+    ),
+    "base/16, whole": MAEConfig(encoder=base()),
+}
+
+
+@pytest.mark.parametrize("shape", PARITY)
+def test_equals_hugging_face(*, shape, draw, generator, hugging_face_peer):
+    config = PARITY[shape]
     peer = hugging_face_peer(config)
     model = MaskedAutoencoder(config, generator=generator)
     model.load_state_dict(from_hf_vitmae(peer.state_dict(), config))
-    pixels, noise = draw(encoder, 3)
+    pixels, noise = draw(config.encoder, 3)
 
-    theirs = peer(pixels, noise=noise)
+    rectangular = config.encoder.grid[0] != config.encoder.grid[1]
+    theirs = peer(pixels, noise=noise, interpolate_pos_encoding=rectangular)
     ours = model(pixels, noise)
     assert torch.equal(ours.masked.mask, theirs.mask)
     ids = ours.masked.ids_hidden[..., None].expand_as(ours.prediction)
@@ -55,31 +78,70 @@ def test_parameter_names_are_pinned(mae_config, generator):
     assert decoder == {"mask_token", *(f"{m}.{kind}" for m in modules for kind in ("weight", "bias"))}
 
 
-@pytest.mark.parametrize("target", ["raw", "normalised"])
-def test_loss_sees_hidden_targets_alone(mae_config, target, draw, generator, monkeypatch):
-    model = MaskedAutoencoder(replace(mae_config, target=target), generator=generator)
-    pixels, noise = draw(mae_config.encoder, 2)
+@pytest.mark.parametrize("cls_tokens", [1, 8])
+@pytest.mark.parametrize("target", ["raw", "normalised", "pca"])
+def test_loss_sees_hidden_targets_alone(cls_tokens, target, draw, generator, monkeypatch):
+    config = small(encoder=replace(small().encoder, cls_tokens=cls_tokens), target=target, pca_components=7)
+    basis = patch_basis(torch.randn(64, 48, generator=generator), components=7)
+    model = MaskedAutoencoder(config, generator=generator, basis=basis)
+    pixels, noise = draw(config.encoder, 2)
     before = model(pixels, noise)
     tokens = model.encoder(pixels, before.masked.ids_visible)
     # the encoder's view is held fixed, so that a perturbed pixel can enter through the target alone
     monkeypatch.setattr(model.encoder, "forward", lambda *_: tokens)
-    row, column = divmod(int(before.masked.ids_visible[0, 0]), 4)
-    visible = pixels.clone()
-    visible[0, 0, 4 * row, 4 * column] += 1.0
-    assert torch.equal(model(visible, noise).loss, before.loss)
-    row, column = divmod(int(before.masked.ids_hidden[0, 0]), 4)
-    hidden = pixels.clone()
-    hidden[0, 0, 4 * row, 4 * column] += 1.0
-    changed = model(hidden, noise).loss
-    assert changed[0] != before.loss[0]
-    assert changed[1] == before.loss[1]
+    for patch in before.masked.ids_visible[0].tolist():
+        row, column = divmod(patch, 4)
+        visible = pixels.clone()
+        visible[0, 0, 4 * row, 4 * column] += 1.0
+        assert torch.equal(model(visible, noise).loss, before.loss)
+    for patch in before.masked.ids_hidden[0].tolist():
+        row, column = divmod(patch, 4)
+        hidden = pixels.clone()
+        hidden[0, 0, 4 * row, 4 * column] += 1.0
+        changed = model(hidden, noise).loss
+        assert changed[0] != before.loss[0]
+        assert changed[1] == before.loss[1]
+
+
+def test_loss_on_all_patches_sees_visible_targets_too(draw, generator):
+    config = small(target="raw")
+    model = MaskedAutoencoder(config, generator=generator)
+    everywhere = MaskedAutoencoder(replace(config, loss_on="all"), generator=torch.Generator().manual_seed(4))
+    everywhere.load_state_dict(model.state_dict())
+    pixels, noise = draw(config.encoder, 2)
+    hidden, all_ = model(pixels, noise), everywhere(pixels, noise)
+    # the head is applied to more rows: another blocking of the same float32 products
+    torch.testing.assert_close(all_.prediction, hidden.prediction, rtol=0, atol=1e-6)
+    assert (all_.loss - hidden.loss).abs().min() > 1e-3
+    everywhere.decoder.head.weight.data.zero_()  # every prediction 0: the loss is the mean square of what is judged
+    patches = patchify(pixels, 4)
+    torch.testing.assert_close(everywhere(pixels, noise).loss, patches.square().mean(dim=(1, 2)), rtol=1e-6, atol=0)
+
+
+def test_mask_tokens_in_the_encoder_carry_positions_and_no_pixels(draw, generator):
+    config = small(encoder_input="all")
+    model = MaskedAutoencoder(config, generator=generator)
+    assert {name for name, _ in model.named_parameters() if name.endswith("mask_token")} == {"mask_token"}
+    pixels, noise = draw(config.encoder, 2)
+    output = model(pixels, noise)
+    other = model.reconstruct(pixels, output._replace(prediction=output.prediction + 3.0))
+    assert not torch.equal(other, pixels)
+    assert torch.equal(model(other, noise).prediction, output.prediction)
+    seen = []
+    model.encoder.norm.register_forward_hook(lambda _module, _inputs, tokens: seen.append(tokens))
+    model(pixels, noise)
+    assert seen[0].shape == (2, 1 + 16, 16)
+    visible = MaskedAutoencoder(small(), generator=generator)
+    visible.encoder.norm.register_forward_hook(lambda _module, _inputs, tokens: seen.append(tokens))
+    visible(pixels, noise)
+    assert seen[1].shape == (2, 1 + 4, 16)
 
 
 def test_hidden_pixels_do_not_reach_the_prediction(mae_config, draw, generator):
     model = MaskedAutoencoder(mae_config, generator=generator)
     pixels, noise = draw(mae_config.encoder, 2)
     output = model(pixels, noise)
-    other = reconstruct(pixels, output._replace(prediction=output.prediction + 3.0), patch_size=4, mode="raw")
+    other = model.reconstruct(pixels, output._replace(prediction=output.prediction + 3.0))
     assert not torch.equal(other, pixels)
     assert torch.equal(model(other, noise).prediction, output.prediction)
 
@@ -92,6 +154,13 @@ def test_without_decoder_positions_all_hidden_predictions_are_one(mae_config, dr
     prediction = model(pixels, noise).prediction
     # equal tokens through equal sums: rounding of float32 alone
     torch.testing.assert_close(prediction, prediction[:, :1].expand_as(prediction), rtol=0, atol=1e-6)
+
+
+def test_a_bfloat16_module_keeps_the_basis_in_float32(draw, generator):
+    basis = patch_basis(torch.randn(64, 48, generator=generator), components=7)
+    model = MaskedAutoencoder(small(target="pca", pca_components=7), generator=generator, basis=basis).bfloat16()
+    assert model.basis_on(torch.device("cpu")).components.dtype == torch.float32
+    assert model(*draw(model.config.encoder, 2)).loss.dtype == torch.float32
 
 
 def test_bfloat16_module_gives_a_float32_loss(mae_config, draw, generator):
@@ -124,16 +193,26 @@ def test_a_sample_does_not_depend_on_its_batch(mae_config, draw, generator):
     torch.testing.assert_close(model(pixels[1:2], noise[1:2]).loss, model(pixels, noise).loss[1:2], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("target", "mode"), [("raw", "raw"), ("normalised", "true_stats")])
-def test_a_perfect_prediction_reconstructs_the_image(mae_config, draw, generator, target, mode):
-    pixels, noise = draw(mae_config.encoder, 2)
-    output = MaskedAutoencoder(replace(mae_config, target=target), generator=generator)(pixels, noise)
-    perfect = gather_patches(targets(pixels, patch_size=4, target=target), output.masked.ids_hidden)
-    shown = reconstruct(pixels, output._replace(prediction=perfect), patch_size=4, mode=mode)
-    torch.testing.assert_close(shown, pixels, rtol=0, atol=1e-6)  # divided and multiplied once in float32
-    blank = reconstruct(pixels, output._replace(prediction=torch.zeros_like(perfect)), patch_size=4, mode="raw")
-    share = (blank == 0).float().mean(dim=(1, 2, 3))
-    assert torch.equal(share, torch.full((2,), 0.75))
+@pytest.mark.parametrize("target", ["raw", "normalised", "pca"])
+def test_a_perfect_prediction_reconstructs_the_image(target, draw, generator):
+    config = small(target=target, pca_components=48)
+    basis = patch_basis(torch.randn(64, 48, generator=generator), components=48)
+    model = MaskedAutoencoder(config, generator=generator, basis=basis)
+    pixels, noise = draw(config.encoder, 2)
+    output = model(pixels, noise)
+    patches = gather_patches(patchify(pixels, 4), output.masked.ids_hidden)
+    shown = model.reconstruct(pixels, output._replace(prediction=target_of(patches, target=target, basis=basis)))
+    # divided and multiplied once in float32; with components two products of 48 numbers
+    torch.testing.assert_close(shown, pixels, rtol=0, atol=1e-5 if target == "pca" else 1e-6)
+
+
+def test_reconstruction_leaves_visible_patches_alone(draw, generator):
+    model = MaskedAutoencoder(small(target="raw"), generator=generator)
+    pixels, noise = draw(model.config.encoder, 2)
+    output = model(pixels, noise)
+    blank = model.reconstruct(pixels, output._replace(prediction=torch.zeros_like(output.prediction)))
+    assert torch.equal((blank == 0).float().mean(dim=(1, 2, 3)), torch.full((2,), 0.75))
+    assert torch.equal(blank[blank != 0], pixels[blank != 0])
 
 
 def test_wrong_arguments_are_answered(mae_config, draw, generator):
@@ -141,5 +220,6 @@ def test_wrong_arguments_are_answered(mae_config, draw, generator):
     pixels, noise = draw(mae_config.encoder, 2)
     with pytest.raises(ConfigError, match="one number a patch"):
         model(pixels, noise[:, :-1])
-    with pytest.raises(ConfigError, match="mode='mean'"):
-        reconstruct(pixels, model(pixels, noise), patch_size=4, mode="mean")
+    components = MaskedAutoencoder(small(target="pca", pca_components=5), generator=generator)
+    with pytest.raises(ConfigError, match="patch_basis"):
+        components(*draw(components.config.encoder, 1))

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mae_core import ConfigError, random_mask, visible_count
+from mae_core import ConfigError, mask_patches, random_mask, visible_count
 
 
 @pytest.mark.parametrize(
@@ -55,3 +55,95 @@ def test_every_position_is_hidden_equally_often(generator):
     hidden = random_mask(torch.rand(draws, 16, generator=generator), mask_ratio=0.75).mask.mean(dim=0)
     # binomial deviation sqrt(0.75 * 0.25 / 20000) = 0.0031; five of them for 16 positions
     torch.testing.assert_close(hidden, torch.full((16,), 0.75), rtol=0, atol=0.0155)
+
+
+MASKINGS = ("random", "block", "grid", "cell")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(MASKINGS),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.floats(0.0, 1.0),
+    st.integers(1, 4),
+    st.integers(0, 2**31),
+)
+def test_every_way_of_masking_keeps_exact_counts(masking, rows, columns, ratio, cell, seed):
+    noise = torch.rand(3, rows * columns, generator=torch.Generator().manual_seed(seed))
+    try:
+        count = visible_count(rows * columns, ratio)
+    except ConfigError:
+        return
+    masked = mask_patches(noise, grid=(rows, columns), mask_ratio=ratio, masking=masking, mask_cell=cell)
+    assert masked.ids_visible.shape == (3, count)
+    both = torch.cat([masked.ids_visible, masked.ids_hidden], dim=1)
+    assert torch.equal(both.sort(dim=1).values, torch.arange(rows * columns).expand(3, -1))
+    assert torch.equal(masked.mask, torch.ones(3, rows * columns).scatter(1, masked.ids_visible, 0.0))
+    alone = mask_patches(noise[1:2], grid=(rows, columns), mask_ratio=ratio, masking=masking, mask_cell=cell)
+    assert torch.equal(alone.mask[0], masked.mask[1])  # a sample keeps its mask in any batch
+
+
+def drawn(masking, *, grid=(14, 14), ratio=0.75, draws=4000, **more):
+    noise = torch.rand(draws, grid[0] * grid[1], generator=torch.Generator().manual_seed(2))
+    mask = mask_patches(noise, grid=grid, mask_ratio=ratio, masking=masking, **more).mask
+    return mask.reshape(draws, *grid)
+
+
+@pytest.mark.parametrize("masking", MASKINGS)
+def test_masks_differ_between_samples(masking):
+    assert len(drawn(masking, draws=64).flatten(1).unique(dim=0)) >= (4 if masking == "grid" else 60)
+
+
+def test_blocks_hide_the_middle_more_often_than_the_border():
+    share = drawn("block").mean(dim=0)
+    # random masking has 0.75 everywhere, deviation 0.007 over 4000 draws
+    assert share[6:8, 6:8].mean() > 0.85
+    assert share[[0, 0, -1, -1], [0, -1, 0, -1]].mean() < 0.65
+
+
+def test_blocks_are_few_and_large():
+    """Neighbours of a hidden patch are hidden far more often than a coin of 0.75 says."""
+
+    def neighbours(mask):
+        return (mask[:, :, :-1] * mask[:, :, 1:]).sum() / mask[:, :, :-1].sum()
+
+    assert neighbours(drawn("random")).item() == pytest.approx(0.75, abs=0.01)
+    assert neighbours(drawn("block")) > 0.9
+
+
+def test_a_grid_keeps_one_patch_of_every_two_by_two():
+    visible = 1 - drawn("grid", draws=200)
+    corners = [visible[:, row::2, column::2].sum(dim=(1, 2)) for row in (0, 1) for column in (0, 1)]
+    counts = torch.stack(corners, dim=1)  # [draws, 4]: all 49 visible patches share parity of row and of column
+    assert torch.equal(counts.sort(dim=1).values, torch.tensor([0.0, 0.0, 0.0, 49.0]).expand(200, 4))
+    assert (counts.argmax(dim=1).bincount(minlength=4) > 25).all()  # each of the four about 50 times
+
+
+def test_half_a_grid_is_a_chequerboard():
+    mask = drawn("grid", ratio=0.5, draws=20)
+    assert (mask[:, :, 1:] != mask[:, :, :-1]).all()
+    assert (mask[:, 1:] != mask[:, :-1]).all()
+
+
+@pytest.mark.parametrize(("side", "grid"), [(2, (14, 14)), (4, (16, 16)), (2, (8, 16))])
+def test_cells_are_hidden_whole(side, grid):
+    mask = drawn("cell", grid=grid, mask_cell=side, draws=50)
+    cells = mask.unfold(1, side, side).unfold(2, side, side).mean(dim=(3, 4))  # share of each cell that is hidden
+    cut = ((cells > 0) & (cells < 1)).sum(dim=(1, 2))
+    assert cut.max() <= 1  # 49 visible patches are 12 cells of 2 x 2 and a quarter of one
+    if cells[0].numel() % 4 == 0:
+        assert cut.max() == 0
+
+
+def test_cells_of_one_patch_are_random_masking(generator):
+    noise = torch.rand(4, 24, generator=generator)
+    cells = mask_patches(noise, grid=(6, 4), mask_ratio=0.75, masking="cell", mask_cell=1)
+    assert torch.equal(cells.mask, random_mask(noise, mask_ratio=0.75).mask)
+
+
+def test_cells_and_grids_hide_every_position_alike():
+    for masking, more in (("cell", {"mask_cell": 2}), ("grid", {})):
+        share = drawn(masking, grid=(8, 8), **more).mean(dim=0)
+        # binomial deviation sqrt(0.75 * 0.25 / 4000) = 0.0069; five of them for 64 positions
+        torch.testing.assert_close(share, torch.full((8, 8), 0.75), rtol=0, atol=0.035)

@@ -27,6 +27,11 @@ def test_derived_numbers():
     assert base(image_size=(224, 448)).grid == (14, 28)
     assert MAEConfig(encoder=base()).visible_patches == 49
     assert MAEConfig(encoder=huge()).visible_patches == 64
+    assert MAEConfig(encoder=base()).predicted_patches == 147
+    assert MAEConfig(encoder=base(), loss_on="all").predicted_patches == 196
+    assert MAEConfig(encoder=base(), target="pca").target_dim == 96
+    assert MAEConfig(encoder=base()).target_dim == 768
+    assert MAEConfig(encoder=base(), decoder_mlp_ratio=2.5).decoder_mlp_dim == 1280
 
 
 @pytest.mark.parametrize(
@@ -37,6 +42,8 @@ def test_derived_numbers():
         ({"embed_dim": 6, "num_heads": 3}, ["embed_dim=6", "divisible by 4", "write 8"]),
         ({"depth": 0}, ["depth=0", "above 0"]),
         ({"in_channels": 1}, ["pixel_mean=", "3 values", "in_channels=1"]),
+        ({"cls_tokens": 0}, ["cls_tokens=0", "above 0"]),
+        ({"positions": "none"}, ["positions='none'", "sine_cosine, learned"]),
         ({"pixel_std": (1.0, 0.0, 1.0)}, ["pixel_std=", "not positive"]),
     ],
 )
@@ -52,8 +59,13 @@ def test_wrong_encoder_is_answered(overrides, parts):
         ({"mask_ratio": 1.0}, ["mask_ratio=1.0", "196 patches", "0 visible"]),
         ({"mask_ratio": 0.0}, ["mask_ratio=0.0", "one hidden"]),
         ({"mask_ratio": float("nan")}, ["mask_ratio=nan"]),
-        ({"masking": "blocks"}, ["masking='blocks'", "random"]),
-        ({"target": "pixels"}, ["target='pixels'", "raw, normalised"]),
+        ({"masking": "blocks"}, ["masking='blocks'", "random, block, grid, cell"]),
+        ({"target": "pixels"}, ["target='pixels'", "raw, normalised, pca"]),
+        ({"encoder_input": "everything"}, ["encoder_input='everything'", "visible, all"]),
+        ({"loss_on": False}, ["loss_on=False", "hidden, all"]),
+        ({"mask_cell": 15}, ["mask_cell=15", "[1, 14]"]),
+        ({"target": "pca", "pca_components": 769}, ["pca_components=769", "768"]),
+        ({"decoder_mlp_ratio": 0.0}, ["decoder_mlp_ratio=0.0", "above 0"]),
         ({"decoder_embed_dim": 500}, ["decoder_embed_dim=500", "decoder_num_heads=16"]),
     ],
 )

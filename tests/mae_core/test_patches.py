@@ -1,11 +1,11 @@
-"""Patches: exact inverses, the target by hand, float32 kept."""
+"""Patches and pixel scales: exact inverses, the order inside a patch."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mae_core import ConfigError, denormalise_pixels, normalise_pixels, normalised_target, patchify, targets, unpatchify
+from mae_core import ConfigError, denormalise_pixels, normalise_pixels, patchify, unpatchify
 
 
 @settings(max_examples=25, deadline=None)
@@ -32,33 +32,6 @@ def test_patch_embedding_equals_strided_convolution(generator):
     by_patches = patchify(images, 4) @ kernel.permute(0, 2, 3, 1).flatten(1).T
     # float32 sums of 48 products of unit normals: rounding stays below 48 * 2**-24 * 30, about 1e-4
     torch.testing.assert_close(by_patches, by_convolution, rtol=0, atol=1e-4)
-
-
-def test_normalised_target_by_hand():
-    # mean 2.5, unbiased variance (2.25 + 0.25 + 0.25 + 2.25) / 3 = 5 / 3; the biased one, 5 / 4, would give 1.34 at the end
-    patches = torch.tensor([[[1.0, 2.0, 3.0, 4.0], [7.0, 7.0, 7.0, 7.0], [0.0, 0.001, 0.002, 0.003]]])
-    deviation = (5 / 3 + 1e-6) ** 0.5
-    small = (5e-6 / 3 + 1e-6) ** 0.5  # 1.633e-3: here 1e-6 on the variance weighs; on the deviation it would not
-    expected = torch.tensor(
-        [
-            [-1.5 / deviation, -0.5 / deviation, 0.5 / deviation, 1.5 / deviation],
-            [0.0, 0.0, 0.0, 0.0],
-            [-0.0015 / small, -0.0005 / small, 0.0005 / small, 0.0015 / small],
-        ]
-    )
-    # float32 arithmetic on numbers below 2: a few times 2**-23
-    torch.testing.assert_close(normalised_target(patches)[0], expected, rtol=0, atol=1e-6)
-
-
-def test_targets_keep_float32_and_refuse_half(generator):
-    pixels = torch.randn(1, 3, 8, 8, generator=generator)
-    assert torch.equal(targets(pixels, patch_size=4, target="raw"), patchify(pixels, 4))
-    assert targets(pixels.double(), patch_size=4, target="normalised").dtype == torch.float32
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        under_autocast = targets(pixels, patch_size=4, target="normalised")
-    assert torch.equal(under_autocast, targets(pixels, patch_size=4, target="normalised"))
-    with pytest.raises(TypeError, match="float32"):
-        targets(pixels.bfloat16(), patch_size=4, target="raw")
 
 
 def test_pixel_scales_are_inverse():

@@ -2,11 +2,12 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from mae_core import ConfigError, ViTEncoder, initialise
+from mae_core import ConfigError, MAEConfig, MaskedAutoencoder, ViTConfig, ViTEncoder, initialise, sine_cosine_2d
 from mae_core.vit import Block
 
 
@@ -89,20 +90,93 @@ def test_initialisation_is_a_function_of_the_generator(vit_config):
     assert torch.equal(half.cls_token, first.cls_token.bfloat16())
 
 
-def test_statistics_of_initialised_parameters(generator, vit_config):
-    wide = type(vit_config)(image_size=(16, 16), patch_size=8, embed_dim=128, depth=1, num_heads=2)
-    for name, value in ViTEncoder(wide, generator=generator).state_dict().items():
-        if name == "cls_token":
-            # 128 draws: the deviation's own error is 0.02 / sqrt(256) = 0.00125, four of them
+@pytest.mark.parametrize("encoder_input", ["visible", "all"])
+def test_statistics_of_initialised_parameters(encoder_input, generator, vit_config):
+    wide = replace(
+        vit_config, patch_size=8, image_size=(16, 16), embed_dim=128, depth=1, cls_tokens=2, positions="learned"
+    )
+    config = MAEConfig(
+        encoder=wide, decoder_embed_dim=128, decoder_depth=1, decoder_num_heads=2, encoder_input=encoder_input
+    )
+    tokens = 0
+    for name, value in MaskedAutoencoder(config, generator=generator).state_dict().items():
+        if name.endswith("_token"):
+            # 128 draws or more: the deviation's own error is 0.02 / sqrt(256) = 0.00125, four of them
             assert value.std().item() == pytest.approx(0.02, abs=0.005)
+            tokens += 1
+        elif name == "encoder.positions":
+            assert torch.equal(value, sine_cosine_2d((2, 2), 128))
         elif value.ndim == 2:
             bound = math.sqrt(6 / (value.shape[0] + value.shape[1]))
             # >= 16384 uniform draws: deviation within 2 %, and the largest within 1 % of the bound but not beyond
-            assert value.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+            assert value.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02), name
             assert 0.99 * bound < value.abs().max() <= bound
         else:
             expected = 1.0 if "norm" in name and name.endswith("weight") else 0.0
             assert torch.equal(value, torch.full_like(value, expected)), name
+    assert tokens == 2
+
+
+def test_several_class_tokens(vit_config, draw, generator):
+    encoder = ViTEncoder(replace(vit_config, cls_tokens=8), generator=generator)
+    pixels, _ = draw(vit_config, 2)
+    tokens = encoder.encode(pixels, pool="none")
+    assert tokens.shape == (2, 8 + 24, 16)
+    assert torch.equal(encoder.encode(pixels, pool="cls"), tokens[:, :8].mean(dim=1))
+    assert torch.equal(encoder.encode(pixels, pool="mean"), tokens[:, 8:].mean(dim=1))
+    assert tokens[0, :8].std(dim=0).min() > 1e-4  # they differ
+
+
+def test_weights_serve_another_image_size(vit_config, draw, generator):
+    encoder = ViTEncoder(vit_config, generator=generator)
+    larger = ViTEncoder(replace(vit_config, image_size=(32, 40)))
+    larger.load_state_dict(encoder.state_dict())
+    pixels, _ = draw(larger.config, 2)
+    # the upper left 6 x 4 of the larger grid, shown alone, are the smaller image: same positions, same tokens
+    ids = (torch.arange(6)[:, None] * 10 + torch.arange(4)).reshape(1, -1).expand(2, -1)
+    part = encoder(pixels[:, :, :24, :16])
+    # another batch of the same float32 sums
+    torch.testing.assert_close(larger(pixels, ids), part, rtol=0, atol=1e-6)
+
+
+def test_any_number_of_channels(vit_config, draw, generator):
+    config = replace(vit_config, in_channels=5, pixel_mean=(0.5,) * 5, pixel_std=(0.2,) * 5)
+    encoder = ViTEncoder(config, generator=generator)
+    pixels, _ = draw(config, 2)
+    assert encoder.encode(pixels, pool="mean").shape == (2, 16)
+    with pytest.raises(ConfigError, match="in_channels=5"):
+        encoder(pixels[:, :3])
+
+
+def test_learned_positions_start_as_the_table_and_learn(vit_config, draw, generator):
+    fixed = ViTEncoder(vit_config, generator=torch.Generator().manual_seed(1))
+    learned = ViTEncoder(replace(vit_config, positions="learned"), generator=torch.Generator().manual_seed(1))
+    pixels, _ = draw(vit_config, 2)
+    assert torch.equal(learned(pixels), fixed(pixels))
+    assert "positions" in dict(learned.named_parameters())
+    assert "positions" not in fixed.state_dict()
+    learned(pixels).square().sum().backward()
+    assert learned.positions.grad.abs().sum() > 0
+
+
+def test_equals_timm_s_vision_transformer(draw, generator):
+    """timm's blocks, norm and embedding with our weights: names differ in nothing but the embedding's kernel."""
+    timm = pytest.importorskip("timm.models.vision_transformer")
+    config = ViTConfig(image_size=(32, 48), patch_size=8, embed_dim=32, depth=3, num_heads=4)
+    ours = ViTEncoder(config, generator=generator)
+    for parameter in ours.parameters():
+        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    theirs = timm.VisionTransformer(img_size=(32, 48), patch_size=8, embed_dim=32, depth=3, num_heads=4, num_classes=0)
+    weights = {name: value for name, value in ours.state_dict().items() if not name.startswith("patch_embed")}
+    kernel = ours.patch_embed.weight.reshape(32, 8, 8, 3).permute(0, 3, 1, 2)
+    table = torch.cat([torch.zeros(1, 32), ours.positions])[None]
+    theirs.load_state_dict(
+        weights
+        | {"patch_embed.proj.weight": kernel, "patch_embed.proj.bias": ours.patch_embed.bias, "pos_embed": table}
+    )
+    pixels, _ = draw(config, 2)
+    # float32 through three blocks, products blocked otherwise: 3e-6 seen on tokens of size 1
+    torch.testing.assert_close(ours(pixels), theirs.eval().forward_features(pixels), rtol=0, atol=2e-5)
 
 
 def test_initialise_refuses_what_it_has_no_rule_for(generator):

@@ -1,15 +1,17 @@
 """The pretraining stage, run whole: what it leaves is what was trained."""
 
+import dataclasses
 import io
 import json
 
 import numpy as np
 import torch
-from training_kit import SEED, TEST, mae_config
+from safetensors.torch import load
+from training_kit import SEED, TEST, mae_config, pretrain_here
 
 from mae_core.mae import MaskedAutoencoder
 from pipeline.config import RunConfig
-from pipeline.stages.pretrain import PANEL_IMAGES, RECONSTRUCTIONS
+from pipeline.stages.pretrain import BASIS, PANEL_IMAGES, RECONSTRUCTIONS
 from pipeline.training.checkpoints import open_checkpoint
 from pipeline.weights import CONFIG, ENCODER, MODEL, read_weights
 
@@ -49,3 +51,30 @@ def test_the_panel_shows_held_out_images_before_and_after(pretrained):
     shown = (original == visible).all(axis=-1).mean()
     assert 0.2 < shown < 0.5  # 4 of 16 patches, and pixels that happen to have the mean colour
     assert (before != after).any()
+
+
+def test_the_paper_s_variants_train_too(teams, shards, tmp_path):
+    """Principal components as targets, blocks, mask tokens in the encoder, loss everywhere, three class tokens."""
+    changes = {
+        "encoder": dataclasses.replace(mae_config().encoder, cls_tokens=3, positions="learned"),
+        "target": "pca",
+        "pca_components": 6,
+        "masking": "block",
+        "encoder_input": "all",
+        "loss_on": "all",
+    }
+    made = teams(1).run(pretrain_here, shards, tmp_path, changes)[0]
+    assert made.facts["global_step"] == 10
+    images = np.load(io.BytesIO(made.store.read(RECONSTRUCTIONS)))["images"].astype(np.float32)
+    original, _, before, after = images.transpose(1, 0, 2, 3, 4)
+    assert np.square(after - original).mean() < np.square(before - original).mean()
+    basis = load(made.store.read(BASIS))
+    assert basis["components"].shape == (6, 48)
+    assert made.root.read(BASIS) == made.store.read(BASIS)
+    weights = read_weights(made.store, MODEL)
+    assert weights["decoder.head.weight"].shape == (6, 12)
+    assert weights["mask_token"].shape == (1, 1, 16)
+    encoder = read_weights(made.store, ENCODER)
+    assert encoder["cls_token"].shape == (1, 3, 16)
+    assert "positions" in encoder
+    assert "mask_token" not in encoder

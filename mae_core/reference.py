@@ -1,0 +1,54 @@
+"""The autoencoder in the words of the paper's "simple implementation": slow, short, and what the fast path is measured by.
+
+Shapes: pixels [B, C, H, W], noise [B, L] -> MAEOutput; L patches, K visible, n class tokens.
+Units:  as mae_core.mae.       Errors: as mae_core.mae.
+Source: He et al. 2022, arXiv 2111.06377, section 3 ("Simple implementation"): embed every patch, shuffle and drop the tail,
+append mask tokens and unshuffle, decode; the loss weighs every patch by the mask."""
+
+import torch
+from torch import Tensor
+
+from mae_core.mae import MAEOutput, MaskedAutoencoder
+from mae_core.patches import gather_patches, patchify
+from mae_core.targets import target_of
+
+
+def reference_forward(model: MaskedAutoencoder, pixels: Tensor, noise: Tensor) -> MAEOutput:
+    """What `model(pixels, noise)` says, computed the paper's way with the same weights.
+
+    Shapes, units, errors and source: the module's.
+    """
+    config, encoder, decoder = model.config, model.encoder, model.decoder
+    n, count = config.encoder.cls_tokens, config.visible_patches
+    masked = model.mask(pixels, noise)
+    shuffle = torch.cat([masked.ids_visible, masked.ids_hidden], dim=1)  # [B, L]
+    unshuffle = shuffle.argsort(dim=1)  # [B, L]
+
+    patches = patchify(pixels, config.encoder.patch_size)  # [B, L, N]
+    x = encoder.patch_embed(patches)  # [B, L, D]
+    if config.encoder_input == "all":
+        x = torch.where(masked.mask[..., None] == 1.0, model.mask_token, x)
+    x = x + encoder.positions
+    if config.encoder_input == "visible":
+        x = gather_patches(x, shuffle)[:, :count]  # [B, K, D]
+    x = torch.cat([encoder.cls_token.expand(len(x), -1, -1), x], dim=1)
+    for block in encoder.blocks:
+        x = block(x)
+    x = decoder.embed(encoder.norm(x))
+
+    classes, x = x[:, :n], x[:, n:]
+    if config.encoder_input == "visible":
+        appended = torch.cat(
+            [x, decoder.mask_token.expand(len(x), masked.ids_hidden.shape[1], -1)], dim=1
+        )  # [B, L, Dd]
+        x = gather_patches(appended, unshuffle)
+    x = torch.cat([classes, x + decoder.positions], dim=1)
+    for block in decoder.blocks:
+        x = block(x)
+    prediction = decoder.head(decoder.norm(x))[:, n:]  # [B, L, T]
+
+    target = target_of(patches, target=config.target, basis=model.basis)
+    error = (prediction - target).square().mean(dim=2)  # [B, L]
+    weight = masked.mask if config.loss_on == "hidden" else torch.ones_like(masked.mask)
+    loss = (error * weight).sum(dim=1) / weight.sum(dim=1)
+    return MAEOutput(loss, gather_patches(prediction, masked.ids_hidden), masked)
