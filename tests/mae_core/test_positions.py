@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mae_core import ConfigError, MAEConfig, ViTConfig, sine_cosine_2d
+from mae_core import ConfigError, MAEConfig, ViTConfig, interpolate_positions, resized_encoder, sine_cosine_2d
 
 
 def test_equals_hugging_face_table(hugging_face_peer):
@@ -35,3 +35,54 @@ def test_a_larger_grid_holds_the_smaller():
 def test_odd_widths_are_answered():
     with pytest.raises(ConfigError, match="embed_dim=10"):
         sine_cosine_2d((2, 2), 10)
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 5), (8, 2), (1, 6)])
+def test_the_same_grid_changes_nothing(grid, generator):
+    table = torch.randn(grid[0] * grid[1], 8, generator=generator)
+    assert torch.equal(interpolate_positions(table, old_grid=grid, new_grid=grid), table)
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 5), (5, 3)])
+@pytest.mark.parametrize("factor", [2, 3])
+def test_a_finer_grid_keeps_rows_and_columns_in_order(grid, factor):
+    rows, columns = grid
+    row, column = (part.flatten() for part in torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"))
+    table = torch.stack([row, column], dim=1).float()  # [L, 2]: each position says its row and column
+    new = (rows * factor, columns * factor)
+    found = interpolate_positions(table, old_grid=grid, new_grid=new).reshape(*new, 2)
+    assert (found[1:, :, 0] > found[:-1, :, 0]).all()
+    assert (found[:, 1:, 1] > found[:, :-1, 1]).all()
+    # a row is the same in all its columns, but for rounding: weights of a bicubic sum to 1 within a step of float32
+    torch.testing.assert_close(found[:, :, 0], found[:, :1, 0].expand(new), rtol=0, atol=2e-6)
+    torch.testing.assert_close(found[:, :, 1], found[:1, :, 1].expand(new), rtol=0, atol=2e-6)
+
+
+def test_a_coarser_grid_averages_over_what_it_covers(generator):
+    grid, table = (8, 12), torch.randn(96, 4, generator=generator)
+    found = interpolate_positions(table, old_grid=grid, new_grid=(2, 3))
+    image = table.reshape(8, 12, 4)
+    for index in range(6):
+        row, column = divmod(index, 3)
+        changed = image.clone()
+        changed[4 * row, 4 * column] += 1.0  # the corner of the region: without antialiasing nothing would read it
+        other = interpolate_positions(changed.reshape(96, 4), old_grid=grid, new_grid=(2, 3))
+        assert (other[index] - found[index]).abs().min() > 1e-3
+
+
+def test_a_table_of_another_grid_is_answered():
+    with pytest.raises(ConfigError, match=r"15 positions is not of old_grid=\(4, 4\)"):
+        interpolate_positions(torch.zeros(15, 4), old_grid=(4, 4), new_grid=(8, 8))
+
+
+def test_an_encoder_at_another_size_keeps_all_but_learned_positions(generator):
+    config = ViTConfig(image_size=(16, 24), patch_size=4, embed_dim=16, depth=1, num_heads=2, positions="learned")
+    weights = {"positions": torch.randn(24, 16, generator=generator), "cls_token": torch.zeros(1, 1, 16)}
+    resized, at_size = resized_encoder(weights, config, image_size=(32, 24))
+    assert at_size.grid == (8, 6)
+    assert resized["cls_token"] is weights["cls_token"]
+    expected = interpolate_positions(weights["positions"], old_grid=(4, 6), new_grid=(8, 6))
+    assert torch.equal(resized["positions"], expected)
+    assert weights["positions"].shape == (24, 16)
+    with pytest.raises(ConfigError, match="height 30"):
+        resized_encoder(weights, config, image_size=(30, 24))

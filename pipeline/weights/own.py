@@ -8,18 +8,26 @@ Nothing here unpickles. Errors: DataError when a file is damaged; MissingObject 
 import json
 from collections.abc import Mapping
 
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from mae_core.config import MAEConfig
-from pipeline.errors import DataError
+from mae_core.config import MAEConfig, ViTConfig
+from pipeline.errors import ConfigError, DataError
 from pipeline.graph.step import canonical
 from pipeline.storage import Store
 
 ENCODER = "encoder.safetensors"
 MODEL = "model.safetensors"
 CONFIG = "config.json"
+
+
+class _Described(BaseModel):
+    """What config.json says of the encoder, validated; an autoencoder's other fields are not read here."""
+
+    model_config = ConfigDict(extra="forbid")
+    encoder: ViTConfig
 
 
 def write_weights(store: Store, weights: Mapping[str, Tensor], config: MAEConfig) -> tuple[str, ...]:
@@ -37,3 +45,13 @@ def read_weights(store: Store, key: str) -> dict[str, Tensor]:
         return dict(load(store.read(key)))
     except SafetensorError as cause:
         raise DataError(f"{store.uri}/{key} is damaged ({cause}): delete the step's folder and run it again") from cause
+
+
+def read_encoder(store: Store) -> tuple[ViTConfig, dict[str, Tensor]]:
+    """The encoder and its config, of a finished pretraining or of an export as safetensors."""
+    try:
+        config = _Described(encoder=json.loads(store.read(CONFIG))["encoder"]).encoder
+    except (ValueError, KeyError, TypeError, ConfigError) as cause:
+        why = "; ".join(str(cause).splitlines()[1:3]) if isinstance(cause, ValidationError) else str(cause)
+        raise DataError(f"{store.uri}/{CONFIG} describes no encoder ({why}): write it again") from cause
+    return config, read_weights(store, ENCODER)
