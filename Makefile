@@ -3,12 +3,13 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-system lint bench ui constraints
+.PHONY: help setup demo test test-system lint bench ui local-s3 constraints
 
 PYTHON ?= python3
 OUT ?= .demo
 DEMO_ARGS ?=
 UI_ARGS ?=
+S3_DIR ?= .mae/s3
 
 READY := .venv/.ready
 PY := .venv/bin/python
@@ -16,7 +17,7 @@ PY := .venv/bin/python
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## build .venv with the pinned versions, and compile DeepSpeed's CPU op
 	@echo ".venv is ready: .venv/bin/mae --help"
@@ -58,6 +59,9 @@ bench: $(READY)  ## every benchmark in its quick shape
 
 ui: $(READY)  ## MLflow's pages over the local runs (UI_ARGS: see mae ui --help)
 	@$(RUN) mae ui $(UI_ARGS)
+
+local-s3: $(READY)  ## a real S3 server on loopback over S3_DIR=.mae/s3; prints what to export, Ctrl-C ends it
+	@exec $(PY) -m infra.local.s3 --dir "$(S3_DIR)"
 
 constraints: $(READY)  ## write constraints.txt anew from what .venv holds
 	@{ sed -n '/^#/p' constraints.txt; \

@@ -1,5 +1,6 @@
-"""Fixtures for every test: a real S3 server on loopback."""
+"""Fixtures for every test: S3 on loopback, as a quick mock (moto) and as a real server (Swift)."""
 
+import functools
 import logging
 import uuid
 
@@ -7,6 +8,8 @@ import boto3
 import hypothesis
 import pytest
 from moto.server import ThreadedMotoServer
+
+from infra.local.s3 import serving
 
 # A busy machine must not fail a property: hypothesis would otherwise count 200 ms for one example as a failure.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -38,6 +41,37 @@ def s3_endpoint(s3_server, monkeypatch):
 @pytest.fixture
 def s3_bucket(s3_endpoint):
     """The name of a fresh, empty bucket."""
+    return _new_bucket(s3_endpoint)
+
+
+@pytest.fixture(scope="session")
+def swift_server(tmp_path_factory):
+    """A real S3 server (infra.local.s3) that all tests share: those that kill one start their own."""
+    with serving(tmp_path_factory.mktemp("swift")) as server:
+        yield server
+
+
+@pytest.fixture
+def swift_endpoint(swift_server, monkeypatch):
+    """The real server, with AWS's standard environment pointing at it."""
+    for name, value in swift_server.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    return swift_server.endpoint
+
+
+@pytest.fixture
+def swift_bucket(swift_endpoint):
+    """The name of a fresh, empty bucket on the real server."""
+    return _new_bucket(swift_endpoint)
+
+
+@functools.cache
+def _client(endpoint):
+    return boto3.session.Session().client("s3", endpoint_url=endpoint)
+
+
+def _new_bucket(endpoint):
     name = f"bucket-{uuid.uuid4().hex}"
-    boto3.session.Session().client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket=name)
+    _client(endpoint).create_bucket(Bucket=name)
     return name

@@ -16,6 +16,17 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def dependencies(*lines: str) -> list[Requirement]:
+    """Requirements of other projects; an extra of this one, named in another, is replaced by what it holds."""
+    found = []
+    for requirement in map(Requirement, lines):
+        own = canonicalize_name(requirement.name) == PROJECT["name"]
+        inner = [line for extra in sorted(requirement.extras) for line in EXTRAS[extra]] if own else []
+        found += dependencies(*inner) if own else [requirement]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -69,15 +80,16 @@ def test_constraints_hold_names_and_versions_without_addresses():
 
 def test_every_dependency_of_the_project_is_pinned_within_its_range():
     pinned = pins()
-    for line in (*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]):
-        dependency = Requirement(line)
+    for dependency in dependencies(*PROJECT["dependencies"], *EXTRAS["dev"]):
         version = pinned.get(canonicalize_name(dependency.name))
         assert version is not None, f"constraints.txt pins no {dependency.name}: run `make constraints`"
-        assert dependency.specifier.contains(version, prereleases=True), f"{line}, but constraints.txt says {version}"
+        assert dependency.specifier.contains(version, prereleases=True), (
+            f"{dependency}, but constraints.txt says {version}"
+        )
 
 
 def test_nothing_that_is_installed_for_the_project_floats():
-    wanted = [Requirement(line) for line in (*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"])]
+    wanted = dependencies(*PROJECT["dependencies"], *EXTRAS["dev"])
     seen: set[tuple[str, str]] = set()
     while wanted:
         dependency = wanted.pop()
