@@ -5,11 +5,12 @@ Exit codes: 0 done, 1 failed, 2 wrong input, 3 stopped and resumable, 4 done wit
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from jobs.job import app as job_app
+from jobs.shards import app as shards_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -18,10 +19,14 @@ app = typer.Typer(
     help="From a folder or bucket of images to an evaluated Masked Autoencoder encoder.",
 )
 app.add_typer(job_app, name="job")
+app.add_typer(shards_app, name="shards")
 
 Config = Annotated[Path, typer.Argument(help="YAML file of the run.", metavar="CONFIG.yaml")]
 Set = Annotated[
     list[str], typer.Option("--set", help="Overrides a field: --set pretrain.epochs=100", metavar="FIELD=VALUE")
+]
+Refresh = Annotated[
+    bool, typer.Option("--refresh", help="Takes in what the source holds beyond its snapshots, as a new part.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="End with one JSON line on standard output.")]
 
@@ -31,20 +36,22 @@ def run(
     config: Config,
     overrides: Set = [],  # noqa: B006 - typer copies it
     in_process: Annotated[bool, typer.Option("--in-process", help="No Ray, one worker; a debugger works.")] = False,
+    refresh: Refresh = False,
     as_json: AsJson = False,
 ) -> None:
     """Runs every step that is not done: snapshot, shard, pretrain, evaluate, report."""
     from jobs.run import run_command
 
-    raise typer.Exit(run_command(config, overrides, executor="in_process" if in_process else "ray", as_json=as_json))
+    executor: Literal["ray", "in_process"] = "in_process" if in_process else "ray"
+    raise typer.Exit(run_command(config, overrides, executor=executor, refresh=refresh, as_json=as_json))
 
 
 @app.command()
-def plan(config: Config, overrides: Set = [], as_json: AsJson = False) -> None:  # noqa: B006
+def plan(config: Config, overrides: Set = [], refresh: Refresh = False, as_json: AsJson = False) -> None:  # noqa: B006
     """Says for every step whether it is cached or would run, and which field made it differ. Writes nothing."""
     from jobs.run import plan_command
 
-    raise typer.Exit(plan_command(config, overrides, as_json=as_json))
+    raise typer.Exit(plan_command(config, overrides, refresh=refresh, as_json=as_json))
 
 
 @app.command()

@@ -44,9 +44,14 @@ def submit(
 
 def _warnings(config: "RunConfig") -> Iterator[str]:
     """What works here and may not work there."""
-    for field, address in (("store", config.store), ("data.source", config.data.source)):
-        if not address.startswith("s3://"):
-            yield f"{field} {address} is a folder: every node of the cluster must see it under this path"
+    for field, address in (
+        ("store", config.store),
+        ("data.source", config.data.source),
+        ("data.labels", config.data.labels),
+    ):
+        if address and not address.startswith("s3://"):
+            what = "file" if field == "data.labels" else "folder"
+            yield f"{field} {address} is a {what}: every node of the cluster must see it under this path"
     uri = config.tracking.uri
     if uri is None or uri.startswith("sqlite"):
         shown = uri or "is not set: where the cluster sets no MLFLOW_TRACKING_URI it"

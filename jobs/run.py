@@ -14,19 +14,23 @@ from rich.console import Console
 from pipeline.cluster import Executor
 from pipeline.config import RunConfig, load_config
 from pipeline.graph.runner import Outcome
+from pipeline.refresh import refresh as refresh_sources
 from pipeline.reporting.reconstructions import terminal_reconstruction
 from pipeline.reporting.rows import PlanRow, StepRow
 from pipeline.reporting.terminal import ProgressDisplay, closing_table, plan_table
 from pipeline.run import EXIT_CODES, RunSummary, detail_of, plan, run
+from pipeline.storage import open_store
 from pipeline.tracking import resolve_tracking_uri, serve
 
 DEFAULT_STORE = ".mae/store"
 
 
-def run_command(config_path: Path, overrides: Sequence[str], *, executor: Executor, as_json: bool) -> int:
+def run_command(
+    config_path: Path, overrides: Sequence[str], *, executor: Executor, refresh: bool = False, as_json: bool
+) -> int:
     """Runs and shows; returns the exit code."""
     try:
-        summary = run_and_show(load_config(config_path, overrides), executor=executor)
+        summary = run_and_show(_configured(config_path, overrides, refresh=refresh), executor=executor)
     except KeyboardInterrupt:
         print("mae: cut off; the same command goes on from what was saved last", file=sys.stderr)
         return EXIT_CODES["stopped"]
@@ -89,10 +93,10 @@ def as_line(summary: RunSummary) -> dict[str, Any]:
     }
 
 
-def plan_command(config_path: Path, overrides: Sequence[str], *, as_json: bool) -> int:
+def plan_command(config_path: Path, overrides: Sequence[str], *, refresh: bool = False, as_json: bool) -> int:
     """Shows what a run would do."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
-    rows = plan(load_config(config_path, overrides))
+    rows = plan(_configured(config_path, overrides, refresh=refresh))
     if as_json:
         steps = [
             {
@@ -115,6 +119,15 @@ def plan_command(config_path: Path, overrides: Sequence[str], *, as_json: bool) 
     ]
     Console(highlight=False).print(plan_table(shown), soft_wrap=True)
     return 0
+
+
+def _configured(config_path: Path, overrides: Sequence[str], *, refresh: bool) -> RunConfig:
+    config = load_config(config_path, overrides)
+    if not refresh:
+        return config
+    refreshed = refresh_sources(config, open_store(config.store))
+    print(f"mae: {refreshed.said}", file=sys.stderr)
+    return refreshed.config
 
 
 def _why(differs: Sequence[str]) -> str:

@@ -63,10 +63,11 @@ def _possible(recipe: AnyRecipe) -> AnyRecipe:
 Protocol = Literal["linear", "finetune"]
 Address = Annotated[str, AfterValidator(_usable_address)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+NAME = r"^[A-Za-z0-9._-]{1,64}$"
+Name = Annotated[str, Field(pattern=NAME)]
 ShortName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")]
 NAMING = {
-    r"^[A-Za-z0-9._-]{1,64}$": "1 to 64 letters, digits, dots, _ or -",
+    NAME: "1 to 64 letters, digits, dots, _ or -",
     r"^[a-z0-9][a-z0-9_-]{0,31}$": "1 to 32 small letters, digits, _ or -",
 }
 """The patterns in words."""
@@ -78,13 +79,41 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-class DataConfig(Section):
+def _snapshot_names(value: Any) -> Any:
+    """One name, or a list of names that differ; whole numbers are names too."""
+    names = [
+        str(name) if type(name) is int else name for name in (value if isinstance(value, list | tuple) else [value])
+    ]
+    for name in names:
+        if not isinstance(name, str) or not re.match(NAME, name):
+            raise ValueError(f"snapshot={name!r} is not usable: write {NAMING[NAME]}, or a list of such names")
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"snapshot={names}: write at least one name, each once")
+    return tuple(names) if isinstance(value, list | tuple) else names[0]
+
+
+class SourceConfig(Section):
+    """How a source is read where its folders do not say it all."""
+
+    labels: Address | None = None
+    """For folders of images: a CSV, JSON lines or Parquet file with columns path, label and, optionally, split."""
+    image_column: str = Field("image", min_length=1)
+    """Of Parquet tables: bytes, or Hugging Face's struct of bytes and path."""
+    label_column: str | None = Field("label", min_length=1)
+    """Of Parquet tables, and the field of a tar's .json: whole numbers or text; null: no labels."""
+    split_column: str | None = Field(None, min_length=1)
+    """Of Parquet tables: train, val or test; left out: folders or names of the files say it, else a keyed hash."""
+
+
+class DataConfig(SourceConfig):
     """Where the images come from and how they are stored."""
 
     source: Address
-    """A folder of class folders, a flat folder, or an s3:// prefix; train/, val/ and test/ on top are explicit splits."""
-    snapshot: Annotated[Name, BeforeValidator(lambda value: str(value) if type(value) is int else value)] = "1"
-    """Name of the listing. A source is listed once a name: write another to take in what has changed since."""
+    """A folder or s3:// prefix of images (class folders or flat), WebDataset tars or Parquet tables; train/, val/ and test/ on
+    top are explicit splits."""
+    snapshot: Annotated[str | tuple[str, ...], BeforeValidator(_snapshot_names)] = "1"
+    """Name of the listing. A source is listed once a name: write another to list it anew, or a list of names, of which each
+    takes in what the earlier ones lack, as a part of its own."""
     seed: Seed = 0
     """Of the random split and of the assignment of images to shards."""
     test_share: float = Field(0.1, ge=0, lt=1)
@@ -119,13 +148,20 @@ class LinearConfig(Section):
         return self
 
 
-class DatasetConfig(Section):
+class DatasetConfig(SourceConfig):
     """A labelled dataset to evaluate on."""
 
     name: ShortName
     source: Address | None = None
-    """As data.source; left out: data.source itself."""
+    """As data.source; left out: data.source itself, read as `data` says."""
     protocols: tuple[Protocol, ...] = ("linear", "finetune")
+
+    @model_validator(mode="after")
+    def _read_as_data_says(self) -> "DatasetConfig":
+        for name, field in SourceConfig.model_fields.items():
+            if self.source is None and (value := getattr(self, name)) != field.default:
+                raise ValueError(f"{name}={value!r} is for a source of its own: write source too, or data.{name}")
+        return self
 
     @field_validator("protocols")
     @classmethod
@@ -410,16 +446,19 @@ def _known_fields(location: Sequence[Any]) -> list[str]:
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
     """Steps run in other processes and directories, so local addresses must not depend on the current one."""
     datasets = tuple(
-        dataset.model_copy(update={"source": absolute(dataset.source)}) if dataset.source else dataset
-        for dataset in config.evaluation.datasets
+        dataset.model_copy(update=_absolute(dataset, "source", "labels")) for dataset in config.evaluation.datasets
     )
     return config.model_copy(
         update={
             "store": absolute(config.store),
-            "data": config.data.model_copy(update={"source": absolute(config.data.source)}),
+            "data": config.data.model_copy(update=_absolute(config.data, "source", "labels")),
             "evaluation": config.evaluation.model_copy(update={"datasets": datasets}),
         }
     )
+
+
+def _absolute(section: Section, *names: str) -> dict[str, str]:
+    return {name: absolute(address) for name in names if (address := getattr(section, name)) is not None}
 
 
 def absolute(address: str) -> str:

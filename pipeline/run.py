@@ -174,7 +174,8 @@ class _Family:
         facts = outcome.receipt.facts
         numbers = {f"result/{key}": float(value) for key, value in facts.items() if isinstance(value, int | float)}
         tracking.log_scores(self.tracking_uri, outcome.mlflow_run_id, numbers)
-        shards = next((s for s in (outcome.step, *outcome.step.inputs.values()) if s.name.startswith("shard")), None)
+        datasets = (s for s in (outcome.step, *outcome.step.inputs.values()) if s.name.startswith(("shard", "join")))
+        shards = next(datasets, None)
         digest = facts.get("dataset_digest") or facts.get("digest")
         if shards and digest:
             tracking.log_dataset(
@@ -200,6 +201,12 @@ def detail_of(outcome: Outcome) -> str:
         return f"not evaluated: {outcome.receipt.facts['skipped']}"
     if outcome.receipt is not None and outcome.receipt.facts.get("quarantined"):
         return f"{outcome.receipt.facts['quarantined']} images quarantined"
+    if outcome.receipt is not None and outcome.receipt.facts.get("substituted"):
+        facts = outcome.receipt.facts
+        worst = ", ".join(source for _, source, _ in facts["substituted"][:3])
+        return f"{facts['substitutions']} times another image stood in for one that could not be read: {worst}" + (
+            f" and {len(facts['substituted']) - 3} more" if len(facts["substituted"]) > 3 else ""
+        )
     if outcome.state == "blocked":
         return "an input is missing"
     return ""
@@ -264,7 +271,14 @@ def _source_problem(step: Step) -> PipelineError | ConfigError | None:
     if not step.name.startswith("snapshot"):
         return None
     try:
-        next(item for item in list_source(step.config.source) if item.role == "image")
+        labels = step.config.labels
+        if labels is not None:
+            folder, _, name = labels.rpartition("/")
+            if not open_store(folder or "/").exists(name):
+                return ConfigError(
+                    f"data.labels={labels!r} does not exist. Write the address of a .csv, .jsonl or .parquet file"
+                )
+        next(item for item in list_source(step.config.source, besides=labels) if item.role != "ignored")
     except (PipelineError, ConfigError) as problem:
         return problem
     return None

@@ -1,15 +1,18 @@
 """The whole graph on one screen: a RunConfig becomes Steps.
 
-    snapshot -> shard -> pretrain -> { linear, finetune } x datasets x { pretrained, random } x seeds -> report
+    snapshot -> shard [-> join] -> pretrain -> { linear, finetune } x datasets x { pretrained, random } x seeds -> report
+Of several snapshots of the source each is a part, sharded by itself; join writes the manifest over all of them.
 An evaluation dataset that is the pretraining source itself shares its snapshot and shards. The random encoder's evaluations do
 not depend on pretraining, so another mask ratio does not run them again."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, SourceConfig
 from pipeline.graph.step import Step, canonical
 from pipeline.stages.finetune import FinetuneConfig, finetune
+from pipeline.stages.join import JoinConfig, join
 from pipeline.stages.linear import LinearStageConfig, linear
 from pipeline.stages.pretrain import PretrainConfig, pretrain
 from pipeline.stages.report import ReportConfig, Scored, report
@@ -26,21 +29,22 @@ ENCODERS: tuple[Encoder, ...] = ("pretrained", "random")
 def build(config: RunConfig) -> list[Step]:
     """Every step of the run, inputs before what reads them."""
     resources = config.resources.model_dump()
-    shards = {config.data.source: _shards(config, config.data.source, suffix="")}
+    here = _Source.of(config.data.source, config.data)
+    shards = {here: _dataset(config, here, snapshot_names(config), suffix="")}
     pretrained = Step(
         name="pretrain",
         function=pretrain,
         config=PretrainConfig(model=config.model, recipe=config.pretrain, seed=config.seed),
-        inputs={"shards": shards[config.data.source]},
+        inputs={"shards": shards[here]},
         resources=resources,
         resume_point=resume_point,
     )
     evaluations: dict[str, Step] = {}
     scored: list[Scored] = []
     for dataset in config.evaluation.datasets:
-        source = dataset.source or config.data.source
+        source = _Source.of(dataset.source, dataset) if dataset.source else here
         if source not in shards:
-            shards[source] = _shards(config, source, suffix=f"-{dataset.name}")
+            shards[source] = _dataset(config, source, snapshot_names(config)[:1], suffix=f"-{dataset.name}")
         for protocol in dataset.protocols:
             for encoder in ENCODERS:
                 for seed in config.evaluation.seeds:
@@ -48,7 +52,8 @@ def build(config: RunConfig) -> list[Step]:
                     inputs = {"shards": shards[source]} | ({"pretrain": pretrained} if encoder == "pretrained" else {})
                     evaluations[name] = _evaluation(config, name, protocol, encoder, seed, inputs, resources)
                     scored.append(Scored(input=name, protocol=protocol, dataset=dataset.name, encoder=encoder))
-    datasets = {step.name: step for step in shards.values()}
+    # a join takes the place that a single part's shards have
+    datasets = {f"shard{s.name.removeprefix('join').removeprefix('shard')}": s for s in shards.values()}
     inside = {key: value for key, value in config.model_dump().items() if key not in OUTSIDE}
     inside["data"] = {key: value for key, value in inside["data"].items() if not key.startswith("bad_share")}
     page = Step(
@@ -57,33 +62,94 @@ def build(config: RunConfig) -> list[Step]:
         config=ReportConfig(
             title="Masked autoencoder",
             scored=tuple(scored),
-            sources={step.name: source for source, step in shards.items()},
+            sources={name: source.uri for name, source in zip(datasets, shards, strict=True)},
             config=canonical(inside),
         ),
         inputs={**datasets, "pretrain": pretrained, **evaluations},
     )
-    snapshots = [step.inputs["snapshot"] for step in shards.values()]
-    return [*snapshots, *shards.values(), pretrained, *evaluations.values(), page]
+    parts = [part for step in shards.values() for part in (step.inputs.values() if step.function is join else [step])]
+    snapshots = [step.inputs["snapshot"] for step in parts]
+    joins = [step for step in shards.values() if step.function is join]
+    return [*snapshots, *parts, *joins, pretrained, *evaluations.values(), page]
 
 
-def _shards(config: RunConfig, source: str, *, suffix: str) -> Step:
-    """The snapshot of a source and its shards."""
-    data = config.data
-    listing = Step(
-        name=f"snapshot{suffix}",
-        function=snapshot,
-        config=SnapshotConfig(source=source, snapshot=data.snapshot, test_share=data.test_share, seed=data.seed),
-    )
+@dataclass(frozen=True)
+class _Source:
+    """Images at an address, and how they are read."""
+
+    uri: str
+    labels: str | None
+    image_column: str
+    label_column: str | None
+    split_column: str | None
+
+    @classmethod
+    def of(cls, uri: str, reading: SourceConfig) -> "_Source":
+        return cls(uri, reading.labels, reading.image_column, reading.label_column, reading.split_column)
+
+
+def snapshot_names(config: RunConfig) -> tuple[str, ...]:
+    """Names of the parts of data.source, oldest first."""
+    names = config.data.snapshot
+    return (names,) if isinstance(names, str) else names
+
+
+def listings(config: RunConfig) -> list[Step]:
+    """The snapshots of data.source, part by part."""
+    return _listings(config, _Source.of(config.data.source, config.data), snapshot_names(config), suffix="")
+
+
+def _dataset(config: RunConfig, source: _Source, names: Sequence[str], *, suffix: str) -> Step:
+    """The shards of a source; of several parts, their join."""
+    parts = [_shards(config, source, step) for step in _listings(config, source, names, suffix=suffix)]
+    if len(parts) == 1:
+        return parts[0]
     return Step(
-        name=f"shard{suffix}",
+        name=f"join{suffix}",
+        function=join,
+        config=JoinConfig(source=source.uri, snapshots=tuple(names)),
+        inputs=_numbered(parts),
+    )
+
+
+def _listings(config: RunConfig, source: _Source, names: Sequence[str], *, suffix: str) -> list[Step]:
+    """One snapshot a name; each lists what those before it do not."""
+    steps: list[Step] = []
+    for number, name in enumerate(names, 1):
+        taken = SnapshotConfig(
+            source=source.uri,
+            snapshot=name,
+            test_share=config.data.test_share,
+            seed=config.data.seed,
+            labels=source.labels,
+            image_column=source.image_column,
+            label_column=source.label_column,
+            split_column=source.split_column,
+        )
+        part = f".{number}" if steps else ""  # the first is the same step whether parts follow or not
+        steps.append(Step(name=f"snapshot{part}{suffix}", function=snapshot, config=taken, inputs=_numbered(steps)))
+    return steps
+
+
+def _numbered(parts: Sequence[Step]) -> dict[str, Step]:
+    return {f"part{number:04d}": step for number, step in enumerate(parts, 1)}
+
+
+def _shards(config: RunConfig, source: _Source, listing: Step) -> Step:
+    """The shards of a snapshot."""
+    data = config.data
+    return Step(
+        name=listing.name.replace("snapshot", "shard", 1),
         function=shard,
         config=ShardStageConfig(
-            source=source,
+            source=source.uri,
             seed=data.seed,
             shard_max_bytes=data.shard_max_bytes,
             min_shards=data.min_shards,
             image_max_short_side=data.image_max_short_side,
             image_max_pixels=data.image_max_pixels,
+            image_column=source.image_column,
+            label_column=source.label_column,
         ),
         inputs={"snapshot": listing},
         resources={"bad_share_warn": data.bad_share_warn, "bad_share_stop": data.bad_share_stop},

@@ -9,12 +9,14 @@ import multiprocessing
 import multiprocessing.resource_tracker
 import os
 import pickle
+import shutil
 import threading
 import traceback
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
@@ -29,7 +31,9 @@ from PIL import Image
 from mae_core.config import MAEConfig, ViTConfig
 from pipeline import cluster
 from pipeline.data.images import AugmentConfig
+from pipeline.data.loader import Batch
 from pipeline.data.order import OrderConfig
+from pipeline.data.selection import Selection
 from pipeline.graph.receipts import claim, claims
 from pipeline.graph.step import Attempt, StageInput, StageResult
 from pipeline.stages.pretrain import PretrainConfig, pretrain
@@ -190,6 +194,45 @@ def pretrain_here(shards: StageInput, folder: Path, model: Mapping[str, Any] = M
     attempt = attempt_at(folder)
     config = replace(pretrain_config(), model=mae_config(**model))
     return as_input(pretrain(config, {"shards": shards}, attempt), attempt)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpoiledSpec(TrainSpec):
+    """Its training batches pass through a function on their way to the loop."""
+
+    spoil: Callable[[int, int, Batch], Batch]
+    """(step, rank, batch) -> what the loop gets."""
+
+    def loader(self, manifest, split, world):
+        made = super().loader(manifest, split, world)
+        plain = made.from_step
+
+        def from_step(start, stop):
+            with closing(plain(start, stop)) as batches:
+                for step, batch in enumerate(batches, start):
+                    yield self.spoil(step, world.rank, batch)
+
+        made.from_step = from_step
+        return made
+
+
+def spoiled(spec: TrainSpec, spoil: Callable[[int, int, Batch], Batch]) -> SpoiledSpec:
+    """The spec with something wrong in its loader; `spoil` is a top-level function."""
+    return SpoiledSpec(**{one.name: getattr(spec, one.name) for one in fields(spec)}, spoil=spoil)
+
+
+def damage(shards: StageInput, folder: Path, chosen: Sequence[tuple[str, int, int]]) -> StageInput:
+    """A copy of the dataset in which one byte each of some images, (split, shard, index), is another."""
+    copied = shutil.copytree(Path(shards.root_uri.removeprefix("file://")), folder)
+    bad = replace(shards, root_uri=copied.as_uri())
+    for split, number, index in chosen:
+        selection = Selection.all(dataset_address(bad).open(), split)
+        place = copied / selection.shards[number].key
+        data = bytearray(place.read_bytes())
+        data[int(selection.rows(number).offsets[index]) + 40] ^= 1
+        place.chmod(0o644)
+        place.write_bytes(data)
+    return bad
 
 
 def classification_spec(shards: StageInput, attempt: Attempt, **changes: Any) -> TrainSpec:

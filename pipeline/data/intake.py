@@ -4,6 +4,7 @@ Upright three-component JPEGs whose short side is at most `max_side` keep their 
 reader, has decoded them strictly). Everything else that Pillow can read is encoded once more: turned as EXIF says, made
 RGB (alpha on white, 16 bit scaled, first frame of an animation), its short side reduced to `max_side` with antialiased
 bicubic, quality 95, 4:4:4. The policy says which: "kept", or "reencoded:" and reasons.
+Tars of others are not written anew: there an image is taken as it is, or refused (`check_in_place`).
 Units: pixels; `max_pixels` bounds what is decoded, before decoding. Pure: the same bytes give the same result.
 Errors: none for bad images (Refused, with a reason); MemoryError passes."""
 
@@ -52,7 +53,7 @@ class Refused:
     """An image that goes to quarantine."""
 
     reason: str
-    """empty, unreadable, truncated, too_many_pixels, unsupported; shards.py adds those of reading: missing, denied, ..."""
+    """empty, unreadable, truncated, too_many_pixels, unsupported, needs_reencoding; who reads adds: missing, denied, ..."""
     detail: str
 
 
@@ -62,24 +63,65 @@ def take_in(data: bytes, *, max_side: int, max_pixels: int) -> Taken | Refused:
         return Refused("empty", "0 bytes")
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                detail = f"{width} x {height} = {width * height} pixels, allowed are {max_pixels} (image_max_pixels)"
-                return Refused("too_many_pixels", detail)
-            return _keep(data, image, max_side) or _reencode(image, max_side)
+            return _too_large(image, max_pixels) or _keep(data, image, max_side) or _reencode(image, max_side)
     except _BAD_BYTES as error:
-        text = str(error)
-        cut = any(word in text.lower() for word in ("truncated", "premature", "not enough", "broken png"))
-        # "cannot identify image file <_io.BytesIO object at 0x7f...>" would differ at every run
-        return Refused(
-            "truncated" if cut else "unreadable", f"{type(error).__name__}: {text.split(' <_io', maxsplit=1)[0]}"
-        )
+        return _bad(error)
+
+
+def check_in_place(data: bytes, *, max_pixels: int) -> Taken | Refused:
+    """Takes an image of a tar of others as it is, or not at all: upright, RGB, still, and JPEG, PNG or WebP.
+
+    Its bytes stay where they are, so no side is too long; `max_pixels` bounds it.
+    """
+    if not data:
+        return Refused("empty", "0 bytes")
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            return _too_large(image, max_pixels) or _as_it_is(data, image)
+    except _BAD_BYTES as error:
+        return _bad(error)
 
 
 def dhash64(image: Image.Image) -> int:
     """Perceptual difference hash: is a pixel of the 9 x 8 grey miniature darker than its right neighbour."""
     small = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BILINEAR, reducing_gap=2.0))
     return int.from_bytes(np.packbits(small[:, :-1] < small[:, 1:]).tobytes(), "big")
+
+
+def _as_it_is(data: bytes, image: Image.Image) -> Taken | Refused:
+    kind = "JPEG" if image.format == "MPO" else str(image.format)
+    wrong = [
+        *(["turned by EXIF"] if _turned(image) else []),
+        *([f"{image.mode}, not RGB"] if image.mode != "RGB" or image.has_transparency_data else []),
+        *([kind] if kind not in {"JPEG", "PNG", "WEBP"} else []),
+        *(["animated"] if kind != "JPEG" and getattr(image, "is_animated", False) else []),
+    ]
+    if wrong:
+        what = f"it is {', '.join(wrong)}, and would have to be encoded anew, which is not done in an indexed tar. "
+        return Refused("needs_reencoding", f"{what}Unpack the tars and point data.source at the folder")
+    if kind == "JPEG":
+        pixels = Image.fromarray(simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True))  # as training reads it
+    else:
+        image.load()
+        pixels = image
+    return Taken(data, *pixels.size, *pixels.size, dhash64(pixels), "indexed")
+
+
+def _too_large(image: Image.Image, max_pixels: int) -> Refused | None:
+    width, height = image.size
+    if width * height <= max_pixels:
+        return None
+    detail = f"{width} x {height} = {width * height} pixels, allowed are {max_pixels} (image_max_pixels)"
+    return Refused("too_many_pixels", detail)
+
+
+def _bad(error: BaseException) -> Refused:
+    text = str(error)
+    cut = any(word in text.lower() for word in ("truncated", "premature", "not enough", "broken png"))
+    # "cannot identify image file <_io.BytesIO object at 0x7f...>" would differ at every run
+    return Refused(
+        "truncated" if cut else "unreadable", f"{type(error).__name__}: {text.split(' <_io', maxsplit=1)[0]}"
+    )
 
 
 def _keep(data: bytes, image: Image.Image, max_side: int) -> Taken | None:

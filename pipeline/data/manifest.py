@@ -2,10 +2,11 @@
 
 Files, in a generation's directory: samples.parquet (a row a sample, a row group a shard, in shard and offset order),
 shards.parquet (a row a shard that holds samples), quarantine.parquet (a row a refused image), manifest.json (written
-last: its presence means complete). Shards lie under the step's root, at `key`.
+last: its presence means complete). Shards lie under a root, at `key`; tars of others, indexed where they are, at an
+address of their own (`locate`).
 Units: bytes; offsets count from the start of the tar to the first byte of the image.
 Digest: SHA-256 over the columns' values, so that neither Parquet's encoding nor the number of tasks or generations that
-made the files can change it; `detail`, words for people, is left out.
+made the files can change it; `detail`, words for people, is left out, and so are the folders above shards and indexed tars.
 Counts: listed = stored + quarantined and stored = served + duplicates, in every split, or nothing is written or opened.
 Errors: DataError when files are missing, damaged, or do not add up."""
 
@@ -25,7 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.errors import DataError
-from pipeline.storage import MissingObject, Store
+from pipeline.storage import MissingObject, Store, open_store
 
 SCHEMA_VERSION = 1
 MANIFEST_FILES = ("samples.parquet", "shards.parquet", "quarantine.parquet", "manifest.json")
@@ -38,7 +39,7 @@ def _schema(**types: Any) -> Any:
 
 
 SAMPLES = _schema(
-    sample_id=pa.int64(),  # row number in the snapshot
+    sample_id=pa.int64(),  # row number in the snapshot; in an indexed tar, counted through the tars
     shard=pa.int32(),
     offset=pa.int64(),
     length=pa.int64(),
@@ -58,7 +59,7 @@ SAMPLES = _schema(
 )
 SHARDS = _schema(
     shard=pa.int32(),
-    key=pa.string(),  # relative to the step's root
+    key=pa.string(),  # relative to the manifest's root, or the address of a tar indexed in place
     bytes=pa.int64(),
     samples=pa.int32(),
     served=pa.int32(),
@@ -97,6 +98,19 @@ class ContentHash:
         """64 hex digits."""
         parts = {name: [values.hexdigest(), lengths.hexdigest()] for name, (values, lengths) in self._hashes.items()}
         return json_digest(parts)
+
+
+def locate(root: Store, key: str) -> tuple[Store, str]:
+    """Where a shard lies: its store, and its key there. A key that is an address (`s3://...`) is not below the root."""
+    if "://" not in key:
+        return root, key
+    folder, _, name = key.rpartition("/")
+    return open_store(folder), name
+
+
+def shard_address(root: Store, key: str) -> str:
+    """A shard's place in words, for messages."""
+    return key if "://" in key else f"{root.uri}/{key}"
 
 
 def json_digest(value: Any) -> str:
@@ -145,7 +159,7 @@ def write_manifest(
         pq.write_table(quarantine, paths["quarantine.parquet"], compression="zstd", write_page_checksum=True)
         all_counts = {"total": _total(counts), "splits": counts}
         check_counts(all_counts, store.uri)
-        hashes = {"samples": content.hexdigest(), "shards": _digest_of(shards, SHARDS.names)}
+        hashes = {"samples": content.hexdigest(), "shards": _digest_of(_without_folders(shards), SHARDS.names)}
         hashes["quarantine"] = _digest_of(quarantine, [name for name in QUARANTINE.names if name != "detail"])
         identity = {"schema": SCHEMA_VERSION, "tables": hashes, "classes": list(classes), "policy": dict(policy)}
         document = {
@@ -181,9 +195,10 @@ def check_counts(counts: Mapping[str, Any], location: str) -> None:
 class Manifest:
     """A complete dataset, opened for reading. Threads may share it; a process opens its own."""
 
-    def __init__(self, root: Store, document: Mapping[str, Any], shards: Any, samples: Any) -> None:
+    def __init__(self, store: Store, root: Store, document: Mapping[str, Any], shards: Any, samples: Any) -> None:
+        self._store = store
         self.root = root
-        """Where the shards lie, at their `key`."""
+        """Where the shards lie, at their `key` (see `locate`)."""
         self.digest: str = document["digest"]
         """The dataset's identity."""
         self.counts: Mapping[str, Any] = document["counts"]
@@ -210,7 +225,7 @@ class Manifest:
             check_counts(document["counts"], store.uri)
             shards = pq.read_table(io.BytesIO(store.read("shards.parquet")), page_checksum_verification=True)
             local = store.local_path("samples.parquet")
-            source = local or _RangeFile(store, "samples.parquet", document["bytes"]["samples.parquet"])
+            source = local or RangeFile(store, "samples.parquet", document["bytes"]["samples.parquet"])
             samples = pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True)
         except (MissingObject, FileNotFoundError) as error:
             raise DataError(f"{store.uri}: the dataset is not complete ({error}). Run its shard step again") from error
@@ -221,7 +236,12 @@ class Manifest:
                 f"{store.uri}: {samples.metadata.num_row_groups} row groups in samples.parquet for {shards.num_rows} shards. "
                 "The files are of different runs; run the shard step again"
             )
-        return cls(root, document, shards, samples)
+        return cls(store, root, document, shards, samples)
+
+    @property
+    def shard_numbers(self) -> tuple[int, ...]:
+        """All shards, ascending."""
+        return tuple(self._row_group)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -234,49 +254,84 @@ class Manifest:
             raise DataError(f"{self.root.uri}: no split {split!r}; the dataset has {', '.join(self.splits)}")
         return self._shards.filter(pc.equal(self._shards.column("split"), split))
 
+    def all_shards(self) -> Any:
+        """Every row of shards.parquet (SHARDS), by shard number."""
+        return self._shards
+
+    def quarantine(self) -> Any:
+        """The rows of quarantine.parquet (QUARANTINE)."""
+        data = self._store.read("quarantine.parquet")
+        try:
+            return pq.read_table(io.BytesIO(data), page_checksum_verification=True)
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{self._store.uri}: quarantine.parquet is damaged ({error}). Run the shard step again"
+            ) from error
+
     def samples(self, shard: int) -> Any:
         """The served samples of a shard (SAMPLES), by offset; read when first asked for, and held for a while."""
         with self._lock:
             if shard not in self._held:
-                if shard not in self._row_group:
-                    raise DataError(f"{self.root.uri}: no shard {shard}; the dataset has {len(self._row_group)} shards")
-                try:
-                    rows = self._samples.read_row_group(self._row_group[shard])
-                except (OSError, ValueError) as error:
-                    raise DataError(
-                        f"{self.root.uri}: samples.parquet is damaged at shard {shard} ({error}). Run the shard step again"
-                    ) from error
+                rows = self._read(shard)
                 self._held[shard] = rows.filter(rows.column("served")).combine_chunks()
                 if len(self._held) > _TABLES_HELD:
                     self._held.popitem(last=False)
             self._held.move_to_end(shard)
             return self._held[shard]
 
+    def stored_samples(self, shard: int) -> Any:
+        """Every sample of a shard (SAMPLES), duplicates that are not served included; read anew at each call."""
+        with self._lock:
+            return self._read(shard)
 
-class _RangeFile(io.RawIOBase):
+    def _read(self, shard: int) -> Any:
+        if shard not in self._row_group:
+            raise DataError(f"{self.root.uri}: no shard {shard}; the dataset has {len(self._row_group)} shards")
+        try:
+            return self._samples.read_row_group(self._row_group[shard])
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{self.root.uri}: samples.parquet is damaged at shard {shard} ({error}). Run the shard step again"
+            ) from error
+
+
+class RangeFile(io.RawIOBase):
     """An object as a file that Parquet can seek in: a read is one ranged request."""
 
     def __init__(self, store: Store, key: str, size: int) -> None:
         self._store, self._key, self._size, self._at = store, key, size, 0
 
     def readable(self) -> bool:
+        """See io.RawIOBase."""
         return True
 
     def seekable(self) -> bool:
+        """See io.RawIOBase."""
         return True
 
     def tell(self) -> int:
+        """See io.RawIOBase."""
         return self._at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """See io.RawIOBase."""
         self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
         return self._at
 
     def read(self, size: int = -1) -> bytes:
+        """See io.RawIOBase."""
         left = max(0, self._size - self._at)
         data = self._store.read_range(self._key, self._at, left if size < 0 else min(size, left))
         self._at += len(data)
         return data
+
+
+def local_copy(store: Store, key: str, scratch: Path) -> Path:
+    """An object as a file of this machine: where it lies, else downloaded to `scratch`."""
+    local = store.local_path(key)
+    if local is None:
+        store.download(key, scratch)
+    return local or scratch
 
 
 def _no_counts() -> dict[str, int]:
@@ -295,6 +350,15 @@ def _digest_of(table: Any, columns: Sequence[str]) -> str:
     content = ContentHash(columns)
     content.update(table)
     return content.hexdigest()
+
+
+def _without_folders(shards: Any) -> Any:
+    """The keys without what differs from machine to machine: the digest is the same wherever tars and steps lie."""
+    keys = [
+        key.rpartition("/")[2] if "://" in key else key[key.find("/shards/") + 1 :]
+        for key in shards.column("key").to_pylist()
+    ]
+    return shards.set_column(shards.column_names.index("key"), "key", pa.array(keys, pa.string()))
 
 
 def _check_shard(shard: Mapping[str, Any], rows: Any) -> None:

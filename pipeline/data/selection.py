@@ -5,12 +5,12 @@ The order is computed from `counts`, the loader reads `rows`; both speak of shar
 Errors: DataError when the split has no such samples, ConfigError for a count that cannot be chosen."""
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.data.manifest import NO_LABEL, Manifest
+from pipeline.data.manifest import NO_LABEL, Manifest, shard_address
 from pipeline.data.order import Slots
 from pipeline.data.randomness import hash64, key64
 from pipeline.errors import ConfigError, DataError
@@ -86,14 +86,23 @@ class Selection:
             ids[here] = self.rows(int(shard)).sample_ids[slots.indices[here]]
         return ids
 
+    def source(self, shard: int, index: int) -> str:
+        """Where a sample came from, relative to the source."""
+        return str(self._sample(shard, index)["source"])
+
     def describe(self, shard: int, index: int) -> str:
         """One sample in words, for messages."""
-        row = int(self._chosen[shard][index]) if self._chosen is not None else index
-        sample = self.manifest.samples(self.shards[shard].shard).slice(row, 1).to_pylist()[0]
+        sample = self._sample(shard, index)
         return (
-            f"{self.manifest.root.uri}/{self.shards[shard].key}: sample {sample['key']} (id {sample['sample_id']}, "
+            f"{shard_address(self.manifest.root, self.shards[shard].key)}: sample {sample['key']} (id {sample['sample_id']}, "
             f"from {sample['source']}, {sample['length']} bytes at {sample['offset']})"
         )
+
+    def _sample(self, shard: int, index: int) -> dict[str, Any]:
+        """A sample's whole row."""
+        row = int(self._chosen[shard][index]) if self._chosen is not None else index
+        sample: dict[str, Any] = self.manifest.samples(self.shards[shard].shard).slice(row, 1).to_pylist()[0]
+        return sample
 
     def _read_rows(self, shard: int) -> Rows:
         table = self.manifest.samples(self.shards[shard].shard)
@@ -103,8 +112,8 @@ class Selection:
             rows = Rows(*(column[self._chosen[shard]] for column in rows))
         if len(rows.sample_ids) != self.counts[shard]:
             raise DataError(
-                f"{self.manifest.root.uri}/{self.shards[shard].key}: samples.parquet serves {len(rows.sample_ids)} samples, "
-                f"shards.parquet {self.counts[shard]}. The files are of different runs; run the shard step again"
+                f"{shard_address(self.manifest.root, self.shards[shard].key)}: samples.parquet serves {len(rows.sample_ids)} of "
+                f"it, shards.parquet {self.counts[shard]}. The files are of different runs; run the shard step again"
             )
         return rows
 

@@ -3,6 +3,7 @@
 A stage is a plain function `(config, inputs, attempt) -> StageResult`. Its module holds `VERSION`, a whole number bumped
 by hand when the stage's results change. The fingerprint is a SHA-256 over name, version, canonical config and the
 fingerprints of the inputs; `resources` and the store never enter it: the same work on other machines is the same step.
+A field that a config gains later is marked ADDED_LATER: at its default it stays out, so that an upgrade runs nothing anew.
 Errors: ConfigError when a config holds a value that has no stable form (a set, NaN, an object)."""
 
 import dataclasses
@@ -17,6 +18,9 @@ from typing import Any
 from mae_core.errors import ConfigError
 from pipeline.cluster import Executor, Progress
 from pipeline.storage import Store, open_store
+
+ADDED_LATER: Mapping[str, Any] = {"added_later": True}
+"""Metadata of a dataclass field whose default is what was done before the field was there."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,8 @@ def canonical(value: Any, where: str = "value") -> Any:
     if hasattr(value, "model_dump") and not isinstance(value, type):
         return canonical(value.model_dump(mode="python"), where)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: canonical(getattr(value, f.name), f"{where}.{f.name}") for f in dataclasses.fields(value)}
+        entering = (f for f in dataclasses.fields(value) if not _left_out(f, getattr(value, f.name)))
+        return {f.name: canonical(getattr(value, f.name), f"{where}.{f.name}") for f in entering}
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
             raise ConfigError(f"{where}={value!r} has keys that are not text: a fingerprint needs text keys")
@@ -151,3 +156,7 @@ def canonical(value: Any, where: str = "value") -> Any:
     raise ConfigError(
         f"{where}={value!r} ({type(value).__name__}) has no stable form in a fingerprint: use numbers, text, lists, mappings"
     )
+
+
+def _left_out(added: "dataclasses.Field[Any]", value: Any) -> bool:
+    return bool(added.metadata.get("added_later")) and value == added.default

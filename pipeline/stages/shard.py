@@ -1,32 +1,41 @@
 """Shard: the images of a snapshot into tars, by one task a shard, and the manifest over them.
 
 Output: shards/ and rows/ under the step's root (content-addressed, shared by all generations), the manifest's files in
-the generation. Exact duplicates (equal stored bytes) within a split are stored and not served, save the one with the
-lowest sample id; across splits they are counted in the facts only.
+the generation. Images of Parquet tables likewise; tars of others stay where they are and are indexed, by one task a tar.
+Exact duplicates (equal stored bytes) within a split are stored and not served, save the one with the lowest sample id;
+across splits they are counted in the facts only.
+Memory of the coordinating process: 10 million images, see docs/data.md.
 Errors: DataError when more than `bad_share_stop` of the images are bad, or counts do not add up."""
 
-import io
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.cluster import map_tasks
-from pipeline.data.manifest import MANIFEST_FILES, QUARANTINE, SHARDS, write_manifest
+from pipeline.data.duplicates import find_duplicates
+from pipeline.data.labels import CLASSES_MAX
+from pipeline.data.manifest import MANIFEST_FILES, NO_LABEL, QUARANTINE, SHARDS, write_manifest
+from pipeline.data.near_duplicates import NearDuplicateSearch, as_facts
 from pipeline.data.shards import (
     IntakePolicy,
     ShardPlan,
+    ShardPlans,
     ShardRow,
     check_bad_share,
+    opened_snapshot,
     plan_shards,
     read_samples,
     write_shard,
 )
-from pipeline.errors import ConfigError
-from pipeline.graph.step import Attempt, StageInput, StageResult
+from pipeline.data.sources import class_order
+from pipeline.data.tars import index_tar, plan_tars
+from pipeline.errors import ConfigError, DataError
+from pipeline.graph.step import ADDED_LATER, Attempt, StageInput, StageResult
 from pipeline.storage import Store
 
 VERSION = 1
@@ -49,6 +58,10 @@ class ShardStageConfig:
     """Pixels; a longer short side is reduced to this."""
     image_max_pixels: int = 100_000_000
     """Images with more are refused before decoding."""
+    image_column: str = field(default="image", metadata=ADDED_LATER)
+    """Of Parquet tables."""
+    label_column: str | None = field(default="label", metadata=ADDED_LATER)
+    """Of tars: the field of a sample's .json that holds its label, where it has no .cls."""
 
     def __post_init__(self) -> None:
         for name in ("shard_max_bytes", "min_shards", "image_max_short_side", "image_max_pixels"):
@@ -57,97 +70,145 @@ class ShardStageConfig:
 
 
 def shard(config: ShardStageConfig, inputs: Mapping[str, StageInput], attempt: Attempt) -> StageResult:
-    """Plans, writes what is missing, marks duplicates, writes the manifest."""
+    """Plans, writes or indexes what is missing, marks duplicates, writes the manifest."""
     listing = inputs["snapshot"]
-    snapshot = pq.read_table(io.BytesIO(listing.store.read("snapshot.parquet")))
     policy = IntakePolicy(image_max_short_side=config.image_max_short_side, image_max_pixels=config.image_max_pixels)
-    limits = {"shard_max_bytes": config.shard_max_bytes, "min_shards": config.min_shards}
-    plans = plan_shards(snapshot, seed=config.seed, **limits, policy=policy)
-    rows = _write_all(plans, config.source, policy, attempt, listed=snapshot.num_rows)
-    bad = sorted((line for row in rows for line in row.quarantine), key=lambda line: (line["split"], line["source"]))
-    check_bad_share(snapshot.num_rows, bad, bad_share_stop=attempt.resources["bad_share_stop"])
+    indexes = listing.facts.get("kind") == "tars"
+    with opened_snapshot(listing.store, "snapshot.parquet") as snapshot:
+        rows = _write_all(config, listing, snapshot, policy, attempt)
+    classes = _classes(rows) if indexes else tuple(listing.facts["classes"])
+    parts = _parts(rows, classes)
+    listed = _listed(rows) if indexes else listing.facts["splits"]
+    bad = sorted((line for part in parts for line in part.quarantine), key=lambda line: (line["split"], line["source"]))
+    total = sum(listed.values())
+    check_bad_share(total, bad, bad_share_stop=attempt.resources["bad_share_stop"])
 
-    filled = [row for row in rows if row.samples]
-    copies = find_duplicates(attempt.root, filled)
-    shards = [_shard_line(row, copies.within) for row in filled]
+    filled = [part for part in parts if part.row.samples]
+    copies = find_duplicates((part.row.shard, part.row.split, part.samples(attempt.root)) for part in filled)
+    shards = [_shard_line(part.row, len(copies.within.get(part.row.shard, ()))) for part in filled]
+    of_shard = {part.row.shard: part for part in filled}
+    near = NearDuplicateSearch()
     facts = write_manifest(
         attempt.store,
-        samples=_with_served(attempt.root, filled, copies.within),
+        samples=(
+            near.shown(number, part.row.split, copies.mark(number, part.samples(attempt.root)))
+            for number, part in of_shard.items()
+        ),
         shards=pa.Table.from_pylist(shards, schema=SHARDS),
         quarantine=pa.Table.from_pylist(bad, schema=QUARANTINE),
-        listed=listing.facts["splits"],
-        classes=listing.facts["classes"],
+        listed=listed,
+        classes=classes,
         policy=asdict(policy),
     )
     facts |= {
         "quarantined": len(bad),
-        "bad_share": len(bad) / max(1, snapshot.num_rows),
+        "bad_share": len(bad) / max(1, total),
         "quarantine_examples": [{"source": line["source"], "reason": line["reason"]} for line in bad[:_EXAMPLES]],
         "duplicates_across_splits": copies.across,
+        "near_duplicates_across_splits": as_facts(near.find(), lambda number: of_shard[number].samples(attempt.root)),
     }
+    if indexes:
+        facts["other_members"] = sum(row.other_members for row in rows)
     return StageResult(facts, MANIFEST_FILES, notes={"reused_shards": sum(row.reused for row in rows)})
 
 
 @dataclass(frozen=True)
-class Duplicates:
-    """Samples whose stored bytes another sample has too."""
+class _Part:
+    """A shard, with its samples' ids and labels in terms of the whole dataset."""
 
-    within: Mapping[int, frozenset[int]]
-    """Shard -> ids of samples not to be served: a lower id of the same split has the same bytes."""
-    across: int
-    """Distinct images that stand in more than one split."""
+    row: ShardRow
+    first_id: int
+    labels: tuple[int, ...] | None
+    """Of each class of the tar, its label; None: labels are the dataset's already."""
+
+    @property
+    def quarantine(self) -> Iterator[Mapping[str, Any]]:
+        """Rows of quarantine.parquet."""
+        for line in self.row.quarantine:
+            yield line if self.labels is None else dict(line) | {"label": _relabel(line["label"], self.labels)}
+
+    def samples(self, root: Store) -> Any:
+        """Rows of samples.parquet (SAMPLES)."""
+        table = read_samples(root, self.row)
+        if self.labels is None:
+            return table
+        labels = [_relabel(label, self.labels) for label in table.column("label").to_pylist()]
+        ids = pc.add(table.column("sample_id"), self.first_id)
+        table = table.set_column(table.column_names.index("sample_id"), "sample_id", ids)
+        return table.set_column(table.column_names.index("label"), "label", pa.array(labels, pa.int32()))
 
 
-def find_duplicates(root: Store, rows: Sequence[ShardRow]) -> Duplicates:
-    """Exact duplicates over all shards; holds about 100 bytes a sample."""
-    if not rows:
-        return Duplicates(within={}, across=0)
-    columns = ["sample_id", "shard", "split", "sha256"]
-    table = pa.concat_tables([read_samples(root, row).select(columns) for row in rows])
-    first = table.group_by(["split", "sha256"]).aggregate([("sample_id", "min")])
-    copies = table.filter(pc.invert(pc.is_in(table.column("sample_id"), value_set=first.column("sample_id_min"))))
-    within: dict[int, set[int]] = {}
-    for shard_number, sample_id in zip(
-        *(copies.column(name).to_pylist() for name in ("shard", "sample_id")), strict=True
-    ):
-        within.setdefault(shard_number, set()).add(sample_id)
-    splits = first.group_by("sha256").aggregate([("split", "count")]).column("split_count")
-    return Duplicates(
-        within={number: frozenset(ids) for number, ids in within.items()},
-        across=pc.sum(pc.greater(splits, 1)).as_py(),
-    )
+def _parts(rows: Sequence[ShardRow], classes: Sequence[str]) -> list[_Part]:
+    """Samples of tars are numbered through, tar by tar; quarantined ones have a number too, so that no other's moves."""
+    label_of = {name: label for label, name in enumerate(classes)}
+    parts, first = [], 0
+    for row in rows:
+        labels = None if row.classes is None else tuple(label_of[name] for name in row.classes)
+        parts.append(_Part(row, first, labels))
+        first += row.samples + len(row.quarantine)
+    return parts
+
+
+def _classes(rows: Sequence[ShardRow]) -> tuple[str, ...]:
+    names = {name for row in rows for name in row.classes or ()}
+    if len(names) > CLASSES_MAX:
+        raise DataError(
+            f"the tars have {len(names)} distinct labels, which are no classes. Name another data.label_column, or null for none"
+        )
+    return class_order(names)
+
+
+def _listed(rows: Sequence[ShardRow]) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for row in rows:
+        counts[row.split] += row.samples + len(row.quarantine)
+    return dict(counts)
+
+
+def _relabel(label: int, labels: Sequence[int]) -> int:
+    return NO_LABEL if label == NO_LABEL else labels[label]
 
 
 def _write_all(
-    plans: Sequence[ShardPlan], source: str, policy: IntakePolicy, attempt: Attempt, *, listed: int
+    config: ShardStageConfig, listing: StageInput, snapshot: Any, policy: IntakePolicy, attempt: Attempt
 ) -> list[ShardRow]:
     """The one line of Ray; stops as soon as too many images are bad for any rest to mend it."""
-    root_uri = attempt.root_uri
+    plans, write, unit = _work(config, str(listing.facts.get("kind", "images")), snapshot, policy, attempt.root_uri)
+    listed = snapshot.num_rows
     done = 0
     bad: list[Mapping[str, Any]] = []
 
-    def write(plan: ShardPlan) -> ShardRow:
-        return write_shard(plan, source=source, root_uri=root_uri, policy=policy)
-
     def on_done(index: int, row: ShardRow) -> None:
         nonlocal done
-        done += plans[index].samples.num_rows
+        done += plans.samples(index)
         bad.extend(row.quarantine)
-        attempt.progress.update(done, listed, unit="images", quarantined=len(bad))
-        check_bad_share(listed, bad, bad_share_stop=attempt.resources["bad_share_stop"])
+        attempt.progress.update(done, listed, unit=unit, quarantined=len(bad))
+        if row.classes is None:  # how many samples the other tars hold is not known yet
+            check_bad_share(listed, bad, bad_share_stop=attempt.resources["bad_share_stop"])
 
     return map_tasks(write, plans, executor=attempt.executor, on_done=on_done)
 
 
-def _shard_line(row: ShardRow, copies: Mapping[int, frozenset[int]]) -> dict[str, Any]:
+def _work(
+    config: ShardStageConfig, kind: str, snapshot: Any, policy: IntakePolicy, root_uri: str
+) -> tuple[ShardPlans, Callable[[ShardPlan], ShardRow], str]:
+    """The plans, what a task does with one, and what they count."""
+    where: dict[str, Any] = {"source": config.source, "root_uri": root_uri, "policy": policy}
+    if kind == "tars":
+        plans = plan_tars(snapshot, policy=policy, label_field=config.label_column)
+        return plans, partial(index_tar, **where, label_field=config.label_column), "tars"
+    column = config.image_column if kind == "Parquet tables" else ""
+    plans = plan_shards(
+        snapshot,
+        seed=config.seed,
+        shard_max_bytes=config.shard_max_bytes,
+        min_shards=config.min_shards,
+        policy=policy,
+        image_column=column,
+    )
+    return plans, partial(write_shard, **where, image_column=column), "images"
+
+
+def _shard_line(row: ShardRow, unserved: int) -> dict[str, Any]:
     line = {name: getattr(row, name) for name in SHARDS.names if name != "served"}
-    return line | {"served": row.samples - len(copies.get(row.shard, ()))}
-
-
-def _with_served(root: Store, rows: Sequence[ShardRow], copies: Mapping[int, frozenset[int]]) -> Iterator[Any]:
-    """The samples of each shard, duplicates marked."""
-    for row in rows:
-        table = read_samples(root, row)
-        unserved = pa.array(copies.get(row.shard, ()), pa.int64())
-        served = pc.invert(pc.is_in(table.column("sample_id"), value_set=unserved))
-        yield table.set_column(table.column_names.index("served"), "served", served)
+    return line | {"served": row.samples - unserved}

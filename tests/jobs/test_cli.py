@@ -46,7 +46,10 @@ def config(tmp_path, store) -> Path:
 # --- help ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["plan", "--help"], ["job", "submit", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["run", "--help"], ["plan", "--help"], ["job", "submit", "--help"], ["shards", "audit", "--help"]],
+)
 def test_help_imports_nothing_heavy(arguments):
     code = f"""
 import sys

@@ -295,7 +295,15 @@ def another(field: str, value: Any) -> Any:
         return value + 1
     if isinstance(value, float):
         return value * 0.9 if value else 0.01
-    choices = {"kind": "center", "precision": "bf16", "pool": "mean"}
+    choices = {
+        "kind": "center",
+        "precision": "bf16",
+        "pool": "mean",
+        "schedule": "warmup_stable_decay",
+        "positions": "learned",
+        "encoder_input": "all",
+        "loss_on": "all",
+    }
     return choices.get(field.rpartition(".")[2], f"{value}2")
 
 
@@ -313,6 +321,7 @@ def whole() -> dict[str, Any]:
     content = document("/data/store", "/data/images")
     config = RunConfig.model_validate({**content, "model": copy.deepcopy(MODEL)})
     full = canonical(config)
+    full["evaluation"]["datasets"][0]["source"] = "/data/labelled"  # else how it is read is the pretraining source's
     for recipe in (full["pretrain"], full["evaluation"]["finetune"]):
         recipe["augment"]["kind"] = "shift"
     return full

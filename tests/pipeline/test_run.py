@@ -20,9 +20,13 @@ from jobs.run import as_line, verdict_line
 from pipeline import cluster, tracking
 from pipeline.cluster import Executor
 from pipeline.config import RunConfig, load_config
+from pipeline.data.substitution import Substitution, as_facts
 from pipeline.errors import ConfigError, DataError, StorageError
+from pipeline.graph.receipts import Receipt
+from pipeline.graph.runner import Outcome
 from pipeline.run import RunSummary, _warn_of_folders, detail_of, plan, run
 from pipeline.storage import open_store
+from pipeline.workflow import build
 
 __all__ = ["migrated_database", "store"]
 STEPS = [
@@ -462,3 +466,16 @@ def test_a_run_in_a_bucket_leaves_no_secret_anywhere(
         assert SECRET not in text
     bucket = open_store(f"s3://{s3_bucket}")
     assert not [info.key for info in bucket.list() if SECRET.encode() in bucket.read(info.key)]
+
+
+def test_the_closing_table_names_images_that_others_stood_in_for():
+    step = build(RunConfig.model_validate({"data": {"source": "/x"}, "model": {}}))[2]
+
+    def said(count: int) -> str:
+        made = [Substitution(id_, 9, epoch, 0, "crc32", f"{id_}.jpg") for id_ in range(count) for epoch in (0, 1)]
+        receipt = Receipt("pretrain", "f" * 64, {}, as_facts(made), (), 1, {})
+        return detail_of(Outcome(step, "done", "file:///x", receipt=receipt))
+
+    assert said(0) == ""
+    assert said(2) == "4 times another image stood in for one that could not be read: 0.jpg, 1.jpg"
+    assert said(5).endswith("0.jpg, 1.jpg, 2.jpg and 2 more")

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import random
+import struct
 import tarfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -154,9 +155,46 @@ def test_a_plan_is_random_stable_and_bound_to_all_that_decides_bytes():
     assert len(digests) == len(set(digests))
 
 
+def test_the_plan_of_fixed_images_stays():
+    # Shards are reused by their plan's digest: when this fails, mend the change, not the number, or raise SHARD_VERSION.
+    count = 3000
+    table = listing(
+        [f"class{number % 7}/pic é {number:05d}.jpg" for number in range(count)],
+        np.random.default_rng(0).integers(100, 9000, count).tolist(),
+        ["test" if number % 10 == 0 else "train" for number in range(count)],
+    )
+    labels = pa.array([number % 7 if number % 11 else -1 for number in range(count)], pa.int32())
+    table = table.set_column(3, "label", labels)
+    plans = plan_shards(table, seed=3, shard_max_bytes=1_000_000, min_shards=4, policy=IntakePolicy())
+    digests = "".join(one.digest for one in plans)
+    assert (len(plans), hashlib.sha256(digests.encode()).hexdigest()) == (
+        20,
+        "a115a443b78167d1d0c2dc9b9783d42b66dbc405eb795ce77b6bd88f6e09816c",
+    )
+
+
+def test_a_plan_does_not_depend_on_the_batches_of_the_table():
+    table = listing([f"{number}.jpg" for number in range(500)])
+    pieces = pa.concat_tables([table.slice(start, 7) for start in range(0, 500, 7)])
+    assert [one.digest for one in plan(pieces)] == [one.digest for one in plan(table)]
+    assert [one.samples for one in plan(pieces)] == [one.samples for one in plan(table)]
+
+
 def test_no_shard_holds_more_than_ten_thousand_samples():
     plans = plan(listing([f"{number}" for number in range(25_000)]), shard_max_bytes=10**12, min_shards=1)
     assert max(one.samples.num_rows for one in plans) <= 10_000
+
+
+def test_the_manifest_of_fixed_images_stays(tmp_path):
+    # The dataset's identity, to which checkpoints are bound: when this fails, mend the change, not the number.
+    store = open_store(str(tmp_path / "source"))
+    for number in range(20):
+        body = bytes((number * 7 + at * 3) % 256 for at in range(8 * 6 * 3))
+        header = struct.pack("<IHHIIiiHHIIiiII", 54 + len(body), 0, 0, 54, 40, 8, 6, 1, 24, 0, len(body), 0, 0, 0, 0)
+        store.write(f"{'cat' if number % 3 else 'dog'}/{number:02d}.bmp", b"BM" + header + body)
+    inputs = snapshot_of(store.uri, tmp_path / "snapshot", test_share=0.3)
+    result = shard(config(store.uri), inputs, attempt(tmp_path / "root"))
+    assert result.facts["digest"] == "14049a5567bfa70775c7aaaa1659fcdf709df08b711214378b70f328ed3586dc"
 
 
 # One shard

@@ -48,7 +48,14 @@ def test_class_folders_in_one_pool(tmp_path):
     ]
     assert table.column("sample_id").to_pylist() == [0, 1, 2]
     assert table.column("size").to_pylist() == [17, 10, 9]
-    assert facts == {"listed": 3, "ignored": 3, "classes": ["cat", "dog"], "splits": {"train": 3}, "source": source}
+    assert facts == {
+        "kind": "images",
+        "listed": 3,
+        "ignored": 3,
+        "classes": ["cat", "dog"],
+        "splits": {"train": 3},
+        "source": source,
+    }
 
 
 def test_split_folders_share_their_classes(tmp_path):
@@ -125,6 +132,22 @@ def test_sources_that_cannot_be_name_the_path_and_what_is_expected(tmp_path):
         list(list_source(str(tmp_path / "s")))
     with pytest.raises(ConfigError, match="file:///absolute/folder"):
         list(list_source("gs://bucket"))
+
+
+@pytest.mark.parametrize(
+    ("paths", "words"),
+    [
+        (("a/1.jpg", "b/x.tar"), r"holds images \(a/1\.jpg\) and tars \(b/x\.tar\)\. Move one kind out"),
+        (("1.tar", "2.parquet"), r"holds tars \(1\.tar\) and Parquet tables \(2\.parquet\)"),
+        (
+            ("1.tar.gz", "2.tgz"),
+            r"holds no images \(2 other files\)\. Compressed tars cannot be read by offset: unpack them",
+        ),
+    ],
+)
+def test_a_source_holds_one_kind(tmp_path, paths, words):
+    with pytest.raises(DataError, match=words):
+        list(list_source(fill(tmp_path / "s", *paths)))
 
 
 def test_names_that_are_not_text_are_refused(tmp_path):

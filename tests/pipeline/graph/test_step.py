@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from mae_core.errors import ConfigError
-from pipeline.graph.step import Step, canonical
+from pipeline.graph.step import ADDED_LATER, Step, canonical
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,15 @@ def test_the_fingerprint_of_a_fixed_step_stays(monkeypatch):
 )
 def test_what_is_computed_changes_the_fingerprint(change):
     assert dataclasses.replace(STEP, **change).fingerprint != STEP.fingerprint
+
+
+def test_a_field_added_later_stays_out_at_its_default_and_enters_otherwise():
+    @dataclass(frozen=True)
+    class Grown(Config):
+        colour: str | None = dataclasses.field(default=None, metadata=ADDED_LATER)
+
+    assert dataclasses.replace(STEP, config=Grown()).fingerprint == STEP.fingerprint
+    assert dataclasses.replace(STEP, config=Grown(colour="red")).fingerprint != STEP.fingerprint
 
 
 def test_version_changes_the_fingerprint_of_the_step_and_of_what_reads_it(monkeypatch):
