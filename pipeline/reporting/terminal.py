@@ -78,15 +78,15 @@ class _Running:
         rate, unit = (given, "images") if given is not None else (self.rate, self.unit)
         return "" if rate is None else f"{count(rate) if rate >= 10 else f'{rate:.1f}'} {unit}/s"
 
-    @property
-    def extras(self) -> str:
-        shown = {key: value for key, value in self.fields.items() if key not in {"images_per_s", "eta_s"}}
-        return "  ".join(f"{key} {value:.4g}" for key, value in shown.items())
+    def extras(self, most: int | None = None) -> str:
+        """The other fields by name, the first `most` of them."""
+        shown = [(key, value) for key, value in self.fields.items() if key not in {"images_per_s", "eta_s"}]
+        return "  ".join(f"{key} {value:.4g}" for key, value in shown[:most])
 
     def line(self, now: float) -> str:
         """All of it without colours, for a log."""
         eta = f"ETA {clock(self.eta_s)}" if self.eta_s is not None else ""
-        parts = [self.percent, self.amount, self.speed, self.extras, eta]
+        parts = [self.percent, self.amount, self.speed, self.extras(), eta]
         return f"{self.name}: " + ", ".join(part for part in [*parts, f"elapsed {clock(now - self.began)}"] if part)
 
 
@@ -155,8 +155,8 @@ class ProgressDisplay:
             now = self._now()
             narrow = self._console.width < WIDE
             grid = Table.grid(
-                Column(no_wrap=True, style="bold", max_width=24 if narrow else None),
-                Column(ratio=1, min_width=8),
+                Column(no_wrap=True, style="bold", max_width=19 if narrow else None),
+                Column(ratio=1, min_width=6 if narrow else 8),
                 *(Column(justify="right", no_wrap=True) for _ in range(4)),
                 Column(justify="right", no_wrap=True, style="dim"),
                 padding=(0, 1),
@@ -171,9 +171,9 @@ class ProgressDisplay:
                     animation_time=now,
                 )
                 eta = f"ETA {clock(step.eta_s)}" if step.eta_s is not None else ""
-                amount = step.percent if narrow else step.amount
+                amount, extras = (step.percent, step.extras(2)) if narrow else (step.amount, step.extras())
                 elapsed = "" if narrow and eta else clock(now - step.began)
-                grid.add_row(Text(step.name), bar, amount, step.speed, step.extras, eta, elapsed)
+                grid.add_row(Text(step.name), bar, amount, step.speed, extras, eta, elapsed)
             return grid
 
 
@@ -203,7 +203,7 @@ def closing_table(
 
 
 def _steps_table(steps: Sequence[StepRow]) -> Table:
-    table = _table(["step", "state"], numbers=["time"], rest=["fingerprint"])
+    table = plain_table(["step", "state"], numbers=["time"], rest=["fingerprint"])
     for step in steps:
         name = Text(step.name, style="bold")
         table.add_row(name, _state(step.state), clock(step.seconds), step.fingerprint[:12])
@@ -221,7 +221,7 @@ def _lines(said: Mapping[str, str]) -> RenderableType:
 
 def _scores_table(scores: Sequence[Score]) -> Table:
     encoders = list(dict.fromkeys(score.encoder for score in scores))
-    table = _table(["dataset", "protocol"], numbers=[*encoders, "difference", "seeds"])
+    table = plain_table(["dataset", "protocol"], numbers=[*encoders, "difference", "seeds"])
     for (dataset, protocol), group in pairs(scores).items():
         cells = [_score(group.get(encoder)) for encoder in encoders]
         seeds = max(len(score.values) for score in group.values())
@@ -248,7 +248,7 @@ def plan_table(rows: Sequence[PlanRow]) -> RenderableType:
         "cost": [row.cost or "–" for row in rows],
     }
     numbers = {name: cells for name, cells in known_numbers.items() if set(cells) != {"–"}}
-    table = _table(["step", "plan"], numbers=list(numbers), rest=["fingerprint"])
+    table = plain_table(["step", "plan"], numbers=list(numbers), rest=["fingerprint"])
     for index, row in enumerate(rows):
         cells = [column[index] for column in numbers.values()]
         table.add_row(Text(row.name, style="bold"), _state(row.state), *cells, row.fingerprint[:12])
@@ -260,7 +260,8 @@ def plan_table(rows: Sequence[PlanRow]) -> RenderableType:
     return Group(table, *why, Text(f"\n{len(to_run)} of {len(rows)} steps to run{total}"))
 
 
-def _table(words: Sequence[str], *, numbers: Sequence[str], rest: Sequence[str] = ()) -> Table:
+def plain_table(words: Sequence[str], *, numbers: Sequence[str], rest: Sequence[str] = ()) -> Table:
+    """An empty table of the house's looks; numbers stand to the right."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
     for name in words:
         table.add_column(name, no_wrap=True)

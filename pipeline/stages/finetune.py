@@ -12,6 +12,7 @@ from safetensors.torch import save
 
 from mae_core.config import ViTConfig
 from pipeline.data.order import OrderConfig
+from pipeline.data.substitution import as_facts
 from pipeline.graph.step import Attempt, StageInput, StageResult
 from pipeline.training.checkpoints import open_checkpoint
 from pipeline.training.launch import run_training
@@ -62,8 +63,13 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, StageInput], attempt: 
     trained = run_training(spec, attempt)
     with open_checkpoint(attempt.root, trained.checkpoint_key) as checkpoint:
         weights = {name.removeprefix("model."): value for name, value in checkpoint.weights().items()}
-        history = checkpoint.history()
+        history, substitutions = checkpoint.history(), checkpoint.manifest.substitutions
     attempt.store.write(CLASSIFIER, save(weights))
     attempt.store.write(HISTORY, "".join(json.dumps(row) + "\n" for row in history).encode())
-    facts = {"global_step": trained.global_step, "ids_digest": str(trained.ids_digest), **trained.scores}
+    facts = {
+        "global_step": trained.global_step,
+        "ids_digest": str(trained.ids_digest),
+        **as_facts(substitutions),
+        **trained.scores,
+    }
     return StageResult(facts, files=(CLASSIFIER,))

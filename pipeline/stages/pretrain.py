@@ -21,6 +21,7 @@ from mae_core.patches import denormalise_pixels, normalise_pixels, patchify, unp
 from mae_core.targets import PatchBasis, patch_basis
 from pipeline.data.order import OrderConfig
 from pipeline.data.randomness import mask_noise
+from pipeline.data.substitution import as_facts
 from pipeline.graph.step import Attempt, StageInput, StageResult
 from pipeline.training.checkpoints import open_checkpoint
 from pipeline.training.launch import run_training
@@ -67,7 +68,7 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, StageInput], attempt: 
     trained = run_training(spec, attempt)
     with open_checkpoint(attempt.root, trained.checkpoint_key) as checkpoint:
         weights = {name.removeprefix("model."): value for name, value in checkpoint.weights().items()}
-        history = checkpoint.history()
+        history, substitutions = checkpoint.history(), checkpoint.manifest.substitutions
     files = write_weights(attempt.store, weights, config.model)
     attempt.store.write(HISTORY, "".join(json.dumps(row) + "\n" for row in history).encode())
     if task.basis:
@@ -83,6 +84,7 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, StageInput], attempt: 
             "ids_digest": str(trained.ids_digest),
             "images_seen": trained.global_step * config.recipe.global_batch,
             "dataset_digest": dataset.digest,
+            **as_facts(substitutions),
         },
         files=(*files, RECONSTRUCTIONS),
         notes={"checkpoint": trained.checkpoint_key},
@@ -93,7 +95,9 @@ def _basis(spec: TrainSpec, model: MAEConfig, attempt: Attempt) -> PatchBasis:
     """The components of target `pca`: found once for the step, by whichever attempt comes first, so that none trains on others."""
     if not attempt.root.exists(BASIS):
         alone = World(0, 1, torch.device("cpu"), None)
-        with closing(spec.loader(spec.dataset.open(), "train", alone).evaluation_batches(BASIS_IMAGES)) as batches:
+        with closing(
+            spec.loader(spec.dataset.open(), "train", alone).evaluation_batches(BASIS_IMAGES, unreadable="substitute")
+        ) as batches:
             images = next(batches).images
         pixels = normalise_pixels(images, mean=model.encoder.pixel_mean, std=model.encoder.pixel_std)
         patches = patchify(pixels, model.encoder.patch_size).flatten(0, 1)
@@ -107,7 +111,9 @@ def _panel(
     """uint8 [N, 4, H, W, 3]: held-out images, what the encoder sees of them, and the model's guess before and after."""
     split = "test" if "test" in shards.facts["splits"] else "train"
     alone = World(0, 1, torch.device("cpu"), None)
-    with closing(spec.loader(spec.dataset.open(), split, alone).evaluation_batches(PANEL_IMAGES)) as batches:
+    with closing(
+        spec.loader(spec.dataset.open(), split, alone).evaluation_batches(PANEL_IMAGES, unreadable="substitute")
+    ) as batches:
         batch = next(batches)
     encoder = config.model.encoder
     pixels = normalise_pixels(batch.images, mean=encoder.pixel_mean, std=encoder.pixel_std)

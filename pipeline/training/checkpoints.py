@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pipeline.data.substitution import Substitution
 from pipeline.errors import CheckpointError
 from pipeline.graph.receipts import claims, read_claim
 from pipeline.graph.step import Attempt, generation_key
@@ -59,6 +60,10 @@ class CheckpointManifest:
     """What the position is bound to: dataset digest, order parameters, global batch, seed."""
     ids_digest: int
     """Sum modulo 2**64 of a hash of every (epoch, sample) that reached a device up to here."""
+    ids_count: int | None = None
+    """How many these were; None in checkpoints from before they were counted."""
+    substitutions: tuple[Substitution, ...] = ()
+    """Every sample up to here that another stood in for."""
     parameters: Mapping[str, Sequence[int]]
     """Shape of every trained parameter."""
     world_size: int
@@ -178,6 +183,11 @@ def resume_point(root: Store) -> str:
     return next(_candidates(root, generation, ""), str(read_claim(root, generation)["continues"]))
 
 
+def committed(root: Store) -> Iterator[str]:
+    """Keys of the checkpoints on the committed line of a training step, newest first."""
+    return _candidates(root, max(claims(root), default=0), "")
+
+
 def newest(attempt: Attempt) -> Checkpoint | None:
     """The newest valid checkpoint that this generation may start from; None: there is none, start from the first step."""
     refused: list[str] = []
@@ -213,6 +223,7 @@ def read_manifest(root: Store, key: str) -> CheckpointManifest:
     try:
         body = json.loads(root.read(f"{key}/{MANIFEST}"))
         body["files"] = tuple(CheckpointFile(**file) for file in body["files"])
+        body["substitutions"] = tuple(Substitution(*row) for row in body.get("substitutions", ()))
         manifest = CheckpointManifest(**body)
     except MissingObject as cause:
         raise CheckpointError(f"{root.uri}/{key}/{MANIFEST} is missing: this checkpoint was never committed") from cause

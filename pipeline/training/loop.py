@@ -6,6 +6,7 @@ consumed. Units: learning rates absolute, times in seconds.
 Errors: what goes wrong on one worker is agreed by all at a step boundary, so that nobody is left waiting in a collective."""
 
 import json
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -18,17 +19,21 @@ from torch import Tensor
 
 from pipeline.data.loader import Batch, Loader
 from pipeline.data.order import ids_digest, plain_slice, steps_total
+from pipeline.data.substitution import Substitution, check_limit
 from pipeline.errors import Fenced, PipelineError
 from pipeline.graph.step import Attempt, generation_key
 from pipeline.tracking import Tracker
 from pipeline.training import checkpoints
 from pipeline.training.checkpoints import Checkpoint, CheckpointManifest
+from pipeline.training.data_meter import DATA_METRICS, DataMeter
 from pipeline.training.engine import Engine, EngineSettings, MicroBatch
 from pipeline.training.spec import TrainSpec
 from pipeline.training.world import ELSEWHERE, World
 
 StopReason = Literal["", "asked", "fenced"]
 EVALUATION_BATCH = 256
+
+log = logging.getLogger(__name__)
 
 
 class Supervisor(Protocol):
@@ -57,10 +62,12 @@ class Trained:
 
 @dataclass
 class _Position:
-    """Where training stands. `digest` is this rank's part since the checkpoint (rank 0: and what that one held)."""
+    """Where training stands. `digest` and `count` are this rank's part since the checkpoint (rank 0: and what that one held)."""
 
     global_step: int = 0
     digest: int = 0
+    count: int = 0
+    substitutions: list[Substitution] = field(default_factory=list)  # of all ranks, on every one
     loss: float = math.nan
     saved_at: int = -1
     saved_key: str = ""
@@ -71,6 +78,7 @@ def train(spec: TrainSpec, attempt: Attempt, *, world: World, tracker: Tracker, 
     """Trains the task to its end, or until asked to stop; starts from the newest checkpoint there is."""
     with world.together():
         loader = spec.loader(spec.dataset.open(), "train", world)
+        _warn_of_small_cache(loader, world)
     engine, position = _start(spec, attempt, world, loader)
     with closing(engine):
         return _run(spec, attempt, world, tracker, supervisor, loader, engine, position)
@@ -93,18 +101,20 @@ def _run(
     with closing(loader.from_step(position.global_step, total_steps)) as batches:
         while position.global_step < total_steps:
             batch, problem = _next(batches)
-            stopped = _agree(world, supervisor, problem)
+            stopped, substituted = _agree(world, supervisor, problem, batch)
             if stopped or batch is None:
                 break
+            if substituted:
+                _note(world, loader, position, batch)
             lr = spec.recipe.learning_rate(position.global_step, loader.order.samples_per_epoch)
             grad_norm = _step(spec, engine, world, batch, position, lr)
-            if world.is_first and _due(position.global_step, spec.placement.log_every_steps, total_steps):
-                row = meter.row(position, lr, grad_norm)
-                position.history.append(row)
-                tracker.log(position.global_step, {name: row[key] for key, name in _METRICS.items()})
-                shown = {key: row[key] for key in ("loss", "images_per_s")}
-                images = total_steps * spec.recipe.global_batch
-                attempt.progress.update(int(row["images"]), images, unit="images", **shown)
+            if _due(position.global_step, spec.placement.log_every_steps, total_steps):
+                row = meter.row(world, position, lr, grad_norm)
+                if world.is_first:
+                    position.history.append(row)
+                    tracker.log(position.global_step, {_METRICS[key]: row[key] for key in row if key in _METRICS})
+                    images = total_steps * spec.recipe.global_batch
+                    attempt.progress.update(int(row["images"]), images, unit="images", **_shown(row))
             if position.global_step % spec.placement.checkpoint_every_steps == 0:
                 _save(spec, attempt, engine, world, loader, position)
     if stopped == "fenced":
@@ -130,9 +140,15 @@ _METRICS = {
     "epoch": "train/epoch",
     "images": "train/images_seen",
     "images_per_s": "throughput/images_per_s",
-    "data_wait": "throughput/data_wait_share",
+    **DATA_METRICS,
 }
 """Names in the history and in MLflow."""
+
+
+def _shown(row: Mapping[str, float]) -> dict[str, float]:
+    """What of a row stands in the progress line."""
+    stand_ins = {"stand-ins": row["substitutions"]} if row["substitutions"] else {}
+    return {"loss": row["loss"], **stand_ins, "wait": round(row["data_wait"], 2), "images_per_s": row["images_per_s"]}
 
 
 def _start(spec: TrainSpec, attempt: Attempt, world: World, loader: Loader) -> tuple[Engine, _Position]:
@@ -152,11 +168,18 @@ def _start(spec: TrainSpec, attempt: Attempt, world: World, loader: Loader) -> t
     return engine, _Position(
         global_step=checkpoint.manifest.global_step,
         digest=checkpoint.manifest.ids_digest if world.is_first else 0,
+        count=_counted(checkpoint.manifest, spec.recipe.global_batch) if world.is_first else 0,
+        substitutions=list(checkpoint.manifest.substitutions),
         loss=history[-1]["loss"] if history else math.nan,
         saved_at=checkpoint.manifest.global_step,
         saved_key=checkpoint.key,
         history=history,
     )
+
+
+def _counted(manifest: CheckpointManifest, global_batch: int) -> int:
+    """Ids that reached a device; those that nobody counted are taken for what they must have been."""
+    return manifest.global_step * global_batch if manifest.ids_count is None else manifest.ids_count
 
 
 @contextmanager
@@ -195,15 +218,25 @@ def _next(batches: Iterator[Batch]) -> tuple[Batch | None, PipelineError | None]
         return None, error
 
 
-def _agree(world: World, supervisor: Supervisor, problem: PipelineError | None) -> StopReason:
-    """One reason to stop for all: a worker's failure, or what the supervisor tells rank 0."""
+def _agree(
+    world: World, supervisor: Supervisor, problem: PipelineError | None, batch: Batch | None
+) -> tuple[StopReason, int]:
+    """One reason to stop for all: a worker's failure, or what the supervisor tells rank 0. And all ranks' substitutions."""
     reason = supervisor.should_stop() if world.is_first else ""
-    failed, asked, fenced = world.total([problem is not None, reason == "asked", reason == "fenced"])
+    substituted = len(batch.substitutions) if batch else 0
+    flags = world.total([problem is not None, reason == "asked", reason == "fenced", substituted])
+    failed, asked, fenced, substitutions = flags
     if problem:
         raise problem
     if failed:
         raise PipelineError(ELSEWHERE)
-    return "fenced" if fenced else "asked" if asked else ""
+    return "fenced" if fenced else "asked" if asked else "", int(substitutions)
+
+
+def _note(world: World, loader: Loader, position: _Position, batch: Batch) -> None:
+    """Writes down what stood in for what, on every rank; DataError on all when it has happened too often."""
+    position.substitutions += [one for of_rank in world.all_of(batch.substitutions) for one in of_rank]
+    check_limit(position.substitutions, loader.order.samples_per_epoch, loader.selection.manifest.root.uri)
 
 
 def _step(spec: TrainSpec, engine: Engine, world: World, batch: Batch, position: _Position, lr: float) -> float:
@@ -213,6 +246,7 @@ def _step(spec: TrainSpec, engine: Engine, world: World, batch: Batch, position:
     position.loss = world.total([local_sum])[0] / spec.recipe.global_batch
     position.global_step += 1
     position.digest = (position.digest + ids_digest(batch.epochs.numpy(), batch.sample_ids.numpy())) % 2**64
+    position.count += len(batch.sample_ids)
     if not math.isfinite(position.loss):
         raise PipelineError(
             f"the loss is {position.loss} at step {position.global_step} (learning rate {lr:.3g}): lower base_lr or "
@@ -248,20 +282,21 @@ def _save(spec: TrainSpec, attempt: Attempt, engine: Engine, world: World, loade
     store = attempt.store
     with world.together():
         mine = checkpoints.write_fragments(store, folder, engine.fragments(), rank=world.rank, world_size=world.size)
-    files = world.all_of(mine)
-    digest = world.total_modulo_2_64(position.digest)
+    files, digests, counts = zip(*world.all_of((mine, position.digest, position.count)), strict=True)
     with world.together():
         if world.is_first:
-            files.append(checkpoints.write_history(store, folder, position.history))
+            history = checkpoints.write_history(store, folder, position.history)
             manifest = CheckpointManifest(
                 global_step=position.global_step,
                 optimizer_steps=engine.optimizer_steps,
                 cursor=json.loads(json.dumps(spec.cursor(loader.order))),
-                ids_digest=digest,
+                ids_digest=sum(digests) % 2**64,
+                ids_count=sum(counts),
+                substitutions=tuple(position.substitutions),
                 parameters=engine.shapes(),
                 world_size=world.size,
                 zero_stage=engine.settings.zero_stage,
-                files=tuple(files),
+                files=(*files, history),
             )
             checkpoints.commit(store, folder, manifest)
             checkpoints.prune(store, keep=spec.placement.keep_checkpoints)
@@ -294,26 +329,48 @@ def _due(global_step: int, every: int, total_steps: int) -> bool:
     return global_step % every == 0 or global_step == total_steps
 
 
+def _warn_of_small_cache(loader: Loader, world: World) -> None:
+    """A cache that cannot hold what is read at once fetches the same shards again and again: better known before than billed."""
+    needed, there = loader.bytes_at_once(world.local_size), loader.cache.max_bytes
+    if world.is_first and needed > there:
+        log.warning(
+            "%s: about %.1f GiB of shards are read at once on each node, resources.cache_max_bytes allows %.1f GiB: shards will be "
+            "fetched more than once an epoch. Raise it, or use more nodes, or smaller shards",
+            loader.cache.store.uri,
+            needed / 2**30,
+            there / 2**30,
+        )
+
+
 class _Meter:
-    """Images a second and the share of time spent waiting for data, between two rows of the history."""
+    """Images a second, and how the data came, between two rows of the history."""
 
     def __init__(self, loader: Loader, global_step: int, global_batch: int) -> None:
-        self.loader, self.step, self.global_batch = loader, global_step, global_batch
-        self.time, self.wait = time.monotonic(), loader.wait_seconds
+        self.step, self.global_batch, self.samples = global_step, global_batch, loader.order.samples_per_epoch
+        self.data = DataMeter(loader)
+        self.time = time.monotonic()
 
-    def row(self, position: _Position, lr: float, grad_norm: float) -> dict[str, float]:
-        now, wait = time.monotonic(), self.loader.wait_seconds
-        elapsed = max(now - self.time, 1e-9)
+    def row(self, world: World, position: _Position, lr: float, grad_norm: float) -> dict[str, float]:
+        """What to log at this step; all ranks ask for it, since the data's numbers are sums over them."""
+        now = time.monotonic()
+        elapsed, steps = max(now - self.time, 1e-9), position.global_step - self.step
         images = position.global_step * self.global_batch
-        row = {
+        data = self.data.row(
+            world,
+            elapsed=elapsed,
+            steps=steps,
+            images=images,
+            images_here=steps * self.global_batch,
+            substitutions=position.substitutions,
+        )
+        self.step, self.time = position.global_step, now
+        return {
             "step": position.global_step,
             "images": images,
-            "epoch": images / self.loader.order.samples_per_epoch,
+            "epoch": images / self.samples,
             "loss": position.loss,
             "lr": lr,
             "grad_norm": grad_norm,
-            "images_per_s": (position.global_step - self.step) * self.global_batch / elapsed,
-            "data_wait": (wait - self.wait) / elapsed,
+            "images_per_s": steps * self.global_batch / elapsed,
+            **data,
         }
-        self.step, self.time, self.wait = position.global_step, now, wait
-        return row

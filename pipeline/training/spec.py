@@ -37,8 +37,10 @@ class DatasetAddress:
 
 
 def dataset_address(shards: StageInput) -> DatasetAddress:
-    """Where a finished shard step left its dataset."""
-    return DatasetAddress(manifest_uri=shards.store.uri, root_uri=shards.root_uri, digest=str(shards.facts["digest"]))
+    """Where a finished shard step left its dataset; a join's shards lie in the steps of its parts, beside its own."""
+    joined = shards.facts.get("keys_from") == "store"
+    root_uri = shards.root_uri.rpartition("/")[0] if joined else shards.root_uri
+    return DatasetAddress(manifest_uri=shards.store.uri, root_uri=root_uri, digest=str(shards.facts["digest"]))
 
 
 def unsuited(shards: StageInput) -> str:
@@ -197,4 +199,5 @@ class TrainSpec:
             cache=self.placement.cache(self.dataset),
             decode_threads=self.placement.decode_threads,
             pin_memory=world.device.type == "cuda",
+            fetch_bytes=self.placement.cache_max_bytes // world.local_size,
         )

@@ -28,6 +28,8 @@ class World:
     size: int
     device: torch.device
     group: Any
+    local_size: int = 1
+    """Workers on this worker's node: they share its disk."""
 
     @property
     def is_first(self) -> bool:
@@ -89,4 +91,5 @@ def enter_world() -> World:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
-    return World(dist.get_rank(), dist.get_world_size(), device, group)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return World(dist.get_rank(), dist.get_world_size(), device, group, local_size)

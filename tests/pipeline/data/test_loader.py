@@ -1,7 +1,12 @@
 """Real tars and a real manifest; every batch is a function of step, rank and world size alone."""
 
 import io
+import logging
+import multiprocessing
+import re
 import threading
+import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +19,13 @@ from PIL import Image
 
 from pipeline.data.cache import ShardCache
 from pipeline.data.images import AugmentConfig, decode
-from pipeline.data.loader import Loader
+from pipeline.data.loader import Batch, Loader
 from pipeline.data.manifest import Manifest, write_manifest
 from pipeline.data.order import OrderConfig, SampleOrder, ids_digest, steps_total
 from pipeline.data.selection import Selection, balanced_sequence
 from pipeline.data.shards import IntakePolicy, plan_shards, read_samples, write_shard
 from pipeline.errors import ConfigError, DataError
-from pipeline.storage import FileStore
+from pipeline.storage import FileStore, S3Store
 
 SIZE = (24, 24)
 CLASSES = 3
@@ -34,17 +39,17 @@ class DistantStore(FileStore):
         return None
 
 
-def make_dataset(folder: Path, *, label=lambda i: i % CLASSES) -> Manifest:
-    """40 training pictures in 5 shards and 7 test pictures; picture i has colour i in its corner."""
+def make_dataset(folder: Path, *, label=lambda i: i % CLASSES, train=40, shards=5) -> Manifest:
+    """40 training pictures in 5 shards and 7 test pictures; picture i is noise of seed i."""
     source, root = FileStore(folder / "source"), FileStore(folder / "root")
     rows: dict[str, list[Any]] = {name: [] for name in ("sample_id", "path", "size", "label", "split")}
-    for i in range(47):
+    for i in range(train + 7):
         pixels = np.random.default_rng(i).integers(0, 255, (5, 7, 3)).astype(np.uint8)
         picture = Image.fromarray(pixels).resize((40 + i % 5, 36), Image.Resampling.BICUBIC)
         buffer = io.BytesIO()
         picture.save(buffer, "JPEG", quality=90)
         source.write(f"{i:03d}.jpg", buffer.getvalue())
-        split = "train" if i < 40 else "test"
+        split = "train" if i < train else "test"
         for name, value in zip(rows, (i, f"{i:03d}.jpg", len(buffer.getvalue()), label(i), split), strict=True):
             rows[name].append(value)
     types = {
@@ -56,9 +61,9 @@ def make_dataset(folder: Path, *, label=lambda i: i % CLASSES) -> Manifest:
     }
     snapshot = pa.table(rows, schema=pa.schema(types.items()))
     policy = IntakePolicy()
-    plans = plan_shards(snapshot, seed=0, shard_max_bytes=10**6, min_shards=5, policy=policy)
+    plans = plan_shards(snapshot, seed=0, shard_max_bytes=10**6, min_shards=shards, policy=policy)
     written = [write_shard(plan, source=source.uri, root_uri=root.uri, policy=policy) for plan in plans]
-    shards = [
+    rows_of_shards = [
         {
             "shard": w.shard,
             "key": w.key,
@@ -74,9 +79,9 @@ def make_dataset(folder: Path, *, label=lambda i: i % CLASSES) -> Manifest:
     write_manifest(
         root.at("g0001"),
         samples=(read_samples(root, row) for row in written),
-        shards=pa.Table.from_pylist(shards),
+        shards=pa.Table.from_pylist(rows_of_shards),
         quarantine=none,
-        listed={"train": 40, "test": 7},
+        listed={"train": train, "test": 7},
         classes=["a", "b", "c"],
         policy={},
     )
@@ -107,22 +112,39 @@ def loader(manifest, selection=None, *, store=None, directory=Path("/nonexistent
 
 
 def joined(batches):
-    return tuple(torch.cat(tensors).numpy() for tensors in zip(*batches, strict=True))
+    return tuple(torch.cat(tensors).numpy() for tensors in zip(*(batch[:4] for batch in batches), strict=True))
 
 
 def assert_equal_batches(found, expected):
     found, expected = list(found), list(expected)
     assert len(found) == len(expected)
     for a, b in zip(found, expected, strict=True):
-        for x, y in zip(a, b, strict=True):
+        for x, y in zip(a[:4], b[:4], strict=True):
             assert torch.equal(x, y)
+        assert a.substitutions == b.substitutions
+
+
+def across(parts):
+    """The ranks' parts of one step as one batch."""
+    tensors = (torch.cat(of_ranks) for of_ranks in zip(*(part[:4] for part in parts), strict=True))
+    return Batch(*tensors, tuple(one for part in parts for one in part.substitutions))
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 def test_any_world_size_reads_the_same_global_batches(manifest, world_size):
     whole = loader(manifest).from_step(0, 8)  # 96 of 40 samples an epoch: straddles twice
     ranks = [loader(manifest, rank=r, world_size=world_size).from_step(0, 8) for r in range(world_size)]
-    assert_equal_batches((tuple(map(torch.cat, zip(*parts, strict=True))) for parts in zip(*ranks, strict=True)), whole)
+    assert_equal_batches((across(parts) for parts in zip(*ranks, strict=True)), whole)
+
+
+def test_ranks_may_come_and_go_inside_an_epoch(manifest):
+    """An epoch has 3 1/3 steps; 1, 5, 2, 3 and 7 ranks, new at every step, make the batches of one that stays."""
+    expected = list(loader(manifest).from_step(0, 5))
+    found = []
+    for step, world_size in enumerate((1, 5, 2, 3, 7)):
+        ranks = [loader(manifest, rank=r, world_size=world_size).from_step(step, step + 1) for r in range(world_size)]
+        found.append(across([next(batches) for batches in ranks]))
+    assert_equal_batches(found, expected)
 
 
 def test_threads_and_prefetch_change_nothing(manifest):
@@ -223,15 +245,105 @@ def cut_short(data, row):
     return data[: row["offset"] + row["length"] - 1]
 
 
-@pytest.mark.parametrize(("change", "words"), [(flip_bit, "CRC-32 is"), (cut_short, r"ends after \d+ of its bytes")])
-def test_damaged_bytes_stop_the_run_and_are_named(tmp_path, change, words):
+def not_a_picture(data, row):
+    data[row["offset"] : row["offset"] + row["length"]] = bytes(row["length"])
+    return data
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "words"),
+    [(flip_bit, "crc32", "CRC-32 is"), (cut_short, "truncated", r"ends after \d+ of its bytes")],
+)
+def test_damaged_bytes_are_substituted_and_reported(tmp_path, manifest, caplog, change, reason, words):
+    """In two epochs: the same as undisturbed but for one picture, in whose place is another of its shard, whole."""
+    damaged = make_dataset(tmp_path)
+    row, key = damage(damaged, change)
+    steps = steps_total(40, 12, 2)
+    healthy = list(loader(manifest).from_step(0, steps))
+    found = list(loader(damaged, decode_threads=3).from_step(0, steps))
+    made = [one for batch in found for one in batch.substitutions]
+    assert [(one.sample_id, one.epoch, one.reason, one.source) for one in made] == [
+        (row["sample_id"], epoch, reason, row["source"]) for epoch in (0, 1)
+    ]
+    shard_mates = damaged.samples(row["shard"]).column("sample_id").to_pylist()
+    stand_ins = {one.epoch: one.substitute_id for one in made}
+    assert set(stand_ins.values()) <= set(shard_mates) - {row["sample_id"]}
+    for step, (batch, expected) in enumerate(zip(found, healthy, strict=True)):
+        gone = expected.sample_ids == row["sample_id"]
+        assert [one.step for one in batch.substitutions] == [step] * int(gone.sum())
+        for tensor, as_before in zip(batch[:4], expected[:4], strict=True):
+            assert torch.equal(tensor[~gone], as_before[~gone])
+        for image, label, id_, epoch in zip(*(tensor[gone] for tensor in batch[:4]), strict=True):
+            assert id_ == stand_ins[int(epoch)]
+            assert label == id_ % CLASSES
+            # its own crop, as it is cut where the order itself asks for it
+            twin = next(b.images[(b.sample_ids == id_) & (b.epochs == epoch)][0] for b in healthy if
+                        ((b.sample_ids == id_) & (b.epochs == epoch)).any())  # fmt: skip
+            assert torch.equal(image, twin)
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == 1  # not once an epoch
+    for part in (key, f"id {row['sample_id']}", row["key"], row["source"], "shard the source again"):
+        assert part in warnings[0]
+    assert re.search(words, warnings[0])
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_substitutions_are_the_same_at_any_world_size_and_after_a_restart(tmp_path, world_size):
+    damaged = make_dataset(tmp_path)
+    damage(damaged, flip_bit)
+    whole = list(loader(damaged).from_step(0, 8))
+    assert sum(len(batch.substitutions) for batch in whole) >= 2
+    ranks = [loader(damaged, rank=r, world_size=world_size).from_step(3, 8) for r in range(world_size)]
+    assert_equal_batches((across(parts) for parts in zip(*ranks, strict=True)), whole[3:])
+
+
+def forged(selection, row):
+    """The selection, whose row of one sample has the CRC-32 of what now lies there: damage from before it was written down."""
+    path = selection.manifest.root.local_path(next(s.key for s in selection.shards if s.shard == row["shard"]))
+    crc32 = zlib.crc32(path.read_bytes()[row["offset"] : row["offset"] + row["length"]])
+    plain = selection.rows
+
+    def rows(shard):
+        read = plain(shard)
+        return read._replace(crc32s=np.where(read.sample_ids == row["sample_id"], crc32, read.crc32s))
+
+    selection.rows = rows
+    return selection
+
+
+def test_what_does_not_decode_is_substituted_and_the_image_named(tmp_path, caplog):
+    manifest = make_dataset(tmp_path)
+    row, _ = damage(manifest, not_a_picture)
+    selection = forged(Selection.all(manifest, "train"), row)
+    made = [one for batch in loader(manifest, selection).from_step(0, 4) for one in batch.substitutions]
+    assert [(one.sample_id, one.reason) for one in made] == [(row["sample_id"], "undecodable")]
+    assert "Remove it from the source" in caplog.text
+    with pytest.raises(DataError, match=f"id {row['sample_id']}, from {row['source']}.*does not decode"):
+        list(loader(manifest, selection).evaluation_batches(8))
+
+
+@pytest.mark.parametrize("change", [flip_bit, cut_short])
+def test_in_evaluation_damaged_bytes_stop_and_are_named(tmp_path, change):
     manifest = make_dataset(tmp_path)
     row, key = damage(manifest, change)
-    with pytest.raises(DataError, match=words) as caught:
-        list(loader(manifest, decode_threads=3).from_step(0, 4))
+    with pytest.raises(DataError) as caught:
+        list(loader(manifest, decode_threads=3).evaluation_batches(8))
     for part in (key, f"id {row['sample_id']}", row["key"], row["source"], "shard the source again"):
         assert part in str(caught.value)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith(("decode", "fetch"))]
+    # pictures to look at are another matter
+    shown = list(loader(manifest).evaluation_batches(8, unreadable="substitute"))
+    assert [one.sample_id for batch in shown for one in batch.substitutions] == [row["sample_id"]]
+
+
+def test_a_shard_of_which_nothing_is_left_stops_the_run(tmp_path):
+    manifest = make_dataset(tmp_path)
+    shard = Selection.all(manifest, "train").shards[0]
+    path = manifest.root.local_path(shard.key)
+    path.chmod(0o644)
+    path.write_bytes(bytes(shard.bytes))
+    with pytest.raises(DataError, match=rf"{shard.key}.*CRC-32.*No sample of its shard.*7 others were tried"):
+        list(loader(manifest).from_step(0, 4))
 
 
 def test_a_missing_shard_stops_the_run(tmp_path):
@@ -242,13 +354,13 @@ def test_a_missing_shard_stops_the_run(tmp_path):
         list(loader(manifest).from_step(0, 4))
 
 
-def test_the_batches_before_the_damage_are_still_delivered(tmp_path):
-    """Prefetched failures wait for their turn: what a run sees before it stops does not depend on timing."""
+def test_the_batches_before_a_failure_are_still_delivered(tmp_path):
+    """Prefetched failures wait for their turn: what is seen before the stop does not depend on timing."""
     manifest = make_dataset(tmp_path)
     row, _ = damage(manifest, flip_bit)
-    healthy = list(loader(make_dataset(tmp_path / "again")).from_step(0, 4))
+    healthy = list(loader(make_dataset(tmp_path / "again")).evaluation_batches(6))
     at = next(step for step, batch in enumerate(healthy) if row["sample_id"] in batch.sample_ids)
-    batches, seen = loader(manifest, prefetch_batches=4).from_step(0, 4), []
+    batches, seen = loader(manifest, prefetch_batches=4).evaluation_batches(6), []
     with pytest.raises(DataError):
         seen.extend(batches)
     assert_equal_batches(seen, healthy[:at])
@@ -271,19 +383,44 @@ def test_a_distant_store_is_read_through_the_cache(manifest, tmp_path):
     expected = list(loader(manifest).from_step(0, 8))
     distant = loader(manifest, store=store, directory=tmp_path, decode_threads=2)
     assert_equal_batches(distant.from_step(0, 8), expected)
-    assert distant.cache.downloads == len(Selection.all(manifest, "train").shards) == 5
+    assert distant.cache.counts.downloads == len(Selection.all(manifest, "train").shards) == 5
     assert distant.wait_seconds > 0
 
 
-def test_a_damaged_cached_copy_is_named_dropped_and_fetched_again(manifest, tmp_path):
-    store = DistantStore(manifest.root.root)
-    expected = list(loader(manifest, store=store, directory=tmp_path).from_step(0, 4))
+@pytest.mark.parametrize("kind", ["training", "evaluation"])
+def test_a_damaged_cached_copy_is_fetched_again(manifest, tmp_path, caplog, kind):
+    """Not one sample is lost to a disk that garbled a copy, and four threads that see it fetch it once."""
+
+    def read():
+        made = loader(manifest, store=DistantStore(manifest.root.root), directory=tmp_path, decode_threads=4)
+        return made, list(made.from_step(0, 4) if kind == "training" else made.evaluation_batches(12))
+
+    _, expected = read()
     shard = Selection.all(manifest, "train").shards[1]
     copy = tmp_path / f"{shard.sha256}.tar"
     copy.write_bytes(bytes(len(copy.read_bytes())))
-    with pytest.raises(DataError, match=rf"{shard.sha256}\.tar was damaged on this node and is now deleted"):
-        list(loader(manifest, store=store, directory=tmp_path).from_step(0, 4))
-    assert_equal_batches(loader(manifest, store=store, directory=tmp_path).from_step(0, 4), expected)
+    again, found = read()
+    assert_equal_batches(found, expected)
+    assert (again.cache.counts.downloads, again.cache.counts.repairs) == (1, 1)
+    assert f"{copy} of {manifest.root.uri}/{shard.key} was damaged on this disk" in caplog.text
+
+
+def test_a_shard_that_is_what_was_written_is_not_fetched_twice_for_a_wrong_row(tmp_path):
+    """The row says another CRC-32 than the shard of its SHA-256 holds: fetching it again would not help."""
+    manifest = make_dataset(tmp_path / "data")
+    row = manifest.samples(Selection.all(manifest, "train").shards[2].shard).to_pylist()[0]
+    selection = Selection.all(manifest, "train")
+    plain = selection.rows
+
+    def rows(shard):
+        read = plain(shard)
+        return read._replace(crc32s=read.crc32s ^ (read.sample_ids == row["sample_id"]))
+
+    selection.rows = rows
+    read = loader(manifest, selection, store=DistantStore(manifest.root.root), directory=tmp_path / "cache")
+    made = [one for batch in read.from_step(0, 4) for one in batch.substitutions]
+    assert [(one.sample_id, one.reason) for one in made] == [(row["sample_id"], "crc32")]
+    assert (read.cache.counts.downloads, read.cache.counts.repairs) == (5, 0)
 
 
 def test_a_cache_smaller_than_the_data_still_reads_all(manifest, tmp_path):
@@ -291,7 +428,105 @@ def test_a_cache_smaller_than_the_data_still_reads_all(manifest, tmp_path):
     small = loader(manifest, store=DistantStore(manifest.root.root), directory=tmp_path, decode_threads=2)
     small.cache.max_bytes = 2 * max(shard.bytes for shard in shards)
     assert_equal_batches(small.from_step(0, 5), loader(manifest).from_step(0, 5))
-    assert small.cache.downloads > 5
+    assert small.cache.counts.downloads > 5
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """240 training pictures in 24 shards of 10 and a little."""
+    return make_dataset(tmp_path_factory.mktemp("many"), train=240, shards=24)
+
+
+def room_for(manifest, count):
+    """Bytes that hold any `count` shards."""
+    return count * max(shard.bytes for shard in Selection.all(manifest, "train").shards)
+
+
+def test_fetching_ahead_does_not_throw_out_what_is_needed_before(many, tmp_path):
+    """Room for 14 of 24 shards, of which 4 lanes of 2 read 12 in turns, and 32 batches ahead are more than an epoch. 39 fetches in
+    two epochs; 68 if all that is ahead were fetched as soon as it is known, whatever it throws out."""
+    order = OrderConfig(seed=5, lanes=4, window_shards=2)
+    distant = loader(many, store=DistantStore(many.root.root), directory=tmp_path, decode_threads=2)
+    distant.cache.max_bytes = distant.fetch_bytes = room_for(many, 14)
+    assert order.lanes * (order.window_shards + 1) == 12
+    assert distant.bytes_at_once(1) <= room_for(many, 12)
+    found = []
+    for batch in distant.from_step(0, 40):  # two epochs
+        found.append(batch)
+        time.sleep(0.01)  # a training step
+    assert_equal_batches(found, loader(many).from_step(0, 40))
+    counts = distant.cache.counts
+    assert 24 < counts.downloads <= 1.1 * 24 * 2
+    assert counts.evictions >= counts.downloads - 14
+    assert counts.hits + counts.misses == 40 * 12
+    assert counts.hits / (40 * 12) > 0.5  # where nothing is waited for between batches
+
+
+def test_what_a_node_reads_at_once_is_its_ranks_lanes(many, tmp_path):
+    """4 lanes of 2 shards and one more each; of 8 ranks, two on a node read one lane and the edge of another."""
+    distant = DistantStore(many.root.root)
+    mean = sum(shard.bytes for shard in Selection.all(many, "train").shards) // 24
+    alone = loader(many, store=distant, directory=tmp_path)
+    assert alone.bytes_at_once(1) == 12 * mean
+    eighth = loader(many, store=distant, directory=tmp_path, rank=3, world_size=8)
+    assert eighth.bytes_at_once(2) == 6 * mean
+    assert loader(many).bytes_at_once(1) == 0  # they lie here
+
+
+def test_shards_are_on_the_disk_before_they_are_asked_for(many, tmp_path):
+    """While one batch is looked at, the shards of the next 32 come, and no later read waits for the store."""
+    distant = loader(many, store=DistantStore(many.root.root), directory=tmp_path)
+    batches = distant.from_step(0, 30)
+    next(batches)
+    deadline = time.monotonic() + 60
+    while distant.cache.counts.downloads < 24:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    waited_for = distant.cache.counts.misses
+    assert waited_for < 24
+    assert len(list(batches)) == 29
+    assert distant.cache.counts.misses == waited_for
+    assert distant.cache.counts.downloads == 24
+
+
+def read_epochs(folder, store, directory, rank, max_bytes, in_step):
+    """One of three ranks on a node, in step with the others."""
+    root = FileStore(folder)
+    manifest = Manifest.open(root.at("g0001"), root)
+    ours = loader(manifest, rank=rank, world_size=3, store=store, directory=directory, fetch_bytes=max_bytes // 3)
+    ours.cache.max_bytes = max_bytes
+    seen = 0
+    for batch in ours.from_step(0, 40):
+        seen += len(batch.images)
+        in_step.wait(60)
+    assert seen == 160
+
+
+@pytest.mark.parametrize("room", [14, 100])
+def test_three_ranks_on_a_node_get_each_shard_from_s3_once_an_epoch(many, s3_bucket, tmp_path, caplog, room):
+    """GET requests that reached the server, over two epochs: 1.0 an epoch with room for all shards, in the first one alone."""
+    store = S3Store(s3_bucket, "root")
+    shards = Selection.all(many, "train").shards
+    for shard in shards:
+        store.upload(shard.key, many.root.local_path(shard.key))
+    caplog.set_level(logging.INFO, logger="werkzeug")
+    context = multiprocessing.get_context("spawn")
+    in_step = context.Barrier(3)
+    arguments = (many.root.root, store, tmp_path / "cache")
+    ranks = [
+        context.Process(target=read_epochs, args=(*arguments, rank, room_for(many, room), in_step)) for rank in range(3)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0, 0, 0]
+    of_shards = [found[1] for record in caplog.records if (found := re.search(r"GET (/\S+\.tar)", record.getMessage()))]
+    assert len(set(of_shards)) == len(shards) == 24
+    if room == 100:
+        assert len(of_shards) == 24
+    else:
+        assert 24 < len(of_shards) <= 1.1 * 24 * 2
 
 
 # A few labels

@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.order import OrderConfig, SampleOrder, ids_digest, plain_slice, plain_slots, steps_total
 from pipeline.errors import ConfigError, DataError
 
-counts_lists = st.lists(st.sampled_from([0, 0, 1, 1, 2, 7, 30]), min_size=1, max_size=12).filter(any)
+counts_lists = st.lists(st.sampled_from([0, 0, 1, 1, 2, 7, 30, 400]), min_size=1, max_size=12).filter(any)
 configs = st.builds(
     OrderConfig,
     seed=st.integers(-5, 5),
@@ -29,7 +29,7 @@ def test_an_epoch_has_each_sample_once(counts, config, epoch):
     assert sorted(pairs(slots)) == [(epoch, shard, k) for shard, count in enumerate(counts) for k in range(count)]
 
 
-@given(counts_lists, configs, st.integers(1, 70), st.integers(0, 6), st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8]))
+@given(counts_lists, configs, st.integers(1, 70), st.integers(0, 6), st.integers(1, 64))
 def test_any_world_size_sees_the_same_batch(counts, config, batch, step, world_size):
     """Batches larger than an epoch are among these, and epochs smaller than the number of lanes."""
     order = SampleOrder(counts, config)
@@ -40,6 +40,32 @@ def test_any_world_size_sees_the_same_batch(counts, config, batch, step, world_s
     assert max(sizes) - min(sizes) <= 1
     assert sorted(whole.positions) == list(range(step * batch, (step + 1) * batch))
     assert (np.diff(whole.lanes) >= 0).all()
+
+
+@settings(max_examples=30)
+@given(counts_lists, configs, st.integers(1, 70), st.lists(st.integers(1, 64), min_size=8, max_size=8))
+def test_workers_may_come_and_go_inside_an_epoch(counts, config, batch, world_sizes):
+    """Another world size at every step, none of whose ranks knows what the ones before did: the same ids, each once."""
+    whole = SampleOrder(counts, config)
+    seen = []
+    for step, world_size in enumerate(world_sizes):
+        newcomer = SampleOrder(counts, config)
+        for rank in range(world_size):
+            seen += pairs(newcomer.rank_slice(step, batch, rank, world_size))
+    assert seen == [pair for step in range(len(world_sizes)) for pair in pairs(whole.global_batch(step, batch))]
+    assert len(seen) == len(set(seen)) == batch * len(world_sizes)
+
+
+def test_every_world_size_from_1_to_64_on_shards_of_all_sizes():
+    """Empty shards, shards of one and of thousands, beside each other; a batch that no number of ranks divides."""
+    counts = [0, 1, 5000, 1, 0, 37, 1200, 1, 1, 2048, 0, 3]
+    order = SampleOrder(counts, OrderConfig(seed=9))
+    for step in (0, 3, 8):  # the last one straddles two epochs
+        whole = pairs(order.global_batch(step, 1009))
+        for world_size in range(1, 65):
+            slices = [pairs(order.rank_slice(step, 1009, rank, world_size)) for rank in range(world_size)]
+            assert [pair for part in slices for pair in part] == whole
+            assert max(map(len, slices)) - min(map(len, slices)) <= 1
 
 
 @given(counts_lists, configs, st.integers(1, 50))

@@ -51,9 +51,10 @@ def test_what_the_stage_gives_is_believed():
 
 def test_a_narrow_terminal_keeps_the_numbers_whole():
     console = Console(file=io.StringIO(), width=80, force_terminal=True, record=True)
-    line = shown(run_a_step(console, Clock(), images_per_s=12_400.0, loss=0.4123)._lines(), width=80)
+    fields = {"images_per_s": 12_400.0, "loss": 0.4123, "stand-ins": 3, "wait": 0.02}
+    line = shown(run_a_step(console, Clock(), **fields)._lines(), width=80)
     assert "41% " in line
-    assert "12\u202f400 images/s loss 0.4123 ETA 49:00" in line
+    assert "12\u202f400 images/s loss 0.4123  stand-ins 3 ETA 49:00" in line  # two fields have room
     assert len(line.splitlines()) == 1
 
 

@@ -2,10 +2,10 @@
 
 import gc
 import json
-import shutil
+import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,11 @@ from training_kit import (
     attempt_at,
     checkpoint_state,
     classification_spec,
+    damage,
     mae_config,
     mae_spec,
     same_attempt,
+    spoiled,
 )
 
 from mae_core.masking import random_mask
@@ -33,12 +35,12 @@ from pipeline.graph.runner import stop_key
 from pipeline.graph.step import Attempt, StageInput
 from pipeline.storage import S3Store
 from pipeline.tracking import NullTracker
-from pipeline.training.checkpoints import open_checkpoint
+from pipeline.training.checkpoints import open_checkpoint, read_manifest
 from pipeline.training.launch import RESULT, StoreSupervisor, run_training, work
-from pipeline.training.loop import train
+from pipeline.training.loop import _warn_of_small_cache, train
 from pipeline.training.spec import TrainSpec, dataset_address
 from pipeline.training.tasks import MAETask
-from pipeline.training.world import ELSEWHERE, enter_world
+from pipeline.training.world import ELSEWHERE, World, enter_world
 
 TOTAL_STEPS = 10  # 2 epochs of 60 samples in batches of 13
 SEEN: list[tuple[list[int], list[int]]] = []
@@ -194,24 +196,6 @@ def test_two_images_and_three_workers(teams, shards, tmp_path):
 # Going wrong together
 
 
-def damage(shards: StageInput, folder: Path, split: str, position: int) -> tuple[StageInput, str]:
-    """A copy of the dataset in which one byte of one image is another; and that image's source."""
-    copied = shutil.copytree(Path(shards.root_uri.removeprefix("file://")), folder)
-    bad = replace(shards, root_uri=copied.as_uri())
-    selection = Selection.all(dataset_address(bad).open(), split)
-    if split == "train":
-        slots = SampleOrder(selection.counts, OrderConfig(seed=SEED)).rank_slice(position, 13, 1, 2)
-        shard, index = int(slots.shards[0]), int(slots.indices[0])
-    else:
-        shard, index = len(selection.shards) - 1, -1
-    place = copied / selection.shards[shard].key
-    data = bytearray(place.read_bytes())
-    data[int(selection.rows(shard).offsets[index]) + 40] ^= 1
-    place.chmod(0o644)
-    place.write_bytes(data)
-    return bad, selection.shards[shard].key
-
-
 def work_here(spec: TrainSpec, attempt: Attempt) -> None:
     work(spec, attempt)
 
@@ -220,33 +204,194 @@ def run_training_here(spec: TrainSpec, attempt: Attempt) -> Any:
     return asdict(run_training(spec, attempt))
 
 
-def test_an_unreadable_image_on_one_worker_ends_all_with_its_message(teams, shards, tmp_path):
-    bad, key = damage(shards, tmp_path / "shards", "train", position=4)
-    attempt = attempt_at(tmp_path / "step")
-    first, second = teams(2).outcomes(train_here, mae_spec(bad, attempt), attempt, StopAfter(99))
-    assert (first.kind, first.message) == ("PipelineError", ELSEWHERE)
-    assert second.kind == "DataError"
-    assert key in second.message
-    assert "CRC-32" in second.message
+def no_shard_at_step_4(step: int, rank: int, batch: Batch) -> Batch:
+    if (step, rank) == (4, 1):
+        raise DataError("shards/ab.tar cannot be read")
+    return batch
 
-    teams(2).run(
-        work_here, mae_spec(bad, attempt), attempt
-    )  # what a Ray worker runs: it returns, and leaves the answer
+
+def alone_without_shard(step: int, rank: int, batch: Batch) -> Batch:
+    return no_shard_at_step_4(step, 1, batch)
+
+
+def test_a_shard_that_one_worker_cannot_read_ends_all_with_its_message(teams, shards, tmp_path):
+    attempt = attempt_at(tmp_path / "step")
+    spec = spoiled(mae_spec(shards, attempt), no_shard_at_step_4)
+    first, second = teams(2).outcomes(train_here, spec, attempt, StopAfter(99))
+    assert (first.kind, first.message) == ("PipelineError", ELSEWHERE)
+    assert (second.kind, second.message) == ("DataError", "shards/ab.tar cannot be read")
+
+    teams(2).run(work_here, spec, attempt)  # what a Ray worker runs: it returns, and leaves the answer
     answer = json.loads(attempt.store.read(RESULT))
     assert answer == {"error": "DataError", "message": second.message}
-    alone = teams(1).outcomes(run_training_here, mae_spec(bad, attempt), attempt)[0]
+    spec = spoiled(mae_spec(shards, attempt), alone_without_shard)
+    alone = teams(1).outcomes(run_training_here, spec, attempt)[0]
     assert (alone.kind, alone.message) == ("DataError", second.message)
     # and the work done before it is kept
     assert attempt_at(tmp_path / "step").continues == "g0001/checkpoints/step-00000003"
 
 
 def test_an_unreadable_image_in_evaluation_ends_all(teams, shards, tmp_path):
-    bad, key = damage(shards, tmp_path / "shards", "test", position=0)
+    bad = damage(shards, tmp_path / "shards", [("test", -1, -1)])
+    key = Selection.all(dataset_address(bad).open(), "test").shards[-1].key
     attempt = attempt_at(tmp_path / "step", zero_stage=3)
     first, second = teams(2).outcomes(train_here, classification_spec(bad, attempt), attempt, StopAfter(99))
     assert (first.kind, first.message) == ("PipelineError", ELSEWHERE)
     assert second.kind == "DataError"
     assert key in second.message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images that cannot be read while training
+
+
+def test_an_unreadable_image_in_training_is_substituted_the_same_everywhere(teams, shards, tmp_path):
+    """Two workers, stopped and gone on with as three, against one undisturbed: the same ids, losses and records."""
+    bad = damage(shards, tmp_path / "shards", [("train", 2, 1)])
+    selection = Selection.all(dataset_address(bad).open(), "train")
+    lost = int(selection.rows(2).sample_ids[1])
+    moved = attempt_at(tmp_path / "moved")
+    seen = seen_by_step(run(teams(2), bad, moved, stop_after=5))
+    moved = attempt_at(tmp_path / "moved")
+    results = run(teams(3), bad, moved)
+    seen += seen_by_step(results)
+
+    straight = attempt_at(tmp_path / "straight")
+    whole = run(teams(1), bad, straight)
+    manifest = read_manifest(straight.root, whole[0]["checkpoint_key"])
+    asked = computed_by_step(shards)
+    records = manifest.substitutions
+    where = [(epoch, step) for step, batch in enumerate(asked) for epoch, id_ in batch if id_ == lost]
+    assert [(one.sample_id, one.epoch, one.step, one.reason) for one in records] == [
+        (lost, epoch, step, "crc32") for epoch, step in where
+    ]
+    assert len(records) >= 2
+    assert all(one.substitute_id in selection.rows(2).sample_ids for one in records)
+    stand_ins = {(one.epoch, one.sample_id): (one.epoch, one.substitute_id) for one in records}
+    reached = [sorted(stand_ins.get(pair, pair) for pair in batch) for batch in asked]
+    assert reached == seen == seen_by_step(whole)
+    assert manifest.ids_count == 13 * TOTAL_STEPS
+
+    for attempt, key in ((straight, whole[0]["checkpoint_key"]), (moved, results[0]["checkpoint_key"])):
+        written = read_manifest(attempt.root, key)
+        assert (written.ids_digest, written.ids_count, written.substitutions) == (
+            digest_of(reached),
+            13 * TOTAL_STEPS,
+            records,
+        )
+        rows = history_of(attempt, key)
+        assert [row["substitutions"] for row in rows] == [
+            sum(step <= at for _, step in where) for at in range(TOTAL_STEPS)
+        ]
+        assert rows[-1]["epoch_coverage"] == pytest.approx((130 - 120 - sum(epoch == 2 for epoch, _ in where)) / 60)
+    losses = [
+        [row["loss"] for row in history_of(attempt, result[0]["checkpoint_key"])]
+        for attempt, result in ((straight, whole), (moved, results))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_too_many_unreadable_images_end_all_and_are_named(teams, shards, tmp_path):
+    """Four of one epoch, three are allowed: every worker says which; what was done before is kept."""
+    bad = damage(shards, tmp_path / "shards", [("train", shard, 0) for shard in range(4)])
+    selection = Selection.all(dataset_address(bad).open(), "train")
+    attempt = attempt_at(tmp_path / "step", checkpoint_every_steps=1)
+    outcomes = teams(2).outcomes(train_here, mae_spec(bad, attempt), attempt, StopAfter(99))
+    assert {outcome.kind for outcome in outcomes} == {"DataError"}
+    assert outcomes[0].message == outcomes[1].message
+    assert "4 samples of epoch 0 could not be read, more than the 3 that others may stand in for" in outcomes[0].message
+    for shard in range(4):
+        assert f"{selection.source(shard, 0)} (id {selection.rows(shard).sample_ids[0]}, crc32)" in outcomes[0].message
+    following = attempt_at(tmp_path / "step")
+    kept = read_manifest(following.root, following.continues)
+    assert 1 <= len(kept.substitutions) <= 3
+    again = teams(1).outcomes(train_here, mae_spec(bad, following), following, StopAfter(99))
+    assert again[0].message == outcomes[0].message  # those before the resume count
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it shows
+
+
+class Remembering:
+    """A tracker and a progress line that keep what they are told."""
+
+    def __init__(self) -> None:
+        self.metrics: list[dict[str, float]] = []
+        self.shown: list[dict[str, float]] = []
+
+    def log(self, step, metrics):
+        self.metrics.append({"step": step, **metrics})
+
+    def update(self, done, total, *, unit, **fields):
+        self.shown.append(fields)
+
+
+def train_watched(spec: TrainSpec, attempt: Attempt, environment: dict[str, str]) -> Any:
+    """What the loop told tracker and progress line."""
+    os.environ |= environment
+    watch = Remembering()
+    attempt = replace(attempt, progress=watch)
+    train(spec, attempt, world=enter_world(), tracker=watch, supervisor=StopAfter(99))
+    return watch.metrics, watch.shown
+
+
+def test_how_the_data_came_is_logged_and_shown(teams, shards, s3_bucket, tmp_path):
+    """Two workers, shards in a bucket."""
+    store = S3Store(s3_bucket, "root")
+    opened = dataset_address(shards).open()
+    rows = Selection.all(opened, "train").shards
+    for row in rows:
+        store.upload(row.key, opened.root.local_path(row.key))
+    attempt = attempt_at(tmp_path / "step", cache_directory=str(tmp_path / "cache"), cache_max_bytes=2**30)
+    spec = mae_spec(shards, attempt)
+    spec = replace(spec, dataset=replace(spec.dataset, root_uri=store.uri))
+    environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    (metrics, shown), (others, _) = teams(2).run(train_watched, spec, attempt, environment)
+    assert [row["step"] for row in metrics] == list(range(1, TOTAL_STEPS + 1))
+    assert others == []  # rank 0 alone logs
+    names = {"wait_seconds", "cache_hit_share", "shard_fetches_per_epoch", "requests", "bytes_received", "retries"}
+    names |= {"substitutions", "epoch_coverage"}
+    assert {f"data/{name}" for name in names} | {"throughput/data_wait_share"} <= metrics[-1].keys()
+    assert sum(row["data/bytes_received"] for row in metrics) == sum(
+        row.bytes for row in rows
+    )  # each once for two ranks
+    assert sum(row["data/requests"] for row in metrics) >= len(rows)
+    assert all(0 <= row["data/cache_hit_share"] <= 1 for row in metrics)
+    assert metrics[-1]["data/cache_hit_share"] > 0.5
+    assert metrics[-1]["data/shard_fetches_per_epoch"] == pytest.approx(60 / 130)  # once in 130 images of 60
+    assert metrics[-1]["data/substitutions"] == 0
+    assert shown[-1].keys() == {"loss", "images_per_s", "wait"}
+
+
+def test_substitutions_are_shown_when_there_are_any(teams, shards, tmp_path):
+    bad = damage(shards, tmp_path / "shards", [("train", 2, 1)])
+    attempt = attempt_at(tmp_path / "step")
+    metrics, shown = teams(1).run(train_watched, mae_spec(bad, attempt), attempt, {})[0]
+    assert [row.get("stand-ins", 0) for row in shown] == [row["data/substitutions"] for row in metrics]
+    assert shown[-1]["stand-ins"] >= 2
+    assert "data/cache_hit_share" not in metrics[-1]  # the shards lie here
+
+
+def test_a_cache_too_small_for_what_is_read_at_once_is_told_before_it_costs(caplog):
+    asked = []
+
+    def loader(needed):
+        cache = SimpleNamespace(max_bytes=50 * 2**30, store=SimpleNamespace(uri="s3://bucket/shards"))
+        return SimpleNamespace(cache=cache, bytes_at_once=lambda ranks: asked.append(ranks) or needed)
+
+    first, second = (World(rank, 16, torch.device("cpu"), None, local_size=8) for rank in (0, 1))
+    _warn_of_small_cache(loader(50 * 2**30), first)
+    _warn_of_small_cache(loader(64 * 2**30), second)
+    assert caplog.text == ""
+    _warn_of_small_cache(loader(64 * 2**30), first)
+    assert "about 64.0 GiB of shards" in caplog.text
+    assert "resources.cache_max_bytes allows 50.0 GiB" in caplog.text
+    assert asked == [8, 8, 8]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Failures of the disk, the store, the order
 
 
 def test_a_worker_that_cannot_write_its_part_ends_all_and_commits_nothing(teams, shards, tmp_path):
