@@ -66,6 +66,29 @@ def ui(
     raise typer.Exit(ui_command(config, overrides, port=port))
 
 
+@app.command()
+def doctor(
+    data: Annotated[
+        bool, typer.Option("--data", help="Times decoding here; cores that a GPU needs, by model.")
+    ] = False,
+    images: Annotated[
+        Path | None, typer.Option(help="JPEGs to time with; left out: made-up ones.", metavar="DIR")
+    ] = None,
+    gpus: Annotated[list[str], typer.Option("--gpu", help="A100, H100, H200, B200; may be repeated.")] = [],  # noqa: B006
+    tflops: Annotated[float | None, typer.Option(help="Another GPU's peak: bfloat16, dense.")] = None,
+    mfu: Annotated[float, typer.Option(help="Share of the peak that training uses.")] = 0.4,
+    seconds: Annotated[float, typer.Option(help="To measure for, on one core and on all.")] = 3.0,
+    as_json: AsJson = False,
+) -> None:
+    """Says whether this machine can do what a run will ask of it."""
+    from jobs.doctor import data_command
+    from pipeline.errors import ConfigError
+
+    if not data:
+        raise ConfigError("mae doctor: say what is to be looked at: --data")
+    raise typer.Exit(data_command(images, gpus=gpus, tflops=tflops, share=mfu, seconds=seconds, as_json=as_json))
+
+
 def main() -> None:
     """Entry point of `mae`."""
     guarded(app)

@@ -1,4 +1,4 @@
-"""mae shards verify, inspect, audit: are the shards as they were written, what is in them, were the right samples trained on?"""
+"""mae shards verify, inspect, index, audit: are shards as they were written, what is in them, were the right samples trained on?"""
 
 import json
 from pathlib import Path
@@ -47,6 +47,19 @@ def inspect(
     from jobs.datasets import inspect_command
 
     raise typer.Exit(inspect_command(target, overrides, out=out, split=split, samples=samples, seed=seed))
+
+
+@app.command()
+def index(
+    source: Annotated[str, typer.Argument(help="Folder or s3:// prefix of WebDataset tars.", metavar="TARS")],
+    overrides: Set = [],  # noqa: B006
+    store: Annotated[str, typer.Option(help="Where the index goes: a folder or s3://bucket/prefix.")] = ".mae/store",
+    workers: Annotated[int | None, typer.Option(min=1, help="CPUs; left out or 1: here, without a cluster.")] = None,
+) -> None:
+    """Indexes tars of others where they lie: offsets, checksums, labels. `mae run` on them, with this store, goes on from there."""
+    from jobs.datasets import index_command
+
+    raise typer.Exit(index_command(source, overrides, store=store, workers=workers))
 
 
 @app.command()

@@ -199,8 +199,8 @@ def detail_of(outcome: Outcome) -> str:
         )
     if outcome.receipt is not None and outcome.receipt.facts.get("skipped"):
         return f"not evaluated: {outcome.receipt.facts['skipped']}"
-    if outcome.receipt is not None and outcome.receipt.facts.get("quarantined"):
-        return f"{outcome.receipt.facts['quarantined']} images quarantined"
+    if outcome.receipt is not None and (found := _found_in_images(outcome.receipt.facts)):
+        return found
     if outcome.receipt is not None and outcome.receipt.facts.get("substituted"):
         facts = outcome.receipt.facts
         worst = ", ".join(source for _, source, _ in facts["substituted"][:3])
@@ -210,6 +210,17 @@ def detail_of(outcome: Outcome) -> str:
     if outcome.state == "blocked":
         return "an input is missing"
     return ""
+
+
+def _found_in_images(facts: Mapping[str, Any]) -> str:
+    """What a shard or join step says of the images that a person should know."""
+    said = [f"{facts['quarantined']} images quarantined"] if facts.get("quarantined") else []
+    near = facts.get("near_duplicates_across_splits")
+    if near and near["held_out"]:
+        said.append(
+            f"{near['held_out']} of {near['compared']} images of val and test look like one of train (mae shards inspect shows)"
+        )
+    return "; ".join(said)
 
 
 def git_revision() -> str:

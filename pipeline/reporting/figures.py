@@ -86,7 +86,7 @@ def curve_png(curves: Curves, *, loss_name: str = "Loss on hidden patches") -> b
         panels[2].xaxis.set_major_locator(MaxNLocator(7, integer=True))
         _mark_last(panels[0], steps, np.asarray(curves.loss, dtype=float))
         _images_seen_on_top(panels[0], steps, np.asarray(curves.images_seen, dtype=float))
-        return _png(figure)
+        return as_png(figure)
 
 
 def scores_png(scores: Sequence[Score]) -> bytes:
@@ -109,7 +109,7 @@ def scores_png(scores: Sequence[Score]) -> bytes:
             figure.legend(
                 handles, labels, loc="outside upper left", ncols=len(labels), handlelength=1, columnspacing=1.4
             )
-        return _png(figure)
+        return as_png(figure)
 
 
 def _draw_groups(axes: Axes, scores: Sequence[Score], *, protocols: Sequence[str], encoders: Sequence[str]) -> None:
@@ -176,7 +176,8 @@ def _times(factor: float) -> Callable[[ArrayLike], ArrayLike]:
     return lambda values: np.asarray(values) * factor
 
 
-def _png(figure: Figure) -> bytes:
+def as_png(figure: Figure) -> bytes:
+    """Its bytes; drawn on nothing."""
     FigureCanvasAgg(figure)
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=DOTS_PER_INCH, transparent=True)

@@ -44,7 +44,7 @@ def reconstruction_grid_png(
     count, columns, height, width, _ = rows.shape
     scale = tile_scale(height)
     tile_width, tile_height = width * scale, height * scale
-    title_font, note_font = _font("DejaVuSans-Bold", 17), _font("DejaVuSans", 14)
+    title_font, note_font = plain_font("DejaVuSans-Bold", 17), plain_font("DejaVuSans", 14)
     title_font = _fit(title_font, titles, tile_width)
     total_width = columns * tile_width + (columns - 1) * GAP
     notes = _wrap(STATISTICS_NOTE, note_font, total_width) if statistics == "true" else []
@@ -75,7 +75,7 @@ def tile_top() -> int:
     return 36
 
 
-def _font(name: str, size: float) -> ImageFont.FreeTypeFont:
+def plain_font(name: str, size: float) -> ImageFont.FreeTypeFont:
     """A font that travels with matplotlib: the same letters as in the figures, on every machine."""
     return ImageFont.truetype(str(Path(mpl.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"), size)
 
