@@ -1,0 +1,280 @@
+"""Images a second of a whole training step: ours in several variants, and the same model in other libraries.
+
+    python -m benchmarks.train_step                                    # CUDA: huge, large, base; CPU: base
+    python -m benchmarks.train_step --model huge --batch 128 --rounds 7
+    python -m benchmarks.train_step --quick                            # a small shape, nothing compiled
+
+Every variant has the same weights, batch, optimiser (fused AdamW) and precision (bf16 autocast on CUDA, float32 on CPU), and a
+loss that is checked to be equal, before and while it is timed. Prints a table and a JSON line a model, the largest last.
+
+Units:  images a second; mfu = FLOPs that the model needs (mae_core.training_flops) x images a second / the matrix product's
+        peak in the same precision, measured in the same run. ratio_vs_x > 1: ours is so many times faster than x.
+Errors: SystemExit where losses differ. A variant that cannot run is listed with its reason, its keys are null.
+Source: variants take turns, medians of rounds; see benchmarks/_timing.py."""
+
+import argparse
+import copy
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks import _peers as peers
+from benchmarks import _timing as timing
+from benchmarks._variants import mean_loss
+from mae_core import SIZES, MAEConfig, MAEOutput, MaskedAutoencoder, ViTConfig, reference_forward, training_flops
+
+BATCHES = {"cuda": {"tiny": 512, "small": 512, "base": 256, "large": 256, "huge": 128}, "cpu": {}}
+CPU_BATCH = 4
+QUICK_BATCH = 16
+LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
+"""Relative. Orders of summation differ by 1e-6 in float32; a bfloat16 step is 4e-3, averaged over many patches."""
+
+OURS, BY_BLOCK, WHOLE = "ours", "ours, compiled by block", "ours, compiled whole"
+HUGGING_FACE, HUGGING_FACE_COMPILED = "hugging face", "hugging face, compiled"
+TIMM = "timm blocks"
+
+
+def quick_config() -> MAEConfig:
+    """ViT of width 192 on 112 x 112 pixels: steps of a tenth of a second on 2 cores. Errors: none. Source: none."""
+    encoder = ViTConfig(image_size=(112, 112), embed_dim=192, depth=6, num_heads=3)
+    return MAEConfig(encoder=encoder, decoder_embed_dim=128, decoder_depth=4, decoder_num_heads=4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is measured. Units: images, steps and rounds are counts."""
+
+    model: str
+    config: MAEConfig
+    batch: int
+    rounds: int
+    steps: int
+    device: torch.device
+    precision: timing.Precision
+    compiled: bool
+    """Whether compiled variants, ours and theirs, are measured."""
+    ablations: bool
+    """Whether each of our savings is measured undone."""
+
+
+class Way(NamedTuple):
+    """A way to the mean loss of a batch, and what updates its weights."""
+
+    name: str
+    loss: peers.Loss
+    optimizer: torch.optim.Optimizer
+
+
+def loss_of(model: Callable[[Tensor, Tensor], MAEOutput]) -> peers.Loss:
+    """The mean loss that a model, compiled or not, gives a batch. Errors: none. Source: none."""
+    return lambda pixels, noise: model(pixels, noise).loss.mean()
+
+
+def our_ways(model: MaskedAutoencoder, plan: Plan) -> list[Way]:
+    """Our model, compiled too where that is asked for, and with one saving undone at a time; all share their weights.
+
+    Errors: none. Source: none.
+    """
+    fused = timing.adamw(model.parameters())
+    ways = [Way(OURS, loss_of(model), fused)]
+    if plan.compiled:
+        twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+        for block in (*twin.encoder.blocks, *twin.decoder.blocks):
+            block.compile()
+        ways += [Way(BY_BLOCK, loss_of(twin), fused), Way(WHOLE, loss_of(torch.compile(model)), fused)]
+    if plan.ablations:
+
+        def unfused_attention(pixels: Tensor, noise: Tensor) -> Tensor:
+            with sdpa_kernel(SDPBackend.MATH):
+                return loss_of(model)(pixels, noise)
+
+        foreach = timing.adamw(model.parameters(), kernel="foreach")
+        ways += [
+            Way("ours, attention not fused", unfused_attention, fused),
+            Way("ours, AdamW not fused", loss_of(model), foreach),
+            Way("ours, every patch embedded", partial(mean_loss, model, embed="all"), fused),
+            Way("ours, decoder in image order", partial(mean_loss, model, order="image"), fused),
+            Way("ours, head on every patch", partial(mean_loss, model, head="all"), fused),
+            Way("ours, these three at once", loss_of(partial(reference_forward, model)), fused),
+        ]
+    return ways
+
+
+def their_ways(model: MaskedAutoencoder, pixels: Tensor, noise: Tensor, plan: Plan) -> list[Way]:
+    """The peers that are installed, with the weights of `model`.
+
+    Shapes: pixels [B, C, H, W], noise [B, L]. Errors: SystemExit where a loss differs from ours in float32.
+    Source: benchmarks/_peers.py.
+    """
+    weights, ways = model.state_dict(), []
+    if peers.installed("transformers"):
+        peer = peers.hugging_face(plan.config, weights).to(plan.device)
+        optimizer = timing.adamw(peer.parameters())
+        ways.append(Way(HUGGING_FACE, peers.hugging_face_loss(peer), optimizer))
+        check_equal(HUGGING_FACE, model, ways[-1].loss, pixels, noise)
+        if plan.compiled:
+            ways.append(Way(HUGGING_FACE_COMPILED, peers.hugging_face_loss(torch.compile(peer)), optimizer))
+    if peers.installed("timm"):
+        timm: nn.Module = peers.TimmAutoencoder(plan.config, weights).to(plan.device)
+        check_equal(TIMM, model, timm, pixels, noise)
+        ways.append(Way(TIMM, timm, timing.adamw(timm.parameters())))
+    return ways
+
+
+def check_equal(name: str, model: MaskedAutoencoder, peer: peers.Loss, pixels: Tensor, noise: Tensor) -> None:
+    """Compare the float32 losses of two images. Shapes: as their_ways. Errors: SystemExit. Source: none."""
+    with torch.no_grad():
+        ours, theirs = float(model(pixels[:2], noise[:2]).loss.mean()), float(peer(pixels[:2], noise[:2]))
+    check_near(name, theirs, ours, LOSS_TOLERANCE["float32"])
+
+
+def check_near(name: str, loss: float, ours: float, tolerance: float) -> None:
+    """Compare two losses. Errors: SystemExit naming both. Source: none."""
+    if not abs(loss - ours) <= tolerance * abs(ours):
+        raise SystemExit(f"{name}: loss {loss:.7g}, ours {ours:.7g}; not the same model, so times mean nothing")
+
+
+def measure(plan: Plan) -> dict[str, object]:
+    """Time every variant of a plan, print the table, and give the JSON line's contents.
+
+    Errors: SystemExit where losses differ or our own step cannot run. Source: see the module.
+    """
+    generator = torch.Generator(plan.device).manual_seed(0)
+    encoder = plan.config.encoder
+    model = MaskedAutoencoder(plan.config, generator=generator).to(plan.device)
+    pixels = torch.randn(plan.batch, encoder.in_channels, *encoder.image_size, device=plan.device, generator=generator)
+    noise = torch.rand(plan.batch, encoder.num_patches, device=plan.device, generator=generator)
+
+    ways = our_ways(model, plan) + their_ways(model, pixels, noise, plan)
+    peak = timing.matmul_peak(plan.device, plan.precision)
+    timed = timing.take_turns(
+        [
+            timing.Variant(
+                name,
+                timing.training_step(
+                    partial(loss, pixels, noise), optimizer=optimizer, device=plan.device, precision=plan.precision
+                ),
+            )
+            for name, loss, optimizer in ways
+        ],
+        rounds=plan.rounds,
+        steps=plan.steps,
+        device=plan.device,
+    )
+    if OURS in timed.failed:
+        raise SystemExit(f"{OURS} cannot run: {timed.failed[OURS]}; try a smaller --batch")
+    peak = max(peak, timing.matmul_peak(plan.device, plan.precision))  # a busy moment must not lower it
+    for name, loss in timed.losses.items():
+        check_near(name, loss, timed.losses[OURS], LOSS_TOLERANCE[plan.precision])
+
+    speed = {name: plan.batch / median(rounds) for name, rounds in timed.seconds.items()}
+    flops = training_flops(plan.config)
+    best = max((name for name in (OURS, BY_BLOCK, WHOLE) if name in speed), key=speed.__getitem__)
+    print(heading(plan, peak))
+    print(
+        timing.table(
+            ("variant", "images/s", "of the peak", "ours is faster by"),
+            [
+                (
+                    name,
+                    timing.shown(speed.get(name), ".2f"),
+                    f"{100 * flops * speed[name] / peak:.1f} %" if name in speed else timed.failed[name],
+                    timing.shown(timing.speed_ratio(timed.seconds, of=OURS, over=name), ".3f"),
+                )
+                for name, *_ in ways
+            ],
+        )
+    )
+    return {
+        "benchmark": "train_step",
+        "device": timing.device_name(plan.device),
+        "model": plan.model,
+        "batch": plan.batch,
+        "precision": plan.precision,
+        "variant": best,
+        "images_per_s": rounded(speed[best]),
+        "mfu": rounded(flops * speed[best] / peak),
+        "matmul_tflops": rounded(peak / 1e12),
+        "ratio_vs_hf_eager": rounded(timing.speed_ratio(timed.seconds, of=best, over=HUGGING_FACE)),
+        "ratio_vs_hf_compiled": rounded(timing.speed_ratio(timed.seconds, of=best, over=HUGGING_FACE_COMPILED)),
+        "ratio_vs_timm_eager": rounded(timing.speed_ratio(timed.seconds, of=best, over=TIMM)),
+        "variants": {name: rounded(value) for name, value in speed.items()},
+    }
+
+
+def heading(plan: Plan, peak: float) -> str:
+    """What the table below was measured on. Errors: none. Source: none."""
+    return (
+        f"{plan.model}: {timing.device_name(plan.device)}, torch {torch.__version__}, {plan.precision}, batch {plan.batch}, "
+        f"{plan.rounds} rounds of {plan.steps} steps; matrix product {peak / 1e12:.3g} TFLOP/s, "
+        f"{training_flops(plan.config) / 1e9:.3g} GFLOP an image"
+    )
+
+
+def rounded(value: float | None) -> float | None:
+    """Four digits for the JSON line. Errors: none. Source: none."""
+    return None if value is None else float(f"{value:.4g}")
+
+
+def plans(arguments: Sequence[str] | None = None) -> list[Plan]:
+    """What the command line asks for, smallest model first. Errors: SystemExit for a wrong one. Source: none."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.train_step", description="Images a second, side by side."
+    )
+    parser.add_argument("--quick", action="store_true", help="a small shape, nothing compiled: within 40 s on 2 cores")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--model", nargs="+", choices=SIZES, help="default: base large huge on CUDA, base on CPU")
+    parser.add_argument("--batch", type=int, help="images a step; default by model and device")
+    parser.add_argument("--steps", type=int, help="steps a round")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--precision", choices=timing.DTYPES, help="default: bfloat16 autocast on CUDA, float32 on CPU")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compiled variants, ours and theirs")
+    parser.add_argument("--ablations", action=argparse.BooleanOptionalAction, default=True, help="undo each saving")
+    asked = parser.parse_args(arguments)
+
+    device = torch.device(asked.device)
+    on_gpu = device.type == "cuda"
+    if asked.quick:
+        configs = {"quick": quick_config()}
+    else:
+        names = asked.model or (["base", "large", "huge"] if on_gpu else ["base"])
+        configs = {name: MAEConfig(encoder=SIZES[name]()) for name in SIZES if name in names}
+    return [
+        Plan(
+            model=name,
+            config=config,
+            batch=asked.batch or (QUICK_BATCH if asked.quick else BATCHES[device.type].get(name, CPU_BATCH)),
+            rounds=asked.rounds or 5,
+            steps=asked.steps or (10 if on_gpu else 2 if asked.quick else 1),
+            device=device,
+            precision=asked.precision or ("bfloat16" if on_gpu else "float32"),
+            compiled=not asked.quick if asked.compile is None else asked.compile,
+            ablations=asked.ablations,
+        )
+        for name, config in configs.items()
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure what the command line asks for. Errors: SystemExit. Source: none."""
+    os.environ.setdefault(
+        "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
+    )  # variants differ in what they allocate
+    for plan in plans(arguments):
+        result = measure(plan)
+        print(json.dumps(result), flush=True)
+        torch._dynamo.reset()
+        if plan.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

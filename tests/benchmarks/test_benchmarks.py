@@ -1,0 +1,106 @@
+"""Benchmarks of a training step: what is compared does the same, and the JSON line has its keys. Nothing here is about time."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import _peers, _timing, asymmetry, train_step
+from benchmarks._variants import mean_loss
+from mae_core import MAEConfig, MaskedAutoencoder, ViTConfig, reference_forward
+
+TINY = MAEConfig(
+    encoder=ViTConfig(image_size=(32, 32), patch_size=8, embed_dim=16, depth=2, num_heads=2),
+    decoder_embed_dim=8,
+    decoder_depth=2,
+    decoder_num_heads=2,
+)
+# The contract in docs of the JSON line; more keys may be there.
+KEYS = {
+    "train_step": "device model images_per_s mfu ratio_vs_hf_eager ratio_vs_hf_compiled ratio_vs_timm_eager",
+    "asymmetry": "speedup flops_ratio",
+}
+
+
+@pytest.fixture
+def batch():
+    """A model whose weights are all well off their start, pixels and noise."""
+    generator = torch.Generator().manual_seed(0)
+    model = MaskedAutoencoder(TINY, generator=generator)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    pixels = torch.randn(3, 3, 32, 32, generator=generator)
+    return model, pixels, torch.rand(3, 16, generator=generator)
+
+
+def gradient_norm(module):
+    return torch.stack(
+        [parameter.grad.norm() for parameter in module.parameters() if parameter.grad is not None]
+    ).norm()
+
+
+def same_as_ours(model, pixels, noise, peer, loss):
+    ours, theirs = model(pixels, noise).loss.mean(), loss(pixels, noise)
+    ours.backward()
+    theirs.backward()
+    # float32: worst relative difference 3e-7 over 20 draws; one patch masked otherwise moves the loss by percents
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient_norm(peer), gradient_norm(model), rtol=1e-4, atol=0)
+
+
+def test_hugging_face_s_model_does_the_same(batch):
+    pytest.importorskip("transformers")
+    model, pixels, noise = batch
+    peer = _peers.hugging_face(TINY, model.state_dict())
+    same_as_ours(model, pixels, noise, peer, _peers.hugging_face_loss(peer))
+
+
+def test_timm_s_blocks_do_the_same(batch):
+    pytest.importorskip("timm")
+    model, pixels, noise = batch
+    peer = _peers.TimmAutoencoder(TINY, model.state_dict())
+    same_as_ours(model, pixels, noise, peer, peer)
+
+
+@pytest.mark.parametrize("embed", ["visible", "all"])
+@pytest.mark.parametrize("order", ["shuffled", "image"])
+@pytest.mark.parametrize("head", ["hidden", "all"])
+def test_an_undone_saving_changes_no_loss(batch, embed, order, head):
+    model, pixels, noise = batch
+    loss = mean_loss(model, pixels, noise, embed=embed, order=order, head=head)
+    torch.testing.assert_close(loss, reference_forward(model, pixels, noise).loss.mean(), rtol=1e-5, atol=0)
+
+
+def test_a_peer_of_another_model_is_refused(batch):
+    model, pixels, noise = batch
+    with pytest.raises(SystemExit, match=r"stranger: loss .* not the same model"):
+        train_step.check_equal("stranger", model, lambda pixels, noise: noise.sum(), pixels, noise)
+
+
+@pytest.mark.parametrize("benchmark", [train_step, asymmetry], ids=["train_step", "asymmetry"])
+def test_last_line_has_the_contract_s_keys(benchmark, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "quick_config", lambda: TINY)
+    benchmark.main(["--quick", "--device", "cpu", "--batch", "2", "--rounds", "1", "--steps", "1"])
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    name = benchmark.__name__.rpartition(".")[2]
+    assert line["benchmark"] == name
+    assert set(KEYS[name].split()) <= set(line)
+    assert all(line[key] is not None for key in KEYS[name].split() if "_vs_" not in key)
+
+
+def test_a_ratio_is_the_median_of_the_rounds_own():
+    # the machine is ten times slower in the second round: no matter
+    seconds = {"ours": [1.0, 10.0, 1.0], "theirs": [2.0, 20.0, 3.0]}
+    assert _timing.speed_ratio(seconds, of="ours", over="theirs") == 2.0
+    assert _timing.speed_ratio(seconds, of="ours", over="not timed") is None
+
+
+def test_a_variant_that_cannot_run_is_reported():
+    def fails():
+        raise torch.OutOfMemoryError("no room")
+
+    variants = [_timing.Variant("works", lambda: torch.tensor(1.0)), _timing.Variant("fails", fails)]
+    timed = _timing.take_turns(variants, rounds=2, steps=1, device=torch.device("cpu"))
+    assert (len(timed.seconds["works"]), "fails" in timed.seconds) == (2, False)
+    assert timed.failed == {"fails": "OutOfMemoryError: no room"}
