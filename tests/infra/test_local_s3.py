@@ -42,7 +42,8 @@ def test_it_listens_on_loopback_only_and_writes_its_secret_nowhere(swift_server)
 
 def test_the_command_says_how_to_use_it_and_ends_with_ctrl_c(tmp_path):
     call = [sys.executable, "-m", "infra.local.s3", "--dir", str(tmp_path / "s3")]
-    process = subprocess.Popen(call, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    # whoever runs the tests in the background has told their children to ignore Ctrl-C
+    process = subprocess.Popen(call, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c)  # noqa: PLW1509
     try:
         said = [process.stdout.readline() for _ in range(6)]
         environment = dict(re.findall(r"^export (\w+)=(.*)$", "".join(said), re.MULTILINE))
@@ -58,6 +59,10 @@ def test_the_command_says_how_to_use_it_and_ends_with_ctrl_c(tmp_path):
     assert not any(map(_runs, servers))
     with serving(tmp_path / "s3", port=port) as again:
         assert client(again.environment()).get_object(Bucket="mae", Key="a")["Body"].read() == b"x"
+
+
+def heed_ctrl_c():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def servers_on(folder):
