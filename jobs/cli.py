@@ -85,7 +85,7 @@ def doctor(
     from pipeline.errors import ConfigError
 
     if not data:
-        raise ConfigError("mae doctor: say what is to be looked at: --data")
+        raise ConfigError("doctor: say what is to be looked at: --data")
     raise typer.Exit(data_command(images, gpus=gpus, tflops=tflops, share=mfu, seconds=seconds, as_json=as_json))
 
 
