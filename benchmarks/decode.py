@@ -1,0 +1,169 @@
+"""From JPEG bytes to a training picture, on one core: ours, the libraries it calls called bare, and Pillow's way.
+
+    python -m benchmarks.decode --images DIR
+    python -m benchmarks.decode --quick
+
+A picture: decode, RandomResizedCrop to 224 x 224 (area 0.2 to 1, aspect 3/4 to 4/3, antialiased bicubic), flip; uint8. Pillow's way
+is torchvision's: decode whole, crop, resize. All take the same boxes. Bare: simplejpeg, then torch's resize, with boxes that were
+computed beforehand, no flip and no check of what the bytes are. Two half ways show where the gain comes from.
+
+Units:  CPU seconds of this process, helper threads included; grey levels. ratio_vs_pillow: Pillow's time / ours; share_of_bare:
+        bare time / ours; max_diff, mean_diff: grey levels between our pictures and Pillow's. images_per_core_s: ours.
+Errors: ConfigError for a folder without usable JPEGs.
+Source: ratios within a chunk of pictures on which all methods run in random order; median and quartiles over chunks."""
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+from typing import NamedTuple
+
+import numpy as np
+import simplejpeg
+import torch
+import torch.nn.functional as F
+from PIL import Image as PillowImage
+
+from benchmarks import _data
+from benchmarks import _timing as timing
+from benchmarks._data import Spread
+from pipeline.data.decode_speed import SIZE, cores, crops, decode_rate, training_picture
+from pipeline.data.images import Box, Image, Uniforms, decode, reference_decode
+from pipeline.data.photos import photos
+
+CHUNK = 16
+
+
+class Sample(NamedTuple):
+    """A picture to make."""
+
+    data: bytes
+    uniforms: Uniforms
+    box: Box
+    flip: bool
+
+
+Method = Callable[[Sample], object]
+
+
+def ours(sample: Sample) -> Image:
+    """As the loader does it. Errors: DataError. Source: none."""
+    return training_picture(sample.data, sample.uniforms)
+
+
+def bare(sample: Sample) -> torch.Tensor:
+    """The two calls, nothing else. Errors: simplejpeg's. Source: none."""
+    return _torch_resize(simplejpeg.decode_jpeg(sample.data, "RGB"), sample.box)
+
+
+def pillow(sample: Sample) -> Image:
+    """As torchvision does it. Errors: Pillow's. Source: none."""
+    return _data.pillow_picture(sample.data, sample.box, flip=sample.flip)
+
+
+def pillow_then_torch(sample: Sample) -> torch.Tensor:
+    """Half way. Errors: Pillow's. Source: none."""
+    return _torch_resize(reference_decode(sample.data), sample.box)
+
+
+def simplejpeg_then_pillow(sample: Sample) -> Image:
+    """The other half. Errors: DataError. Source: none."""
+    box = sample.box
+    part = decode(sample.data)[box.top : box.top + box.height, box.left : box.left + box.width]
+    return np.array(PillowImage.fromarray(part).resize(SIZE[::-1], PillowImage.Resampling.BICUBIC))
+
+
+METHODS: Mapping[str, Method] = {
+    "ours": ours,
+    "the same calls, bare": bare,
+    "Pillow, as torchvision does": pillow,
+    "Pillow, torch's resize": pillow_then_torch,
+    "simplejpeg, Pillow's resize": simplejpeg_then_pillow,
+}
+
+
+def _torch_resize(image: Image, box: Box) -> torch.Tensor:
+    part = np.ascontiguousarray(image[box.top : box.top + box.height, box.left : box.left + box.width])
+    tensor = torch.from_numpy(part)[None].permute(0, 3, 1, 2)
+    return F.interpolate(tensor, size=SIZE, mode="bicubic", antialias=True, align_corners=False)
+
+
+def samples(files: Sequence[bytes], count: int) -> list[Sample]:
+    """`count` pictures to make of these files, a new crop each. Errors: none. Source: none."""
+    chosen = [files[number % len(files)] for number in range(count)]
+    numbers = crops(count)
+    boxes = [
+        _data.box_and_flip(uniforms, *_data.image_size(data)) for data, uniforms in zip(chosen, numbers, strict=True)
+    ]
+    return [Sample(data, own, *box) for data, own, box in zip(chosen, numbers, boxes, strict=True)]
+
+
+def differences(made: Sequence[Sample]) -> tuple[int, float]:
+    """Largest and mean difference of grey levels between our pictures and Pillow's. Errors: none. Source: none."""
+    apart = [np.abs(ours(sample).astype(np.int16) - pillow(sample)) for sample in made]
+    return max(int(one.max()) for one in apart), float(np.mean([one.mean() for one in apart]))
+
+
+def cpu_seconds(made: Sequence[Sample]) -> dict[str, list[float]]:
+    """By method, seconds a picture in every chunk. Errors: those of the methods. Source: see the module."""
+    shuffled = random.Random(0)
+    seconds: dict[str, list[float]] = {name: [] for name in METHODS}
+    for method in METHODS.values():  # what is done once is done
+        for sample in made[:CHUNK]:
+            method(sample)
+    for first in range(0, len(made), CHUNK):
+        chunk = made[first : first + CHUNK]
+        for name in shuffled.sample(list(METHODS), len(METHODS)):
+            method = METHODS[name]
+            began = time.process_time()
+            for sample in chunk:
+                method(sample)
+            seconds[name].append((time.process_time() - began) / len(chunk))
+    return seconds
+
+
+def measure(asked: argparse.Namespace) -> dict[str, object]:
+    """Measures, prints the tables, and gives the JSON line's contents. Errors: ConfigError. Source: see the module."""
+    found = photos(asked.images, count=64 if asked.quick else 512)
+    chunks = asked.chunks or (30 if asked.quick else 120)
+    made = samples(found.files, chunks * CHUNK)
+    with _data.one_torch_thread():
+        seconds = cpu_seconds(made)
+        max_diff, mean_diff = differences(made[: len(found.files)])
+    against: dict[str, Spread] = {name: _data.ratios(seconds["ours"], theirs) for name, theirs in seconds.items()}
+    print(f"{found.words}\n{timing.device_name(torch.device('cpu'))}; CPU time, {chunks} chunks of {CHUNK} pictures")
+    print(
+        timing.table(
+            ("", "images/core-second", "its time / ours (quartiles)"),
+            [(name, f"{1 / median(took):.0f}", _data.shown(against[name])) for name, took in seconds.items()],
+        )
+    )
+    print(f"Difference from Pillow's pictures: at most {max_diff}, on average {mean_diff:.3f} grey levels")
+    rates = [
+        decode_rate(found.files, threads=threads, seconds=asked.seconds) for threads in sorted({1, cores()})
+    ]
+    print("The host: " + ", ".join(f"{rate.images_per_s:.0f} images/s of {rate.threads} threads" for rate in rates))
+    return {
+        "benchmark": "decode",
+        "ratio_vs_pillow": round(against["Pillow, as torchvision does"].median, 3),
+        "share_of_bare": round(against["the same calls, bare"].median, 3),
+        "max_diff": max_diff,
+        "mean_diff": round(mean_diff, 4),
+        "images_per_core_s": round(1 / median(seconds["ours"]), 1),
+        "images_per_s_all_cores": round(rates[-1].images_per_s, 1),
+        "images": found.words,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure what the command line asks for. Errors: SystemExit. Source: none."""
+    parser = _data.parser("decode", "JPEG bytes to training pictures, on one core.")
+    parser.add_argument("--chunks", type=int, help=f"of {CHUNK} pictures")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for the host's rate on one core, and on all")
+    print(json.dumps(measure(parser.parse_args(arguments))))
+
+
+if __name__ == "__main__":
+    main()
