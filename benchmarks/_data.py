@@ -1,7 +1,7 @@
 """What the benchmarks of the data path share: photographs, real shards of them, Pillow's way, and ratios.
 
 Shapes: pictures [224, 224, 3] uint8 RGB.   Units: seconds; a ratio is theirs / ours, above 1 where ours is faster.
-Errors: ConfigError for a folder without usable JPEGs.
+Errors: SystemExit for a folder without usable JPEGs.
 Source: torchvision's pil_loader and RandomResizedCrop, whose calls to Pillow these are; median and quartiles over turns."""
 
 import argparse
@@ -20,6 +20,8 @@ from pipeline.cluster import Executor
 from pipeline.data.decode_speed import CROP, SIZE
 from pipeline.data.images import AUGMENT_UNIFORMS, Box, Image, Uniforms, random_resized_crop
 from pipeline.data.manifest import Manifest
+from pipeline.data.photos import Photos, photos
+from pipeline.errors import ConfigError
 from pipeline.graph.step import Attempt, StageInput
 from pipeline.stages.shard import ShardStageConfig, shard
 from pipeline.stages.snapshot import SnapshotConfig, snapshot
@@ -60,6 +62,14 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
     made.add_argument("--quick", action="store_true", help="a smaller shape: within 40 s on 2 cores")
     made.add_argument("--images", type=Path, metavar="DIR", help="JPEGs; left out: made-up ones")
     return made
+
+
+def chosen_photos(asked: argparse.Namespace, *, count: int) -> Photos:
+    """What --images names, or made-up ones. Errors: SystemExit for a folder without usable JPEGs. Source: none."""
+    try:
+        return photos(asked.images, count=count)
+    except ConfigError as error:
+        raise SystemExit(str(error)) from None
 
 
 @contextmanager

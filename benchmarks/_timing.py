@@ -32,6 +32,7 @@ class Timed(NamedTuple):
     seconds: dict[str, list[float]]  # by variant, a step's seconds in every round
     losses: dict[str, float]  # by variant, after the first step
     failed: dict[str, str]  # by variant, why it has no seconds
+    peak: float  # FLOP/s of the best matrix product of all rounds
 
 
 def device_name(device: torch.device) -> str:
@@ -98,9 +99,18 @@ def seconds_of(action: Callable[[], object], *, times: int, device: torch.device
     return (time.perf_counter() - start) / times
 
 
-def take_turns(variants: Sequence[Variant], *, rounds: int, steps: int, device: torch.device, warmup: int = 2) -> Timed:
+def take_turns(
+    variants: Sequence[Variant],
+    *,
+    rounds: int,
+    steps: int,
+    device: torch.device,
+    precision: Precision,
+    warmup: int = 2,
+) -> Timed:
     """Time variants A B C, A B C, ...: `steps` steps each in each of `rounds` rounds, after `warmup` untimed ones.
 
+    The matrix product has its turn too, so that the peak is that of a machine as hot and as busy as the steps found it.
     Errors: a RuntimeError of a variant in its warm-up (memory, compiler) takes it out. Source: none.
     """
     losses: dict[str, float] = {}
@@ -114,10 +124,12 @@ def take_turns(variants: Sequence[Variant], *, rounds: int, steps: int, device: 
             failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
     running = [variant for variant in variants if variant.name not in failed]
     seconds: dict[str, list[float]] = {variant.name: [] for variant in running}
+    peak = 0.0
     for _ in range(rounds):
         for name, step in running:
             seconds[name].append(seconds_of(step, times=steps, device=device))
-    return Timed(seconds, losses, failed)
+        peak = max(peak, matmul_peak(device, precision))
+    return Timed(seconds, losses, failed, peak)
 
 
 def speed_ratio(seconds: Mapping[str, Sequence[float]], *, of: str, over: str) -> float | None:

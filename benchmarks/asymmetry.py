@@ -153,7 +153,7 @@ def compare(name: str, tasks: Sequence[Task], *, rounds: int) -> dict[str, objec
         for results in found
     ]
     masking = [median(result.masking_seconds / result.seconds for result in results) for results in found]
-    peaks = [max(result.peak_bytes for result in results) for results in found]
+    peaks = [min(result.peak_bytes for result in results) for results in found]  # what malloc leaves only adds
     task = tasks[0]
     device = timing.device_name(torch.device(task.device))
     print(

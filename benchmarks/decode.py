@@ -9,7 +9,7 @@ computed beforehand, no flip and no check of what the bytes are. Two half ways s
 
 Units:  CPU seconds of this process, helper threads included; grey levels. ratio_vs_pillow: Pillow's time / ours; share_of_bare:
         bare time / ours; max_diff, mean_diff: grey levels between our pictures and Pillow's. images_per_core_s: ours.
-Errors: ConfigError for a folder without usable JPEGs.
+Errors: SystemExit for a folder without usable JPEGs.
 Source: ratios within a chunk of pictures on which all methods run in random order; median and quartiles over chunks."""
 
 import argparse
@@ -31,7 +31,6 @@ from benchmarks import _timing as timing
 from benchmarks._data import Spread
 from pipeline.data.decode_speed import SIZE, cores, crops, decode_rate, training_picture
 from pipeline.data.images import Box, Image, Uniforms, decode, reference_decode
-from pipeline.data.photos import photos
 
 CHUNK = 16
 
@@ -125,8 +124,8 @@ def cpu_seconds(made: Sequence[Sample]) -> dict[str, list[float]]:
 
 
 def measure(asked: argparse.Namespace) -> dict[str, object]:
-    """Measures, prints the tables, and gives the JSON line's contents. Errors: ConfigError. Source: see the module."""
-    found = photos(asked.images, count=64 if asked.quick else 512)
+    """Measures, prints the tables, and gives the JSON line's contents. Errors: see the module. Source: see the module."""
+    found = _data.chosen_photos(asked, count=64 if asked.quick else 512)
     chunks = asked.chunks or (30 if asked.quick else 120)
     made = samples(found.files, chunks * CHUNK)
     with _data.one_torch_thread():
@@ -141,9 +140,7 @@ def measure(asked: argparse.Namespace) -> dict[str, object]:
         )
     )
     print(f"Difference from Pillow's pictures: at most {max_diff}, on average {mean_diff:.3f} grey levels")
-    rates = [
-        decode_rate(found.files, threads=threads, seconds=asked.seconds) for threads in sorted({1, cores()})
-    ]
+    rates = [decode_rate(found.files, threads=threads, seconds=asked.seconds) for threads in sorted({1, cores()})]
     print("The host: " + ", ".join(f"{rate.images_per_s:.0f} images/s of {rate.threads} threads" for rate in rates))
     return {
         "benchmark": "decode",

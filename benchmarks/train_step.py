@@ -154,7 +154,6 @@ def measure(plan: Plan) -> dict[str, object]:
     noise = torch.rand(plan.batch, encoder.num_patches, device=plan.device, generator=generator)
 
     ways = our_ways(model, plan) + their_ways(model, pixels, noise, plan)
-    peak = timing.matmul_peak(plan.device, plan.precision)
     timed = timing.take_turns(
         [
             timing.Variant(
@@ -168,10 +167,11 @@ def measure(plan: Plan) -> dict[str, object]:
         rounds=plan.rounds,
         steps=plan.steps,
         device=plan.device,
+        precision=plan.precision,
     )
+    peak = timed.peak
     if OURS in timed.failed:
         raise SystemExit(f"{OURS} cannot run: {timed.failed[OURS]}; try a smaller --batch")
-    peak = max(peak, timing.matmul_peak(plan.device, plan.precision))  # a busy moment must not lower it
     for name, loss in timed.losses.items():
         check_near(name, loss, timed.losses[OURS], LOSS_TOLERANCE[plan.precision])
 

@@ -101,6 +101,6 @@ def test_a_variant_that_cannot_run_is_reported():
         raise torch.OutOfMemoryError("no room")
 
     variants = [_timing.Variant("works", lambda: torch.tensor(1.0)), _timing.Variant("fails", fails)]
-    timed = _timing.take_turns(variants, rounds=2, steps=1, device=torch.device("cpu"))
+    timed = _timing.take_turns(variants, rounds=2, steps=1, device=torch.device("cpu"), precision="float32")
     assert (len(timed.seconds["works"]), "fails" in timed.seconds) == (2, False)
     assert timed.failed == {"fails": "OutOfMemoryError: no room"}

@@ -48,7 +48,14 @@ def config(tmp_path, store) -> Path:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["run", "--help"], ["plan", "--help"], ["job", "submit", "--help"], ["shards", "verify", "--help"]],
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["plan", "--help"],
+        ["job", "submit", "--help"],
+        ["shards", "verify", "--help"],
+        ["doctor", "--help"],
+    ],
 )
 def test_help_imports_nothing_heavy(arguments):
     code = f"""

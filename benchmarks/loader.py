@@ -1,0 +1,283 @@
+"""From shards to batches: our Loader, webdataset over the same tars, and an ImageFolder over the same files.
+
+    python -m benchmarks.loader --images DIR
+    python -m benchmarks.loader --quick
+
+The photographs become files in class folders and, by the real snapshot and shard stages, shards. Each side gives uint8 batches
+without end, of the same kind of crops (RandomResizedCrop to 224, bicubic, flip), by two workers on two cores; then by one on one.
+Ours: threads. webdataset: shards drawn at random, a buffer of 1000, Pillow, its own batching, in torch's worker processes.
+ImageFolder: torchvision's reader and transforms, torch's DataLoader. Workers persist. A turn begins when the others have filled
+their queues and rest; its first batches, which were made before, are not timed, so that as much is under way at the end as at
+the start.
+
+Units:  images a second by the clock, all and per core, files in the page cache; images of a second of CPU time, children included.
+        Ratios: their time / ours, in each turn.
+Errors: SystemExit for a folder without usable JPEGs. A library that is missing leaves null.
+Source: the usage that both libraries document; median and quartiles over turns."""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler
+
+from benchmarks import _data
+from benchmarks import _timing as timing
+from benchmarks._data import Spread
+from benchmarks._peers import installed
+from pipeline.data.cache import ShardCache
+from pipeline.data.decode_speed import CROP, SIZE, cores
+from pipeline.data.images import AUGMENT_UNIFORMS
+from pipeline.data.loader import Loader
+from pipeline.data.manifest import Manifest
+from pipeline.data.order import OrderConfig, SampleOrder
+from pipeline.data.selection import Selection
+
+OURS, WEBDATASET, IMAGEFOLDER = "ours", "webdataset, Pillow", "ImageFolder, torch"
+_SHARDS = 4
+_WITHOUT_END = 10**9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One comparison. Units: counts."""
+
+    workers: int
+    batch: int
+    timed: int
+    """Batches a turn."""
+    warmup: int
+    """Batches before them."""
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A side's turns: seconds an image, by the clock and of CPU time."""
+
+    wall: list[float]
+    cpu: list[float]
+
+
+def ours(manifest: Manifest, plan: Plan, scratch: Path) -> Iterator[Tensor]:
+    """Batches of the Loader, epoch after epoch. Errors: DataError. Source: none."""
+    selection = Selection.all(manifest, "train")
+    loader = Loader(
+        selection,
+        SampleOrder(selection.counts, OrderConfig(seed=0)),
+        global_batch=plan.batch,
+        rank=0,
+        world_size=1,
+        augment=CROP,
+        image_size=SIZE,
+        seed=0,
+        cache=ShardCache(manifest.root, scratch / "cache", max_bytes=2**30),
+        decode_threads=plan.workers,
+    )
+    with closing(loader.from_step(0, _WITHOUT_END)) as batches:
+        for batch in batches:
+            yield batch.images
+
+
+def webdataset(tars: Sequence[Path], plan: Plan) -> Iterator[Tensor]:
+    """Batches of webdataset's own loader. Errors: its own. Source: webdataset's README."""
+    import webdataset as wds
+
+    dataset = (
+        wds.WebDataset(
+            [str(path) for path in tars], resampled=True, shardshuffle=False
+        )  # its way to a stream without end
+        .shuffle(1000)
+        .map(_pillow_pair)
+        .batched(plan.batch)
+    )
+    for images, _ in wds.WebLoader(dataset, batch_size=None, num_workers=plan.workers):
+        yield images
+
+
+def image_folder(folder: Path, plan: Plan) -> Iterator[Tensor]:
+    """Batches of torch's loader over torchvision's folder. Errors: their own. Source: PyTorch's ImageNet example."""
+    from torchvision.datasets import ImageFolder  # type: ignore[import-untyped,unused-ignore]
+    from torchvision.transforms import (  # type: ignore[import-untyped,unused-ignore]
+        Compose,
+        InterpolationMode,
+        PILToTensor,
+        RandomHorizontalFlip,
+        RandomResizedCrop,
+    )
+
+    crop = RandomResizedCrop(SIZE, scale=CROP.scale, ratio=CROP.ratio, interpolation=InterpolationMode.BICUBIC)
+    dataset: Any = ImageFolder(str(folder), Compose([crop, RandomHorizontalFlip(), PILToTensor()]))
+    # one epoch without end, of permutations: small folders would else pause at the end of each
+    sampler: Any = RandomSampler(dataset, num_samples=_WITHOUT_END)
+    for images, _ in DataLoader(dataset, plan.batch, sampler=sampler, num_workers=plan.workers):
+        yield images
+
+
+def _pillow_pair(sample: Mapping[str, bytes]) -> tuple[Tensor, int]:
+    """Crop and label of a sample of a tar."""
+    data = sample["jpg"]
+    uniforms = np.array([random.random() for _ in range(AUGMENT_UNIFORMS)])
+    box, flip = _data.box_and_flip(uniforms, *_data.image_size(data))
+    return torch.from_numpy(_data.pillow_picture(data, box, flip=flip)), int(sample["cls"])
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and its workers so far. Errors: OSError off Linux. Source: man 5 proc."""
+    total, tick = time.process_time(), os.sysconf("SC_CLK_TCK")
+    for child in multiprocessing.active_children():
+        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / tick
+    return total
+
+
+def wait_for_rest(*, within_s: float = 20.0) -> None:
+    """Until workers have nothing to do: queues are full. Errors: RuntimeError when they never rest. Source: none."""
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        before = cpu_seconds()
+        time.sleep(0.1)
+        if cpu_seconds() - before < 0.02:  # a tick of the kernel's clock is 0.01
+            return
+    raise RuntimeError(
+        f"workers still run {within_s:g} s after nothing was asked of them: end what else runs in this process"
+    )
+
+
+@contextmanager
+def on_cores(count: int) -> Iterator[None]:
+    """This thread and all that it starts on so many cores. Errors: OSError off Linux. Source: man 2 sched_setaffinity."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[:count])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def take_turns(sides: Mapping[str, Iterator[Tensor]], plan: Plan) -> dict[str, Taken]:
+    """Every side once a round, another first in each. Errors: those of the sides. Source: see the module."""
+    taken = {name: Taken([], []) for name in sides}
+    names, images = list(sides), plan.timed * plan.batch
+    for turn in range(plan.rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            wait_for_rest()
+            for batch in islice(sides[name], plan.warmup):
+                if batch.dtype != torch.uint8 or len(batch) != plan.batch or 3 not in batch.shape:
+                    raise TypeError(f"{name} gives {batch.dtype} of {tuple(batch.shape)}: not what it is compared in")
+            began, cpu_began = time.perf_counter(), cpu_seconds()
+            for _ in islice(sides[name], plan.timed):
+                pass
+            taken[name].wall.append((time.perf_counter() - began) / images)
+            taken[name].cpu.append((cpu_seconds() - cpu_began) / images)
+    return taken
+
+
+def compare(manifest: Manifest, folder: Path, scratch: Path, plan: Plan) -> tuple[dict[str, Taken], dict[str, Spread]]:
+    """Times and ratios of all sides at a number of workers; prints their table. Errors: DataError. Source: none."""
+    keys = manifest.shards("train").column("key").to_pylist()
+    tars = [path for key in keys if (path := manifest.root.local_path(key)) is not None]
+    makers: dict[str, Callable[[], Iterator[Tensor]]] = {}
+    if installed("torchvision"):
+        makers[IMAGEFOLDER] = lambda: image_folder(folder, plan)
+    makers[WEBDATASET] = lambda: webdataset(tars, plan)
+    makers[OURS] = lambda: ours(manifest, plan, scratch)  # last: its threads start after others have forked
+    with on_cores(plan.workers), ExitStack() as stack:
+        sides = {}
+        for name, make in makers.items():
+            side = make()
+            stack.callback(side.close)  # type: ignore[attr-defined]
+            next(side)
+            sides[name] = side
+        taken = take_turns(dict(reversed(sides.items())), plan)
+    against = {name: _data.ratios(taken[OURS].wall, side.wall) for name, side in taken.items()}
+    print(
+        f"{plan.workers} workers on {plan.workers} cores, batches of {plan.batch}, {plan.rounds} turns of {plan.timed} batches"
+    )
+    print(
+        timing.table(
+            ("", "images/s", "per core", "images/CPU-second", "its time / ours (quartiles)", "its CPU time / ours"),
+            [
+                (
+                    name,
+                    f"{1 / median(side.wall):.0f}",
+                    f"{1 / median(side.wall) / plan.workers:.0f}",
+                    f"{1 / median(side.cpu):.0f}",
+                    _data.shown(against[name]),
+                    f"{_data.ratios(taken[OURS].cpu, side.cpu).median:.2f}",
+                )
+                for name, side in taken.items()
+            ],
+        )
+    )
+    return taken, against
+
+
+def result(workers: int, taken: Mapping[str, Taken], against: Mapping[str, Spread]) -> dict[str, float | None]:
+    """The keys of the JSON line that change with the number of workers. Errors: none. Source: none."""
+    peers = {"webdataset": WEBDATASET, "imagefolder": IMAGEFOLDER}
+    ratios = {
+        f"ratio_vs_{key}": round(against[name].median, 3) if name in against else None for key, name in peers.items()
+    }
+    cpu = {
+        f"cpu_ratio_vs_{key}": round(_data.ratios(taken[OURS].cpu, taken[name].cpu).median, 3)
+        if name in taken
+        else None
+        for key, name in peers.items()
+    }
+    return {**ratios, "images_per_s_per_core": round(1 / median(taken[OURS].wall) / workers, 1), **cpu}
+
+
+def measure(asked: argparse.Namespace) -> dict[str, object]:
+    """Measures, prints the tables, and gives the JSON line's contents. Errors: see the module. Source: see the module."""
+    found = _data.chosen_photos(asked, count=64 if asked.quick else 512)
+    plans = [
+        Plan(
+            workers=workers,
+            batch=asked.batch,
+            timed=asked.batches or (8 if asked.quick else 24),
+            warmup=min(asked.batches or 6, 6),
+            rounds=asked.rounds or (3 if asked.quick else 7),
+        )
+        for workers in sorted({min(2, cores()), 1}, reverse=True)
+    ]
+    print(f"{found.words}\n{timing.device_name(torch.device('cpu'))}")
+    lines = {}
+    with tempfile.TemporaryDirectory(prefix="mae-benchmark-") as name, _data.one_torch_thread():
+        scratch = Path(name)
+        folder = _data.write_files(found.files, scratch / "images")
+        manifest = _data.sharded(folder, scratch, shards=_SHARDS)
+        for plan in plans[:1] if asked.quick else plans:
+            lines[plan.workers] = result(plan.workers, *compare(manifest, folder, scratch, plan))
+    most = max(lines)
+    line: dict[str, object] = {"benchmark": "loader", **lines[most], "workers": most}
+    if most > 1 and 1 in lines:
+        line["one_worker"] = lines[1]
+    return line | {"images": found.words}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure what the command line asks for. Errors: SystemExit. Source: none."""
+    parser = _data.parser("loader", "Shards to batches, side by side.")
+    parser.add_argument("--batch", type=int, default=64, help="images")
+    parser.add_argument("--batches", type=int, help="a turn")
+    parser.add_argument("--rounds", type=int)
+    print(json.dumps(measure(parser.parse_args(arguments))))
+
+
+if __name__ == "__main__":
+    main()

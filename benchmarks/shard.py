@@ -1,0 +1,181 @@
+"""Photographs into tars: our shard tasks, one and two at a time on Ray, and a loop around webdataset's ShardWriter.
+
+    python -m benchmarks.shard --images DIR
+    python -m benchmarks.shard --quick
+
+Ours is what the shard stage runs: planned shards, each a Ray task that reads, decodes, turns and re-encodes where needed, hashes
+(SHA-256 and CRC-32 of each image, perceptual hash, SHA-256 of the tar), writes and uploads to a folder with fsync, and writes
+its row. The peer does the same checks of each image in one process with Pillow, and writes with ShardWriter; it makes no row,
+no hash of the tar and no fsync. A third way, the peer with our intake (simplejpeg) in Pillow's place, shows what is the
+decoder's part. Ray has started and its workers have imported everything before the first turn.
+
+Units:  images a second by the clock. ratio_vs_shardwriter: its time / ours, one task; speedup_2_tasks: one task's time / that
+        of two.
+Errors: SystemExit for a folder without usable JPEGs; PipelineError when Ray does not start.
+Source: webdataset's README; median and quartiles over turns, ratios within a turn."""
+
+import argparse
+import hashlib
+import io
+import json
+import shutil
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from PIL import Image as PillowImage
+from PIL import ImageOps
+from webdataset import ShardWriter
+
+from benchmarks import _data
+from benchmarks import _timing as timing
+from pipeline import cluster
+from pipeline.data.decode_speed import cores
+from pipeline.data.intake import Taken, dhash64, take_in
+from pipeline.data.shards import IntakePolicy, ShardPlan, opened_snapshot, plan_shards, write_shard
+
+ONE, TWO = "ours, 1 task", "ours, 2 tasks"
+WRITER, WRITER_OUR_INTAKE = "ShardWriter, Pillow", "ShardWriter, our intake"
+_SHARDS = 4
+_ORIENTATION = 0x0112
+_POLICY = IntakePolicy()
+
+Way = Callable[[Path], int]
+"""Writes into a folder; images stored."""
+Checks = Callable[[bytes], tuple[bytes, int]]
+"""Bytes of a file to bytes to store and perceptual hash."""
+
+
+def pillow_checks(data: bytes) -> tuple[bytes, int]:
+    """Decode; turn, convert and encode anew where needed. Errors: Pillow's, for bytes that do not decode."""
+    with PillowImage.open(io.BytesIO(data)) as image:
+        image.load()
+        turned = image.getexif().get(_ORIENTATION, 1) in range(2, 9)
+        if not turned and image.mode == "RGB" and min(image.size) <= _POLICY.image_max_short_side:
+            return data, dhash64(image)
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+    short = min(upright.size)
+    if short > _POLICY.image_max_short_side:
+        width, height = (side * _POLICY.image_max_short_side // short for side in upright.size)
+        upright = upright.resize((width, height), PillowImage.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    upright.save(buffer, "JPEG", quality=95, subsampling=0)
+    return buffer.getvalue(), dhash64(upright)
+
+
+def our_checks(data: bytes) -> tuple[bytes, int]:
+    """What our tasks do with each image. Errors: ValueError for one that is refused. Source: pipeline/data/intake.py."""
+    taken = take_in(data, max_side=_POLICY.image_max_short_side, max_pixels=_POLICY.image_max_pixels)
+    if not isinstance(taken, Taken):
+        raise ValueError(f"{taken.reason}: {taken.detail}")
+    return taken.data, taken.dhash64
+
+
+def write_with_shardwriter(
+    plans: Sequence[ShardPlan], source: Path, folder: Path, checks: Checks
+) -> list[dict[str, Any]]:
+    """A loop over the same images in the same order; what it knows of each. Errors: those of the checks, OSError."""
+    rows = []
+    most = max(len(plan.samples) for plan in plans)
+    folder.mkdir(parents=True)
+    with ShardWriter(str(folder / "%06d.tar"), maxcount=most, verbose=0, encoder=False) as writer:
+        for plan in plans:
+            for planned in plan.samples.to_pylist():
+                data, perceptual = checks((source / planned["path"]).read_bytes())
+                key = f"{planned['sample_id']:012d}"
+                writer.write({"__key__": key, "jpg": data, "cls": str(planned["label"]).encode()})
+                hashes = {"sha256": hashlib.sha256(data).hexdigest(), "crc32": zlib.crc32(data), "dhash64": perceptual}
+                rows.append({"key": key, "length": len(data), **hashes})
+    return rows
+
+
+def write_with_tasks(plans: Sequence[ShardPlan], source: Path, folder: Path, *, at_once: int) -> int:
+    """Ours, as many tasks at once as the cluster has cores or one; images stored. Errors: those of the tasks."""
+    write = partial(write_shard, source=str(source), root_uri=str(folder), policy=_POLICY)
+    groups = [plans] if at_once > 1 else [[plan] for plan in plans]
+    return sum(row.samples for group in groups for row in cluster.map_tasks(write, group, executor="ray"))
+
+
+def seconds_of(ways: Mapping[str, Way], folder: Path, *, images: int, rounds: int) -> dict[str, list[float]]:
+    """By way, its seconds in every turn, each into a folder of its own. Errors: ValueError for one that loses images."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    names = list(ways)
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            began = time.perf_counter()
+            stored = ways[name](folder / "out")
+            seconds[name].append(time.perf_counter() - began)
+            if stored != images:
+                raise ValueError(f"{name} stored {stored} of {images} images: not the same work")
+            shutil.rmtree(folder / "out")
+    return seconds
+
+
+def measure(asked: argparse.Namespace) -> dict[str, object]:
+    """Measures, prints the table, and gives the JSON line's contents. Errors: see the module. Source: see the module."""
+    found = _data.chosen_photos(asked, count=64 if asked.quick else 512)
+    wanted = asked.count or (512 if asked.quick else 1024)
+    rounds = asked.rounds or (3 if asked.quick else 7)
+    tasks = min(2, cores())
+    with tempfile.TemporaryDirectory(prefix="mae-benchmark-") as name:
+        scratch = Path(name)
+        source = _data.write_files(found.files, scratch / "images", copies=-(-wanted // len(found.files)))
+        listing = _data.listed(source, scratch / "snapshot")
+        with opened_snapshot(listing.store, "snapshot.parquet") as snapshot:
+            plans = list(plan_shards(snapshot, seed=0, shard_max_bytes=2**27, min_shards=_SHARDS, policy=_POLICY))
+        images = sum(len(plan.samples) for plan in plans)
+        ways: dict[str, Way] = {
+            ONE: partial(write_with_tasks, plans, source, at_once=1),
+            TWO: partial(write_with_tasks, plans, source, at_once=tasks),
+            WRITER: lambda folder: len(write_with_shardwriter(plans, source, folder, pillow_checks)),
+            WRITER_OUR_INTAKE: lambda folder: len(write_with_shardwriter(plans, source, folder, our_checks)),
+        }
+        if tasks == 1:
+            del ways[TWO]
+        cluster.connect(cpus=tasks)
+        try:
+            for _ in range(2):  # Ray's workers start and import: every one of them has had a task
+                write_with_tasks(plans, source, scratch / "first", at_once=tasks)
+                shutil.rmtree(scratch / "first")
+            seconds = seconds_of(ways, scratch, images=images, rounds=rounds)
+        finally:
+            cluster.disconnect()
+    against = {name: _data.ratios(seconds[ONE], theirs) for name, theirs in seconds.items()}
+    print(
+        f"{found.words}; {images} files into {len(plans)} shards\n{timing.device_name(torch.device('cpu'))}; {rounds} turns"
+    )
+    print(
+        timing.table(
+            ("", "images/s", "its time / ours of 1 task (quartiles)"),
+            [(name, f"{images / median(took):.0f}", _data.shown(against[name])) for name, took in seconds.items()],
+        )
+    )
+    gain = round(_data.ratios(seconds[TWO], seconds[ONE]).median, 3) if TWO in seconds else None
+    if gain is not None:
+        print(f"Two tasks at once are {gain:.2f} times as fast as one")
+    return {
+        "benchmark": "shard",
+        "ratio_vs_shardwriter": round(against[WRITER].median, 3),
+        "speedup_2_tasks": gain,
+        "ratio_vs_shardwriter_our_intake": round(against[WRITER_OUR_INTAKE].median, 3),
+        "images_per_s": round(images / median(seconds[ONE]), 1),
+        "images": found.words,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure what the command line asks for. Errors: SystemExit. Source: none."""
+    parser = _data.parser("shard", "Photographs into tars, side by side.")
+    parser.add_argument("--count", type=int, help="files, copies where there are fewer")
+    parser.add_argument("--rounds", type=int)
+    print(json.dumps(measure(parser.parse_args(arguments))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Benchmarks of the data path: what is compared does the same, and the JSON line has its keys. Nothing here is about time."""
+
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import _data, decode, loader, order, shard
+from pipeline.data.decode_speed import CROP, SIZE
+from pipeline.data.images import reference_augment, reference_decode
+from pipeline.data.photos import photos
+from pipeline.data.shards import opened_snapshot, plan_shards, read_samples, write_shard
+from pipeline.storage import open_store
+
+# The contract of the JSON line; more keys may be there.
+KEYS = {
+    "decode": "ratio_vs_pillow share_of_bare max_diff mean_diff",
+    "loader": "ratio_vs_webdataset ratio_vs_imagefolder images_per_s_per_core",
+    "shard": "ratio_vs_shardwriter speedup_2_tasks",
+    "order": "cold_seek_ms step_ms shards_per_batch_share_of_uniform",
+}
+TINY = {
+    "decode": ["--chunks", "2", "--seconds", "0.01"],
+    "loader": ["--batch", "4", "--batches", "2", "--rounds", "1"],
+    "shard": ["--count", "8", "--rounds", "1"],
+    "order": ["--samples", "64000", "--shards", "640", "--batch", "64", "--mixing-shards", "64"],
+}
+
+
+@pytest.fixture(scope="module")
+def files():
+    return photos(None, count=8).files
+
+
+@pytest.fixture(scope="module")
+def folder(files, tmp_path_factory):
+    return _data.write_files(files, tmp_path_factory.mktemp("images"))
+
+
+@pytest.mark.parametrize("benchmark", [decode, loader, shard, order], ids=lambda module: module.__name__)
+def test_last_line_has_the_contract_s_keys(benchmark, folder, capsys):
+    name = benchmark.__name__.rpartition(".")[2]
+    benchmark.main(["--quick", "--images", str(folder), *TINY[name]])
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["benchmark"] == name
+    expected = set(KEYS[name].split())
+    assert expected <= set(line)
+    # what needs a second core, or a library that no extra of ours names, may be missing
+    assert all(line[key] is not None for key in expected - {"ratio_vs_imagefolder", "speedup_2_tasks"})
+
+
+@pytest.mark.parametrize("benchmark", [decode, loader, shard], ids=lambda module: module.__name__)
+def test_a_folder_without_photographs_is_one_clear_line(benchmark, tmp_path):
+    with pytest.raises(SystemExit, match="holds no upright RGB JPEG"):
+        benchmark.main(["--images", str(tmp_path)])
+
+
+def test_every_way_of_decoding_makes_the_same_picture(files):
+    made = decode.samples(files, 16)
+    assert {sample.flip for sample in made} == {False, True}
+    # two kernels of one filter: 4 grey levels at worst and 0.06 on average over 64 crops; a box moved by a pixel: 7 on average
+    largest, average = decode.differences(made)
+    assert largest <= 15
+    assert average < 0.15
+    for sample in made:
+        ours = decode.ours(sample)
+        pillow = decode.pillow(sample)
+        # the box and the flip are those of our own augmentation
+        expected = reference_augment(reference_decode(sample.data), sample.uniforms, CROP, SIZE)
+        np.testing.assert_array_equal(pillow, expected)
+        bare, half = decode.bare(sample), decode.pillow_then_torch(sample)
+        unflipped = ours[:, ::-1] if sample.flip else ours
+        np.testing.assert_array_equal(bare[0].permute(1, 2, 0).numpy(), unflipped)
+        torch.testing.assert_close(half, bare, rtol=0, atol=0)
+        np.testing.assert_array_equal(decode.simplejpeg_then_pillow(sample), pillow[:, ::-1] if sample.flip else pillow)
+
+
+def test_every_side_of_the_loader_s_comparison_gives_such_pictures_of_the_same_shards(folder, files, tmp_path):
+    plan = loader.Plan(workers=1, batch=16, timed=4, warmup=0, rounds=1)
+    manifest = _data.sharded(folder, tmp_path, shards=2)
+    assert manifest.counts["total"]["served"] == len(files)
+    tars = [manifest.root.local_path(key) for key in manifest.shards("train").column("key").to_pylist()]
+    sides = {
+        "ours": loader.ours(manifest, plan, tmp_path),
+        "webdataset": loader.webdataset(tars, plan),
+    }
+    means = {}
+    for name, side in sides.items():
+        batches = [next(side) for _ in range(4)]
+        assert all(batch.dtype == torch.uint8 and batch.shape == (16, 224, 224, 3) for batch in batches)
+        means[name] = float(torch.cat(batches).float().mean())
+        side.close()
+    # means of 64 crops of 8 photographs: within 5 of 137 grey levels over 12 draws
+    assert means["ours"] == pytest.approx(means["webdataset"], abs=15)
+
+
+def test_a_turn_s_ratio_is_its_own():
+    # the machine is ten times slower in the second turn: no matter
+    assert _data.ratios([1.0, 10.0, 1.0], [2.0, 20.0, 2.0]) == (2.0, 2.0, 2.0)
+    assert _data.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == (3.0, 2.0, 4.0)
+    assert _data.spread([7.0]) == (7.0, 7.0, 7.0)
+
+
+def test_the_loop_around_shardwriter_knows_what_our_rows_know(folder, tmp_path):
+    listing = _data.listed(folder, tmp_path / "snapshot")
+    with opened_snapshot(listing.store, "snapshot.parquet") as snapshot:
+        plans = list(plan_shards(snapshot, seed=0, shard_max_bytes=2**27, min_shards=2, policy=shard._POLICY))
+    theirs = shard.write_with_shardwriter(plans, folder, tmp_path / "theirs", shard.our_checks)
+    write = partial(write_shard, source=str(folder), root_uri=str(tmp_path / "ours"), policy=shard._POLICY)
+    root = open_store(str(tmp_path / "ours"))
+    ours = [row for plan in plans for row in read_samples(root, write(plan)).select(list(theirs[0])).to_pylist()]
+    assert theirs == ours
+    # and Pillow's checks keep what ours keep; its decoder is the same library, so the perceptual hash is the same too
+    assert shard.write_with_shardwriter(plans, folder, tmp_path / "pillow", shard.pillow_checks) == ours
+
+
+def test_a_way_that_loses_images_is_no_comparison(tmp_path):
+    def loses(folder):
+        folder.mkdir()
+        return 7
+
+    with pytest.raises(ValueError, match="stored 7 of 8 images"):
+        shard.seconds_of({"loses": loses}, tmp_path, images=8, rounds=1)
+
+
+def test_mixing_by_hand():
+    # 100 shards of 10 samples, a class a shard; one batch of the first shard alone, one with a sample of every shard
+    alone, every = np.arange(10), np.arange(0, 1000, 10)
+    assert order.mixing(iter([alone]), shards=100, per_shard=10) == (1.0, pytest.approx(0.99))
+    assert order.mixing(iter([every]), shards=100, per_shard=10) == (100.0, pytest.approx(0.0))
+    assert order.mixing(iter([alone, every]), shards=100, per_shard=10) == (50.5, pytest.approx(0.495))
+
+
+@pytest.mark.parametrize(
+    "way", [order.uniform, partial(order.ours, window_shards=1), order.shard_shuffle_and_buffer], ids=str
+)
+def test_no_order_gives_a_sample_twice(way):
+    samples = np.concatenate(list(way(64, 100, 64)))
+    assert len(samples) >= 64 * 64
+    assert len(np.unique(samples)) == len(samples)
+    assert samples.max() < 6400
