@@ -7,7 +7,7 @@ Source: He et al. 2022, arXiv 2111.06377, tables 1 and 8; sizes: Dosovitskiy et 
 (tiny and small: Touvron et al. 2021, arXiv 2012.12877, table 1)."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
@@ -17,6 +17,10 @@ from mae_core.masking import Masking, visible_count
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+ADDED_LATER: Mapping[str, Any] = {"added_later": True}
+"""Metadata of a field that a config gained later, and whose default is what was done before: who makes an identity of a config
+leaves it out at its default. Such a default never changes."""
+
 Positions = Literal["sine_cosine", "learned"]
 Target = Literal["raw", "normalised", "pca"]
 EncoderInput = Literal["visible", "all"]
@@ -24,16 +28,16 @@ LossOn = Literal["hidden", "all"]
 
 
 def _check_positive(config: object, *fields: str) -> None:
-    for field in fields:
-        value = getattr(config, field)
+    for name in fields:
+        value = getattr(config, name)
         if not value > 0:
-            raise ConfigError(f"{field}={value} is not positive: write a number above 0")
+            raise ConfigError(f"{name}={value} is not positive: write a number above 0")
 
 
-def _check_choice(config: object, field: str, choices: object) -> None:
-    value = getattr(config, field)
+def _check_choice(config: object, name: str, choices: object) -> None:
+    value = getattr(config, name)
     if value not in get_args(choices):
-        raise ConfigError(f"{field}={value!r} is unknown: write one of {', '.join(get_args(choices))}")
+        raise ConfigError(f"{name}={value!r} is unknown: write one of {', '.join(get_args(choices))}")
 
 
 def _check_width(width_field: str, width: int, heads_field: str, heads: int) -> None:
@@ -69,9 +73,9 @@ class ViTConfig:
     """Width of a block's hidden MLP layer, in multiples of embed_dim."""
     layer_norm_eps: float = 1e-6
     """Added to the variance in every LayerNorm."""
-    cls_tokens: int = 1
+    cls_tokens: int = field(default=1, metadata=ADDED_LATER)
     """Class tokens in front of the patches; the paper has one, Pixio eight."""
-    positions: Positions = "sine_cosine"
+    positions: Positions = field(default="sine_cosine", metadata=ADDED_LATER)
     """`sine_cosine`, a fixed table recomputed for any grid; or `learned`, a parameter that starts as that table (fine-tuned
     encoders of the official code, supervised ones of others)."""
     pixel_mean: tuple[float, ...] = IMAGENET_MEAN
@@ -91,11 +95,11 @@ class ViTConfig:
                     f"write {fitting}"
                 )
         _check_width("embed_dim", self.embed_dim, "num_heads", self.num_heads)
-        for field in ("pixel_mean", "pixel_std"):
-            values = getattr(self, field)
+        for name in ("pixel_mean", "pixel_std"):
+            values = getattr(self, name)
             if len(values) != self.in_channels:
                 raise ConfigError(
-                    f"{field}={values} has {len(values)} values for in_channels={self.in_channels}: write one a channel"
+                    f"{name}={values} has {len(values)} values for in_channels={self.in_channels}: write one a channel"
                 )
         if not all(std > 0 for std in self.pixel_std):
             raise ConfigError(f"pixel_std={self.pixel_std} is not positive throughout: write 1.0 to leave a channel")
@@ -136,24 +140,24 @@ class MAEConfig:
     """Number of decoder blocks."""
     decoder_num_heads: int = 16
     """Attention heads in a decoder block."""
-    decoder_mlp_ratio: float = 4.0
+    decoder_mlp_ratio: float = field(default=4.0, metadata=ADDED_LATER)
     """Width of a decoder block's hidden MLP layer, in multiples of decoder_embed_dim."""
     mask_ratio: float = 0.75
     """Fraction of patches hidden from the encoder; at least one patch stays visible and one hidden."""
     masking: Masking = "random"
     """How hidden patches are chosen: `random` (each patch alike), `block` (few large rectangles), `grid` (visible ones regularly
     spaced), `cell` (whole cells of mask_cell x mask_cell patches)."""
-    mask_cell: int = 2
+    mask_cell: int = field(default=2, metadata=ADDED_LATER)
     """Side of a cell in patches; read by masking `cell` alone."""
     target: Target = "normalised"
     """What the decoder predicts: `raw` pixels, pixels `normalised` by each patch's own mean and deviation, or the first
     pca_components coefficients of a `pca` in patch space."""
-    pca_components: int = 96
+    pca_components: int = field(default=96, metadata=ADDED_LATER)
     """Coefficients a patch; read by target `pca` alone."""
-    encoder_input: EncoderInput = "visible"
+    encoder_input: EncoderInput = field(default="visible", metadata=ADDED_LATER)
     """`visible`: the encoder sees visible patches alone. `all`: it also sees mask tokens for the hidden ones, and the decoder
     adds none (the paper's ablation, at 3.3 times the operations)."""
-    loss_on: LossOn = "hidden"
+    loss_on: LossOn = field(default="hidden", metadata=ADDED_LATER)
     """Patches that are predicted and judged: the `hidden` ones, or `all` (an ablation: 0.5 % worse in the paper)."""
 
     def __post_init__(self) -> None:

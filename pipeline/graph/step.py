@@ -15,12 +15,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mae_core.config import ADDED_LATER as ADDED_LATER
 from mae_core.errors import ConfigError
 from pipeline.cluster import Executor, Progress
 from pipeline.storage import Store, open_store
-
-ADDED_LATER: Mapping[str, Any] = {"added_later": True}
-"""Metadata of a dataclass field whose default is what was done before the field was there."""
 
 
 @dataclass(frozen=True)
@@ -159,4 +157,4 @@ def canonical(value: Any, where: str = "value") -> Any:
 
 
 def _left_out(added: "dataclasses.Field[Any]", value: Any) -> bool:
-    return bool(added.metadata.get("added_later")) and value == added.default
+    return added.metadata.items() >= ADDED_LATER.items() and bool(value == added.default)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mae_core.config import ADDED_LATER
 from mae_core.schedules import scaled_lr, warmup_cosine, warmup_stable_decay
 from pipeline.data.cache import ShardCache
 from pipeline.data.images import AugmentConfig
@@ -77,9 +78,9 @@ class Recipe:
     base_lr: float = 1.5e-4
     """Learning rate at a global batch of 256; the absolute rate is base_lr * global_batch / 256."""
     warmup_epochs: float = 40.0
-    schedule: Literal["cosine", "warmup_stable_decay"] = "cosine"
+    schedule: Literal["cosine", "warmup_stable_decay"] = field(default="cosine", metadata=ADDED_LATER)
     """After the warmup: half a cosine, or constant and then down over the last `decay_share`."""
-    decay_share: float = 0.2
+    decay_share: float = field(default=0.2, metadata=ADDED_LATER)
     """Share of the epochs over which `warmup_stable_decay` comes down; `cosine` does not read it."""
     min_lr: float = 0.0
     """Absolute learning rate at the end."""
