@@ -8,19 +8,18 @@ Memory: 90 bytes a sample, for the duplicates. Errors: DataError when a part is 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.data.duplicates import Duplicates, find_duplicates
-from pipeline.data.manifest import MANIFEST_FILES, NO_LABEL, SHARDS, Manifest, write_manifest
-from pipeline.data.near_duplicates import NearDuplicateSearch, as_facts
+from pipeline.data.manifest import MANIFEST_FILES, Manifest
+from pipeline.data.publish import StoredShard, publish, relabelled
 from pipeline.data.sources import class_order
 from pipeline.graph.step import Attempt, StageInput, StageResult
 
 VERSION = 1
-_EXAMPLES = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +56,12 @@ class Part:
             table = table.set_column(table.column_names.index(name), name, column)
         return table
 
-    def shard_line(self, line: Mapping[str, Any], unserved: int) -> dict[str, Any]:
-        """A row of shards.parquet for the whole."""
-        key = line["key"] if "://" in line["key"] else f"{self.directory}/{line['key']}"
-        changed = {"shard": self.first_shard + line["shard"], "key": key, "served": line["samples"] - unserved}
-        return dict(line) | changed
+    def shards(self) -> Iterator[StoredShard]:
+        """Its shards, in terms of the whole."""
+        for line in self.manifest.all_shards().drop_columns(["served"]).to_pylist():
+            key = line["key"] if "://" in line["key"] else f"{self.directory}/{line['key']}"
+            changed = {"shard": self.first_shard + line["shard"], "key": key}
+            yield StoredShard(line | changed, partial(self.samples, line["shard"]))
 
     def quarantine(self) -> Any:
         """Rows of quarantine.parquet (QUARANTINE)."""
@@ -75,37 +75,20 @@ def join(config: JoinConfig, inputs: Mapping[str, StageInput], attempt: Attempt)
     manifests = [Manifest.open(part.store, part.root) for _, part in sorted(inputs.items())]
     parts = arrange(manifests, [part.root_uri.rpartition("/")[2] for _, part in sorted(inputs.items())])
     classes = united([manifest.classes for manifest in manifests])
-    copies = find_duplicates(
-        (part.first_shard + line["shard"], line["split"], part.samples(line["shard"])) for part, line in _shards(parts)
-    )
     quarantine = pa.concat_tables([part.quarantine() for part in parts])
     listed: Counter[str] = Counter()
     for manifest in manifests:
         listed.update({split: count["listed"] for split, count in manifest.counts["splits"].items()})
-    of_shard = {part.first_shard + line["shard"]: (part, line) for part, line in _shards(parts)}
-    near = NearDuplicateSearch()
-    facts = write_manifest(
+    facts = publish(
         attempt.store,
-        samples=(
-            near.shown(number, line["split"], copies.mark(number, part.samples(line["shard"])))
-            for number, (part, line) in of_shard.items()
-        ),
-        shards=pa.Table.from_pylist([_line(part, line, copies) for part, line in _shards(parts)], schema=SHARDS),
-        quarantine=quarantine,
+        [shard for part in parts for shard in part.shards()],
+        quarantine=quarantine.sort_by([("split", "ascending"), ("source", "ascending")]),
         listed=listed,
         classes=classes,
         policy=manifests[0].policy,
     )
-    bad = quarantine.sort_by([("split", "ascending"), ("source", "ascending")]).slice(0, _EXAMPLES).to_pylist()
     before = sum(manifest.counts["total"]["duplicates"] for manifest in manifests)
     facts |= {
-        "quarantined": quarantine.num_rows,
-        "bad_share": quarantine.num_rows / max(1, sum(listed.values())),
-        "quarantine_examples": [{"source": line["source"], "reason": line["reason"]} for line in bad],
-        "duplicates_across_splits": copies.across,
-        "near_duplicates_across_splits": as_facts(
-            near.find(), lambda number: of_shard[number][0].samples(of_shard[number][1]["shard"])
-        ),
         "duplicates_across_parts": facts["counts"]["total"]["duplicates"] - before,
         "parts": {name: dict(m.counts["total"]) for name, m in zip(config.snapshots, manifests, strict=True)},
         "keys_from": "store",
@@ -130,19 +113,3 @@ def arrange(manifests: Sequence[Manifest], directories: Sequence[str]) -> list[P
 def united(classes: Sequence[Sequence[str]]) -> tuple[str, ...]:
     """The classes of all parts in the order that one listing of everything would give them."""
     return class_order({name for names in classes for name in names})
-
-
-def relabelled(column: Any, labels: Sequence[int]) -> Any:
-    """Labels of a part as labels of the whole."""
-    new = [NO_LABEL if label == NO_LABEL else labels[label] for label in column.to_pylist()]
-    return pa.array(new, pa.int32())
-
-
-def _shards(parts: Sequence[Part]) -> Iterator[tuple[Part, dict[str, Any]]]:
-    for part in parts:
-        for line in part.manifest.all_shards().to_pylist():
-            yield part, line
-
-
-def _line(part: Part, line: Mapping[str, Any], copies: Duplicates) -> dict[str, Any]:
-    return part.shard_line(line, len(copies.within.get(part.first_shard + line["shard"], ())))

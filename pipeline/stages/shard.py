@@ -17,10 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.cluster import map_tasks
-from pipeline.data.duplicates import find_duplicates
 from pipeline.data.labels import CLASSES_MAX
-from pipeline.data.manifest import MANIFEST_FILES, NO_LABEL, QUARANTINE, SHARDS, write_manifest
-from pipeline.data.near_duplicates import NearDuplicateSearch, as_facts
+from pipeline.data.manifest import MANIFEST_FILES, NO_LABEL, QUARANTINE, SHARDS
+from pipeline.data.publish import StoredShard, publish, relabelled
 from pipeline.data.shards import (
     IntakePolicy,
     ShardPlan,
@@ -39,7 +38,6 @@ from pipeline.graph.step import ADDED_LATER, Attempt, StageInput, StageResult
 from pipeline.storage import Store
 
 VERSION = 1
-_EXAMPLES = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,33 +78,15 @@ def shard(config: ShardStageConfig, inputs: Mapping[str, StageInput], attempt: A
     parts = _parts(rows, classes)
     listed = _listed(rows) if indexes else listing.facts["splits"]
     bad = sorted((line for part in parts for line in part.quarantine), key=lambda line: (line["split"], line["source"]))
-    total = sum(listed.values())
-    check_bad_share(total, bad, bad_share_stop=attempt.resources["bad_share_stop"])
-
-    filled = [part for part in parts if part.row.samples]
-    copies = find_duplicates((part.row.shard, part.row.split, part.samples(attempt.root)) for part in filled)
-    shards = [_shard_line(part.row, len(copies.within.get(part.row.shard, ()))) for part in filled]
-    of_shard = {part.row.shard: part for part in filled}
-    near = NearDuplicateSearch()
-    facts = write_manifest(
+    check_bad_share(sum(listed.values()), bad, bad_share_stop=attempt.resources["bad_share_stop"])
+    facts = publish(
         attempt.store,
-        samples=(
-            near.shown(number, part.row.split, copies.mark(number, part.samples(attempt.root)))
-            for number, part in of_shard.items()
-        ),
-        shards=pa.Table.from_pylist(shards, schema=SHARDS),
+        [StoredShard(_shard_line(part.row), partial(part.samples, attempt.root)) for part in parts if part.row.samples],
         quarantine=pa.Table.from_pylist(bad, schema=QUARANTINE),
         listed=listed,
         classes=classes,
         policy=asdict(policy),
     )
-    facts |= {
-        "quarantined": len(bad),
-        "bad_share": len(bad) / max(1, total),
-        "quarantine_examples": [{"source": line["source"], "reason": line["reason"]} for line in bad[:_EXAMPLES]],
-        "duplicates_across_splits": copies.across,
-        "near_duplicates_across_splits": as_facts(near.find(), lambda number: of_shard[number].samples(attempt.root)),
-    }
     if indexes:
         facts["other_members"] = sum(row.other_members for row in rows)
     return StageResult(facts, MANIFEST_FILES, notes={"reused_shards": sum(row.reused for row in rows)})
@@ -125,17 +105,20 @@ class _Part:
     def quarantine(self) -> Iterator[Mapping[str, Any]]:
         """Rows of quarantine.parquet."""
         for line in self.row.quarantine:
-            yield line if self.labels is None else dict(line) | {"label": _relabel(line["label"], self.labels)}
+            if self.labels is None or line["label"] == NO_LABEL:
+                yield line
+            else:
+                yield dict(line) | {"label": self.labels[line["label"]]}
 
     def samples(self, root: Store) -> Any:
         """Rows of samples.parquet (SAMPLES)."""
         table = read_samples(root, self.row)
         if self.labels is None:
             return table
-        labels = [_relabel(label, self.labels) for label in table.column("label").to_pylist()]
+        labels = relabelled(table.column("label"), self.labels)
         ids = pc.add(table.column("sample_id"), self.first_id)
         table = table.set_column(table.column_names.index("sample_id"), "sample_id", ids)
-        return table.set_column(table.column_names.index("label"), "label", pa.array(labels, pa.int32()))
+        return table.set_column(table.column_names.index("label"), "label", labels)
 
 
 def _parts(rows: Sequence[ShardRow], classes: Sequence[str]) -> list[_Part]:
@@ -163,10 +146,6 @@ def _listed(rows: Sequence[ShardRow]) -> dict[str, int]:
     for row in rows:
         counts[row.split] += row.samples + len(row.quarantine)
     return dict(counts)
-
-
-def _relabel(label: int, labels: Sequence[int]) -> int:
-    return NO_LABEL if label == NO_LABEL else labels[label]
 
 
 def _write_all(
@@ -209,6 +188,5 @@ def _work(
     return plans, partial(write_shard, **where, image_column=column), "images"
 
 
-def _shard_line(row: ShardRow, unserved: int) -> dict[str, Any]:
-    line = {name: getattr(row, name) for name in SHARDS.names if name != "served"}
-    return line | {"served": row.samples - unserved}
+def _shard_line(row: ShardRow) -> dict[str, Any]:
+    return {name: getattr(row, name) for name in SHARDS.names if name != "served"}
