@@ -16,9 +16,18 @@ from s3_kit import Answer, Request, is_method, wire_to
 
 from infra.local.s3 import serving
 from infra.local.swift_filters import GUEST_KEY
-from pipeline import storage
 from pipeline.errors import ConfigError, StorageError
-from pipeline.storage import DeniedObject, FileStore, MissingObject, ObjectInfo, S3Store, Traffic, open_store, probe
+from pipeline.storage import (
+    DeniedObject,
+    FileStore,
+    MissingObject,
+    ObjectInfo,
+    S3Store,
+    Traffic,
+    connection,
+    open_store,
+    probe,
+)
 
 
 @pytest.fixture(params=["file", "moto", "swift"])
@@ -203,9 +212,9 @@ def test_no_space_left_says_so(tmp_path):
         file.write(b"x")
     assert caught.value.errno == errno.ENOSPC
     # the errno of a real full device, through the way every store reports
-    from pipeline.storage import _explained
+    from pipeline.storage.reasons import explained
 
-    with pytest.raises(StorageError, match=r"no space left.*choose another store"), _explained("here", "key", "write"):
+    with pytest.raises(StorageError, match=r"no space left.*choose another store"), explained("here", "key", "write"):
         full.write_bytes(b"x")
 
 
@@ -504,16 +513,16 @@ def test_threads_lose_no_count(swift_bucket):
 
 def test_pauses_grow_and_add_up_to_the_restart_of_a_store():
     for share, total in ((0.0, 23.75), (1.0, 47.5)):
-        pauses = [storage.pause_s(attempt, 8, share) for attempt in range(1, 9)]
+        pauses = [connection.pause_s(attempt, 8, share) for attempt in range(1, 9)]
         assert pauses[-1] is None
         assert sum(pauses[:-1]) == pytest.approx(total)
         assert pauses[:-1] == sorted(pauses[:-1])
-    assert storage.pause_s(1, 1, 0.5) is None
+    assert connection.pause_s(1, 1, 0.5) is None
 
 
 def test_waiting_for_a_store_is_said_once(wire, wired, monkeypatch, caplog):
     monkeypatch.setattr(
-        storage, "pause_s", lambda attempt, max_attempts, share: 0.01 if attempt < max_attempts else None
+        connection, "pause_s", lambda attempt, max_attempts, share: 0.01 if attempt < max_attempts else None
     )
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "5")
     wire.answer(is_method("GET"), Answer(503, "SlowDown"), times=8)
@@ -522,7 +531,7 @@ def test_waiting_for_a_store_is_said_once(wire, wired, monkeypatch, caplog):
         for future in [pool.submit(wired.read, "a") for _ in range(2)]:
             with pytest.raises(StorageError):
                 future.result()
-    assert [record.getMessage() for record in caplog.records if record.name == "pipeline.storage"] == [
+    assert [record.getMessage() for record in caplog.records if record.name == "pipeline.storage.connection"] == [
         "the object store answers 503; attempt 4 of 5 follows"
     ]
 
@@ -539,19 +548,19 @@ def test_waiting_for_a_store_is_said_once(wire, wired, monkeypatch, caplog):
     ],
 )
 def test_the_endpoint_is_found_where_aws_says(environment, profile, services, endpoint):
-    assert storage._endpoint(environment, profile, services) == endpoint
+    assert connection.endpoint_of(environment, profile, services) == endpoint
 
 
 def test_what_the_person_configured_is_not_overridden():
-    on_aws = storage._client_options({}, {}, own_endpoint=False)
+    on_aws = connection.client_options({}, {}, own_endpoint=False)
     assert on_aws["retries"] == {"mode": "standard", "total_max_attempts": 8}
     assert not {"s3", "request_checksum_calculation"} & on_aws.keys()
-    elsewhere = storage._client_options({}, {}, own_endpoint=True)
+    elsewhere = connection.client_options({}, {}, own_endpoint=True)
     assert elsewhere["s3"] == {"addressing_style": "path"}
     assert elsewhere["request_checksum_calculation"] == "when_required"
     said = {"AWS_MAX_ATTEMPTS": "3", "AWS_RETRY_MODE": "adaptive", "AWS_REQUEST_CHECKSUM_CALCULATION": "when_supported"}
     profile = {"s3": {"addressing_style": "virtual"}, "response_checksum_validation": "when_supported"}
-    options = storage._client_options(said, profile, own_endpoint=True)
+    options = connection.client_options(said, profile, own_endpoint=True)
     assert options["retries"] == {}
     assert not {"s3", "request_checksum_calculation", "response_checksum_validation"} & options.keys()
 
@@ -577,7 +586,7 @@ def test_a_profile_sets_endpoint_and_addressing_style(s3_endpoint, tmp_path, mon
     for name in ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-    url = storage._client().generate_presigned_url("get_object", Params={"Bucket": "bucket", "Key": "key"})
+    url = connection.client().generate_presigned_url("get_object", Params={"Bucket": "bucket", "Key": "key"})
     assert url.partition("?")[0].replace("s3.eu-west-1.", "s3.") == address
 
 
@@ -590,7 +599,7 @@ def test_probe_refuses_a_store_whose_create_is_not_atomic(tmp_path, monkeypatch)
     with serving(tmp_path / "plain", atomic=False) as server:
         for name, value in server.environment().items():
             monkeypatch.setenv(name, value)
-        storage._client().create_bucket(Bucket="plain")
+        connection.client().create_bucket(Bucket="plain")
         with pytest.raises(StorageError, match=r"s3://plain: [2-8] of 8 simultaneous creates .* is not atomic"):
             probe_often(open_store("s3://plain"))
         assert list(open_store("s3://plain").list()) == []

@@ -16,12 +16,11 @@ import pytest
 from run_kit import document, migrated_database, store, write_config, write_images
 
 from infra.local.s3 import S3Server, serving
-from pipeline import storage
 from pipeline.config import load_config
 from pipeline.errors import StorageError
 from pipeline.graph.receipts import read_receipt
 from pipeline.run import RunSummary, run
-from pipeline.storage import MissingObject, Store, open_store, probe
+from pipeline.storage import MissingObject, Store, connection, open_store, probe
 
 __all__ = ["migrated_database", "store"]
 pytestmark = pytest.mark.system
@@ -42,7 +41,7 @@ def bucket(mortal, monkeypatch) -> Store:
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("AWS_PROFILE", raising=False)
     name = f"bucket-{uuid.uuid4().hex}"
-    storage._client().create_bucket(Bucket=name)
+    connection.client().create_bucket(Bucket=name)
     return open_store(f"s3://{name}/runs")
 
 

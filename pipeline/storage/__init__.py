@@ -1,0 +1,11 @@
+"""Object stores behind one small interface: a folder (`FileStore`) or an S3 bucket (`S3Store`)."""
+
+from pipeline.storage.folder import FileStore as FileStore
+from pipeline.storage.opening import open_store as open_store
+from pipeline.storage.opening import probe as probe
+from pipeline.storage.s3 import S3Store as S3Store
+from pipeline.storage.store import DeniedObject as DeniedObject
+from pipeline.storage.store import MissingObject as MissingObject
+from pipeline.storage.store import ObjectInfo as ObjectInfo
+from pipeline.storage.store import Store as Store
+from pipeline.storage.store import Traffic as Traffic

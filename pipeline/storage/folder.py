@@ -1,0 +1,140 @@
+"""A folder as an object store.
+
+Files appear by rename or hard link, synced before. Errors: see store.py."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.storage.reasons import explained
+from pipeline.storage.store import TEMPORARY, ObjectInfo, Traffic, beside, checked, whole
+
+
+@dataclass(frozen=True)
+class FileStore:
+    """A folder of this machine, or of a file system that all machines mount."""
+
+    root: Path
+
+    @property
+    def uri(self) -> str:
+        """`file:///...`."""
+        return self.root.as_uri()
+
+    @property
+    def traffic(self) -> Traffic:
+        """See Store."""
+        return Traffic(0, 0, 0)
+
+    def read(self, key: str) -> bytes:
+        """See Store."""
+        with explained(self.uri, key, "read"):
+            return self._path(key).read_bytes()
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        """See Store."""
+        with explained(self.uri, key, "read"), self._path(key).open("rb", buffering=0) as file:
+            parts, at = [], start
+            while at < start + length and (part := os.pread(file.fileno(), start + length - at, at)):
+                parts.append(part)
+                at += len(part)
+        return whole(self.uri, key, start, length, b"".join(parts))
+
+    def write(self, key: str, data: bytes) -> None:
+        """See Store."""
+        with explained(self.uri, key, "write"), beside(self._path(key)) as temporary:
+            _write_synced(temporary, data)
+            temporary.replace(self._path(key))
+
+    def create(self, key: str, data: bytes) -> bool:
+        """See Store."""
+        with explained(self.uri, key, "create"), beside(self._path(key)) as temporary:
+            _write_synced(temporary, data)
+            try:
+                self._path(key).hardlink_to(temporary)
+            except FileExistsError:
+                return False
+            return True
+
+    def exists(self, key: str) -> bool:
+        """See Store."""
+        with explained(self.uri, key, "look for"):
+            return self._path(key).is_file()
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """See Store. Links to folders are followed; a dangling link is listed with size 0."""
+        folder, _, name = prefix.rpartition("/")
+        base = self._path(folder) if folder else self.root
+        with explained(self.uri, prefix, "list"):
+            if base.is_dir():
+                yield from _walk(base, f"{folder}/" if folder else "", name, (_inode(base.stat()),))
+
+    def delete(self, key: str) -> None:
+        """See Store."""
+        with explained(self.uri, key, "delete"):
+            self._path(key).unlink(missing_ok=True)
+
+    def upload(self, key: str, path: Path) -> None:
+        """See Store."""
+        with explained(self.uri, key, f"upload of {path}"), beside(self._path(key)) as temporary:
+            _copy_synced(path, temporary)
+            temporary.replace(self._path(key))
+
+    def download(self, key: str, path: Path) -> None:
+        """See Store."""
+        with explained(self.uri, key, f"download to {path}"), beside(path) as temporary:
+            _copy_synced(self._path(key), temporary)
+            temporary.replace(path)
+
+    def at(self, prefix: str) -> "FileStore":
+        """See Store."""
+        return FileStore(self._path(prefix.rstrip("/")))
+
+    def local_path(self, key: str) -> Path | None:
+        """See Store."""
+        return self._path(key)
+
+    def _path(self, key: str) -> Path:
+        return self.root / checked(str(self.root), key)
+
+
+def _walk(folder: Path, base: str, begins: str, above: tuple[tuple[int, int], ...]) -> Iterator[ObjectInfo]:
+    """Files below a folder in key order: a folder sorts as its name and a slash, as in an object store."""
+    with os.scandir(folder) as entries:
+        found = sorted(
+            (entry.name + "/" if entry.is_dir() else entry.name, entry)
+            for entry in entries
+            if entry.name.startswith(begins)
+        )
+    for name, entry in found:
+        if name.endswith("/"):
+            inode = _inode(entry.stat())
+            if inode in above:
+                raise OSError(errno.ELOOP, "a link leads back to a folder above it; remove the link", entry.path)
+            yield from _walk(Path(entry.path), base + name, "", (*above, inode))
+        elif not name.startswith(TEMPORARY):
+            try:
+                size = entry.stat().st_size
+            except FileNotFoundError:
+                size = 0
+            yield ObjectInfo(base + name, size)
+
+
+def _inode(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _copy_synced(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+    with target.open("rb+") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,176 @@
+"""A bucket, or a part of one, as an object store: boto3's transfers and retries (connection.py).
+
+Put-if-absent is `If-None-Match: *`. Errors: see store.py."""
+
+import random
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from boto3.exceptions import Boto3Error
+from boto3.s3.transfer import TransferConfig
+from botocore.exceptions import BotoCoreError, ClientError
+
+from pipeline.storage.connection import client, count_received, meter
+from pipeline.storage.reasons import attempts_of, explained, is_lost_upload, status_of
+from pipeline.storage.store import ObjectInfo, Traffic, beside, checked, whole
+
+_CONFLICT_TRIES = 5
+_READ_TRIES = 4
+_UPLOAD_TRIES = 2
+_PART_BYTES = 16 * 2**20
+_TRANSFER = TransferConfig(
+    multipart_threshold=_PART_BYTES,
+    multipart_chunksize=_PART_BYTES,
+    max_concurrency=8,
+    preferred_transfer_client="classic",  # the other one, in C, hangs in a process forked after its first use
+)
+_CREATED_BY = "mae-created-by"
+"""Name of the metadata by which a `create` knows its own object again."""
+
+
+@dataclass(frozen=True)
+class S3Store:
+    """A prefix of a bucket."""
+
+    bucket: str
+    prefix: str = ""
+
+    @property
+    def uri(self) -> str:
+        """`s3://bucket/prefix`."""
+        return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
+
+    @property
+    def traffic(self) -> Traffic:
+        """See Store."""
+        return meter.read()
+
+    def read(self, key: str) -> bytes:
+        """See Store."""
+        with explained(self.uri, key, "read"):
+            return self._get(self._name(key))
+
+    def read_range(self, key: str, start: int, length: int) -> bytes:
+        """See Store."""
+        if length == 0:
+            return b""
+        with explained(self.uri, key, f"read of bytes {start} to {start + length}"):
+            data = self._get(self._name(key), Range=f"bytes={start}-{start + length - 1}")
+        return whole(self.uri, key, start, length, data)
+
+    def write(self, key: str, data: bytes) -> None:
+        """See Store."""
+        with explained(self.uri, key, "write"):
+            client().put_object(Bucket=self.bucket, Key=self._name(key), Body=data)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """See Store. When an answer is lost, boto3 asks again, and 412 may mean the object of the first request."""
+        name, mark = self._name(key), uuid.uuid4().hex
+        condition = {"IfNoneMatch": "*", "Metadata": {_CREATED_BY: mark}}
+        asked_before = False
+        with explained(self.uri, key, "create"):
+            for tries_left in reversed(range(_CONFLICT_TRIES)):
+                try:
+                    client().put_object(Bucket=self.bucket, Key=name, Body=data, **condition)
+                except ClientError as error:
+                    status = status_of(error)
+                    asked_before = asked_before or attempts_of(error) > 1
+                    if status == 412:
+                        return asked_before and self._is_ours(name, mark, data)
+                    if status != 409 or not tries_left:
+                        raise
+                    time.sleep(random.uniform(0.05, 0.2) * (_CONFLICT_TRIES - tries_left))  # noqa: S311
+                else:
+                    return True
+        raise AssertionError("the last try returns or raises")
+
+    def exists(self, key: str) -> bool:
+        """See Store."""
+        with explained(self.uri, key, "look for"):
+            try:
+                client().head_object(Bucket=self.bucket, Key=self._name(key))
+            except ClientError as error:
+                if status_of(error) == 404:
+                    return False
+                raise
+            return True
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """See Store. Keys that end in `/` (a console's folder marks) are left out."""
+        base = f"{self.prefix}/" if self.prefix else ""
+        with explained(self.uri, prefix, "list"):
+            pages = client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=base + prefix)
+            for page in pages:
+                for item in page.get("Contents", ()):
+                    if not item["Key"].endswith("/"):
+                        yield ObjectInfo(item["Key"][len(base) :], item["Size"])
+
+    def delete(self, key: str) -> None:
+        """See Store."""
+        with explained(self.uri, key, "delete"):
+            client().delete_object(Bucket=self.bucket, Key=self._name(key))
+
+    def upload(self, key: str, path: Path) -> None:
+        """See Store."""
+        with explained(self.uri, key, f"upload of {path}"):
+            for tries_left in reversed(range(_UPLOAD_TRIES)):
+                try:
+                    client().upload_file(str(path), self.bucket, self._name(key), Config=_TRANSFER)
+                except Boto3Error as error:
+                    if not tries_left or not is_lost_upload(error):
+                        raise
+                    meter.add(retries=1)
+                else:
+                    return
+
+    def download(self, key: str, path: Path) -> None:
+        """See Store."""
+        with explained(self.uri, key, f"download to {path}"), beside(path) as temporary:
+            client().download_file(
+                self.bucket, self._name(key), str(temporary), Config=_TRANSFER, Callback=count_received
+            )
+            temporary.replace(path)
+
+    def at(self, prefix: str) -> "S3Store":
+        """See Store."""
+        return S3Store(self.bucket, self._name(prefix.rstrip("/")))
+
+    def local_path(self, key: str) -> Path | None:
+        """See Store."""
+        return None
+
+    def _name(self, key: str) -> str:
+        return f"{self.prefix}/{checked(self.uri, key)}" if self.prefix else checked(self.uri, key)
+
+    def _get(self, name: str, **options: str) -> bytes:
+        return self._answer(name, **options)[0]
+
+    def _answer(self, name: str, **options: str) -> tuple[bytes, Mapping[str, str]]:
+        """Bytes and metadata. botocore retries the request but not a body that breaks off: that is done here."""
+        for tries_left in reversed(range(_READ_TRIES)):
+            answer = client().get_object(Bucket=self.bucket, Key=name, **options)
+            try:
+                data: bytes = answer["Body"].read()
+            except BotoCoreError:
+                if not tries_left:
+                    raise
+                meter.add(retries=1)
+                time.sleep(random.uniform(0.1, 0.3) * (_READ_TRIES - tries_left))  # noqa: S311
+            else:
+                meter.add(bytes_received=len(data))
+                return data, answer["Metadata"]
+        raise AssertionError("the last try returns or raises")
+
+    def _is_ours(self, name: str, mark: str, data: bytes) -> bool:
+        """Whether the object under a name is the one that this call of `create` sent."""
+        try:
+            found, metadata = self._answer(name)
+        except ClientError as error:
+            if status_of(error) == 404:  # made, and deleted since
+                return False
+            raise
+        made_by = metadata.get(_CREATED_BY)
+        return found == data if made_by is None else made_by == mark  # some stores keep no metadata
