@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -62,7 +63,7 @@ def connect(*, cpus: int | None = None) -> None:
     """Joins the cluster that RAY_ADDRESS names, else starts one on this machine's loopback with `cpus` CPUs (all by default)."""
     address = os.environ.get("RAY_ADDRESS")
     if not address:  # a cluster of our own for this run: nobody else knows its token, which is in no file
-        os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
+        os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", _own_token()
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_usage_stats_enabled", "0")
@@ -87,6 +88,12 @@ def connect(*, cpus: int | None = None) -> None:
     except (ConnectionError, RuntimeError, ValueError) as cause:
         where = address or "on this machine"
         raise PipelineError(f"Ray {where}: cannot connect ({cause}). Unset RAY_ADDRESS to run here") from cause
+
+
+@cache
+def _own_token() -> str:
+    """One a process: Ray's client remembers the first, and would be refused by a second cluster with another."""
+    return secrets.token_hex(32)
 
 
 def node_count() -> int:
