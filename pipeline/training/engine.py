@@ -237,6 +237,7 @@ def prepare_environment() -> None:
 def _deepspeed() -> Any:
     """DeepSpeed, told which accelerator there is."""
     prepare_environment()
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on a launcher's word, also where there is none
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

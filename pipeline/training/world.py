@@ -5,7 +5,6 @@ Flags and sums travel as float64 over gloo on the CPU, so that agreeing never wa
 Errors: `together` raises on every worker what a person's error (PipelineError, ConfigError) on one of them ended."""
 
 import os
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,15 +76,13 @@ class World:
 
 
 def enter_world() -> World:
-    """The world of this process; joins the group that is there, or makes one with a single member."""
+    """The world of this process; joins the group that is there, or that torchrun describes, or makes one with a single member."""
     if not dist.is_initialized():
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-        for name, value in {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
-            os.environ.setdefault(name, value)
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+            dist.init_process_group(backend)
+        else:  # no port and no variables: children would take them for theirs
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
