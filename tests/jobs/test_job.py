@@ -45,11 +45,12 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def start_command(port: int, dashboard: int, folder: Path) -> Sequence[str]:
+def start_command(port: int, dashboard: int, agent: int, folder: Path) -> Sequence[str]:
     return [
         str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2",
         "--node-ip-address=127.0.0.1", f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
         "--object-store-memory=200000000", f"--temp-dir={folder}",
+        f"--dashboard-agent-listen-port={agent}",  # its own is one number for all clusters of a machine, and jobs come through it
     ]  # fmt: skip
 
 
@@ -66,9 +67,9 @@ def end(process: subprocess.Popen[bytes]) -> None:
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
     folder = Path(tempfile.mkdtemp(prefix="maeray-"))  # short: Ray puts sockets below it
-    port, dashboard = free_ports(2)
+    port, dashboard, agent = free_ports(3)
     process = subprocess.Popen(
-        start_command(port, dashboard, folder / "ray"),
+        start_command(port, dashboard, agent, folder / "ray"),
         env=environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN, RAY_USAGE_STATS_ENABLED="0"),
         stdout=(folder / "head.log").open("wb"),
         stderr=subprocess.STDOUT,
