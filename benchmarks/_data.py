@@ -1,24 +1,19 @@
-"""What the benchmarks of the data path share: photographs, real shards of them, Pillow's way, and ratios.
+"""What the benchmarks of the data path share: photographs, real shards of them, and ratios.
 
-Shapes: pictures [224, 224, 3] uint8 RGB.   Units: seconds; a ratio is theirs / ours, above 1 where ours is faster.
+Units:  seconds; a ratio is theirs / ours, above 1 where ours is faster.
 Errors: SystemExit for a folder without usable JPEGs.
-Source: torchvision's pil_loader and RandomResizedCrop, whose calls to Pillow these are; median and quartiles over turns."""
+Source: median and quartiles over turns."""
 
 import argparse
-import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median, quantiles
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image as PillowImage
 
 from pipeline.cluster import Executor
-from pipeline.data.decode_speed import CROP, SIZE
-from pipeline.data.images import AUGMENT_UNIFORMS, Box, Image, Uniforms, random_resized_crop
 from pipeline.data.manifest import Manifest
 from pipeline.data.photos import Photos, photos
 from pipeline.errors import ConfigError
@@ -81,30 +76,6 @@ def one_torch_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def pillow_picture(data: bytes, box: Box, *, flip: bool) -> Image:
-    """A training picture as torchvision makes it: open, convert, crop, bicubic resize, flip. Errors: Pillow's."""
-    with PillowImage.open(io.BytesIO(data)) as file:
-        whole = file.convert("RGB")
-    part = whole.crop((box.left, box.top, box.left + box.width, box.top + box.height))
-    picture = part.resize(SIZE[::-1], PillowImage.Resampling.BICUBIC)
-    if flip:
-        picture = picture.transpose(PillowImage.Transpose.FLIP_LEFT_RIGHT)
-    return np.array(picture)
-
-
-def box_and_flip(uniforms: Uniforms, width: int, height: int) -> tuple[Box, bool]:
-    """What `augment` does with these numbers. Errors: none. Source: pipeline/data/images.py."""
-    box = random_resized_crop(uniforms, height, width, scale=CROP.scale, ratio=CROP.ratio)
-    return box, bool(uniforms[AUGMENT_UNIFORMS - 1] < 0.5)
-
-
-def image_size(data: bytes) -> tuple[int, int]:
-    """Width and height, from the header. Errors: Pillow's. Source: none."""
-    with PillowImage.open(io.BytesIO(data)) as file:
-        width, height = file.size
-    return width, height
 
 
 def write_files(files: Sequence[bytes], folder: Path, *, copies: int = 1) -> Path:

@@ -13,6 +13,7 @@ Errors: SystemExit for a folder without usable JPEGs.
 Source: ratios within a chunk of pictures on which all methods run in random order; median and quartiles over chunks."""
 
 import argparse
+import io
 import json
 import random
 import time
@@ -29,8 +30,8 @@ from PIL import Image as PillowImage
 from benchmarks import _data
 from benchmarks import _timing as timing
 from benchmarks._data import Spread
-from pipeline.data.decode_speed import SIZE, cores, crops, decode_rate, training_picture
-from pipeline.data.images import Box, Image, Uniforms, decode, reference_decode
+from pipeline.data.decode_speed import CROP, SIZE, cores, crops, decode_rate, training_picture
+from pipeline.data.images import Box, Image, Uniforms, box_of, decode, reference_picture
 
 CHUNK = 16
 
@@ -41,7 +42,6 @@ class Sample(NamedTuple):
     data: bytes
     uniforms: Uniforms
     box: Box
-    flip: bool
 
 
 Method = Callable[[Sample], object]
@@ -59,12 +59,13 @@ def bare(sample: Sample) -> torch.Tensor:
 
 def pillow(sample: Sample) -> Image:
     """As torchvision does it. Errors: Pillow's. Source: none."""
-    return _data.pillow_picture(sample.data, sample.box, flip=sample.flip)
+    return reference_picture(sample.data, sample.uniforms, CROP, SIZE)
 
 
 def pillow_then_torch(sample: Sample) -> torch.Tensor:
     """Half way. Errors: Pillow's. Source: none."""
-    return _torch_resize(reference_decode(sample.data), sample.box)
+    with PillowImage.open(io.BytesIO(sample.data)) as file:
+        return _torch_resize(np.array(file.convert("RGB")), sample.box)
 
 
 def simplejpeg_then_pillow(sample: Sample) -> Image:
@@ -93,10 +94,14 @@ def samples(files: Sequence[bytes], count: int) -> list[Sample]:
     """`count` pictures to make of these files, a new crop each. Errors: none. Source: none."""
     chosen = [files[number % len(files)] for number in range(count)]
     numbers = crops(count)
-    boxes = [
-        _data.box_and_flip(uniforms, *_data.image_size(data)) for data, uniforms in zip(chosen, numbers, strict=True)
-    ]
-    return [Sample(data, own, *box) for data, own, box in zip(chosen, numbers, boxes, strict=True)]
+    return [Sample(data, own, _box(data, own)) for data, own in zip(chosen, numbers, strict=True)]
+
+
+def _box(data: bytes, uniforms: Uniforms) -> Box:
+    """The box of a crop, from the size in the header."""
+    with PillowImage.open(io.BytesIO(data)) as file:
+        width, height = file.size
+    return box_of(height, width, uniforms, CROP, SIZE)
 
 
 def differences(made: Sequence[Sample]) -> tuple[int, float]:

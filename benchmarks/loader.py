@@ -41,7 +41,7 @@ from benchmarks._data import Spread
 from benchmarks._peers import installed
 from pipeline.data.cache import ShardCache
 from pipeline.data.decode_speed import CROP, SIZE, cores
-from pipeline.data.images import AUGMENT_UNIFORMS
+from pipeline.data.images import AUGMENT_UNIFORMS, reference_picture
 from pipeline.data.loader import Loader
 from pipeline.data.manifest import Manifest
 from pipeline.data.order import OrderConfig, SampleOrder
@@ -130,10 +130,8 @@ def image_folder(folder: Path, plan: Plan) -> Iterator[Tensor]:
 
 def _pillow_pair(sample: Mapping[str, bytes]) -> tuple[Tensor, int]:
     """Crop and label of a sample of a tar."""
-    data = sample["jpg"]
     uniforms = np.array([random.random() for _ in range(AUGMENT_UNIFORMS)])
-    box, flip = _data.box_and_flip(uniforms, *_data.image_size(data))
-    return torch.from_numpy(_data.pillow_picture(data, box, flip=flip)), int(sample["cls"])
+    return torch.from_numpy(reference_picture(sample["jpg"], uniforms, CROP, SIZE)), int(sample["cls"])
 
 
 def cpu_seconds() -> float:

@@ -1,15 +1,19 @@
 """Benchmarks of the data path: what is compared does the same, and the JSON line has its keys. Nothing here is about time."""
 
+import io
 import json
+import time
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torchvision.transforms import functional
 
-from benchmarks import _data, decode, loader, order, shard
+from benchmarks import _data, decode, loader, order, scale, shard
 from pipeline.data.decode_speed import CROP, SIZE
-from pipeline.data.images import reference_augment, reference_decode
+from pipeline.data.images import is_mirrored
 from pipeline.data.photos import photos
 from pipeline.data.shards import opened_snapshot, plan_shards, read_samples, write_shard
 from pipeline.storage import open_store
@@ -57,9 +61,17 @@ def test_a_folder_without_photographs_is_one_clear_line(benchmark, tmp_path):
         benchmark.main(["--images", str(tmp_path)])
 
 
+def torchvision_picture(sample, *, flipped):
+    """The peer's own calls on our box."""
+    with Image.open(io.BytesIO(sample.data)) as file:
+        whole = file.convert("RGB")
+    part = functional.resized_crop(whole, *sample.box, list(SIZE), functional.InterpolationMode.BICUBIC)
+    return np.asarray(functional.hflip(part) if flipped else part)
+
+
 def test_every_way_of_decoding_makes_the_same_picture(files):
     made = decode.samples(files, 16)
-    assert {sample.flip for sample in made} == {False, True}
+    assert {is_mirrored(sample.uniforms, CROP) for sample in made} == {False, True}
     # two kernels of one filter: 4 grey levels at worst and 0.06 on average over 64 crops; a box moved by a pixel: 7 on average
     largest, average = decode.differences(made)
     assert largest <= 15
@@ -67,14 +79,13 @@ def test_every_way_of_decoding_makes_the_same_picture(files):
     for sample in made:
         ours = decode.ours(sample)
         pillow = decode.pillow(sample)
-        # the box and the flip are those of our own augmentation
-        expected = reference_augment(reference_decode(sample.data), sample.uniforms, CROP, SIZE)
-        np.testing.assert_array_equal(pillow, expected)
+        flipped = is_mirrored(sample.uniforms, CROP)
+        np.testing.assert_array_equal(pillow, torchvision_picture(sample, flipped=flipped))
         bare, half = decode.bare(sample), decode.pillow_then_torch(sample)
-        unflipped = ours[:, ::-1] if sample.flip else ours
+        unflipped = ours[:, ::-1] if flipped else ours
         np.testing.assert_array_equal(bare[0].permute(1, 2, 0).numpy(), unflipped)
         torch.testing.assert_close(half, bare, rtol=0, atol=0)
-        np.testing.assert_array_equal(decode.simplejpeg_then_pillow(sample), pillow[:, ::-1] if sample.flip else pillow)
+        np.testing.assert_array_equal(decode.simplejpeg_then_pillow(sample), pillow[:, ::-1] if flipped else pillow)
 
 
 def test_every_side_of_the_loader_s_comparison_gives_such_pictures_of_the_same_shards(folder, files, tmp_path):
@@ -143,3 +154,16 @@ def test_no_order_gives_a_sample_twice(way):
     assert len(samples) >= 64 * 64
     assert len(np.unique(samples)) == len(samples)
     assert samples.max() < 6400
+
+
+def test_scale_pays_for_every_part(capsys):
+    scale.main(["--images", "3000"])
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["images"] == 3000
+    parts = [part.replace(" ", "_") for part in scale.PARTS]
+    assert all(line[part]["seconds"] > 0 for part in parts)
+
+
+def test_the_watcher_sees_what_was_held_for_a_moment():
+    held = scale.paid(lambda: time.sleep(0.05 * np.ones(2**24).min()))  # 128 MiB
+    assert 100 < held.mib < 200

@@ -19,8 +19,7 @@ from pipeline.data.images import (
     center_box,
     decode,
     random_resized_crop,
-    reference_augment,
-    reference_decode,
+    reference_picture,
     shift_crop,
 )
 from pipeline.data.randomness import uniform_rows, uniforms
@@ -108,7 +107,7 @@ def differences(pictures, config, size=(224, 224)):
     worst, means = 0, []
     for id_, data in enumerate(pictures):
         found = augment(decode(data), keyed(id_), config, size)
-        expected = reference_augment(reference_decode(data), keyed(id_), config, size)
+        expected = reference_picture(data, keyed(id_), config, size)
         difference = np.abs(found.astype(int) - expected)
         worst, means = max(worst, int(difference.max())), [*means, difference.mean()]
     return worst, float(np.mean(means))
