@@ -8,7 +8,7 @@ Flat hashes (within `distance` bits of all equal: plain colours, smooth gradient
 they are left out and counted. Where so much looks alike that there would be more than 4e9 candidates (digits on black, by
 the million), a random share of the held-out hashes is compared, and `compared` says how many samples that are.
 Letters: u distinct hashes of the held-out samples, v of train. Memory: 20 bytes a sample, 60 a distinct hash, and 100 MB.
-Time, one core, a million hashes of which a tenth is held out: 2.6 s random, 20 s smooth blobs; at most 80 s.
+Time: `python -m benchmarks.scale`; much that looks alike takes longer, up to those 4e9 candidates.
 Source: Norouzi, Punjani and Fleet 2012, multi-index hashing (arXiv 1307.2982)."""
 
 from collections.abc import Callable, Iterator

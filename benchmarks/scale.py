@@ -1,0 +1,171 @@
+"""What the coordinating process pays for a dataset of millions: listing, planning, exact and near duplicates, without any image.
+
+    python -m benchmarks.scale                     # 10 million synthetic entries
+    python -m benchmarks.scale --quick
+
+Entries are names of 40 bytes in folders of a thousand, in place of a store's own listing, whose speed is the store's. Hashes are
+random. Each part runs in a process of its own, so that no peak is another's.
+
+Units:  seconds by the clock; MiB of resident memory at most, beside what the process held with everything imported. Mapped files
+        (the plan's listing) are not counted: the kernel can take them away. Making the hashes is part of both searches: a line
+        of its own says how much.
+Errors: OSError off Linux.       Source: man 5 proc (RssAnon)."""
+
+import argparse
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from benchmarks import _data
+from benchmarks import _timing as timing
+from pipeline.data.duplicates import find_duplicates
+from pipeline.data.near_duplicates import NearDuplicateSearch
+from pipeline.data.shards import IntakePolicy, opened_snapshot, plan_shards
+from pipeline.data.sources import SourceItem
+from pipeline.stages import snapshot as stage
+from pipeline.storage import open_store
+
+_SHARD_SAMPLES = 1_000
+_HELD_OUT_SHARE = 0.01
+_SAMPLED_EVERY_S = 0.005
+
+
+class Paid(NamedTuple):
+    """By one part."""
+
+    seconds: float
+    mib: float
+
+
+def entries(count: int) -> Iterator[SourceItem]:
+    """Synthetic images in key order. Errors: none. Source: none."""
+    for number in range(count):
+        yield SourceItem(f"n{number // 1000:08d}/n{number // 1000:08d}_{number:012d}.JPEG", 110_000, "image")
+
+
+def listing(count: int, root: Path) -> Paid:
+    """The snapshot stage over the entries. Errors: the stage's. Source: none."""
+    vars(stage)["list_source"] = lambda uri, *, besides=None: entries(count)
+    return paid(lambda: _data.listed(Path("/synthetic"), root))
+
+
+def plan(count: int, root: Path) -> Paid:
+    """Shards of the listing, and the digest of the first hundred. Errors: those of planning. Source: none."""
+    store = _data.attempt(root).store
+
+    def planned() -> None:
+        with opened_snapshot(store, stage.SNAPSHOT_FILE) as table:
+            plans = plan_shards(table, seed=0, shard_max_bytes=2**27, min_shards=16, policy=IntakePolicy())
+            for shard in range(min(100, len(plans))):
+                _ = plans[shard].digest
+
+    return paid(planned)
+
+
+def hashes_alone(count: int, root: Path) -> Paid:
+    """What both searches are shown, made and thrown away. Errors: none. Source: none."""
+    return paid(lambda: sum(table.num_rows for _, _, table in _shards(count)))
+
+
+def exact_duplicates(count: int, root: Path) -> Paid:
+    """All hashes against all. Errors: none. Source: none."""
+    return paid(lambda: find_duplicates((n, split, table) for n, split, table in _shards(count)))
+
+
+def near_duplicates(count: int, root: Path) -> Paid:
+    """Those held out against the others. Errors: none. Source: none."""
+
+    def searched() -> None:
+        search = NearDuplicateSearch()
+        for number, split, table in _shards(count):
+            search.shown(number, split, table)
+        search.find()
+
+    return paid(searched)
+
+
+PARTS: Mapping[str, Callable[[int, Path], Paid]] = {
+    "listing": listing,
+    "plan": plan,
+    "the hashes alone": hashes_alone,
+    "exact duplicates": exact_duplicates,
+    "near duplicates": near_duplicates,
+}
+
+
+def _shards(count: int) -> Iterator[tuple[int, str, Any]]:
+    rng = np.random.default_rng(0)
+    shards = -(-count // _SHARD_SAMPLES)
+    for number in range(shards):
+        held_out = number < max(1, round(_HELD_OUT_SHARE * shards))
+        columns = {
+            "sample_id": np.arange(number * _SHARD_SAMPLES, (number + 1) * _SHARD_SAMPLES),
+            "sha256": [rng.bytes(32).hex() for _ in range(_SHARD_SAMPLES)],
+            "dhash64": rng.integers(0, 2**64, _SHARD_SAMPLES, dtype=np.uint64),
+            "served": np.ones(_SHARD_SAMPLES, dtype=bool),
+        }
+        yield number, "test" if held_out else "train", pa.table(columns)
+
+
+def paid(work: Callable[[], object]) -> Paid:
+    """Runs it, looking at the memory all the while. Errors: OSError off Linux. Source: see the module."""
+    before, peak, done = _anonymous_mib(), 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(_SAMPLED_EVERY_S):
+            peak = max(peak, _anonymous_mib())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - began
+    done.set()
+    watcher.join()
+    return Paid(seconds, max(peak, _anonymous_mib()) - before)
+
+
+def _anonymous_mib() -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) / 1024
+
+
+def measure(count: int) -> dict[str, object]:
+    """Measures, prints the table, and gives the JSON line's contents. Errors: see the module. Source: see the module."""
+    found = {}
+    with TemporaryDirectory(prefix="mae-benchmark-") as name:
+        for part, function in PARTS.items():
+            with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+                found[part] = alone.submit(function, count, Path(name)).result()
+        size = open_store(_data.attempt(Path(name)).store.uri).list(stage.SNAPSHOT_FILE)
+        listing_mib = sum(info.size for info in size) / 2**20
+    print(f"{count:,} images; snapshot.parquet is {listing_mib:.0f} MiB")
+    rows = [(part, f"{one.seconds:.1f} s", f"{one.mib:.0f} MiB") for part, one in found.items()]
+    print(timing.table(("", "time", "memory at most"), rows))
+    line: dict[str, object] = {"benchmark": "scale", "images": count}
+    for part, one in found.items():
+        line[part.replace(" ", "_")] = {"seconds": round(one.seconds, 2), "mib": round(one.mib)}
+    return line
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure what the command line asks for. Errors: SystemExit. Source: none."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description="What millions of images cost.")
+    parser.add_argument("--quick", action="store_true", help="200,000 images: within 40 s on 2 cores")
+    parser.add_argument("--images", type=int, metavar="COUNT", help="default 10,000,000")
+    asked = parser.parse_args(arguments)
+    print(json.dumps(measure(asked.images or (200_000 if asked.quick else 10_000_000))))
+
+
+if __name__ == "__main__":
+    main()
