@@ -13,7 +13,7 @@ from functools import partial
 from multiprocessing import get_context
 from typing import NamedTuple
 
-from pipeline.data.images import AUGMENT_UNIFORMS, AugmentConfig, Image, Uniforms, augment, decode
+from pipeline.data.images import AUGMENT_UNIFORMS, AugmentConfig, Image, Uniforms, picture
 from pipeline.data.randomness import uniform_rows
 from pipeline.errors import ConfigError
 
@@ -40,7 +40,7 @@ def crops(count: int, *, seed: int = 0) -> Sequence[Uniforms]:
 
 def training_picture(data: bytes, uniforms: Uniforms) -> Image:
     """[224, 224, 3] from a JPEG."""
-    return augment(decode(data), uniforms, CROP, SIZE)
+    return picture(data, uniforms, CROP, SIZE)
 
 
 def cores() -> int:

@@ -1,5 +1,7 @@
 """From JPEG bytes to the pixels the model sees: decode, choose a box, resize, flip.
 
+`picture` is `augment(decode(data), ...)`, to the pixel, and does not decode what lies below the box.
+
 Shapes: image [H, W, 3] uint8 RGB; size = (height, width). Boxes are pixels of the decoded image; uniforms are [AUGMENT_UNIFORMS].
 Hot path: simplejpeg, then torch's antialiased bicubic on uint8, channels last: twice Pillow's speed on one core, integers
     end to end, so equal on every CPU kernel tried; torch's float kernel is neither (data-path.md 4.1 and 5.2).
@@ -8,6 +10,8 @@ Source: the box follows torchvision's RandomResizedCrop (Szegedy et al. 2015, ar
 
 import io
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -18,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image as PillowImage
 
+from pipeline.data.jpeg_rows import decode_top
 from pipeline.errors import ConfigError, DataError
 
 Image = npt.NDArray[np.uint8]
@@ -71,19 +76,34 @@ def decode(data: bytes) -> Image:
 
     Errors: DataError, which says what is wrong; the caller knows the file.
     """
-    try:
-        if data[:2] != b"\xff\xd8":
-            with PillowImage.open(io.BytesIO(data)) as picture:
-                if picture.mode != "RGB":
-                    raise DataError(f"its mode is {picture.mode}, not RGB")
-                return np.array(picture)
-        space = simplejpeg.decode_jpeg_header(data)[2]
-        if space not in {"YCbCr", "RGB"}:
-            raise DataError(f"it is a JPEG of {space}, not of RGB")
+    with _clear_errors():
+        if not _is_jpeg(data):
+            with PillowImage.open(io.BytesIO(data)) as file:
+                if file.mode != "RGB":
+                    raise DataError(f"its mode is {file.mode}, not RGB")
+                return np.array(file)
+        _jpeg_size(data)
         image: Image = simplejpeg.decode_jpeg(data, "RGB")
+    return image
+
+
+def _is_jpeg(data: bytes) -> bool:
+    return data[:2] == b"\xff\xd8"
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+    if space not in {"YCbCr", "RGB"}:
+        raise DataError(f"it is a JPEG of {space}, not of RGB")
+    return height, width
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, SyntaxError, PillowImage.DecompressionBombError) as error:
         raise DataError(f"it does not decode ({error})") from error
-    return image
 
 
 def random_resized_crop(
@@ -142,14 +162,32 @@ def augment(image: Image, uniforms: Uniforms, config: AugmentConfig, size: tuple
     if config.kind == "shift":
         image = shift_crop(uniforms, image, pixels=config.shift_pixels)
     height, width, _ = image.shape
-    out = resize(image, box_of(height, width, uniforms, config, size), size)
+    return _cut(image, box_of(height, width, uniforms, config, size), uniforms, config, size)
+
+
+def picture(data: bytes, uniforms: Uniforms, config: AugmentConfig, size: tuple[int, int]) -> Image:
+    """[*size, 3] `augment(decode(data), ...)`, for bytes that `decode` took once: damage below the box is not seen.
+
+    Errors: DataError, which says what is wrong; the caller knows the file.
+    """
+    if config.kind == "shift" or not _is_jpeg(data):
+        return augment(decode(data), uniforms, config, size)
+    with _clear_errors():
+        height, width = _jpeg_size(data)
+        box = box_of(height, width, uniforms, config, size)
+        image = decode_top(data, rows=box.top + box.height)
+    return _cut(image, box, uniforms, config, size)
+
+
+def _cut(image: Image, box: Box, uniforms: Uniforms, config: AugmentConfig, size: tuple[int, int]) -> Image:
+    out = resize(image, box, size)
     if is_mirrored(uniforms, config):
         out = torch.from_numpy(out).flip(1).numpy()  # 40 us; copying numpy's [:, ::-1] takes 300
     return out
 
 
 def reference_picture(data: bytes, uniforms: Uniforms, config: AugmentConfig, size: tuple[int, int]) -> Image:
-    """What `augment(decode(data), ...)` is compared with: Pillow all the way, by the calls that torchvision makes.
+    """What `picture` is compared with: Pillow all the way, by the calls that torchvision makes.
 
     For tests and benchmarks; of `kind` anything but "shift".
     """
@@ -157,10 +195,10 @@ def reference_picture(data: bytes, uniforms: Uniforms, config: AugmentConfig, si
         whole = file.convert("RGB")
     box = box_of(whole.height, whole.width, uniforms, config, size)
     part = whole.crop((box.left, box.top, box.left + box.width, box.top + box.height))
-    picture = part.resize(size[::-1], PillowImage.Resampling.BICUBIC)
+    resized = part.resize(size[::-1], PillowImage.Resampling.BICUBIC)
     if is_mirrored(uniforms, config):
-        picture = picture.transpose(PillowImage.Transpose.FLIP_LEFT_RIGHT)
-    return np.array(picture)
+        resized = resized.transpose(PillowImage.Transpose.FLIP_LEFT_RIGHT)
+    return np.array(resized)
 
 
 def box_of(height: int, width: int, uniforms: Uniforms, config: AugmentConfig, size: tuple[int, int]) -> Box:

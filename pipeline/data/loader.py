@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.cache import ShardCache
-from pipeline.data.images import AUGMENT_UNIFORMS, AugmentConfig, Image, augment, decode
+from pipeline.data.images import AUGMENT_UNIFORMS, AugmentConfig, Image, Uniforms, picture
 from pipeline.data.order import SampleOrder, Slots, plain_slice, plain_slots
 from pipeline.data.randomness import uniform_rows
 from pipeline.data.selection import Selection
@@ -228,30 +228,28 @@ class Loader:
         substitutions = []
         for place, numbers in zip(places, uniforms, strict=True):
             shard, index = int(slots.shards[place]), int(slots.indices[place])
-            image = self._image(shard, index)
+            image = self._image(shard, index, numbers, config)
             if isinstance(image, Unreadable):
                 if unreadable == "stop":
                     raise DataError(image.words)
                 step = int(slots.positions[place]) // self.global_batch
-                image, stand_in, made = self._substitute(shard, index, int(epochs[place]), step, image)
+                image, stand_in, made = self._substitute(shard, index, int(epochs[place]), step, image, config)
                 substitutions.append(made)
                 rows = self.selection.rows(shard)
                 labels[place], sample_ids[place] = rows.labels[stand_in], rows.sample_ids[stand_in]
-                numbers = uniform_rows(  # noqa: PLW2901 - the substitute's own
-                    self.seed, epochs[place : place + 1], sample_ids[place : place + 1], "augment", AUGMENT_UNIFORMS
-                )[0]
-            images[place] = augment(image, numbers, config, self.image_size)
+            images[place] = image
         return substitutions
 
     def _substitute(
-        self, shard: int, index: int, epoch: int, step: int, why: Unreadable
+        self, shard: int, index: int, epoch: int, step: int, why: Unreadable, config: AugmentConfig
     ) -> tuple[Image, int, Substitution]:
         """Another picture of the shard, its index there, and what is to be written down."""
         rows = self.selection.rows(shard)
         sample_id = int(rows.sample_ids[index])
         tried = candidates(rows.sample_ids, sample_id, seed=self.seed, epoch=epoch)
         for candidate in map(int, tried):
-            image = self._image(shard, candidate)
+            own = uniform_rows(self.seed, [epoch], rows.sample_ids[[candidate]], "augment", AUGMENT_UNIFORMS)[0]
+            image = self._image(shard, candidate, own, config)
             if not isinstance(image, Unreadable):
                 made = Substitution(
                     sample_id,
@@ -269,13 +267,13 @@ class Loader:
             f"{why.words}. No sample of its shard can stand in for it: {len(tried)} others were tried and cannot be read either"
         )
 
-    def _image(self, shard: int, index: int) -> Image | Unreadable:
-        """A sample's picture as it was stored."""
+    def _image(self, shard: int, index: int, uniforms: Uniforms, config: AugmentConfig) -> Image | Unreadable:
+        """A sample's training picture, of bytes that are as intake decoded them."""
         data = self._read(shard, index)
         if isinstance(data, Unreadable):
             return data
         try:
-            return decode(data)
+            return picture(data, uniforms, config, self.image_size)
         except DataError as error:
             return Unreadable(
                 "undecodable",

@@ -18,6 +18,7 @@ from pipeline.data.images import (
     augment,
     center_box,
     decode,
+    picture,
     random_resized_crop,
     reference_picture,
     shift_crop,
@@ -106,7 +107,7 @@ def differences(pictures, config, size=(224, 224)):
     """Worst and mean difference in grey levels between the hot path and Pillow all the way, over encoded pictures."""
     worst, means = 0, []
     for id_, data in enumerate(pictures):
-        found = augment(decode(data), keyed(id_), config, size)
+        found = picture(data, keyed(id_), config, size)
         expected = reference_picture(data, keyed(id_), config, size)
         difference = np.abs(found.astype(int) - expected)
         worst, means = max(worst, int(difference.max())), [*means, difference.mean()]
@@ -171,6 +172,17 @@ def test_equal_keys_give_equal_pictures_and_half_are_mirrored(kind):
     assert 65 <= mirrored <= 135  # five standard deviations of 7
 
 
+@pytest.mark.parametrize("kind", ["random_resized_crop", "shift", "center"])
+def test_a_picture_is_its_file_decoded_and_augmented(kind):
+    pixels, config = scene(5, 90, 120), AugmentConfig(kind=kind)
+    files = [encoded(pixels), encoded(pixels, quality=95, subsampling=0, progressive=True), encoded(pixels, "PNG")]
+    for id_ in range(60):
+        data = files[id_ % 3]
+        np.testing.assert_array_equal(
+            picture(data, keyed(id_), config, (48, 40)), augment(decode(data), keyed(id_), config, (48, 40))
+        )
+
+
 def test_decode_is_exact_and_takes_other_formats():
     pixels = scene(3, 33, 47)
     for options in ({"quality": 95}, {"quality": 80, "subsampling": 0, "progressive": True}, {"keep_rgb": True}):
@@ -194,6 +206,9 @@ def test_decode_is_exact_and_takes_other_formats():
 def test_what_is_no_rgb_picture_is_refused(data, words):
     with pytest.raises(DataError, match=words):
         decode(data)
+    whole = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    with pytest.raises(DataError, match=words):
+        picture(data, keyed(0), whole, (16, 16))
 
 
 @pytest.mark.parametrize(
