@@ -190,6 +190,26 @@ def test_the_same_bytes_give_the_same_result():
         assert take_in(data, **LIMITS) == take_in(data, **LIMITS)
 
 
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}, {"restart_marker_blocks": 4}])
+def test_damage_is_found_wherever_the_training_reader_finds_it(options):
+    """Also in the chroma, of which no pixels are made."""
+    generator = np.random.default_rng(0)
+    whole = encoded(Image.fromarray(generator.integers(0, 256, (48, 48, 3), dtype=np.uint8)), quality=80, **options)
+    first, refused = whole.index(b"\xff\xda") + 14, 0
+    for _ in range(300):
+        data = bytearray(whole)
+        data[generator.integers(first, len(data) - 2)] ^= 1 << generator.integers(8)
+        try:
+            simplejpeg.decode_jpeg(bytes(data), "RGB", strict=True)
+            reads = True
+        except ValueError:
+            reads = False
+            refused += 1
+        taken = take_in(bytes(data), max_side=64, max_pixels=10**6)
+        assert reads == (isinstance(taken, Taken) and taken.policy == "kept")
+    assert refused > 20
+
+
 def test_dhash_is_close_for_near_duplicates_and_far_for_others():
     generator = np.random.default_rng(0)
     one, other = (

@@ -169,7 +169,7 @@ def test_the_plan_of_fixed_images_stays():
     digests = "".join(one.digest for one in plans)
     assert (len(plans), hashlib.sha256(digests.encode()).hexdigest()) == (
         20,
-        "a115a443b78167d1d0c2dc9b9783d42b66dbc405eb795ce77b6bd88f6e09816c",
+        "20e73924ed306d0f557b349ef04045fc35eb6712b9fad3ed84c01c667d485f4f",
     )
 
 
