@@ -15,6 +15,13 @@ from pipeline.training.world import World
 Offload = Literal["none", "optimizer"]
 """What lives, and is computed, on the CPU beside a GPU."""
 EPS = 1e-8
+REDUCE_BUCKET_ELEMENTS = 50_000_000
+"""Gradients that are reduced together. DeepSpeed's 5e8 is a buffer of 1 GiB, and more than most models: nothing would be cut up
+before the end of the backward pass."""
+LIVE_ELEMENTS = 100_000_000
+"""Weights that ZeRO-3 keeps whole at once. DeepSpeed's 1e9 is more than ViT-H: all of them, always."""
+PREFETCH_ELEMENTS = 50_000_000
+"""Weights that ZeRO-3 gathers ahead of need."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +60,11 @@ def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
             "overlap_comm": False,
             "round_robin_gradients": False,
             "use_multi_rank_bucket_allreduce": True,
+            "reduce_bucket_size": REDUCE_BUCKET_ELEMENTS,
             "stage3_param_persistence_threshold": 0,
+            "stage3_max_live_parameters": LIVE_ELEMENTS,
+            "stage3_max_reuse_distance": LIVE_ELEMENTS,
+            "stage3_prefetch_bucket_size": PREFETCH_ELEMENTS,
             **offload,
         },
         "bf16": {"enabled": settings.precision == "bf16", "check_grad_overflow": True},
