@@ -47,11 +47,28 @@ def run(
 
 
 @app.command()
-def plan(config: Config, overrides: Set = [], refresh: Refresh = False, as_json: AsJson = False) -> None:  # noqa: B006
-    """Says for every step whether it is cached or would run, and which field made it differ. Writes nothing."""
-    from jobs.run import plan_command
+def plan(
+    config: Config,
+    overrides: Set = [],  # noqa: B006
+    refresh: Refresh = False,
+    hardware: Annotated[
+        str | None, typer.Option(help="A100-40, A100, H100, H200, B200, L40S or CPU; left out: this machine's.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="As --set resources.workers=N.")] = None,
+    images: Annotated[int | None, typer.Option(help="In an epoch, where nobody has counted them yet.")] = None,
+    prices: Annotated[
+        Path | None, typer.Option(help="Your prices, USD a device-hour: a copy of jobs/prices.yaml.", metavar="FILE")
+    ] = None,
+    tflops: Annotated[float | None, typer.Option(help="A device's peak as measured: dense, TFLOP/s.")] = None,
+    mfu: Annotated[float | None, typer.Option(help="Share of the peak that training uses, as measured.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Says what is cached, what would run and why, and what that takes: memory, steps, hours, cost. Writes nothing."""
+    from jobs.run import Foreseen, plan_command
 
-    raise typer.Exit(plan_command(config, overrides, refresh=refresh, as_json=as_json))
+    given = [*overrides, *([f"resources.workers={workers}"] if workers is not None else [])]
+    foreseen = Foreseen(hardware=hardware, images=images, prices=prices, tflops=tflops, mfu=mfu)
+    raise typer.Exit(plan_command(config, given, foreseen=foreseen, refresh=refresh, as_json=as_json))
 
 
 @app.command()

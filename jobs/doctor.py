@@ -15,10 +15,10 @@ from pathlib import Path
 import typer
 
 from mae_core import SIZES, MAEConfig, training_flops
-from pipeline.accelerators import BF16_PEAKS
 from pipeline.data.decode_speed import DecodeRate, cores, decode_rate, images_per_s
 from pipeline.data.photos import photos
 from pipeline.errors import ConfigError
+from pipeline.hardware import accelerators
 
 _PHOTOS = 64
 _MODELS = ("small", "base", "large", "huge")
@@ -53,12 +53,13 @@ def chosen_peaks(gpus: Sequence[str], tflops: float | None) -> dict[str, float]:
         if not 0 < tflops < math.inf:
             raise ConfigError(f"--tflops {tflops} is no peak: write TFLOP/s in bfloat16, dense, such as 312")
         return {f"{tflops:g} TFLOP/s": tflops * 1e12}
-    unknown = [name for name in gpus if name not in BF16_PEAKS]
+    known = {name: entry.peaks["bf16"] for name, entry in accelerators().items()}
+    unknown = [name for name in gpus if name not in known]
     if unknown:
         raise ConfigError(
-            f"--gpu {unknown[0]} is unknown here: write {', '.join(BF16_PEAKS)}, or give its peak with --tflops"
+            f"--gpu {unknown[0]} is unknown here: write {', '.join(known)}, or give its peak with --tflops"
         )
-    return {name: BF16_PEAKS[name] for name in gpus or ("A100", "H100", "B200")}
+    return {name: known[name] for name in gpus or ("A100", "H100", "B200")}
 
 
 def data_command(

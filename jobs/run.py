@@ -4,8 +4,9 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,13 @@ from rich.console import Console
 
 from pipeline.cluster import Executor
 from pipeline.config import RunConfig, load_config
+from pipeline.graph.plan import PlanRow as GraphRow
 from pipeline.graph.runner import Outcome
+from pipeline.hardware import Hardware, here, measured, prices
+from pipeline.hardware import hardware as hardware_named
+from pipeline.planning import GIB, by_stage, effort, images_in_epoch, layout, proposal, trainings, workers_of
 from pipeline.refresh import refresh as refresh_sources
+from pipeline.reporting.forecast import Forecast, forecast_text
 from pipeline.reporting.reconstructions import terminal_reconstruction
 from pipeline.reporting.rows import PlanRow, StepRow
 from pipeline.reporting.terminal import ProgressDisplay, closing_table, plan_table
@@ -93,32 +99,106 @@ def as_line(summary: RunSummary) -> dict[str, Any]:
     }
 
 
-def plan_command(config_path: Path, overrides: Sequence[str], *, refresh: bool = False, as_json: bool) -> int:
-    """Shows what a run would do."""
+@dataclass(frozen=True, kw_only=True)
+class Foreseen:
+    """On what, and at what price, `mae plan` foresees."""
+
+    hardware: str | None = None
+    """Left out: this machine."""
+    images: int | None = None
+    """In an epoch, where nobody has counted them yet."""
+    prices: Path | None = None
+    tflops: float | None = None
+    mfu: float | None = None
+
+
+def plan_command(
+    config_path: Path, overrides: Sequence[str], *, foreseen: Foreseen, refresh: bool = False, as_json: bool
+) -> int:
+    """Shows what a run would do, and what it would take."""
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
-    rows = plan(_configured(config_path, overrides, refresh=refresh))
+    config = _configured(config_path, overrides, refresh=refresh)
+    hardware = _hardware(config, foreseen)
+    price = prices(foreseen.prices).get(hardware.name) if foreseen.prices else None
+    rows = plan(config)
+    forecasts = {row.step.name: _forecast(row, config, hardware, foreseen, price) for row in rows if _trains(row)}
     if as_json:
-        steps = [
-            {
-                "name": row.step.name,
-                "fingerprint": row.step.fingerprint,
-                "state": row.state,
-                "differs": list(row.differs),
-                "uri": row.uri,
-                "memory_gib": None,
-                "seconds": None,
-                "cost": None,
-            }
-            for row in rows
-        ]
-        print(json.dumps({"steps": steps}))
+        print(json.dumps({"steps": [_plan_json(row, forecasts.get(row.step.name)) for row in rows]}))
         return 0
-    shown = [
-        PlanRow(name=row.step.name, state=row.state, fingerprint=row.step.fingerprint, differs=_why(row.differs))
-        for row in rows
-    ]
-    Console(highlight=False).print(plan_table(shown), soft_wrap=True)
+    shown = [_plan_row(row, forecasts.get(row.step.name)) for row in rows]
+    console = Console(highlight=False)
+    console.print(plan_table(shown), soft_wrap=True)
+    if told := _told_apart(forecasts.values()):
+        console.print(forecast_text(told, hardware), soft_wrap=True)
     return 0
+
+
+def _hardware(config: RunConfig, foreseen: Foreseen) -> Hardware:
+    resources = config.resources
+    chosen = (
+        hardware_named(foreseen.hardware)
+        if foreseen.hardware
+        else here(workers=workers_of(resources), use_gpu=resources.use_gpu)
+    )
+    chosen = chosen.as_measured(tflops=foreseen.tflops, mfu=foreseen.mfu)
+    for precision in (config.pretrain.precision, config.evaluation.finetune.precision):
+        chosen = measured(chosen, precision)
+    return chosen
+
+
+def _trains(row: GraphRow) -> bool:
+    return row.state != "cached" and bool(trainings([row.step]))
+
+
+def _forecast(
+    row: GraphRow, config: RunConfig, hardware: Hardware, foreseen: Foreseen, price: float | None
+) -> Forecast:
+    training, resources = trainings([row.step])[row.step.name], config.resources
+    images = images_in_epoch(row.step, open_store(config.store)) or foreseen.images
+    took = effort(training, resources, hardware, images=images) if images else None
+    devices = 1 if hardware.kind == "cpu" else workers_of(resources)
+    return Forecast(
+        name=row.step.name,
+        layout=layout(training, resources, hardware),
+        stages=by_stage(training, resources, hardware),
+        proposal=proposal(training, resources, hardware),
+        effort=took,
+        cost=took.cost(devices=devices, price=price) if took and price is not None else None,
+    )
+
+
+def _told_apart(forecasts: Iterable[Forecast]) -> list[Forecast]:
+    """One of those that differ in name alone: encoders and seeds of a protocol."""
+    first: dict[Any, Forecast] = {}
+    for one in forecasts:
+        first.setdefault((one.layout.settings, one.layout.footprint, one.effort), one)
+    return list(first.values())
+
+
+def _plan_json(row: GraphRow, forecast: Forecast | None) -> dict[str, Any]:
+    return {
+        "name": row.step.name,
+        "fingerprint": row.step.fingerprint,
+        "state": row.state,
+        "differs": list(row.differs),
+        "uri": row.uri,
+        "memory_gib": round(forecast.layout.footprint.total / GIB, 3) if forecast else None,
+        "seconds": forecast.seconds if forecast else None,
+        "cost": forecast.cost if forecast else None,
+        "proposed": forecast.proposal.as_set() if forecast and forecast.proposal else None,
+    }
+
+
+def _plan_row(row: GraphRow, forecast: Forecast | None) -> PlanRow:
+    return PlanRow(
+        name=row.step.name,
+        state=row.state,
+        fingerprint=row.step.fingerprint,
+        differs=_why(row.differs),
+        memory_gib=forecast.layout.footprint.total / GIB if forecast else None,
+        seconds=forecast.seconds if forecast else None,
+        cost=forecast.cost_words if forecast else "",
+    )
 
 
 def _configured(config_path: Path, overrides: Sequence[str], *, refresh: bool) -> RunConfig:

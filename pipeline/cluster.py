@@ -103,6 +103,15 @@ def node_count() -> int:
     return sum(bool(node["Alive"]) for node in ray.nodes())
 
 
+def gpus() -> tuple[float, frozenset[str]]:
+    """How many the cluster that `connect` joined has, and what Ray calls them (H100, A100-40G)."""
+    import ray
+
+    there = ray.cluster_resources()
+    kinds = (name.partition("accelerator_type:")[2] for name in there)
+    return float(there.get("GPU", 0)), frozenset(kind for kind in kinds if kind)
+
+
 def disconnect() -> None:
     """Leaves the cluster; one that `connect` started ends."""
     import ray

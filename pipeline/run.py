@@ -21,6 +21,8 @@ from pipeline.errors import ConfigError, PipelineError
 from pipeline.graph.receipts import versions
 from pipeline.graph.runner import Outcome, PlanRow, Run, plan_graph
 from pipeline.graph.step import Step
+from pipeline.hardware import here, of_cluster
+from pipeline.planning import refuse_what_cannot_fit, workers_of
 from pipeline.reporting.rows import Score, as_metrics
 from pipeline.stages.report import PAGE, PICTURES, ReportConfig, collect_scores
 from pipeline.storage import Store, open_store, probe
@@ -87,6 +89,8 @@ def run(config: RunConfig, *, executor: Executor, display: Display) -> RunSummar
         _warn_of_folders(store, uri)
     walk = Run(steps, store=store, executor=executor, hooks=family, parallel=config.resources.parallel_steps)
     try:
+        if on_cluster and "RAY_ADDRESS" in os.environ:
+            _check_fits_cluster(config, _waiting(steps, store))
         with _stop_on_signals(walk.request_stop):
             outcomes = walk.walk()
     except BaseException as error:
@@ -248,18 +252,34 @@ def git_revision() -> str:
 
 def _check_before(config: RunConfig, steps: Sequence[Step], store: Store, executor: Executor) -> None:
     """Whatever can be refused before GPUs are held, or anything is written."""
-    to_run = {row.step.name for row in plan_graph(steps, store=store) if row.state == "to_run"}
-    for step in steps:
-        if step.name in to_run and (problem := _source_problem(step)):
+    waiting = _waiting(steps, store)
+    for step in waiting:
+        if problem := _source_problem(step):
             raise problem
-    low = config.resources.workers if isinstance(config.resources.workers, int) else config.resources.workers[0]
+    low = workers_of(config.resources)
     needed, there = low * config.resources.cpus_per_worker, os.cpu_count() or 1
     if executor == "ray" and "RAY_ADDRESS" not in os.environ and needed > there:
         raise ConfigError(
             f"resources.workers={low} at cpus_per_worker={config.resources.cpus_per_worker} need {needed} CPUs, this machine has "
             f"{there}: write fewer workers, or cpus_per_worker={there / low:.2f}"
         )
+    if executor == "in_process" or "RAY_ADDRESS" not in os.environ:
+        alone = config.resources.model_copy(update={"workers": 1}) if executor == "in_process" else config.resources
+        refuse_what_cannot_fit(waiting, alone, here(workers=workers_of(alone), use_gpu=alone.use_gpu))
     probe(store)
+
+
+def _waiting(steps: Sequence[Step], store: Store) -> list[Step]:
+    """Those that a run would run."""
+    return [row.step for row in plan_graph(steps, store=store) if row.state == "to_run"]
+
+
+def _check_fits_cluster(config: RunConfig, waiting: Sequence[Step]) -> None:
+    """Refuses what the cluster's GPUs cannot hold, by what Ray calls them; a cluster of CPUs, or of others, is not judged."""
+    count, kinds = cluster.gpus()
+    resources = config.resources
+    if resources.use_gpu is not False and count >= workers_of(resources) and (device := of_cluster(kinds)):
+        refuse_what_cannot_fit(waiting, resources, device)
 
 
 def _warn_of_folders(store: Store, tracking_uri: str) -> None:

@@ -28,7 +28,7 @@ from pipeline.training.checkpoints import Checkpoint, CheckpointManifest
 from pipeline.training.data_meter import DATA_METRICS, DataMeter
 from pipeline.training.engine import Engine, MicroBatch
 from pipeline.training.engine_settings import EngineSettings
-from pipeline.training.spec import TrainSpec
+from pipeline.training.spec import TrainSpec, engine_settings
 from pipeline.training.world import ELSEWHERE, World
 
 StopReason = Literal["", "asked", "fenced"]
@@ -160,7 +160,8 @@ def _start(spec: TrainSpec, attempt: Attempt, world: World, loader: Loader) -> t
             if checkpoint:
                 checkpoints.check_cursor(checkpoint, spec.cursor(loader.order))
                 built.module.load_state_dict(checkpoint.weights())
-        engine = Engine(built.module, built.groups, _settings(spec, world), world)
+        settings = engine_settings(spec.recipe, spec.placement, workers=world.size)
+        engine = Engine(built.module, built.groups, settings, world)
         if not checkpoint:
             return engine, _Position()
         with world.together():
@@ -196,22 +197,6 @@ def _newest(attempt: Attempt, world: World) -> Iterator[Checkpoint | None]:
             if key and not world.is_first:
                 checkpoint = held.enter_context(checkpoints.open_checkpoint(attempt.root, key))
         yield checkpoint
-
-
-def _settings(spec: TrainSpec, world: World) -> EngineSettings:
-    """Micro-batch and accumulation follow from the global batch and the largest slice of a worker."""
-    largest_slice = math.ceil(spec.recipe.global_batch / world.size)
-    micro_batch = min(spec.placement.micro_batch, largest_slice)
-    return EngineSettings(
-        precision=spec.recipe.precision,
-        zero_stage=spec.placement.zero_stage,
-        micro_batch=micro_batch,
-        accumulation=math.ceil(largest_slice / micro_batch),
-        betas=spec.recipe.betas,
-        max_grad_norm=spec.recipe.max_grad_norm,
-        offload=spec.placement.offload,
-        activation_checkpointing=spec.placement.activation_checkpointing,
-    )
 
 
 def _next(batches: Iterator[Batch]) -> tuple[Batch | None, PipelineError | None]:

@@ -1,5 +1,6 @@
 """What a worker is told: task, recipe (decides results) and placement (does not). Small frozen values that travel."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -19,7 +20,7 @@ from pipeline.data.selection import Selection
 from pipeline.errors import ConfigError
 from pipeline.graph.step import StageInput
 from pipeline.storage import open_store
-from pipeline.training.engine_settings import Offload
+from pipeline.training.engine_settings import EngineSettings, Offload
 from pipeline.training.tasks import Task
 from pipeline.training.world import World
 
@@ -165,6 +166,22 @@ class Placement:
         """The node's cache of the dataset's shards."""
         directory = Path(self.cache_directory).expanduser()
         return ShardCache(open_store(dataset.root_uri), directory, max_bytes=self.cache_max_bytes)
+
+
+def engine_settings(recipe: Recipe, placement: Placement, *, workers: int) -> EngineSettings:
+    """Micro-batch and accumulation follow from the global batch and the largest slice of a worker."""
+    largest_slice = math.ceil(recipe.global_batch / workers)
+    micro_batch = min(placement.micro_batch, largest_slice)
+    return EngineSettings(
+        precision=recipe.precision,
+        zero_stage=placement.zero_stage,
+        micro_batch=micro_batch,
+        accumulation=math.ceil(largest_slice / micro_batch),
+        betas=recipe.betas,
+        max_grad_norm=recipe.max_grad_norm,
+        offload=placement.offload,
+        activation_checkpointing=placement.activation_checkpointing,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -197,7 +197,19 @@ def test_run_json_and_then_plan_says_what_a_changed_field_costs(config):
     rows = {row["name"]: row for row in json.loads(done.stdout)["steps"]}
     assert rows["shard"]["state"] == "cached"
     assert rows["pretrain"]["differs"] == ["config.model.mask_ratio: 0.75 -> 0.5"]
-    shown = mae("plan", config, "--set", "model.mask_ratio=0.5", COLUMNS="80").stdout
+    assert rows["pretrain"]["memory_gib"] > 0
+    assert rows["pretrain"]["seconds"] > 0  # its images were counted
+    assert rows["pretrain"]["proposed"].startswith("--set resources.micro_batch=")
+    assert rows["shard"]["memory_gib"] is None
+    prices = config.with_name("prices.yaml")
+    prices.write_text("H100: 1000000")
+    shown = mae(
+        *("plan", config, "--set", "model.mask_ratio=0.5", "--hardware", "h100", "--prices", prices), COLUMNS="80"
+    ).stdout
+    assert "pretrain on 1 x H100, 74.5 GiB each, 30% to 50% of 67 TFLOP/s in fp32 (NVIDIA H100" in shown
+    assert "ZeRO-1 set" in shown
+    assert "proposed: --set resources.micro_batch=8 --set resources.zero_stage=1" in shown
+    assert "$" in shown
     assert "config.model.mask_ratio: 0.75 -> 0.5" in shown
     assert rows["pretrain"]["fingerprint"][:12] in shown
 

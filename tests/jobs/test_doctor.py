@@ -8,9 +8,9 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from jobs.doctor import Need, chosen_peaks, needs
-from pipeline.accelerators import BF16_PEAKS
 from pipeline.data.photos import photos
 from pipeline.errors import ConfigError
+from pipeline.hardware import accelerators
 
 
 def test_cores_that_a_gpu_needs_by_hand():
@@ -31,7 +31,7 @@ def test_a_share_of_the_peak_is_a_fraction(share):
 def test_peaks_are_named_or_given():
     assert chosen_peaks(["H200", "A100"], None) == {"H200": 989e12, "A100": 312e12}
     assert chosen_peaks([], 165.0) == {"165 TFLOP/s": 165e12}
-    assert set(chosen_peaks([], None)) <= set(BF16_PEAKS)
+    assert set(chosen_peaks([], None)) <= set(accelerators())
     with pytest.raises(ConfigError, match="--gpu K80 is unknown here"):
         chosen_peaks(["A100", "K80"], None)
     with pytest.raises(ConfigError, match=r"--tflops -1\.0 is no peak"):

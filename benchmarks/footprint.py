@@ -1,0 +1,178 @@
+"""What a training worker really holds, beside what `mae plan` says it will: ZeRO stages, precisions, recomputation.
+
+    python -m benchmarks.footprint                    # ViT-B with its decoder, 112 M parameters, 1 and 2 workers
+    python -m benchmarks.footprint --quick            # three of the layouts
+
+Every layout trains for two optimiser steps of two micro-batches in real processes, through pipeline.training.engine.
+
+Units:  bytes of anonymous resident memory (of CUDA's allocator on a GPU) at most, beside what the process held with everything
+        imported and the process group joined; GiB in the table. Of several workers the largest.
+Errors: OSError off Linux; PipelineError when a worker fails.       Source: man 5 proc (RssAnon)."""
+
+import argparse
+import json
+import os
+import socket
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from benchmarks import _timing as timing
+from mae_core import SIZES, MAEConfig
+from pipeline.training.engine import Engine, MicroBatch
+from pipeline.training.engine_settings import EngineSettings
+from pipeline.training.footprint import autoencoder, footprint
+from pipeline.training.tasks import MAETask
+from pipeline.training.world import World, enter_world
+
+_GIB = 2**30
+_SAMPLED_EVERY_S = 0.01
+_STEPS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A way to train."""
+
+    precision: Literal["bf16", "fp32"]
+    zero_stage: Literal[1, 2, 3]
+    workers: int = 1
+    micro_batch: int = 2
+    accumulation: int = 1
+    activation_checkpointing: bool = False
+
+    def settings(self) -> EngineSettings:
+        """What the engine is told. Errors: none. Source: none."""
+        return EngineSettings(
+            precision=self.precision,
+            zero_stage=self.zero_stage,
+            micro_batch=self.micro_batch,
+            accumulation=self.accumulation,
+            betas=(0.9, 0.95),
+            activation_checkpointing=self.activation_checkpointing,
+        )
+
+    @property
+    def name(self) -> str:
+        """For the table. Errors: none. Source: none."""
+        recomputed = ", blocks recomputed" if self.activation_checkpointing else ""
+        return f"{self.precision}, ZeRO-{self.zero_stage}, {self.workers} x {self.accumulation} x {self.micro_batch}{recomputed}"
+
+
+LAYOUTS = (
+    Layout(precision="fp32", zero_stage=1),
+    Layout(precision="fp32", zero_stage=2, workers=2),
+    Layout(precision="fp32", zero_stage=3, workers=2),
+    Layout(precision="fp32", zero_stage=1, workers=2, micro_batch=16),
+    Layout(precision="fp32", zero_stage=1, workers=2, micro_batch=16, activation_checkpointing=True),
+    Layout(precision="fp32", zero_stage=2, workers=2, accumulation=2),
+    Layout(precision="bf16", zero_stage=1),
+    Layout(precision="bf16", zero_stage=2, workers=2),
+    Layout(precision="bf16", zero_stage=3, workers=2),
+)
+QUICK = (0, 1, 2)
+
+
+def held(layout: Layout, model: MAEConfig) -> int:
+    """Bytes at most, over what was held before, of the largest worker. Errors and source: the module's."""
+    port = _free_port()
+    with ProcessPoolExecutor(layout.workers, get_context("spawn")) as pool:
+        workers = [pool.submit(_worker, rank, port, layout, model) for rank in range(layout.workers)]
+        return max(worker.result() for worker in workers)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _worker(rank: int, port: int, layout: Layout, model: MAEConfig) -> int:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(layout.workers)}
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // layout.workers))
+    world = enter_world()
+    import deepspeed  # noqa: F401 - part of what every worker holds before it trains
+
+    memory = _Memory(world)
+    _train(world, layout, model)
+    return memory.rise()
+
+
+def _train(world: World, layout: Layout, model: MAEConfig) -> None:
+    task = MAETask(model=model, weight_decay=0.05, seed=0)
+    engine = Engine(*task.build(), layout.settings(), world)
+    generator = torch.Generator().manual_seed(world.rank)
+    batch = layout.micro_batch
+    for _ in range(_STEPS):
+        pixels = torch.randint(0, 256, (batch, *model.encoder.image_size, 3), dtype=torch.uint8, generator=generator)
+        noise = torch.rand(batch, model.encoder.num_patches, generator=generator)
+        one = MicroBatch((pixels.to(world.device), noise.to(world.device)), torch.ones(batch, device=world.device))
+        images = batch * layout.accumulation * world.size
+        engine.train_step([one] * layout.accumulation, global_batch=images, lr=1e-4)
+
+
+class _Memory:
+    """The most that is held from now on."""
+
+    def __init__(self, world: World) -> None:
+        self.device, self.peak, self.done = world.device, 0, threading.Event()
+        self.before = self._now()
+        self.watcher = threading.Thread(target=self._watch, daemon=True)
+        self.watcher.start()
+
+    def rise(self) -> int:
+        """Ends the watch."""
+        self.done.set()
+        self.watcher.join()
+        if self.device.type == "cuda":
+            self.peak = torch.cuda.max_memory_allocated(self.device)
+        return self.peak - self.before
+
+    def _watch(self) -> None:
+        while not self.done.wait(_SAMPLED_EVERY_S):
+            self.peak = max(self.peak, self._now())
+
+    def _now(self) -> int:
+        if self.device.type == "cuda":
+            return int(torch.cuda.memory_allocated(self.device))
+        return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0]) * 1024
+
+
+def foreseen(layout: Layout, model: MAEConfig) -> int:
+    """What `mae plan` says of it, where it runs. Errors: none. Source: none."""
+    settings = layout.settings()
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    return footprint(autoencoder(model, settings), settings, workers=layout.workers, device=device).total
+
+
+def measure(layouts: Sequence[Layout], model: MAEConfig) -> dict[str, object]:
+    """Measures, prints the table, and gives the JSON line's contents. Errors and source: the module's."""
+    rows, line = [], []
+    for layout in layouts:
+        real, said = held(layout, model), foreseen(layout, model)
+        rows.append((layout.name, f"{real / _GIB:.2f}", f"{said / _GIB:.2f}", f"{100 * (said / real - 1):+.1f} %"))
+        line.append(asdict(layout) | {"held_gib": round(real / _GIB, 3), "foreseen_gib": round(said / _GIB, 3)})
+    print(timing.table(("precision, stage, workers x micro-batches x images", "held", "foreseen", "off by"), rows))
+    worst = max(abs(float(row["foreseen_gib"]) / float(row["held_gib"]) - 1) for row in line)
+    return {"benchmark": "footprint", "worst_off_by": round(worst, 3), "layouts": line}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure what the command line asks for. Errors: SystemExit. Source: none."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.footprint", description="Memory, foreseen and real.")
+    parser.add_argument("--quick", action="store_true", help="three layouts")
+    parser.add_argument("--model", choices=sorted(SIZES), default="base")
+    asked = parser.parse_args(arguments)
+    layouts = [LAYOUTS[index] for index in QUICK] if asked.quick else LAYOUTS
+    print(json.dumps(measure(layouts, MAEConfig(encoder=SIZES[asked.model]()))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""What a run will take before anything is held: memory of a worker, steps, hours, money; which layout fits; what cannot run.
+
+Units:  bytes, seconds, USD; a range is (at best, at worst) and comes from the hardware's range of use.
+Errors: ConfigError for a layout that cannot fit where the memory is known: named with field, values and a way out.
+Source: memory: pipeline.training.footprint; time: operations of mae_core.cost over workers x peak x share of use. Blocks that
+are computed again are one more forward pass. Reading, evaluation on the test split and checkpoints are not in it."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from mae_core.cost import encoder_flops, forward_flops, training_flops
+from pipeline.config import Resources
+from pipeline.data.order import steps_total
+from pipeline.errors import ConfigError
+from pipeline.graph.receipts import read_receipt
+from pipeline.graph.step import Step
+from pipeline.hardware import Hardware
+from pipeline.stages.finetune import FinetuneConfig
+from pipeline.stages.pretrain import PretrainConfig
+from pipeline.storage import Store
+from pipeline.training.engine_settings import EngineSettings
+from pipeline.training.footprint import MARGIN, Footprint, Model, autoencoder, classifier, footprint
+from pipeline.training.spec import Placement, Recipe, engine_settings
+
+GIB = 2**30
+CLASSES = 1000
+"""Of a dataset that nobody has listed yet: a head of ImageNet's size, 1 M weights at most."""
+WORTHWHILE = 16
+"""Images in one forward pass below which a device idles: more ZeRO, or recomputation, is tried before so few."""
+
+Training = PretrainConfig | FinetuneConfig
+"""Configurations of the steps that train with the engine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a step trains, and what that takes of a worker."""
+
+    resources: Resources
+    settings: EngineSettings
+    footprint: Footprint
+    share: int
+    """Bytes of the device that a worker has."""
+
+    @property
+    def fits(self) -> bool:
+        """With the margin by which the footprint may be off."""
+        return self.footprint.total * (1 + MARGIN) <= self.share
+
+    @property
+    def impossible(self) -> bool:
+        """Even if the footprint is too high by its margin."""
+        return self.footprint.total * (1 - MARGIN) > self.share
+
+    def as_set(self) -> str:
+        """For the command line."""
+        chosen = self.resources
+        fields: dict[str, object] = {"micro_batch": self.settings.micro_batch, "zero_stage": chosen.zero_stage}
+        if chosen.activation_checkpointing:
+            fields["activation_checkpointing"] = True
+        if chosen.offload != "none":
+            fields["offload"] = chosen.offload
+        return " ".join(f"--set resources.{name}={str(value).lower()}" for name, value in fields.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """Steps and time of one training step of the graph."""
+
+    steps: int
+    images: int
+    seconds: tuple[float, float] | None
+    """None: the hardware's peak is unknown."""
+
+    def cost(self, *, devices: int, price: float) -> tuple[float, float] | None:
+        """USD, at a price for an hour of one device."""
+        if self.seconds is None:
+            return None
+        low, high = self.seconds
+        return low / 3600 * devices * price, high / 3600 * devices * price
+
+
+def workers_of(resources: Resources) -> int:
+    """The fewest that a run starts with: each holds the most then."""
+    return resources.workers if isinstance(resources.workers, int) else resources.workers[0]
+
+
+def layout(training: Training, resources: Resources, hardware: Hardware) -> Layout:
+    """What a worker of this step holds."""
+    workers = workers_of(resources)
+    settings = engine_settings(training.recipe, Placement.from_resources(resources.model_dump()), workers=workers)
+    held = footprint(_model(training, settings), settings, workers=workers, device=hardware.kind)
+    share = hardware.memory_bytes // workers if hardware.kind == "cpu" else hardware.memory_bytes
+    return Layout(resources=resources, settings=settings, footprint=held, share=share)
+
+
+def by_stage(training: Training, resources: Resources, hardware: Hardware) -> list[Layout]:
+    """The configured layout at every ZeRO stage."""
+    return [layout(training, _changed(resources, zero_stage=stage), hardware) for stage in (1, 2, 3)]
+
+
+def proposal(training: Training, resources: Resources, hardware: Hardware) -> Layout | None:
+    """The lowest stage at which a worthwhile micro-batch fits, with the largest one that does; None: nothing fits."""
+    slice_ = math.ceil(training.recipe.global_batch / workers_of(resources))
+    found: list[Layout] = []
+    for tried in _ways(resources, hardware):
+        fitting = (one for one in _micro_batches(training, tried, hardware, slice_) if one.fits)
+        best = next(fitting, None)
+        if best and best.settings.micro_batch >= min(WORTHWHILE, slice_):
+            return best
+        found += [best] if best else []
+    return max(found, key=lambda one: one.settings.micro_batch, default=None)
+
+
+def effort(training: Training, resources: Resources, hardware: Hardware, *, images: int) -> Effort:
+    """Of `images` in an epoch."""
+    recipe: Recipe = training.recipe
+    steps = steps_total(images, recipe.global_batch, recipe.epochs)
+    seen, peak = steps * recipe.global_batch, hardware.peaks.get(recipe.precision)
+    # a CPU's peak is that of all its cores together, whatever the number of workers
+    devices = 1 if hardware.kind == "cpu" else workers_of(resources)
+    flops = seen * _flops(training, again=resources.activation_checkpointing)
+    seconds = None
+    if peak:
+        low, high = hardware.mfu
+        seconds = (flops / (devices * peak * high), flops / (devices * peak * low))
+    return Effort(steps=steps, images=seen, seconds=seconds)
+
+
+def trainings(steps: Iterable[Step]) -> dict[str, Training]:
+    """Those of the steps that train with the engine, by name."""
+    return {step.name: step.config for step in steps if isinstance(step.config, PretrainConfig | FinetuneConfig)}
+
+
+def images_in_epoch(step: Step, store: Store) -> int | None:
+    """Images that a training step reads in an epoch, as its shards' receipt says, or their listing's; None: nobody has counted."""
+    limit = getattr(step.config, "train_labels", None)
+    shards = step.inputs["shards"]
+    if receipt := read_receipt(store.at(shards.directory)):
+        there = receipt.facts["counts"]["splits"].get("train", {}).get("served", 0)
+    elif (listing := shards.inputs.get("snapshot")) and (receipt := read_receipt(store.at(listing.directory))):
+        there = receipt.facts.get("splits", {}).get("train", 0)
+    else:
+        there = 0
+    return min(limit or there, there) or None
+
+
+def refuse_what_cannot_fit(steps: Iterable[Step], resources: Resources, hardware: Hardware) -> None:
+    """ConfigError for the first of the named steps that no luck can fit into the memory that is there."""
+    for name, training in trainings(steps).items():
+        asked = layout(training, resources, hardware)
+        if asked.impossible:
+            raise ConfigError(f"{name}: {_refusal(training, asked, hardware)}")
+
+
+def _refusal(training: Training, asked: Layout, hardware: Hardware) -> str:
+    workers, chosen = workers_of(asked.resources), asked.resources
+    where = f"{hardware.name} with {hardware.memory_bytes / GIB:.1f} GiB" + (
+        f" for {workers} workers" if hardware.kind == "cpu" and workers > 1 else ""
+    )
+    way = proposal(training, chosen, hardware)
+    out = (
+        f"Write {way.as_set()}" if way else "No micro-batch and no ZeRO stage fits: use more workers, or larger devices"
+    )
+    return (
+        f"resources.micro_batch={chosen.micro_batch} at zero_stage={chosen.zero_stage} needs about "
+        f"{asked.footprint.total / GIB:.1f} GiB a worker, of {where} it has {asked.share / GIB:.1f}. {out}; mae plan shows all"
+    )
+
+
+def _ways(resources: Resources, hardware: Hardware) -> Iterator[Resources]:
+    """What is tried, the cheapest in time first. What somebody has turned on stays on."""
+    workers = workers_of(resources)
+    stages = (1, 2, 3) if workers > 1 else (1,)
+    for recomputed in (False, True) if not resources.activation_checkpointing else (True,):
+        for stage in stages:
+            yield _changed(resources, zero_stage=stage, activation_checkpointing=recomputed)
+    if hardware.kind == "cuda" and resources.offload == "none":
+        yield _changed(resources, zero_stage=stages[-1], activation_checkpointing=True, offload="optimizer")
+
+
+def _micro_batches(training: Training, tried: Resources, hardware: Hardware, slice_: int) -> Iterable[Layout]:
+    """A worker's slice whole, in halves, in thirds, ...: the largest first."""
+    sizes = dict.fromkeys(math.ceil(slice_ / parts) for parts in range(1, slice_ + 1))
+    return (layout(training, _changed(tried, micro_batch=size), hardware) for size in sizes)
+
+
+def _changed(resources: Resources, **fields: object) -> Resources:
+    return resources.model_copy(update=fields)
+
+
+def _model(training: Training, settings: EngineSettings) -> Model:
+    if isinstance(training, PretrainConfig):
+        return autoencoder(training.model, settings)
+    return classifier(training.encoder, settings, num_classes=CLASSES)
+
+
+def _flops(training: Training, *, again: bool) -> int:
+    """Of one image's training step."""
+    if isinstance(training, PretrainConfig):
+        return training_flops(training.model) + (forward_flops(training.model) if again else 0)
+    forward = encoder_flops(training.encoder, visible_patches=training.encoder.num_patches)
+    return (4 if again else 3) * forward

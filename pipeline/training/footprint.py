@@ -1,0 +1,160 @@
+"""What a training worker holds at most, from config and layout alone: weights, gradients, optimiser, activations, workspace.
+
+DeepSpeed keeps more than the textbook's 16 bytes a weight: float32 weights beside equal float32 ones at ZeRO-1 and 2, a bucket of
+gradients under way, the partition's gradients once more, flat and in float32, while AdamW steps. A step has three moments that can
+be the largest; the footprint is that of the largest one, and its parts add up to it.
+
+Shapes: N weights, P = N / W of them a worker's own, b bytes a value of the compute precision, B weights in a reduce bucket.
+Units:  bytes. CUDA's context, NCCL's buffers and what the allocators waste are in `overhead`, as measured or assumed there.
+Errors: none.       Source: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py and stage3.py, read and traced
+(benchmarks/footprint.py compares with real processes); activations: mae_core.cost."""
+
+import math
+from collections.abc import Mapping
+from functools import cache
+from typing import Literal, NamedTuple
+
+from mae_core.config import MAEConfig, ViTConfig
+from mae_core.cost import Recompute, activation_bytes, encoder_activation_bytes, parameter_count
+from pipeline.training.engine_settings import (
+    LIVE_ELEMENTS,
+    PREFETCH_ELEMENTS,
+    REDUCE_BUCKET_ELEMENTS,
+    EngineSettings,
+)
+
+_MIB = 2**20
+Device = Literal["cpu", "cuda"]
+OVERHEAD: Mapping[Device, int] = {"cpu": 100 * _MIB, "cuda": 1024 * _MIB}
+"""CPU: measured, modules and buffers that come with the engine. CUDA: assumed, context and NCCL (nobody has measured it yet)."""
+MARGIN = 0.15
+"""Share by which the real footprint may differ (docs/planning.md)."""
+
+
+class Footprint(NamedTuple):
+    """One worker's memory at its largest moment."""
+
+    weights: int
+    """In the compute precision, those gathered for the moment included."""
+    gradients: int
+    optimizer: int
+    """Float32 weights and Adam's moments."""
+    activations: int
+    workspace: int
+    """Buckets, and copies while gradients are reduced and AdamW steps."""
+    overhead: int
+    host: int = 0
+    """Of the node's memory on top, a worker: what is offloaded."""
+
+    @property
+    def total(self) -> int:
+        """On the device."""
+        return sum(self) - self.host
+
+
+class Model(NamedTuple):
+    """What of a model counts."""
+
+    weights: int
+    last: int
+    """Weights whose gradients are there before the first activations of the others are free: the decoder's, the head's."""
+    activations: int
+    """Of one image, all at once."""
+    first: int
+    """Of one image, those that `last` leaves."""
+
+
+def autoencoder(config: MAEConfig, settings: EngineSettings) -> Model:
+    """Pretraining."""
+    width, recompute = _width(settings), _recompute(settings)
+    weights, encoder = _weights(config), _weights(config.encoder)
+    whole = config.encoder_input == "all"
+    first = encoder_activation_bytes(
+        config.encoder,
+        visible_patches=config.encoder.num_patches if whole else config.visible_patches,
+        bytes_per_value=width,
+        recompute=recompute,
+    )
+    everything = activation_bytes(config, bytes_per_value=width, recompute=recompute)
+    return Model(weights, weights - encoder, everything + _pixels(config.encoder), min(first, everything))
+
+
+def classifier(config: ViTConfig, settings: EngineSettings, *, num_classes: int) -> Model:
+    """Fine-tuning: whole images."""
+    held = encoder_activation_bytes(
+        config,
+        visible_patches=config.num_patches,
+        bytes_per_value=_width(settings),
+        recompute=_recompute(settings),
+    )
+    head = (config.embed_dim + 1) * num_classes
+    return Model(_weights(config) + head, head, held + _pixels(config), held)
+
+
+def footprint(model: Model, settings: EngineSettings, *, workers: int, device: Device) -> Footprint:
+    """At the largest of four moments: all activations are there, the first gradients are, all are, the weights move."""
+    return max(_moments(model, settings, workers=workers, device=device), key=lambda moment: moment.total)
+
+
+def _moments(model: Model, settings: EngineSettings, *, workers: int, device: Device) -> tuple[Footprint, ...]:
+    width, stage, images = _width(settings), settings.zero_stage, settings.micro_batch
+    whole, own = width * model.weights, width * math.ceil(model.weights / workers)
+    bucket = min(width * REDUCE_BUCKET_ELEMENTS, whole)
+    standing = _standing(own // width, whole, settings, device=device)
+    kept = 0 if stage == 3 or standing.host else own  # the partition's gradients once more, before AdamW takes them
+    under_way = whole if stage == 1 else bucket  # gradients of whole weights, not yet reduced
+    earlier = (
+        0 if settings.accumulation == 1 or stage == 3 else whole if stage == 1 else kept
+    )  # of earlier micro-batches
+    gathered = min(width * (LIVE_ELEMENTS + PREFETCH_ELEMENTS), whole) if stage == 3 else 0
+    backward = standing._replace(
+        weights=standing.weights + gathered,
+        gradients=standing.gradients + earlier,
+        workspace=bucket if stage == 1 else 2 * bucket,
+    )
+    first = min(under_way, width * model.last) if stage > 1 or settings.accumulation == 1 else 0
+    return (
+        backward._replace(activations=images * model.activations),
+        backward._replace(activations=images * model.first, gradients=backward.gradients + first),
+        backward._replace(gradients=standing.gradients + under_way + kept + (earlier if stage == 2 else 0)),
+        _moving(standing, own // width, settings, kept=kept),
+    )
+
+
+def _standing(own: int, whole: int, settings: EngineSettings, *, device: Device) -> Footprint:
+    """What is there all the time."""
+    width, sharded = _width(settings), settings.zero_stage == 3
+    # at ZeRO-3 in float32 the partition itself is AdamW's; else the float32 weights are a second copy
+    state = (8 if sharded and width == 4 else 12) * own
+    offloaded = settings.offload == "optimizer" and device == "cuda"
+    return Footprint(
+        weights=width * own if sharded else whole,
+        gradients=width * own if sharded and not offloaded else 0,
+        optimizer=0 if offloaded else state,
+        activations=0,
+        workspace=0,
+        overhead=OVERHEAD[device],
+        host=state + (4 + width) * own if offloaded else 0,
+    )
+
+
+def _moving(standing: Footprint, own: int, settings: EngineSettings, *, kept: int) -> Footprint:
+    """AdamW steps: its gradients are flat and float32, copied from what was kept."""
+    copies = 0 if standing.host else 4 * own + (2 * own if settings.precision == "bf16" else 0)
+    return standing._replace(gradients=standing.gradients + kept, workspace=copies)
+
+
+_weights = cache(parameter_count)
+
+
+def _width(settings: EngineSettings) -> int:
+    return 2 if settings.precision == "bf16" else 4
+
+
+def _recompute(settings: EngineSettings) -> Recompute:
+    return "blocks" if settings.activation_checkpointing else "none"
+
+
+def _pixels(config: ViTConfig) -> int:
+    """Of one image: uint8 as it comes, and float32, as pixels and as patches."""
+    return config.in_channels * config.image_size[0] * config.image_size[1] * (1 + 4 + 4)
