@@ -18,7 +18,7 @@ from pipeline.graph.plan import PlanRow as GraphRow
 from pipeline.graph.runner import Outcome
 from pipeline.hardware import Hardware, here, measured, prices
 from pipeline.hardware import hardware as hardware_named
-from pipeline.planning import GIB, by_stage, effort, images_in_epoch, layout, proposal, trainings, workers_of
+from pipeline.planning import GIB, as_set, by_stage, effort, images_in_epoch, layout, proposal, trainings, workers_of
 from pipeline.refresh import refresh as refresh_sources
 from pipeline.reporting.forecast import Forecast, forecast_text
 from pipeline.reporting.reconstructions import terminal_reconstruction
@@ -121,15 +121,19 @@ def plan_command(
     hardware = _hardware(config, foreseen)
     price = prices(foreseen.prices).get(hardware.name) if foreseen.prices else None
     rows = plan(config)
-    forecasts = {row.step.name: _forecast(row, config, hardware, foreseen, price) for row in rows if _trains(row)}
+    waiting = [row for row in rows if row.state != "cached" and trainings([row.step])]
+    forecasts = {row.step.name: _forecast(row, config, hardware, foreseen, price) for row in waiting}
+    steps = list(trainings(row.step for row in waiting).values())
+    proposed = proposal(steps, config.resources, hardware) if steps else None
     if as_json:
-        print(json.dumps({"steps": [_plan_json(row, forecasts.get(row.step.name)) for row in rows]}))
+        line = {"hardware": hardware.name, "proposed": as_set(proposed) if proposed else None}
+        print(json.dumps({"steps": [_plan_json(row, forecasts.get(row.step.name)) for row in rows], **line}))
         return 0
     shown = [_plan_row(row, forecasts.get(row.step.name)) for row in rows]
     console = Console(highlight=False)
     console.print(plan_table(shown), soft_wrap=True)
     if told := _told_apart(forecasts.values()):
-        console.print(forecast_text(told, hardware), soft_wrap=True)
+        console.print(forecast_text(told, hardware, proposed), soft_wrap=True)
     return 0
 
 
@@ -146,10 +150,6 @@ def _hardware(config: RunConfig, foreseen: Foreseen) -> Hardware:
     return chosen
 
 
-def _trains(row: GraphRow) -> bool:
-    return row.state != "cached" and bool(trainings([row.step]))
-
-
 def _forecast(
     row: GraphRow, config: RunConfig, hardware: Hardware, foreseen: Foreseen, price: float | None
 ) -> Forecast:
@@ -161,7 +161,6 @@ def _forecast(
         name=row.step.name,
         layout=layout(training, resources, hardware),
         stages=by_stage(training, resources, hardware),
-        proposal=proposal(training, resources, hardware),
         effort=took,
         cost=took.cost(devices=devices, price=price) if took and price is not None else None,
     )
@@ -185,7 +184,6 @@ def _plan_json(row: GraphRow, forecast: Forecast | None) -> dict[str, Any]:
         "memory_gib": round(forecast.layout.footprint.total / GIB, 3) if forecast else None,
         "seconds": forecast.seconds if forecast else None,
         "cost": forecast.cost if forecast else None,
-        "proposed": forecast.proposal.as_set() if forecast and forecast.proposal else None,
     }
 
 

@@ -154,7 +154,7 @@ def prices(path: Path) -> Mapping[str, float]:
     return {name: float(price) for name, price in table.items() if price is not None}
 
 
-def _product_peak(dtype: torch.dtype, *, side: int = 512) -> float:
+def _product_peak(dtype: torch.dtype, *, side: int = 1024) -> float:
     left, right = (torch.ones(side, side, dtype=dtype) for _ in range(2))
     out = left @ right
     best = math.inf

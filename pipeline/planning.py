@@ -6,7 +6,7 @@ Source: memory: pipeline.training.footprint; time: operations of mae_core.cost o
 are computed again are one more forward pass. Reading, evaluation on the test split and checkpoints are not in it."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mae_core.cost import encoder_flops, forward_flops, training_flops
@@ -53,16 +53,6 @@ class Layout:
         """Even if the footprint is too high by its margin."""
         return self.footprint.total * (1 - MARGIN) > self.share
 
-    def as_set(self) -> str:
-        """For the command line."""
-        chosen = self.resources
-        fields: dict[str, object] = {"micro_batch": self.settings.micro_batch, "zero_stage": chosen.zero_stage}
-        if chosen.activation_checkpointing:
-            fields["activation_checkpointing"] = True
-        if chosen.offload != "none":
-            fields["offload"] = chosen.offload
-        return " ".join(f"--set resources.{name}={str(value).lower()}" for name, value in fields.items())
-
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
@@ -100,17 +90,27 @@ def by_stage(training: Training, resources: Resources, hardware: Hardware) -> li
     return [layout(training, _changed(resources, zero_stage=stage), hardware) for stage in (1, 2, 3)]
 
 
-def proposal(training: Training, resources: Resources, hardware: Hardware) -> Layout | None:
-    """The lowest stage at which a worthwhile micro-batch fits, with the largest one that does; None: nothing fits."""
-    slice_ = math.ceil(training.recipe.global_batch / workers_of(resources))
-    found: list[Layout] = []
-    for tried in _ways(resources, hardware):
-        fitting = (one for one in _micro_batches(training, tried, hardware, slice_) if one.fits)
+def proposal(steps: Sequence[Training], resources: Resources, hardware: Hardware) -> Resources | None:
+    """The lowest stage at which a worthwhile micro-batch fits in every step, with the largest that does; None: nothing fits."""
+    slice_ = math.ceil(max(step.recipe.global_batch for step in steps) / workers_of(resources))
+    found: list[Resources] = []
+    for way in _ways(resources, hardware):
+        fitting = (tried for tried in _micro_batches(way, slice_) if _all_fit(steps, tried, hardware))
         best = next(fitting, None)
-        if best and best.settings.micro_batch >= min(WORTHWHILE, slice_):
+        if best and best.micro_batch >= min(WORTHWHILE, slice_):
             return best
         found += [best] if best else []
-    return max(found, key=lambda one: one.settings.micro_batch, default=None)
+    return max(found, key=lambda one: one.micro_batch, default=None)
+
+
+def as_set(resources: Resources) -> str:
+    """A proposal for the command line."""
+    fields: dict[str, object] = {"micro_batch": resources.micro_batch, "zero_stage": resources.zero_stage}
+    if resources.activation_checkpointing:
+        fields["activation_checkpointing"] = "true"
+    if resources.offload != "none":
+        fields["offload"] = resources.offload
+    return " ".join(f"--set resources.{name}={value}" for name, value in fields.items())
 
 
 def effort(training: Training, resources: Resources, hardware: Hardware, *, images: int) -> Effort:
@@ -147,26 +147,33 @@ def images_in_epoch(step: Step, store: Store) -> int | None:
 
 
 def refuse_what_cannot_fit(steps: Iterable[Step], resources: Resources, hardware: Hardware) -> None:
-    """ConfigError for the first of the named steps that no luck can fit into the memory that is there."""
-    for name, training in trainings(steps).items():
-        asked = layout(training, resources, hardware)
+    """ConfigError for the first of the steps that no luck can fit into the memory that is there."""
+    training = trainings(steps)
+    for name, config in training.items():
+        asked = layout(config, resources, hardware)
         if asked.impossible:
-            raise ConfigError(f"{name}: {_refusal(training, asked, hardware)}")
+            way = proposal(list(training.values()), resources, hardware)
+            raise ConfigError(f"{name}: {_shortage(asked, hardware)}. {_way_out(way)}")
 
 
-def _refusal(training: Training, asked: Layout, hardware: Hardware) -> str:
+def _shortage(asked: Layout, hardware: Hardware) -> str:
     workers, chosen = workers_of(asked.resources), asked.resources
-    where = f"{hardware.name} with {hardware.memory_bytes / GIB:.1f} GiB" + (
-        f" for {workers} workers" if hardware.kind == "cpu" and workers > 1 else ""
-    )
-    way = proposal(training, chosen, hardware)
-    out = (
-        f"Write {way.as_set()}" if way else "No micro-batch and no ZeRO stage fits: use more workers, or larger devices"
-    )
+    shared = f" for {workers} workers" if hardware.kind == "cpu" and workers > 1 else ""
     return (
         f"resources.micro_batch={chosen.micro_batch} at zero_stage={chosen.zero_stage} needs about "
-        f"{asked.footprint.total / GIB:.1f} GiB a worker, of {where} it has {asked.share / GIB:.1f}. {out}; mae plan shows all"
+        f"{asked.footprint.total / GIB:.1f} GiB a worker, and has {asked.share / GIB:.1f} of {hardware.name} with "
+        f"{hardware.memory_bytes / GIB:.1f} GiB{shared}"
     )
+
+
+def _way_out(way: Resources | None) -> str:
+    if way is None:
+        return "No micro-batch fits at any ZeRO stage: use more workers, or larger devices"
+    return f"Write {as_set(way)}; mae plan shows all"
+
+
+def _all_fit(steps: Sequence[Training], resources: Resources, hardware: Hardware) -> bool:
+    return all(layout(step, resources, hardware).fits for step in steps)
 
 
 def _ways(resources: Resources, hardware: Hardware) -> Iterator[Resources]:
@@ -180,10 +187,10 @@ def _ways(resources: Resources, hardware: Hardware) -> Iterator[Resources]:
         yield _changed(resources, zero_stage=stages[-1], activation_checkpointing=True, offload="optimizer")
 
 
-def _micro_batches(training: Training, tried: Resources, hardware: Hardware, slice_: int) -> Iterable[Layout]:
+def _micro_batches(way: Resources, slice_: int) -> Iterator[Resources]:
     """A worker's slice whole, in halves, in thirds, ...: the largest first."""
     sizes = dict.fromkeys(math.ceil(slice_ / parts) for parts in range(1, slice_ + 1))
-    return (layout(training, _changed(tried, micro_batch=size), hardware) for size in sizes)
+    return (_changed(way, micro_batch=size) for size in sizes)
 
 
 def _changed(resources: Resources, **fields: object) -> Resources:

@@ -9,8 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.config import Resources
 from pipeline.hardware import Hardware
-from pipeline.planning import GIB, Effort, Layout, workers_of
+from pipeline.planning import GIB, Effort, Layout, as_set, workers_of
 from pipeline.reporting.rows import clock, count
 from pipeline.reporting.terminal import plain_table
 from pipeline.training.footprint import MARGIN
@@ -35,7 +36,6 @@ class Forecast:
     layout: Layout
     stages: Sequence[Layout]
     """The same at ZeRO 1, 2 and 3."""
-    proposal: Layout | None
     effort: Effort | None
     """None: nobody knows how many images there are."""
     cost: tuple[float, float] | None
@@ -51,19 +51,14 @@ class Forecast:
         return f"${count(self.cost[0])} to ${count(self.cost[1])}" if self.cost else ""
 
 
-def forecast_text(forecasts: Sequence[Forecast], hardware: Hardware) -> RenderableType:
-    """All of them. Print it with soft_wrap=True."""
+def forecast_text(forecasts: Sequence[Forecast], hardware: Hardware, proposed: Resources | None) -> RenderableType:
+    """All of them, and what is proposed for them together. Print it with soft_wrap=True."""
     parts: list[RenderableType] = []
     for one in forecasts:
-        parts += [
-            Text(f"\n{one.name} on {_devices(one, hardware)}"),
-            _memory(one),
-            Text(_time(one)),
-            Text(_advice(one)),
-        ]
-    return Group(
-        *parts, Text(f"\nMemory is foreseen to {MARGIN:.0%}, time as said above: docs/planning.md", style="dim")
-    )
+        parts += [Text(f"\n{one.name} on {_devices(one, hardware)}"), _memory(one), Text(_time(one))]
+    words = as_set(proposed) if proposed else "more workers or larger devices: no micro-batch fits at any ZeRO stage"
+    parts.append(Text.assemble("\nproposed: ", (words, "bold")))
+    return Group(*parts, Text(f"Memory is foreseen to {MARGIN:.0%}, time as said above: docs/planning.md", style="dim"))
 
 
 def _devices(one: Forecast, hardware: Hardware) -> str:
@@ -98,10 +93,3 @@ def _time(one: Forecast) -> str:
     if one.effort.seconds:
         said += f", {clock(one.effort.seconds[0])} to {clock(one.effort.seconds[1])}"
     return f"{said}, {one.cost_words}" if one.cost else said
-
-
-def _advice(one: Forecast) -> str:
-    best = one.proposal
-    if best is None:
-        return "proposed: more workers or larger devices; no micro-batch fits at any ZeRO stage"
-    return f"proposed: {best.as_set()}   ({best.settings.accumulation} a step, {best.footprint.total / GIB:.1f} GiB)"

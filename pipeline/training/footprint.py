@@ -56,6 +56,8 @@ class Model(NamedTuple):
     """What of a model counts."""
 
     weights: int
+    group: int
+    """Weights of the largest optimiser group: AdamW steps group by group."""
     last: int
     """Weights whose gradients are there before the first activations of the others are free: the decoder's, the head's."""
     activations: int
@@ -76,7 +78,7 @@ def autoencoder(config: MAEConfig, settings: EngineSettings) -> Model:
         recompute=recompute,
     )
     everything = activation_bytes(config, bytes_per_value=width, recompute=recompute)
-    return Model(weights, weights - encoder, everything + _pixels(config.encoder), min(first, everything))
+    return Model(weights, weights, weights - encoder, everything + _pixels(config.encoder), min(first, everything))
 
 
 def classifier(config: ViTConfig, settings: EngineSettings, *, num_classes: int) -> Model:
@@ -87,8 +89,9 @@ def classifier(config: ViTConfig, settings: EngineSettings, *, num_classes: int)
         bytes_per_value=_width(settings),
         recompute=_recompute(settings),
     )
-    head = (config.embed_dim + 1) * num_classes
-    return Model(_weights(config) + head, head, held + _pixels(config), held)
+    dim, head = config.embed_dim, (config.embed_dim + 1) * num_classes
+    layer = 4 * dim * dim + 2 * dim * config.mlp_dim  # the rate decays layer by layer: each is a group
+    return Model(_weights(config) + head, max(layer, head), head, held + _pixels(config), held)
 
 
 def footprint(model: Model, settings: EngineSettings, *, workers: int, device: Device) -> Footprint:
@@ -117,7 +120,7 @@ def _moments(model: Model, settings: EngineSettings, *, workers: int, device: De
         backward._replace(activations=images * model.activations),
         backward._replace(activations=images * model.first, gradients=backward.gradients + first),
         backward._replace(gradients=standing.gradients + under_way + kept + (earlier if stage == 2 else 0)),
-        _moving(standing, own // width, settings, kept=kept),
+        _moving(standing, math.ceil(model.group / workers), settings, kept=kept),
     )
 
 
@@ -138,9 +141,9 @@ def _standing(own: int, whole: int, settings: EngineSettings, *, device: Device)
     )
 
 
-def _moving(standing: Footprint, own: int, settings: EngineSettings, *, kept: int) -> Footprint:
-    """AdamW steps: its gradients are flat and float32, copied from what was kept."""
-    copies = 0 if standing.host else 4 * own + (2 * own if settings.precision == "bf16" else 0)
+def _moving(standing: Footprint, group: int, settings: EngineSettings, *, kept: int) -> Footprint:
+    """AdamW steps: a group's gradients are flat and float32, copied from what was kept."""
+    copies = 0 if standing.host else (4 if settings.precision == "fp32" else 6) * group
     return standing._replace(gradients=standing.gradients + kept, workspace=copies)
 
 
