@@ -92,7 +92,7 @@ def no_tracking_from_outside(monkeypatch) -> None:
 
 
 def client(uri: str) -> Any:
-    return tracking._client(uri)
+    return tracking.client_of(uri)
 
 
 def children(summary: RunSummary) -> dict[str, Any]:

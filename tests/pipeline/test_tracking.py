@@ -17,6 +17,7 @@ import pytest
 
 from pipeline import tracking
 from pipeline.tracking import MlflowTracker, TrackingError
+from pipeline.tracking.runs import _experiment
 
 FINGERPRINT = "ab" * 32
 
@@ -35,7 +36,7 @@ def uri(migrated_database, tmp_path) -> str:
 
 
 def client(uri):
-    return tracking._client(uri)
+    return tracking.client_of(uri)
 
 
 def parent(uri, name="run") -> str:
@@ -135,7 +136,7 @@ def test_a_cached_step_is_linked_not_run_again(uri):
 
 def test_two_processes_may_create_the_experiment_at_once(uri):
     with ThreadPoolExecutor(6) as pool:
-        ids = set(pool.map(lambda _: tracking._experiment(uri, "same"), range(6)))
+        ids = set(pool.map(lambda _: _experiment(uri, "same"), range(6)))
     assert len(ids) == 1
 
 

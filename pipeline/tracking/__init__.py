@@ -1,0 +1,35 @@
+"""Experiment tracking: a run is a family in MLflow, and MLflow can never hurt a training run. The one importer of mlflow."""
+
+from pipeline.tracking.connection import TrackingError as TrackingError
+from pipeline.tracking.connection import artifact_location as artifact_location
+from pipeline.tracking.connection import check_tracking as check_tracking
+from pipeline.tracking.connection import client_of as client_of
+from pipeline.tracking.connection import resolve_tracking_uri as resolve_tracking_uri
+from pipeline.tracking.facts import log_dataset as log_dataset
+from pipeline.tracking.facts import log_figure as log_figure
+from pipeline.tracking.facts import log_file as log_file
+from pipeline.tracking.facts import log_params as log_params
+from pipeline.tracking.facts import log_scores as log_scores
+from pipeline.tracking.facts import log_text as log_text
+from pipeline.tracking.runs import FINGERPRINT_TAG as FINGERPRINT_TAG
+from pipeline.tracking.runs import LATER_PARENTS_TAG as LATER_PARENTS_TAG
+from pipeline.tracking.runs import PARENT_TAG as PARENT_TAG
+from pipeline.tracking.runs import STEP_TAG as STEP_TAG
+from pipeline.tracking.runs import RunStatus as RunStatus
+from pipeline.tracking.runs import close_run as close_run
+from pipeline.tracking.runs import find_child as find_child
+from pipeline.tracking.runs import link_child as link_child
+from pipeline.tracking.runs import open_child as open_child
+from pipeline.tracking.runs import open_parent as open_parent
+from pipeline.tracking.serve import serve as serve
+from pipeline.tracking.serve import serve_command as serve_command
+from pipeline.tracking.words import flatten as flatten
+from pipeline.tracking.words import redact as redact
+from pipeline.tracking.words import redact_text as redact_text
+from pipeline.tracking.words import short_digest as short_digest
+from pipeline.tracking.writer import MlflowTracker as MlflowTracker
+from pipeline.tracking.writer import NullTracker as NullTracker
+from pipeline.tracking.writer import Point as Point
+from pipeline.tracking.writer import Tracker as Tracker
+from pipeline.tracking.writer import Unsent as Unsent
+from pipeline.tracking.writer import open_tracker as open_tracker
