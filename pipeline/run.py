@@ -110,6 +110,8 @@ class _Family:
     def __init__(self, uri: str, config: RunConfig, display: Display) -> None:
         self.tracking_uri, self.config, self.display = uri, config, display
         self.open_children: dict[str, str] = {}
+        self.untold: list[Outcome] = []
+        """What MLflow could not be told when it happened."""
         self.run_id = tracking.open_parent(
             uri,
             experiment=config.tracking.experiment,
@@ -121,15 +123,7 @@ class _Family:
     def begin(self, step: Step) -> str:
         self.display.step_state(step.name, "running")
         with _warned(f"tracking of {step.name}"):
-            self.open_children[step.name] = tracking.open_child(
-                self.tracking_uri,
-                experiment=self.config.tracking.experiment,
-                parent_run_id=self.run_id,
-                name=step.name,
-                fingerprint=step.fingerprint,
-                tags={"mae.step": step.name},
-                params=step.identity()["config"],
-            )
+            self.open_children[step.name] = self._open(step)
         return self.open_children.get(step.name, "")
 
     def progress(self, step_name: str, done: int, total: int, unit: str, fields: Mapping[str, float]) -> None:
@@ -139,15 +133,15 @@ class _Family:
         self.open_children.pop(outcome.step.name, None)
         self.display.step_state(outcome.step.name, outcome.state, detail=detail_of(outcome))
         with _warned(f"tracking of {outcome.step.name}"):
-            if outcome.state == "cached":
-                self._link(outcome)
-            elif outcome.mlflow_run_id:
-                self._log_result(outcome)
-                status: Mapping[str, tracking.RunStatus] = {"done": "FINISHED", "stopped": "KILLED"}
-                tracking.close_run(self.tracking_uri, outcome.mlflow_run_id, status.get(outcome.state, "FAILED"))
+            self.untold.append(outcome)
+            self._tell(outcome)
+            self.untold.remove(outcome)
 
     def close(self, summary: RunSummary, store: Store) -> None:
-        """Scores, the page and its pictures on the parent run."""
+        """Scores, the page and its pictures on the parent run; and what could not be told before."""
+        for outcome in self.untold:
+            with _warned(f"tracking of {outcome.step.name}"):
+                self._tell(outcome)
         with _warned("tracking of the run"):
             tracking.log_scores(self.tracking_uri, self.run_id, as_metrics(summary.scores))
             page = next((o for o in summary.outcomes if o.step.name == "report" and o.receipt), None)
@@ -165,26 +159,52 @@ class _Family:
             with _warned("tracking of the run"):
                 tracking.close_run(self.tracking_uri, run_id, status)
 
-    def _link(self, outcome: Outcome) -> None:
-        run_id = tracking.find_child(
-            self.tracking_uri, experiment=self.config.tracking.experiment, fingerprint=outcome.step.fingerprint
+    def _open(self, step: Step) -> str:
+        return tracking.open_child(
+            self.tracking_uri,
+            experiment=self.config.tracking.experiment,
+            parent_run_id=self.run_id,
+            name=step.name,
+            fingerprint=step.fingerprint,
+            tags={"mae.step": step.name},
+            params=step.identity()["config"],
         )
-        if run_id:
-            tracking.link_child(self.tracking_uri, parent_run_id=self.run_id, name=outcome.step.name, run_id=run_id)
 
-    def _log_result(self, outcome: Outcome) -> None:
+    def _tell(self, outcome: Outcome) -> None:
+        """How a step ended, and what of its curve MLflow lacks: a cached one may have been made while MLflow was away."""
+        step, receipt = outcome.step, outcome.receipt
+        if not receipt and not outcome.mlflow_run_id:  # it did not begin
+            return
+        # asked for: a rollback opens another run than the one that the attempt began with
+        run_id = tracking.find_child(
+            self.tracking_uri, experiment=self.config.tracking.experiment, fingerprint=step.fingerprint
+        )
+        files = receipt.as_input(outcome.uri).store if receipt and step.resume_point else None
+        waits = files is not None and tracking.Journal(files).waits_for(run_id or "")
+        if run_id:
+            tracking.link_child(self.tracking_uri, parent_run_id=self.run_id, name=step.name, run_id=run_id)
+        if outcome.state == "cached" and not waits:
+            return
+        run_id = run_id or self._open(step)
+        if files and waits:
+            tracking.deliver(files, self.tracking_uri, run_id)
+        self._log_result(outcome, run_id)
+        status: Mapping[str, tracking.RunStatus] = {"done": "FINISHED", "cached": "FINISHED", "stopped": "KILLED"}
+        tracking.close_run(self.tracking_uri, run_id, status.get(outcome.state, "FAILED"))
+
+    def _log_result(self, outcome: Outcome, run_id: str) -> None:
         if outcome.receipt is None:
             return
         facts = outcome.receipt.facts
         numbers = {f"result/{key}": float(value) for key, value in facts.items() if isinstance(value, int | float)}
-        tracking.log_scores(self.tracking_uri, outcome.mlflow_run_id, numbers)
+        tracking.log_scores(self.tracking_uri, run_id, numbers)
         datasets = (s for s in (outcome.step, *outcome.step.inputs.values()) if s.name.startswith(("shard", "join")))
         shards = next(datasets, None)
         digest = facts.get("dataset_digest") or facts.get("digest")
         if shards and digest:
             tracking.log_dataset(
                 self.tracking_uri,
-                outcome.mlflow_run_id,
+                run_id,
                 name=shards.name,
                 digest=str(digest),
                 source=str(shards.config.source),

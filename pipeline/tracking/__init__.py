@@ -11,6 +11,8 @@ from pipeline.tracking.facts import log_file as log_file
 from pipeline.tracking.facts import log_params as log_params
 from pipeline.tracking.facts import log_scores as log_scores
 from pipeline.tracking.facts import log_text as log_text
+from pipeline.tracking.journal import Journal as Journal
+from pipeline.tracking.journal import Point as Point
 from pipeline.tracking.runs import FINGERPRINT_TAG as FINGERPRINT_TAG
 from pipeline.tracking.runs import LATER_PARENTS_TAG as LATER_PARENTS_TAG
 from pipeline.tracking.runs import PARENT_TAG as PARENT_TAG
@@ -21,15 +23,14 @@ from pipeline.tracking.runs import find_child as find_child
 from pipeline.tracking.runs import link_child as link_child
 from pipeline.tracking.runs import open_child as open_child
 from pipeline.tracking.runs import open_parent as open_parent
+from pipeline.tracking.sender import deliver as deliver
 from pipeline.tracking.serve import serve as serve
 from pipeline.tracking.serve import serve_command as serve_command
 from pipeline.tracking.words import flatten as flatten
 from pipeline.tracking.words import redact as redact
 from pipeline.tracking.words import redact_text as redact_text
 from pipeline.tracking.words import short_digest as short_digest
-from pipeline.tracking.writer import MlflowTracker as MlflowTracker
+from pipeline.tracking.writer import JournalTracker as JournalTracker
 from pipeline.tracking.writer import NullTracker as NullTracker
-from pipeline.tracking.writer import Point as Point
 from pipeline.tracking.writer import Tracker as Tracker
-from pipeline.tracking.writer import Unsent as Unsent
 from pipeline.tracking.writer import open_tracker as open_tracker

@@ -1,6 +1,7 @@
 """The family: parent = one pipeline run; child = one step, found again by its fingerprint and resumed by later attempts.
 
 Tags:   `mae.fingerprint` on a child; every parent names all its children, cached ones too: `mae.step.<step name>` = run id.
+        A rollback opens another child of the fingerprint: `mae.rollbacks` counts them, `mae.rolled_back_to` is a step.
 Errors: TrackingError."""
 
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ FINGERPRINT_TAG = "mae.fingerprint"
 PARENT_TAG = "mlflow.parentRunId"
 LATER_PARENTS_TAG = "mae.later_parents"
 STEP_TAG = "mae.step."
+ROLLBACKS_TAG = "mae.rollbacks"
+ROLLED_BACK_TO_TAG = "mae.rolled_back_to"
 
 
 def open_parent(
@@ -44,12 +47,9 @@ def open_child(
     fingerprint: str,
     tags: Mapping[str, str],
     params: Mapping[str, Any],
-    existing: Literal["resume", "leave"] = "resume",
 ) -> str:
-    """Opens the run of one step: the newest one of this fingerprint, RUNNING again, else a new one; returns its run id.
-
-    `existing="leave"` opens a new child beside it: after a rollback, whose steps have other values than those sent before."""
-    run_id = find_child(uri, experiment=experiment, fingerprint=fingerprint) if existing == "resume" else None
+    """Opens the run of one step: the newest one of this fingerprint, RUNNING again, else a new one; returns its run id."""
+    run_id = find_child(uri, experiment=experiment, fingerprint=fingerprint)
     with clear_errors(uri, f"opening the run of step {name!r}"):
         client = client_of(uri)
         if run_id is None:
@@ -77,6 +77,25 @@ def find_child(uri: str, *, experiment: str, fingerprint: str) -> str | None:
         order = ["attributes.start_time DESC"]
         runs = client.search_runs([found.experiment_id], filter_string=query, order_by=order, max_results=1)
         return str(runs[0].info.run_id) if runs else None
+
+
+def child_after(uri: str, run_id: str, *, rollbacks: int, to_step: int) -> str:
+    """The child that holds the curve of a step after so many rollbacks: the one given or one beside it, made when missing."""
+    with clear_errors(uri, "looking for the run after a rollback"):
+        client = client_of(uri)
+        given = client.get_run(run_id)
+        tags = given.data.tags
+        query = f"tags.`{FINGERPRINT_TAG}` = '{tags.get(FINGERPRINT_TAG, '')}'"
+        order = ["attributes.start_time DESC"]
+        family = [given, *client.search_runs([given.info.experiment_id], filter_string=query, order_by=order)]
+        for run in family:
+            if int(run.data.tags.get(ROLLBACKS_TAG, "0")) == rollbacks:
+                return str(run.info.run_id)
+        kept = {key: value for key, value in tags.items() if not key.startswith("mlflow.") or key == PARENT_TAG}
+        told = {ROLLBACKS_TAG: str(rollbacks), ROLLED_BACK_TO_TAG: str(to_step)}
+        made = client.create_run(given.info.experiment_id, tags={**kept, **told}, run_name=given.info.run_name)
+        client.set_terminated(run_id, status="KILLED")
+        return str(made.info.run_id)
 
 
 def link_child(uri: str, *, parent_run_id: str, name: str, run_id: str) -> None:

@@ -1,190 +1,193 @@
-"""Metrics while training: one background thread sends them; MLflow can never hurt a training run.
+"""Metrics while training: the loop appends to a queue; one background thread writes them to the journal, then sends it to MLflow.
 
 Names:  metrics `train/loss`, `throughput/images_per_s`, ...: MLflow draws one chart group per prefix. The x-axis is `global_step`.
-Errors: none: `Tracker.log` never raises and never waits."""
+Errors: none: MLflow can never hurt a training run. `Tracker.log` never raises and never waits."""
 
 import logging
 import math
 import threading
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
-from pipeline.tracking.connection import client_of, words_of
-from pipeline.tracking.facts import log_tags, now_ms
-from pipeline.tracking.words import METRICS_PER_CALL, chunks, mlflow_key, redact_text
-
-QUEUE_MAX_POINTS = 50_000
+from pipeline.storage import Store
+from pipeline.tracking.connection import words_of
+from pipeline.tracking.facts import now_ms
+from pipeline.tracking.journal import Journal, Point
+from pipeline.tracking.sender import Sender
+from pipeline.tracking.words import redact_text
 
 log = logging.getLogger(__name__)
-
-
-class Point(NamedTuple):
-    """What was measured at one step. The time travels with it: MLflow stores a repeated call with equal times once."""
-
-    step: int
-    time_ms: int
-    metrics: Mapping[str, float]
-
-
-class Unsent(NamedTuple):
-    """What a closed tracker could not deliver. The journal in the store has all of it; the next attempt's replay sends it."""
-
-    points: tuple[Point, ...] = ()
-    thinned: int = 0
-    """Points given up because the queue was full for too long."""
-    reason: str = ""
 
 
 class Tracker(Protocol):
     """Where the training loop says what it measures; costs microseconds, never fails it."""
 
+    def resume(self, points: Sequence[Point], *, rollbacks: int = 0) -> None:
+        """Once, before the first `log`: what the checkpoint's history holds, so that no death leaves a hole in the curve."""
+        ...
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Hands over what was measured at `step`."""
         ...
 
-    def close(self) -> Unsent:
-        """Sends what is left, within a time bound; returns what could not be sent."""
+    def keep(self, step: int, key: str) -> None:
+        """Names a file in the generation's directory, made at `step`, that MLflow is to have too."""
+        ...
+
+    def rolled_back(self, to_step: int) -> None:
+        """Training goes on from `to_step` with other values than before: its curve begins anew there, in a child run of its own."""
+        ...
+
+    def close(self) -> bool:
+        """Sends what is left, within a time bound; whether MLflow has all of it now."""
         ...
 
 
 class NullTracker:
     """For ranks above 0 and runs without tracking."""
 
+    def resume(self, points: Sequence[Point], *, rollbacks: int = 0) -> None:
+        """Does nothing."""
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Does nothing."""
 
-    def close(self) -> Unsent:
+    def keep(self, step: int, key: str) -> None:
+        """Does nothing."""
+
+    def rolled_back(self, to_step: int) -> None:
+        """Does nothing."""
+
+    def close(self) -> bool:
         """Nothing to send, nothing unsent."""
-        return Unsent()
+        return True
 
 
-class MlflowTracker:
-    """Sends metrics from one background thread in few, large calls; the training loop only appends to a queue.
+class JournalTracker:
+    """Journal first, then MLflow; while MLflow is away (or has no run for us: `run_id` empty) the journal grows and waits.
 
-    A replay after a resume leaves no duplicates: the server is asked once up to which step it has each metric, and only later
-    steps are sent. When it is away the queue fills; once full, every second point is given up, so that the curve gets
-    coarser and goes on. NaN and infinity, which would spoil MLflow's charts, become the tag `mae.nonfinite.<metric>`."""
+    What waits when it is closed, or killed, is sent by the next attempt, or by the next `mae run`, which finds the step done."""
 
     def __init__(
-        self,
-        uri: str,
-        run_id: str,
-        *,
-        every_s: float = 2.0,
-        close_within_s: float = 30.0,
-        queue_max_points: int = QUEUE_MAX_POINTS,
+        self, uri: str, run_id: str, store: Store, *, every_s: float = 2.0, close_within_s: float = 30.0
     ) -> None:
+        """`store`: the generation's directory."""
         self._uri, self._run_id = uri, run_id
-        self._every_s, self._close_within_s, self._queue_max_points = every_s, close_within_s, queue_max_points
+        self._every_s, self._close_within_s = every_s, close_within_s
+        self._journal = Journal(store)
+        self._sender = Sender(uri, run_id, self._journal)
         self._lock = threading.Lock()
-        self._queue: deque[Point] = deque()
-        self._in_flight: list[Point] = []
-        self._nonfinite: dict[str, str] = {}
-        self._sent_up_to: dict[str, int] | None = None
-        self._thinned = 0
+        self._writing = threading.Lock()  # of the journal: batches stay in order
+        self._queue: list[Point] = []
+        self._rollbacks = 0
         self._failures = 0
-        self._reason = ""
         self._deadline = math.inf
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._write, name="mlflow-writer", daemon=True)
+        self._all_sent = False
+        self._thread = threading.Thread(target=self._work, name="mlflow-writer", daemon=True)
         self._thread.start()
 
     @property
     def failures(self) -> int:
-        """Calls that failed so far; each is tried again."""
+        """Calls to MLflow that failed so far; each is tried again."""
         return self._failures
+
+    def resume(self, points: Sequence[Point], *, rollbacks: int = 0) -> None:
+        """Queues the history; the journal takes what it does not have."""
+        self._rollbacks = rollbacks
+        self._put(*(point._replace(rollbacks=rollbacks) for point in points))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Queues what was measured at `step`."""
-        finite = {key: float(value) for key, value in metrics.items() if math.isfinite(value)}
-        with self._lock:
-            for key in metrics.keys() - finite.keys():
-                self._nonfinite[f"mae.nonfinite.{key}"] = f"{metrics[key]} at step {step}"
-            if len(self._queue) >= self._queue_max_points:
-                kept = list(self._queue)[::2]
-                self._thinned += len(self._queue) - len(kept)
-                self._queue = deque(kept)
-            self._queue.append(Point(step, now_ms(), finite))
+        numbers = {name: float(value) for name, value in metrics.items()}
+        self._put(Point(step, now_ms(), numbers, self._rollbacks))
 
-    def close(self) -> Unsent:
-        """Sends what is left for at most `close_within_s`; returns what could not be sent."""
+    def keep(self, step: int, key: str) -> None:
+        """Queues the file's name."""
+        self._put(Point(step, now_ms(), rollbacks=self._rollbacks, artifact=key))
+
+    def rolled_back(self, to_step: int) -> None:
+        """Queues the beginning of another curve."""
+        self._rollbacks += 1
+        self._put(Point(to_step, now_ms(), rollbacks=self._rollbacks))
+
+    def close(self) -> bool:
+        """Writes the journal to its end, then waits at most `close_within_s` for MLflow."""
         self._deadline = time.monotonic() + self._close_within_s
+        self._write_down()  # here: the thread may be waiting for MLflow
         self._closing.set()
         self._thread.join(self._close_within_s)
-        with self._lock:
-            return Unsent((*self._in_flight, *self._queue), self._thinned, self._reason)
+        if not self._all_sent:
+            log.warning(
+                "tracking %s does not have the whole curve yet: it waits in %s/journal; the next `mae run` of this "
+                "configuration sends it",
+                redact_text(self._uri),
+                self._journal.store.uri,
+            )
+        return self._all_sent
 
-    def _write(self) -> None:
-        pause = self._every_s
-        while not self._closing.wait(pause):
-            pause = self._every_s if self._send_queued() else min(2 * pause, 15 * self._every_s)
-        while not self._send_queued() and time.monotonic() + self._every_s < self._deadline:
+    def _put(self, *points: Point) -> None:
+        with self._lock:
+            self._queue += points
+
+    def _work(self) -> None:
+        pause_s = self._every_s
+        send_at = 0.0
+        while not self._closing.wait(self._every_s):
+            self._write_down()
+            if time.monotonic() >= send_at:
+                pause_s = self._every_s if self._send() else min(2 * pause_s, 15 * self._every_s)
+                send_at = time.monotonic() + pause_s
+        while not self._finish() and time.monotonic() + self._every_s < self._deadline:
             time.sleep(self._every_s)
 
-    def _send_queued(self) -> bool:
-        """Sends until the queue is empty; False when a call failed and what it held is back in the queue."""
-        while time.monotonic() < self._deadline:
-            self._take_batch()
-            if not self._in_flight and not self._nonfinite:
-                return True
-            try:
-                self._send(self._in_flight)
-            except Exception as cause:  # noqa: BLE001 - whatever MLflow raises, training goes on
-                self._note_failure(cause)
-                with self._lock:
-                    self._queue.extendleft(reversed(self._in_flight))
-                    self._in_flight = []
-                return False
+    def _write_down(self) -> None:
+        """Moves the queue into the journal; what the store does not take stays queued."""
+        with self._writing:
             with self._lock:
-                self._in_flight = []
+                taken, self._queue = self._queue, []
+            try:
+                if taken:
+                    self._journal.append(taken)
+            except Exception as cause:  # noqa: BLE001 - whatever the store raises, training goes on
+                log.warning("the journal cannot be written, trying again: %s", cause)
+                with self._lock:
+                    self._queue = taken + self._queue
+
+    def _send(self) -> bool:
+        """Sends the journal to its end; False when a call failed, or time was up."""
+        if not self._run_id:
+            return True
+        try:
+            while time.monotonic() < self._deadline:
+                if not self._sender.send_next():
+                    return True
+        except Exception as cause:  # noqa: BLE001 - whatever MLflow raises, training goes on
+            self._failures += 1
+            if self._failures == 1:
+                log.warning(
+                    "tracking %s does not answer (%s); training goes on, metrics wait in the journal and are sent when it is back",
+                    redact_text(self._uri),
+                    words_of(cause),
+                )
         return False
 
-    def _take_batch(self) -> None:
-        """Moves points from the queue, up to 1000 metrics of them (a point with more than that goes alone)."""
-        count = 0
-        with self._lock:
-            while self._queue and (not self._in_flight or count + len(self._queue[0].metrics) <= METRICS_PER_CALL):
-                count += len(self._queue[0].metrics)
-                self._in_flight.append(self._queue.popleft())
-
-    def _send(self, points: Sequence[Point]) -> None:
-        client = client_of(self._uri)
-        from mlflow.entities import Metric
-
-        if self._sent_up_to is None:
-            self._sent_up_to = _last_steps(client, self._run_id)
-        floor = self._sent_up_to
-        new = [
-            Metric(mlflow_key(key), value, point.time_ms, point.step)
-            for point in points
-            for key, value in point.metrics.items()
-            if point.step > floor.get(mlflow_key(key), -1)
-        ]
-        for batch in chunks(new, METRICS_PER_CALL):
-            client.log_batch(self._run_id, metrics=batch, synchronous=True)
-        tags = dict(self._nonfinite)
-        log_tags(client, self._run_id, tags)
-        with self._lock:
-            self._nonfinite = {key: text for key, text in self._nonfinite.items() if tags.get(key) != text}
-
-    def _note_failure(self, cause: Exception) -> None:
-        self._failures += 1
-        self._reason = words_of(cause)
-        if self._failures == 1:
-            log.warning(
-                "tracking %s does not answer (%s); training goes on, metrics wait and are sent when it is back",
-                redact_text(self._uri),
-                self._reason,
-            )
+    def _finish(self) -> bool:
+        """The last of it; True: there is nothing to try again."""
+        self._write_down()
+        if not self._run_id:
+            return True
+        if not self._send() or self._queue:
+            return False
+        try:
+            self._journal.mark_sent(self._run_id)
+        except Exception as cause:  # noqa: BLE001 - it only means that the next run looks again
+            log.warning("%s", cause)
+        self._all_sent = True
+        return True
 
 
-def _last_steps(client: Any, run_id: str) -> dict[str, int]:
-    """For each metric of a run the highest step the server has: MLflow keeps that point as the metric's latest."""
-    return {metric.key: metric.step for metric in client.get_run(run_id).data.to_proto().metrics}
-
-
-def open_tracker(uri: str, run_id: str) -> Tracker:
-    """The tracker for an attempt's address and run; both empty means no tracking."""
-    return MlflowTracker(uri, run_id) if uri and run_id else NullTracker()
+def open_tracker(uri: str, run_id: str, store: Store) -> Tracker:
+    """The tracker of an attempt: MLflow's address, the step's run, the generation's directory; no address: no tracking."""
+    return JournalTracker(uri, run_id, store) if uri else NullTracker()

@@ -77,7 +77,9 @@ def run_training(spec: TrainSpec, attempt: Attempt) -> Trained:
 def work(spec: TrainSpec, attempt: Attempt) -> None:
     """One worker: joins the world, runs the loop; rank 0 writes the answer."""
     world = enter_world()
-    tracker = open_tracker(attempt.tracking_uri, attempt.mlflow_run_id) if world.is_first else NullTracker()
+    tracker = (
+        open_tracker(attempt.tracking_uri, attempt.mlflow_run_id, attempt.store) if world.is_first else NullTracker()
+    )
     answer: Mapping[str, Any]
     try:
         answer = asdict(train(spec, attempt, world=world, tracker=tracker, supervisor=StoreSupervisor(attempt)))

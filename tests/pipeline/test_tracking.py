@@ -1,22 +1,21 @@
 """Tracking against real MLflow: SQLite files in a temporary folder, and once a real server that is killed."""
 
-import contextlib
 import json
-import os
 import shutil
-import signal
 import socket
-import subprocess
 import sys
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import pytest
+from mlflow_kit import free_address, mlflow_server, wait_for
 
 from pipeline import tracking
-from pipeline.tracking import MlflowTracker, TrackingError
+from pipeline.errors import StorageError
+from pipeline.storage import FileStore
+from pipeline.tracking import Journal, JournalTracker, Point, TrackingError, journal
 from pipeline.tracking.runs import _experiment
 
 FINGERPRINT = "ab" * 32
@@ -112,15 +111,6 @@ def test_a_later_attempt_resumes_the_child_of_this_fingerprint_and_links_the_new
     assert child(uri, second, fingerprint="cd" * 32) != step
     assert tracking.find_child(uri, experiment="digits", fingerprint="00") is None
     assert tracking.find_child(uri, experiment="nowhere", fingerprint=FINGERPRINT) is None
-
-
-def test_after_a_rollback_a_new_child_is_opened_and_found_from_then_on(uri):
-    top = parent(uri)
-    before = child(uri, top)
-    time.sleep(0.01)
-    after = child(uri, top, existing="leave")
-    assert after != before
-    assert child(uri, top) == after
 
 
 def test_a_cached_step_is_linked_not_run_again(uri):
@@ -228,62 +218,175 @@ def test_artifacts_lie_beside_the_database_and_not_where_the_process_stands(uri,
 # --- metrics while training
 
 
-def send(uri, run, points) -> tracking.Unsent:
-    tracker = MlflowTracker(uri, run, every_s=0.05)
+def send(uri, run, store, points) -> bool:
+    tracker = JournalTracker(uri, run, store, every_s=0.05)
     for step, metrics in points:
         tracker.log(step, metrics)
     return tracker.close()
 
 
-def test_a_replay_after_a_resume_leaves_no_duplicates(uri):
-    run = child(uri, parent(uri))
-    assert send(uri, run, [(s, {"train/loss": 1 / s, "train/lr": 0.1}) for s in range(1, 7)]).points == ()
+def journalled(store) -> list[int]:
+    """Steps of the points in the store."""
+    lines = [line for info in store.list("journal/part-") for line in store.read(info.key).splitlines()]
+    return [json.loads(line)["step"] for line in lines]
+
+
+def generations(folder):
+    """The directories that a first, second, ... attempt writes in."""
+    return (FileStore(folder / f"g{number:04d}") for number in range(1, 9999))
+
+
+def test_a_replay_after_a_resume_leaves_no_duplicates(uri, tmp_path):
+    run, stores = child(uri, parent(uri)), generations(tmp_path)
+    assert send(uri, run, next(stores), [(s, {"train/loss": 1 / s, "train/lr": 0.1}) for s in range(1, 7)])
     # killed at 6, resumed from the checkpoint at 4; validation at 6 had not been sent
     again = [(s, {"train/loss": 1 / s, "train/lr": 0.1}) for s in range(5, 9)]
-    assert send(uri, run, [*again, (6, {"val/loss": 0.5})]).points == ()
+    assert send(uri, run, next(stores), [*again, (6, {"val/loss": 0.5})])
     assert history(uri, run) == [(s, 1 / s) for s in range(1, 9)]
     assert history(uri, run, "val/loss") == [(6, 0.5)]
 
 
-def test_more_metrics_than_one_call_takes_arrive_complete(uri):
+def test_more_metrics_than_one_call_takes_arrive_complete(uri, tmp_path):
     run = parent(uri)
-    send(uri, run, [(s, {f"m{i}": float(s) for i in range(30)}) for s in range(100)])
+    send(uri, run, FileStore(tmp_path / "g"), [(s, {f"m{i}": float(s) for i in range(30)}) for s in range(100)])
     assert len(history(uri, run, "m29")) == 100
 
 
-def test_values_that_are_no_numbers_become_a_tag(uri):
-    run = parent(uri)
-    send(uri, run, [(1, {"train/loss": float("nan"), "train/lr": 0.1}), (2, {"train/loss": float("inf")})])
+def test_values_that_are_no_numbers_become_a_tag(uri, tmp_path):
+    run, store = parent(uri), FileStore(tmp_path / "g")
+    points = [(1, {"train/loss": float("nan"), "train/lr": 0.1}), (2, {"train/loss": float("inf")})]
+    send(uri, run, store, points)
     assert history(uri, run) == []
     assert history(uri, run, "train/lr") == [(1, 0.1)]
     assert client(uri).get_run(run).data.tags["mae.nonfinite.train/loss"] == "inf at step 2"
+    for line in store.read("journal/part-00000001.jsonl").splitlines():
+        json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
 
 
-def test_a_full_queue_gives_up_every_second_point_and_says_so(tmp_path):
-    tracker = MlflowTracker("http://127.0.0.1:9", "run", every_s=60, close_within_s=0.0, queue_max_points=4)
-    for step in range(6):
-        tracker.log(step, {"train/loss": 0.0})
-    unsent = tracker.close()
-    assert [point.step for point in unsent.points] == [0, 2, 4, 5]
-    assert unsent.thinned == 2
-
-
-def test_without_tracking_there_is_nothing_to_send():
-    tracker = tracking.open_tracker("", "")
+def test_without_tracking_there_is_nothing_to_send(tmp_path):
+    tracker = tracking.open_tracker("", "", FileStore(tmp_path))
     tracker.log(1, {"train/loss": 1.0})
-    assert tracker.close() == tracking.Unsent()
+    assert tracker.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_journal_grows_in_whole_parts_that_are_read_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal, "PART_POINTS", 4)
+    store = FileStore(tmp_path)
+    first = Journal(store)
+    for step in range(1, 7):
+        first.append([Point(step, step, {"a": 0.5})])
+    first.append([Point(step, step, {"a": 0.5}) for step in range(7, 12)])
+    assert journalled(store) == list(range(1, 12))
+    assert [info.key for info in store.list()] == [f"journal/part-{n:08d}.jsonl" for n in (1, 2, 3)]
+    # a later process of the generation: what the first one had is not written twice, its parts are left alone
+    second = Journal(store)
+    second.append([Point(step, step, {"a": 0.5}) for step in range(3, 15)])
+    assert journalled(store) == [*range(1, 12), *range(11, 15)]
+    for reader in (second, Journal(store)):
+        place, steps = journal.Place(), []
+        while (found := reader.after(place))[0]:
+            steps += [point.step for point in found[0]]
+            place = found[1]
+        assert steps == journalled(store)
+    first.append(
+        [Point(15, 15, {"a": 0.5})]
+    )  # not dead after all: it begins a part of its own when its own one is full
+    assert journalled(store)[-1] == 14
+    assert 15 in journalled(store)
+
+
+def test_a_damaged_part_is_named_and_not_passed_over(uri, tmp_path):
+    store = FileStore(tmp_path / "g")
+    store.write("journal/part-00000001.jsonl", b'{"step": 1, "metr')
+    with pytest.raises(TrackingError, match=r"part-00000001.jsonl is no journal .* Delete it"):
+        tracking.deliver(store, uri, parent(uri))
+
+
+def test_a_history_fills_what_a_kill_left_out_of_the_journal(uri, tmp_path):
+    """Killed after the checkpoint at 4, before 3 and 4 were written down: the next generation begins with the history."""
+    run, (before, after) = child(uri, parent(uri)), islice(generations(tmp_path), 2)
+    Journal(before).append([Point(step, 1000 + step, {"train/loss": 1 / step}) for step in (1, 2)])
+    tracker = JournalTracker(uri, run, after, every_s=0.05)
+    tracker.resume([Point(step, 1000 + step, {"train/loss": 1 / step}) for step in (1, 2, 3, 4)])
+    tracker.log(5, {"train/loss": 1 / 5})
+    assert tracker.close()
+    assert history(uri, run) == [(step, 1 / step) for step in range(1, 6)]
+    times = {m.step: m.timestamp for m in client(uri).get_metric_history(run, "train/loss")}
+    assert times[3] == 1003  # when it was measured, not when it was sent
+    assert not Journal(after).waits_for(run)
+
+
+def test_after_a_rollback_the_curve_goes_on_in_a_child_of_its_own(uri, tmp_path):
+    run, stores = child(uri, parent(uri)), generations(tmp_path)
+    tracker = JournalTracker(uri, run, next(stores), every_s=0.05)
+    for step in (1, 2, 3):
+        tracker.log(step, {"train/loss": 1.0})
+    tracker.rolled_back(1)
+    for step in (2, 3):
+        tracker.log(step, {"train/loss": 2.0})
+    assert tracker.close()
+    other = tracking.find_child(uri, experiment="digits", fingerprint=FINGERPRINT)  # what a later attempt resumes
+    assert other != run
+    assert history(uri, run) == [(1, 1.0), (2, 1.0), (3, 1.0)]
+    assert history(uri, other) == [(2, 2.0), (3, 2.0)]
+    tags = client(uri).get_run(other).data.tags
+    assert (tags["mae.rollbacks"], tags["mae.rolled_back_to"]) == ("1", "1")
+    assert tags["mlflow.parentRunId"] == client(uri).get_run(run).data.tags["mlflow.parentRunId"]
+    assert client(uri).get_run(run).info.status == "KILLED"
+
+    tracker = JournalTracker(uri, other, next(stores), every_s=0.05)
+    tracker.resume([Point(1, 1, {"train/loss": 1.0}), Point(2, 2, {"train/loss": 2.0})], rollbacks=1)
+    for step in (3, 4):
+        tracker.log(step, {"train/loss": 2.0})
+    assert tracker.close()
+    assert history(uri, other) == [(2, 2.0), (3, 2.0), (4, 2.0)]
+    assert len(history(uri, run)) == 3
+
+
+def test_a_file_of_the_generation_becomes_an_artifact_once(uri, tmp_path):
+    run, store = child(uri, parent(uri)), FileStore(tmp_path / "g")
+    store.write("profile/steps.txt", b"a table")
+    tracker = JournalTracker(uri, run, store, every_s=0.05)
+    tracker.keep(3, "profile/steps.txt")
+    assert tracker.close()
+    tracking.deliver(store, uri, run)
+    (kept,) = client(uri).list_artifacts(run, "profile")
+    assert (kept.path, kept.file_size) == ("profile/steps.txt", 7)
+
+
+class Away:
+    """A store that does not answer until it is told to."""
+
+    def __init__(self, store):
+        self.store, self.there = store, False
+
+    def __getattr__(self, name):
+        if not self.there and name in {"create", "write", "list", "read", "delete"}:
+            raise StorageError("no answer")
+        return getattr(self.store, name)
+
+
+def test_a_store_that_is_away_for_a_while_gets_every_point_later(uri, tmp_path):
+    run, store = child(uri, parent(uri)), Away(FileStore(tmp_path / "g"))
+    tracker = JournalTracker(uri, run, store, every_s=0.02)
+    for step in (1, 2, 3):
+        tracker.log(step, {"train/loss": 1.0})
+        time.sleep(0.05)
+    assert history(uri, run) == []  # the journal first
+    store.there = True
+    assert tracker.close()
+    assert history(uri, run) == [(1, 1.0), (2, 1.0), (3, 1.0)]
 
 
 def test_a_server_that_dies_and_comes_back_neither_blocks_nor_fails_the_loop_and_misses_nothing(uri, tmp_path, caplog):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    with server(uri, port, tmp_path):
+    address = free_address()
+    store = FileStore(tmp_path / "g")
+    with mlflow_server(uri, address, tmp_path):
         tracking.check_tracking(address)
         run = child(address, parent(address))
         tracking.log_text(address, run, "hello", "note.txt")
-        tracker = MlflowTracker(address, run, every_s=0.1, close_within_s=2.0)
+        tracker = JournalTracker(address, run, store, every_s=0.1, close_within_s=2.0)
         tracker.log(1, {"train/loss": 1.0})
         wait_for(lambda: history(uri, run) == [(1, 1.0)])
     began = time.monotonic()
@@ -291,57 +394,24 @@ def test_a_server_that_dies_and_comes_back_neither_blocks_nor_fails_the_loop_and
         tracker.log(step, {"train/loss": 1 / step})
     assert time.monotonic() - began < 0.5  # a thousand appends; a thousand refused connections take tens of seconds
     wait_for(lambda: tracker.failures > 0)
-    with server(uri, port, tmp_path):
+    assert journalled(store) == list(range(1, 1002))
+    with mlflow_server(uri, address, tmp_path):
         wait_for(lambda: len(history(uri, run)) == 1001)
+        with pytest.MonkeyPatch.context() as patch:  # a batch whose answer is lost, and one that is sent again
+            patch.setattr(tracker._sender, "place", journal.Place())
+            tracker._sender._curves.clear()
+            time.sleep(0.5)
     tracker.log(1002, {"train/loss": 0.0})
     began = time.monotonic()
-    unsent = tracker.close()
+    assert not tracker.close()
     assert time.monotonic() - began < 5
-    assert [point.step for point in unsent.points] == [1002]
-    assert "refused" in unsent.reason
     assert sum("training goes on" in record.message for record in caplog.records) == 1
+    assert sum("waits in" in record.message for record in caplog.records) == 1
     assert history(uri, run) == [(s, 1 / s) for s in range(1, 1002)]
-
-
-@contextlib.contextmanager
-def server(uri, port, folder):
-    """A real `mlflow server`, healthy on entry, killed without a warning on exit."""
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    log_file = folder / "server.log"
-    with log_file.open("w") as output:
-        process = subprocess.Popen(
-            tracking.serve_command(uri, port=port),
-            env=environment,
-            cwd=folder,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-    try:
-        wait_until_healthy(f"http://127.0.0.1:{port}", process, log_file)
-        yield
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def wait_until_healthy(address, process, log_file):
-    def healthy():
-        assert process.poll() is None, log_file.read_text()
-        try:
-            with urllib.request.urlopen(f"{address}/health", timeout=2) as answer:
-                return answer.status == 200
-        except OSError:
-            return False
-
-    wait_for(healthy, within_s=120)
-
-
-def wait_for(condition, within_s=30):
-    end = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.1)
+    assert Journal(store).waits_for(run)
+    tracking.deliver(store, uri, run)  # what the next `mae run` does
+    assert history(uri, run) == [*((s, 1 / s) for s in range(1, 1002)), (1002, 0.0)]
+    assert not Journal(store).waits_for(run)
 
 
 # --- looking at it
