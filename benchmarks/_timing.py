@@ -15,6 +15,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pipeline.peak import matmul_peak, synchronise
+
 Precision = Literal["float32", "bfloat16"]
 DTYPES: Mapping[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -43,12 +45,6 @@ def device_name(device: torch.device) -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{models[0] if models else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was told. Errors: none. Source: none."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
@@ -128,7 +124,8 @@ def take_turns(
     for _ in range(rounds):
         for name, step in running:
             seconds[name].append(seconds_of(step, times=steps, device=device))
-        peak = max(peak, matmul_peak(device, precision))
+        sides, many = ((4096, 8192, 16384), 20) if device.type == "cuda" else ((1024, 2048), 2)
+        peak = max(peak, matmul_peak(device, DTYPES[precision], sides=sides, times=many))
     return Timed(seconds, losses, failed, peak)
 
 
@@ -140,27 +137,6 @@ def speed_ratio(seconds: Mapping[str, Sequence[float]], *, of: str, over: str) -
     if of not in seconds or over not in seconds:
         return None
     return median(theirs / ours for ours, theirs in zip(seconds[of], seconds[over], strict=True))
-
-
-def matmul_peak(device: torch.device, precision: Precision) -> float:
-    """FLOP/s of the best large square matrix product: the peak that a step's share of use refers to.
-
-    Errors: none. Source: measured, since data sheets state clocks that a card does not hold.
-    """
-    dtype = DTYPES[precision]
-    sides, times = ((4096, 8192, 16384), 20) if device.type == "cuda" else ((1024, 2048), 2)
-    best = 0.0
-    for side in sides:
-        left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        out = torch.empty_like(left)
-
-        def product(left: Tensor = left, right: Tensor = right, out: Tensor = out) -> Tensor:
-            return torch.matmul(left, right, out=out)
-
-        product()
-        fastest = min(seconds_of(product, times=times, device=device) for _ in range(3))
-        best = max(best, 2 * side**3 / fastest)
-    return best
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

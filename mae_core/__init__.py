@@ -9,6 +9,7 @@ from mae_core.config import large as large
 from mae_core.config import small as small
 from mae_core.config import tiny as tiny
 from mae_core.cost import activation_bytes as activation_bytes
+from mae_core.cost import classifier_training_flops as classifier_training_flops
 from mae_core.cost import decoder_flops as decoder_flops
 from mae_core.cost import encoder_activation_bytes as encoder_activation_bytes
 from mae_core.cost import encoder_flops as encoder_flops

@@ -79,6 +79,16 @@ def training_flops(config: MAEConfig) -> int:
     return 3 * forward_flops(config) - _embedding_flops(config.encoder, config.visible_patches)
 
 
+def classifier_training_flops(config: ViTConfig, *, num_classes: int) -> int:
+    """FLOPs of one image's training step of a classifier on the whole image, all weights trained; as `training_flops`.
+
+    Errors: none. Source: see the module.
+    """
+    head = 2 * config.embed_dim * num_classes
+    forward = encoder_flops(config, visible_patches=config.num_patches) + head
+    return 3 * forward - _embedding_flops(config, config.num_patches)
+
+
 Recompute = Literal["none", "blocks"]
 
 

@@ -194,6 +194,7 @@ class EvaluationConfig(Section):
         return self
 
 
+ProfileSteps = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1, le=20)]]
 WORKERS = "write a number from 1, or [min, max]"
 
 
@@ -215,6 +216,9 @@ class Resources(Section):
     checkpoint_every_steps: int = Field(500, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
     log_every_steps: int = Field(20, ge=1)
+    profile_steps: ProfileSteps | None = None
+    """[first, count] of the steps, counted from 1, that torch's profiler watches on rank 0: `profile/` in the step's generation
+    and in MLflow holds a trace and a table. At most 20."""
     decode_threads: int = Field(1, ge=1)
     cache_directory: str = "~/.cache/mae-pipeline/shards"
     """Node-local cache for shards of a remote store."""

@@ -2,11 +2,10 @@
 
 Units:  bytes, FLOP/s (2 a multiply-add), USD for an hour of one device; mfu is the share of the peak that a training step uses.
 Errors: ConfigError naming file, entry and way out.
-Source: hardware.yaml says it entry by entry. A CPU's peak is measured, the best of three matrix products; its share of use is
+Source: hardware.yaml says it entry by entry. A CPU's peak is measured (peak.py); its share of use is
 the one of docs/performance.md."""
 
 import math
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -18,6 +17,7 @@ import torch
 import yaml
 
 from pipeline.errors import ConfigError
+from pipeline.peak import matmul_peak
 
 CPU = "CPU"
 Precision = Literal["bf16", "fp32"]
@@ -90,7 +90,7 @@ def measured(device: Hardware, precision: Precision) -> Hardware:
     """A CPU with its peak; others, and one whose peak was given, as they are."""
     if device.kind != "cpu" or precision in device.peaks:
         return device
-    return replace(device, peaks={**device.peaks, precision: _product_peak(DTYPES[precision])})
+    return replace(device, peaks={**device.peaks, precision: matmul_peak(torch.device("cpu"), DTYPES[precision])})
 
 
 def this_gpu() -> Hardware | None:
@@ -152,14 +152,3 @@ def prices(path: Path) -> Mapping[str, float]:
         if price is not None and (isinstance(price, bool) or not isinstance(price, int | float) or not price >= 0):
             raise ConfigError(f"{path}: {name} = {price!r} is no price: write USD for an hour of one device, or null")
     return {name: float(price) for name, price in table.items() if price is not None}
-
-
-def _product_peak(dtype: torch.dtype, *, side: int = 1024) -> float:
-    left, right = (torch.ones(side, side, dtype=dtype) for _ in range(2))
-    out = left @ right
-    best = math.inf
-    for _ in range(3):
-        began = time.perf_counter()
-        torch.matmul(left, right, out=out)
-        best = min(best, time.perf_counter() - began)
-    return 2 * side**3 / best

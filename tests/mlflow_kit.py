@@ -1,58 +1,79 @@
-"""A real `mlflow server` on loopback, to be killed without a warning and started again over the same database."""
+"""A real `mlflow server` on loopback over a SQLite file: it hangs, dies without a warning and comes back, as a test likes."""
 
 import contextlib
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import time
 import urllib.request
-from urllib.parse import urlsplit
+from pathlib import Path
 
 from run_kit import end_with_parent
 
 from pipeline import tracking
 
 
-def free_address() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{free.getsockname()[1]}"
+class Server:
+    """A server for `folder/mlflow.db`; dead when the context ends."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.folder, self.database = folder, folder / "mlflow.db"
+        self.address = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen | None = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.process:
+            self.kill()
+
+    def start(self) -> None:
+        """Returns when it is healthy."""
+        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        log_file = self.folder / "server.log"
+        with log_file.open("w") as output:
+            self.process = subprocess.Popen(
+                tracking.serve_command(f"sqlite:///{self.database}", port=self.port),
+                env=environment,
+                cwd=self.folder,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                preexec_fn=end_with_parent,  # noqa: PLW1509 - one system call
+            )
+
+        def healthy():
+            assert self.process.poll() is None, log_file.read_text()
+            try:
+                with urllib.request.urlopen(f"{self.address}/health", timeout=2) as answer:
+                    return answer.status == 200
+            except OSError:
+                return False
+
+        wait_for(healthy, within_s=120)
+
+    def hang(self) -> None:
+        """From now on connections are taken and nothing is answered."""
+        os.killpg(self.process.pid, signal.SIGSTOP)
+
+    def kill(self) -> None:
+        """SIGKILL, hanging or not."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.process = None
 
 
-@contextlib.contextmanager
-def mlflow_server(database_uri, address, folder):
-    """Healthy on entry, killed with SIGKILL on exit."""
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    log_file = folder / "server.log"
-    with log_file.open("w") as output:
-        process = subprocess.Popen(
-            tracking.serve_command(database_uri, port=urlsplit(address).port),
-            env=environment,
-            cwd=folder,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-            preexec_fn=end_with_parent,  # noqa: PLW1509 - one system call
-        )
-    try:
-        wait_until_healthy(address, process, log_file)
-        yield
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def wait_until_healthy(address, process, log_file):
-    def healthy():
-        assert process.poll() is None, log_file.read_text()
-        try:
-            with urllib.request.urlopen(f"{address}/health", timeout=2) as answer:
-                return answer.status == 200
-        except OSError:
-            return False
-
-    wait_for(healthy, within_s=120)
+def points_of(database: Path, run_id: str, name: str) -> list[tuple[int, float]]:
+    """(step, value) of every point that lies in the database, by step: repeated ones are there as often as they are."""
+    with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+        query = "SELECT step, value FROM metrics WHERE run_uuid = ? AND key = ? ORDER BY step, timestamp"
+        return connection.execute(query, (run_id, name)).fetchall()
 
 
 def wait_for(condition, within_s=30):

@@ -11,6 +11,7 @@ import os
 import pickle
 import shutil
 import threading
+import time
 import traceback
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch import nn
 
 from mae_core.config import MAEConfig, ViTConfig
 from pipeline import cluster
@@ -41,7 +43,8 @@ from pipeline.stages.shard import ShardStageConfig, shard
 from pipeline.stages.snapshot import SnapshotConfig, snapshot
 from pipeline.storage import FileStore, open_store
 from pipeline.training.spec import FinetuneRecipe, Placement, Recipe, TrainSpec, dataset_address
-from pipeline.training.tasks import ClassificationTask, MAETask
+from pipeline.training.tasks import Built, ClassificationTask, MAETask
+from pipeline.training.world import enter_world
 
 CLASSES = ("circle", "stripe", "noise")
 TRAIN, TEST = 60, 23
@@ -90,6 +93,7 @@ def resources(**changes: Any) -> dict[str, Any]:
         "checkpoint_every_steps": 3,
         "keep_checkpoints": 10,
         "log_every_steps": 1,
+        "profile_steps": None,
         "decode_threads": 1,
         "cache_directory": "/nonexistent",
         "cache_max_bytes": 2**20,
@@ -221,6 +225,35 @@ class SpoiledSpec(TrainSpec):
 def spoiled(spec: TrainSpec, spoil: Callable[[int, int, Batch], Batch]) -> SpoiledSpec:
     """The spec with something wrong in its loader; `spoil` is a top-level function."""
     return SpoiledSpec(**{one.name: getattr(spec, one.name) for one in fields(spec)}, spoil=spoil)
+
+
+class Napping(nn.Module):
+    """A module whose forward passes take longer."""
+
+    def __init__(self, module: nn.Module, nap_s: float) -> None:
+        super().__init__()
+        self.module, self.nap_s = module, nap_s
+
+    def forward(self, *inputs):
+        time.sleep(self.nap_s)
+        return self.module(*inputs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NappingTask(MAETask):
+    """Forward passes take longer, on each rank by its own time."""
+
+    naps_s: tuple[float, ...]
+
+    def build(self) -> Built:
+        built = super().build()
+        return Built(Napping(built.module, self.naps_s[enter_world().rank]), built.groups)
+
+
+def napping(spec: TrainSpec, *naps_s: float) -> TrainSpec:
+    """The spec with naps, by rank."""
+    task = {one.name: getattr(spec.task, one.name) for one in fields(spec.task)}
+    return replace(spec, task=NappingTask(**task, naps_s=naps_s))
 
 
 def damage(shards: StageInput, folder: Path, chosen: Sequence[tuple[str, int, int]]) -> StageInput:

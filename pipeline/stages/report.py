@@ -8,7 +8,8 @@ import io
 import json
 import os
 import platform
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from pipeline.graph.step import Attempt, StageInput, StageResult
 from pipeline.reporting.figures import Curves, curve_png, scores_png
 from pipeline.reporting.page import Card, DatasetCard, ReportData, render_page
 from pipeline.reporting.reconstructions import reconstruction_grid_png
-from pipeline.reporting.rows import Score, StepRow
+from pipeline.reporting.rows import Score, StepRow, count
 
 VERSION = 1
 PAGE = "index.html"
@@ -53,11 +54,12 @@ def report(config: ReportConfig, inputs: Mapping[str, StageInput], attempt: Atte
     scores = collect_scores(config.scored, inputs)
     pretrained = inputs["pretrain"]
     panel = np.load(io.BytesIO(pretrained.store.read("reconstructions.npz")), allow_pickle=False)["images"]
+    rows = [json.loads(line) for line in pretrained.store.read("history.jsonl").splitlines()]
     model = config.config["model"]
     normalised = model["target"] == "normalised"
     pictures = {
         "reconstructions.png": reconstruction_grid_png(panel, statistics="true" if normalised else "predicted"),
-        "curves.png": curve_png(_curves(pretrained)),
+        "curves.png": curve_png(_curves(rows)),
     }
     if scores:
         pictures["scores.png"] = scores_png(scores)
@@ -73,6 +75,7 @@ def report(config: ReportConfig, inputs: Mapping[str, StageInput], attempt: Atte
                 Card(
                     label="final loss", value=f"{pretrained.facts['loss']:.3f}", note=f"on {model['loss_on']} patches"
                 ),
+                _speed(rows),
             ),
             reconstructions_png=pictures["reconstructions.png"],
             reconstructions_note=f"{len(panel)} held-out images, {model['mask_ratio']:.0%} of the patches hidden",
@@ -106,8 +109,16 @@ def collect_scores(scored: tuple[Scored, ...], inputs: Mapping[str, StageInput])
     return [Score(protocol=p, dataset=d, encoder=e, values=tuple(found)) for (p, d, e), found in values.items()]
 
 
-def _curves(pretrained: StageInput) -> Curves:
-    rows = [json.loads(line) for line in pretrained.store.read("history.jsonl").splitlines()]
+def _speed(rows: Sequence[Mapping[str, float]]) -> Card:
+    """Images a second, and what of the time was waited; histories of older versions lack some of it."""
+    shares = {"mfu": "of the peak used", "data_wait": "waiting for data", "checkpoint_wait": "for checkpoints"}
+    means = {key: statistics.fmean(row[key] for row in rows if key in row) for key in shares if key in rows[-1]}
+    note = ", ".join(f"{100 * means[key]:.1f} % {said}" for key, said in shares.items() if key in means)
+    speed = statistics.median(row["images_per_s"] for row in rows)
+    return Card(label="pretraining speed", value=f"{count(speed)} images/s", note=note)
+
+
+def _curves(rows: Sequence[Mapping[str, Any]]) -> Curves:
     return Curves(
         steps=[row["step"] for row in rows],
         images_seen=[row["images"] for row in rows],

@@ -1,4 +1,4 @@
-"""Metrics while training: the loop appends to a queue; one background thread writes them to the journal, then sends it to MLflow.
+"""Metrics while training: the loop appends to a queue; one thread writes it to the journal, another sends that to MLflow.
 
 Names:  metrics `train/loss`, `throughput/images_per_s`, ...: MLflow draws one chart group per prefix. The x-axis is `global_step`.
 Errors: none: MLflow can never hurt a training run. `Tracker.log` never raises and never waits."""
@@ -85,8 +85,10 @@ class JournalTracker:
         self._deadline = math.inf
         self._closing = threading.Event()
         self._all_sent = False
-        self._thread = threading.Thread(target=self._work, name="mlflow-writer", daemon=True)
-        self._thread.start()
+        self._sending = threading.Thread(target=self._keep_sending, name="mlflow-sender", daemon=True)
+        self._sending.start()
+        # of its own: a server that hangs holds a call for 20 s and more, and the journal must not wait for it
+        threading.Thread(target=self._keep_writing, name="journal-writer", daemon=True).start()
 
     @property
     def failures(self) -> int:
@@ -115,9 +117,9 @@ class JournalTracker:
     def close(self) -> bool:
         """Writes the journal to its end, then waits at most `close_within_s` for MLflow."""
         self._deadline = time.monotonic() + self._close_within_s
-        self._write_down()  # here: the thread may be waiting for MLflow
+        self._write_down()
         self._closing.set()
-        self._thread.join(self._close_within_s)
+        self._sending.join(self._close_within_s)
         if not self._all_sent:
             log.warning(
                 "tracking %s does not have the whole curve yet: it waits in %s/journal; the next `mae run` of this "
@@ -131,14 +133,14 @@ class JournalTracker:
         with self._lock:
             self._queue += points
 
-    def _work(self) -> None:
-        pause_s = self._every_s
-        send_at = 0.0
+    def _keep_writing(self) -> None:
         while not self._closing.wait(self._every_s):
             self._write_down()
-            if time.monotonic() >= send_at:
-                pause_s = self._every_s if self._send() else min(2 * pause_s, 15 * self._every_s)
-                send_at = time.monotonic() + pause_s
+
+    def _keep_sending(self) -> None:
+        pause_s = self._every_s
+        while not self._closing.wait(pause_s):
+            pause_s = self._every_s if self._send() else min(2 * pause_s, 15 * self._every_s)
         while not self._finish() and time.monotonic() + self._every_s < self._deadline:
             time.sleep(self._every_s)
 

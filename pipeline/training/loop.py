@@ -8,7 +8,6 @@ Errors: what goes wrong on one worker is agreed by all at a step boundary, so th
 import json
 import logging
 import math
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
@@ -25,10 +24,11 @@ from pipeline.graph.step import Attempt, generation_key
 from pipeline.tracking import Tracker
 from pipeline.training import checkpoints
 from pipeline.training.checkpoints import Checkpoint, CheckpointManifest
-from pipeline.training.data_meter import DATA_METRICS, DataMeter
 from pipeline.training.engine import Engine, MicroBatch
 from pipeline.training.engine_settings import EngineSettings
+from pipeline.training.profiling import Profiler
 from pipeline.training.spec import TrainSpec, engine_settings
+from pipeline.training.telemetry import Meter, as_metrics, as_points, shown
 from pipeline.training.world import ELSEWHERE, World
 
 StopReason = Literal["", "asked", "fenced"]
@@ -97,10 +97,17 @@ def _run(
 ) -> Trained:
     """From the position to the end, or to where all agree to stop."""
     total_steps = steps_total(loader.order.samples_per_epoch, spec.recipe.global_batch, spec.recipe.epochs)
-    meter = _Meter(loader, position.global_step, spec.recipe.global_batch)
+    meter = Meter(spec, loader, engine.module, world, position.global_step)
+    profiler = Profiler(spec.placement.profile_steps if world.is_first else None, attempt.store, tracker)
+    tracker.resume(as_points(position.history))
     stopped: StopReason = ""
-    with closing(loader.from_step(position.global_step, total_steps)) as batches:
+    with (
+        closing(loader.from_step(position.global_step, total_steps)) as batches,
+        closing(meter),
+        closing(profiler),
+    ):
         while position.global_step < total_steps:
+            profiler.before(position.global_step)
             batch, problem = _next(batches)
             stopped, substituted = _agree(world, supervisor, problem, batch)
             if stopped or batch is None:
@@ -110,14 +117,21 @@ def _run(
             lr = spec.recipe.learning_rate(position.global_step, loader.order.samples_per_epoch)
             grad_norm = _step(spec, engine, world, batch, position, lr)
             if _due(position.global_step, spec.placement.log_every_steps, total_steps):
-                row = meter.row(world, position, lr, grad_norm)
+                row = meter.row(
+                    position.global_step,
+                    loss=position.loss,
+                    lr=lr,
+                    grad_norm=grad_norm,
+                    substitutions=position.substitutions,
+                )
                 if world.is_first:
                     position.history.append(row)
-                    tracker.log(position.global_step, {_METRICS[key]: row[key] for key in row if key in _METRICS})
+                    tracker.log(position.global_step, as_metrics(row))
                     images = total_steps * spec.recipe.global_batch
-                    attempt.progress.update(int(row["images"]), images, unit="images", **_shown(row))
+                    attempt.progress.update(int(row["images"]), images, unit="images", **shown(row))
             if position.global_step % spec.placement.checkpoint_every_steps == 0:
-                _save(spec, attempt, engine, world, loader, position)
+                with meter.saving():
+                    _save(spec, attempt, engine, world, loader, position)
     if stopped == "fenced":
         raise Fenced(f"{attempt.root_uri}: another run has claimed a higher generation; this one stops")
     if position.saved_at != position.global_step:
@@ -132,24 +146,6 @@ def _run(
         position.loss,
         scores,
     )
-
-
-_METRICS = {
-    "loss": "train/loss",
-    "lr": "train/lr",
-    "grad_norm": "train/grad_norm",
-    "epoch": "train/epoch",
-    "images": "train/images_seen",
-    "images_per_s": "throughput/images_per_s",
-    **DATA_METRICS,
-}
-"""Names in the history and in MLflow."""
-
-
-def _shown(row: Mapping[str, float]) -> dict[str, float]:
-    """What of a row stands in the progress line."""
-    stand_ins = {"stand-ins": row["substitutions"]} if row["substitutions"] else {}
-    return {"loss": row["loss"], **stand_ins, "wait": round(row["data_wait"], 2), "images_per_s": row["images_per_s"]}
 
 
 def _start(spec: TrainSpec, attempt: Attempt, world: World, loader: Loader) -> tuple[Engine, _Position]:
@@ -329,37 +325,3 @@ def _warn_of_small_cache(loader: Loader, world: World) -> None:
             needed / 2**30,
             there / 2**30,
         )
-
-
-class _Meter:
-    """Images a second, and how the data came, between two rows of the history."""
-
-    def __init__(self, loader: Loader, global_step: int, global_batch: int) -> None:
-        self.step, self.global_batch, self.samples = global_step, global_batch, loader.order.samples_per_epoch
-        self.data = DataMeter(loader)
-        self.time = time.monotonic()
-
-    def row(self, world: World, position: _Position, lr: float, grad_norm: float) -> dict[str, float]:
-        """What to log at this step; all ranks ask for it, since the data's numbers are sums over them."""
-        now = time.monotonic()
-        elapsed, steps = max(now - self.time, 1e-9), position.global_step - self.step
-        images = position.global_step * self.global_batch
-        data = self.data.row(
-            world,
-            elapsed=elapsed,
-            steps=steps,
-            images=images,
-            images_here=steps * self.global_batch,
-            substitutions=position.substitutions,
-        )
-        self.step, self.time = position.global_step, now
-        return {
-            "step": position.global_step,
-            "images": images,
-            "epoch": images / self.samples,
-            "loss": position.loss,
-            "lr": lr,
-            "grad_norm": grad_norm,
-            "images_per_s": steps * self.global_batch / elapsed,
-            **data,
-        }

@@ -153,6 +153,8 @@ class Placement:
     checkpoint_every_steps: int
     keep_checkpoints: int
     log_every_steps: int
+    profile_steps: tuple[int, int] | None
+    """(first, count), counted from 1."""
     decode_threads: int
     cache_directory: str
     cache_max_bytes: int

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_core.config import MAEConfig, ViTConfig
+from mae_core.cost import classifier_training_flops, training_flops
 from mae_core.heads import Classifier, drop_path_scales
 from mae_core.losses import cross_entropy_per_sample
 from mae_core.mae import MaskedAutoencoder
@@ -42,6 +43,10 @@ class Task(Protocol):
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         """What the module's forward takes, first dimension b."""
+        ...
+
+    def training_flops(self) -> int:
+        """FLOPs of one image's training step, as the model needs them."""
         ...
 
     def evaluate(self, module: nn.Module, batches: Iterator[Batch], world: World) -> Mapping[str, float]:
@@ -83,6 +88,10 @@ class MAETask:
         """Images and each sample's own mask noise of this epoch."""
         noise = mask_noise(self.seed, batch.epochs.numpy(), batch.sample_ids.numpy(), self.model.encoder.num_patches)
         return batch.images, torch.as_tensor(noise)
+
+    def training_flops(self) -> int:
+        """Encoder on visible patches, decoder, head."""
+        return training_flops(self.model)
 
     def evaluate(self, module: nn.Module, batches: Iterator[Batch], world: World) -> Mapping[str, float]:
         """Nothing: what an encoder is worth, the evaluation stages say."""
@@ -139,6 +148,10 @@ class ClassificationTask:
         depth = self.encoder.depth
         noise = uniform_rows(self.seed, batch.epochs.numpy(), batch.sample_ids.numpy(), "drop_path", 2 * depth)
         return batch.images, batch.labels, torch.as_tensor(noise, dtype=torch.float32).reshape(-1, depth, 2)
+
+    def training_flops(self) -> int:
+        """Encoder on all patches, head; what drop path leaves out is counted, since it is computed."""
+        return classifier_training_flops(self.encoder, num_classes=self.num_classes)
 
     def evaluate(self, module: nn.Module, batches: Iterator[Batch], world: World) -> Mapping[str, float]:
         """Top-1 and top-5 accuracy: counts summed over samples and workers, divided once."""

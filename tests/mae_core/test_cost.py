@@ -12,10 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mae_core import (
     SIZES,
+    Classifier,
     MAEConfig,
     MaskedAutoencoder,
     ViTConfig,
+    ViTEncoder,
     activation_bytes,
+    classifier_training_flops,
     decoder_flops,
     encoder_activation_bytes,
     encoder_flops,
@@ -86,6 +89,17 @@ def test_totals_of_the_paper_s_models(size, millions):
     tables = (config.encoder.num_patches + 1) * widths  # published totals count the fixed position tables
     # published with one decimal
     assert (parameter_count(config) + tables) / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+@pytest.mark.parametrize("config", [WIDE, TALL], ids=["wide", "tall"])
+def test_flops_of_fine_tuning_equal_torch_s_counter(config):
+    with torch.device("meta"):
+        encoder = ViTEncoder(config)
+        model = Classifier(encoder, num_classes=10, generator=torch.Generator("cpu"))
+        pixels = torch.empty(2, config.in_channels, *config.image_size)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(pixels).mean().backward()
+    assert counter.get_total_flops() // 2 == classifier_training_flops(config, num_classes=10)
 
 
 def test_encoder_alone():

@@ -269,6 +269,7 @@ OTHER: dict[str, Any] = {
     "tracking.uri": "http://127.0.0.1:5000",
     "resources.use_gpu": False,
     "resources.zero_stage": 2,
+    "resources.profile_steps": [10, 2],
     "store": "/data/other",
 }
 FIXED = ("model.masking", "model.encoder.in_channels")

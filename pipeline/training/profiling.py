@@ -1,0 +1,82 @@
+"""A window of steps under torch's profiler, on rank 0: where the time of a step goes.
+
+    g0007/profile/steps-00000100-00000104.json.gz    trace for chrome://tracing or ui.perfetto.dev; left out above TRACE_MAX_BYTES
+                  steps-00000100-00000104.txt        the operations that took longest
+The steps in the window are slower, and the one after it waits for the files. A resumed training profiles what of the window is
+left. Errors: none: a profile that cannot be kept is a warning."""
+
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from pipeline.errors import StorageError
+from pipeline.storage import Store
+from pipeline.tracking import Tracker
+
+FOLDER = "profile"
+TRACE_MAX_BYTES = 64 * 2**20
+TABLE_ROWS = 30
+
+log = logging.getLogger(__name__)
+
+
+class Profiler:
+    """Watches the steps of a window; `window`: (first, count) from 1, None: none."""
+
+    def __init__(self, window: tuple[int, int] | None, store: Store, tracker: Tracker) -> None:
+        """`store`: the generation's directory."""
+        self.steps = range(window[0], sum(window)) if window else range(0)
+        self.store, self.tracker = store, tracker
+        self._profile: Any = None
+        self._first = self._last = 0
+
+    def before(self, global_step: int) -> None:
+        """A step begins when so many are done."""
+        step = global_step + 1
+        if self._profile and step not in self.steps:
+            self.close()
+        if step in self.steps:
+            self._last = step
+            if not self._profile:
+                self._first = step
+                self._profile = profile(activities=_activities())
+                self._profile.start()
+
+    def close(self) -> None:
+        """Ends the window, if one is open, and keeps what it saw."""
+        if not self._profile:
+            return
+        watched, self._profile = self._profile, None
+        watched.stop()
+        try:
+            self._keep(watched, f"steps-{self._first:08d}-{self._last:08d}")
+        except (StorageError, OSError) as error:
+            log.warning("the profile of steps %d to %d is lost: %s", self._first, self._last, error)
+
+    def _keep(self, watched: Any, name: str) -> None:
+        order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        table = watched.key_averages().table(sort_by=order, row_limit=TABLE_ROWS, max_name_column_width=60)
+        self.store.write(f"{FOLDER}/{name}.txt", table.encode())
+        self.tracker.keep(self._last, f"{FOLDER}/{name}.txt")
+        with tempfile.TemporaryDirectory(prefix="mae-profile-") as scratch:
+            trace = Path(scratch) / f"{name}.json.gz"
+            watched.export_chrome_trace(str(trace))
+            if trace.stat().st_size > TRACE_MAX_BYTES:
+                log.warning(
+                    "the trace of steps %d to %d has %.0f MiB and is left out: profile fewer steps, or a larger micro_batch",
+                    self._first,
+                    self._last,
+                    trace.stat().st_size / 2**20,
+                )
+                return
+            self.store.upload(f"{FOLDER}/{name}.json.gz", trace)
+        self.tracker.keep(self._last, f"{FOLDER}/{name}.json.gz")
+
+
+def _activities() -> list[ProfilerActivity]:
+    cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+    return [ProfilerActivity.CPU, *cuda]
