@@ -215,6 +215,11 @@ class Resources(Section):
     """Blocks keep their input alone and are computed again in the backward pass: a third more work, far less memory."""
     checkpoint_every_steps: int = Field(500, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
+    """The newest; what a receipt, a later generation or a fork names is kept beside them."""
+    keep_every_steps: int | None = Field(None, ge=1)
+    """Keeps those of every so many steps, too; left out: none."""
+    keep_best: int = Field(1, ge=0)
+    """Keeps so many of the lowest loss, too."""
     log_every_steps: int = Field(20, ge=1)
     profile_steps: ProfileSteps | None = None
     """[first, count] of the steps, counted from 1, that torch's profiler watches on rank 0: `profile/` in the step's generation

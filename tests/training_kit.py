@@ -92,6 +92,8 @@ def resources(**changes: Any) -> dict[str, Any]:
         "activation_checkpointing": False,
         "checkpoint_every_steps": 3,
         "keep_checkpoints": 10,
+        "keep_every_steps": None,
+        "keep_best": 0,
         "log_every_steps": 1,
         "profile_steps": None,
         "decode_threads": 1,

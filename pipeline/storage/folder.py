@@ -43,7 +43,7 @@ class FileStore:
                 at += len(part)
         return whole(self.uri, key, start, length, b"".join(parts))
 
-    def write(self, key: str, data: bytes) -> None:
+    def write(self, key: str, data: bytes | memoryview) -> None:
         """See Store."""
         with explained(self.uri, key, "write"), beside(self._path(key)) as temporary:
             _write_synced(temporary, data)
@@ -127,7 +127,7 @@ def _inode(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def _write_synced(path: Path, data: bytes | memoryview) -> None:
     with path.open("wb") as file:
         file.write(data)
         file.flush()

@@ -41,7 +41,7 @@ def _cause(error: BaseException) -> BaseException:
     return beside if isinstance(error, (Boto3Error, S3DownloadFailedError)) and beside else error
 
 
-def is_lost_upload(error: Boto3Error) -> bool:
+def is_lost_upload(error: Boto3Error | ClientError) -> bool:
     """Whether a multipart upload is gone: some stores say so when its completion is asked for again after a lost answer."""
     cause = _cause(error)
     return isinstance(cause, ClientError) and cause.response.get("Error", {}).get("Code") == "NoSuchUpload"

@@ -5,7 +5,7 @@ Put-if-absent is `If-None-Match: *`. Errors: see store.py."""
 import random
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import BotoCoreError, ClientError
 
 from pipeline.storage.connection import client, count_received, meter
+from pipeline.storage.memory import MemoryFile
 from pipeline.storage.reasons import attempts_of, explained, is_lost_upload, status_of
 from pipeline.storage.store import ObjectInfo, Traffic, beside, checked, whole
 
@@ -61,10 +62,15 @@ class S3Store:
             data = self._get(self._name(key), Range=f"bytes={start}-{start + length - 1}")
         return whole(self.uri, key, start, length, data)
 
-    def write(self, key: str, data: bytes) -> None:
-        """See Store."""
+    def write(self, key: str, data: bytes | memoryview) -> None:
+        """See Store. What is larger than a part goes up in parts, side by side: a single put ends at 5 GiB."""
         with explained(self.uri, key, "write"):
-            client().put_object(Bucket=self.bucket, Key=self._name(key), Body=data)
+            if len(data) <= _PART_BYTES:
+                client().put_object(Bucket=self.bucket, Key=self._name(key), Body=bytes(data))
+                return
+            self._in_parts(
+                lambda: client().upload_fileobj(MemoryFile(data), self.bucket, self._name(key), Config=_TRANSFER)
+            )
 
     def create(self, key: str, data: bytes) -> bool:
         """See Store. When an answer is lost, boto3 asks again, and 412 may mean the object of the first request."""
@@ -116,15 +122,7 @@ class S3Store:
     def upload(self, key: str, path: Path) -> None:
         """See Store."""
         with explained(self.uri, key, f"upload of {path}"):
-            for tries_left in reversed(range(_UPLOAD_TRIES)):
-                try:
-                    client().upload_file(str(path), self.bucket, self._name(key), Config=_TRANSFER)
-                except Boto3Error as error:
-                    if not tries_left or not is_lost_upload(error):
-                        raise
-                    meter.add(retries=1)
-                else:
-                    return
+            self._in_parts(lambda: client().upload_file(str(path), self.bucket, self._name(key), Config=_TRANSFER))
 
     def download(self, key: str, path: Path) -> None:
         """See Store."""
@@ -144,6 +142,18 @@ class S3Store:
 
     def _name(self, key: str) -> str:
         return f"{self.prefix}/{checked(self.uri, key)}" if self.prefix else checked(self.uri, key)
+
+    def _in_parts(self, upload: Callable[[], object]) -> None:
+        """Uploads; once more when the store has forgotten the upload whose completion it did not answer."""
+        for tries_left in reversed(range(_UPLOAD_TRIES)):
+            try:
+                upload()
+            except (Boto3Error, ClientError) as error:
+                if not tries_left or not is_lost_upload(error):
+                    raise
+                meter.add(retries=1)
+            else:
+                return
 
     def _get(self, name: str, **options: str) -> bytes:
         return self._answer(name, **options)[0]

@@ -65,8 +65,8 @@ class Store(Protocol):
         """Exactly `length` bytes from `start`; StorageError when the object ends before."""
         ...
 
-    def write(self, key: str, data: bytes) -> None:
-        """Puts the object, replacing what was there, at once."""
+    def write(self, key: str, data: bytes | memoryview) -> None:
+        """Puts the object, replacing what was there, at once. Large data is not held a second time."""
         ...
 
     def create(self, key: str, data: bytes) -> bool:

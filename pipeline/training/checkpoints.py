@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +21,6 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.data.substitution import Substitution
@@ -29,7 +28,7 @@ from pipeline.errors import CheckpointError
 from pipeline.graph.receipts import claims, read_claim
 from pipeline.graph.step import Attempt, generation_key
 from pipeline.storage import MissingObject, Store
-from pipeline.training.engine import Fragment, Kind
+from pipeline.training.engine import Kind
 
 FOLDER = "checkpoints/"
 MANIFEST = "manifest.json"
@@ -68,7 +67,9 @@ class CheckpointManifest:
     """Shape of every trained parameter."""
     world_size: int
     zero_stage: int
-    files: tuple[CheckpointFile, ...]
+    files: tuple[CheckpointFile, ...] = ()
+    loss: float | None = None
+    """Mean of the last logged losses; None: not known."""
     schema: int = SCHEMA
 
 
@@ -138,22 +139,6 @@ def folder_of(global_step: int) -> str:
     return f"{FOLDER}step-{global_step:08d}"
 
 
-def write_fragments(
-    store: Store, folder: str, fragments: Iterable[Fragment], *, rank: int, world_size: int
-) -> CheckpointFile:
-    """One rank's part; returns its name, size and hash for the manifest."""
-    name = f"rank-{rank:04d}-of-{world_size:04d}.safetensors"
-    tensors = {
-        f"{f.kind}|{f.parameter}|{f.start}": f.values.detach().to("cpu", copy=True).contiguous() for f in fragments
-    }
-    with tempfile.TemporaryDirectory(prefix="mae-checkpoint-") as scratch:
-        path = Path(scratch) / name
-        save_file(tensors, path)
-        size, sha256 = _measure(path)
-        store.upload(f"{folder}/{name}", path)
-    return CheckpointFile(name, size, sha256)
-
-
 def write_history(store: Store, folder: str, rows: Sequence[Mapping[str, float]]) -> CheckpointFile:
     """The rows logged so far, so that a resumed run's curve has no gap."""
     data = "".join(json.dumps(dict(row)) + "\n" for row in rows).encode()
@@ -164,15 +149,6 @@ def write_history(store: Store, folder: str, rows: Sequence[Mapping[str, float]]
 def commit(store: Store, folder: str, manifest: CheckpointManifest) -> None:
     """Makes the checkpoint exist."""
     store.write(f"{folder}/{MANIFEST}", json.dumps(asdict(manifest), sort_keys=True).encode())
-
-
-def prune(store: Store, *, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints of a generation, each one's manifest first."""
-    folders = list(_folders(store))
-    for folder in folders[keep:]:
-        store.delete(f"{folder}/{MANIFEST}")
-        for info in list(store.list(f"{folder}/")):
-            store.delete(info.key)
 
 
 def resume_point(root: Store) -> str:
@@ -268,7 +244,7 @@ def _candidates(root: Store, generation: int, continues: str) -> Iterator[str]:
     """Keys of committed checkpoints, newest first, along the recorded parents."""
     limit = ""
     while generation > 0:
-        for folder in _folders(root.at(generation_key(generation))):
+        for folder in committed_in(root.at(generation_key(generation))):
             key = f"{generation_key(generation)}/{folder}"
             if not limit or key <= limit:
                 yield key
@@ -278,7 +254,8 @@ def _candidates(root: Store, generation: int, continues: str) -> Iterator[str]:
         generation, limit, continues = int(continues.partition("/")[0][1:]), continues, ""
 
 
-def _folders(store: Store) -> Iterator[str]:
+def committed_in(store: Store) -> Iterator[str]:
+    """Keys of the committed checkpoints in a generation's directory, newest first."""
     committed = [info.key for info in store.list(FOLDER) if info.key.endswith(f"/{MANIFEST}")]
     for key in sorted(committed, reverse=True):
         yield key.removesuffix(f"/{MANIFEST}")

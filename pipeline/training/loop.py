@@ -20,13 +20,14 @@ from pipeline.data.loader import Batch, Loader
 from pipeline.data.order import ids_digest, plain_slice, steps_total
 from pipeline.data.substitution import Substitution, check_limit
 from pipeline.errors import Fenced, PipelineError
-from pipeline.graph.step import Attempt, generation_key
+from pipeline.graph.step import Attempt
 from pipeline.tracking import Tracker
 from pipeline.training import checkpoints
 from pipeline.training.checkpoints import Checkpoint, CheckpointManifest
 from pipeline.training.engine import Engine, MicroBatch
 from pipeline.training.engine_settings import EngineSettings
 from pipeline.training.profiling import Profiler
+from pipeline.training.saver import Saver, saving
 from pipeline.training.spec import TrainSpec, engine_settings
 from pipeline.training.telemetry import Meter, as_metrics, as_points, shown
 from pipeline.training.world import ELSEWHERE, World
@@ -81,8 +82,8 @@ def train(spec: TrainSpec, attempt: Attempt, *, world: World, tracker: Tracker, 
         loader = spec.loader(spec.dataset.open(), "train", world)
         _warn_of_small_cache(loader, world)
     engine, position = _start(spec, attempt, world, loader)
-    with closing(engine):
-        return _run(spec, attempt, world, tracker, supervisor, loader, engine, position)
+    with closing(engine), saving(engine.fragments, world, attempt, spec.placement.retention) as saver:
+        return _run(spec, attempt, world, tracker, supervisor, loader, engine, position, saver)
 
 
 def _run(
@@ -94,6 +95,7 @@ def _run(
     loader: Loader,
     engine: Engine,
     position: _Position,
+    saver: Saver,
 ) -> Trained:
     """From the position to the end, or to where all agree to stop."""
     total_steps = steps_total(loader.order.samples_per_epoch, spec.recipe.global_batch, spec.recipe.epochs)
@@ -108,6 +110,7 @@ def _run(
     ):
         while position.global_step < total_steps:
             profiler.before(position.global_step)
+            saver.advance()
             batch, problem = _next(batches)
             stopped, substituted = _agree(world, supervisor, problem, batch)
             if stopped or batch is None:
@@ -131,11 +134,12 @@ def _run(
                     attempt.progress.update(int(row["images"]), images, unit="images", **shown(row))
             if position.global_step % spec.placement.checkpoint_every_steps == 0:
                 with meter.saving():
-                    _save(spec, attempt, engine, world, loader, position)
+                    _save(spec, engine, world, loader, position, saver)
     if stopped == "fenced":
         raise Fenced(f"{attempt.root_uri}: another run has claimed a higher generation; this one stops")
     if position.saved_at != position.global_step:
-        _save(spec, attempt, engine, world, loader, position)
+        _save(spec, engine, world, loader, position, saver)
+    saver.finish()
     scores = {} if stopped or not spec.evaluation_split else _evaluate(spec, engine, world)
     return Trained(
         position.saved_key,
@@ -261,32 +265,21 @@ def split(inputs: tuple[Tensor, ...], settings: EngineSettings, device: torch.de
     return micro_batches
 
 
-def _save(spec: TrainSpec, attempt: Attempt, engine: Engine, world: World, loader: Loader, position: _Position) -> None:
-    """Writes every rank's fragments; rank 0 commits when all are there."""
-    folder = checkpoints.folder_of(position.global_step)
-    store = attempt.store
-    with world.together():
-        mine = checkpoints.write_fragments(store, folder, engine.fragments(), rank=world.rank, world_size=world.size)
-    files, digests, counts = zip(*world.all_of((mine, position.digest, position.count)), strict=True)
-    with world.together():
-        if world.is_first:
-            history = checkpoints.write_history(store, folder, position.history)
-            manifest = CheckpointManifest(
-                global_step=position.global_step,
-                optimizer_steps=engine.optimizer_steps,
-                cursor=json.loads(json.dumps(spec.cursor(loader.order))),
-                ids_digest=sum(digests) % 2**64,
-                ids_count=sum(counts),
-                substitutions=tuple(position.substitutions),
-                parameters=engine.shapes(),
-                world_size=world.size,
-                zero_stage=engine.settings.zero_stage,
-                files=(*files, history),
-            )
-            checkpoints.commit(store, folder, manifest)
-            checkpoints.prune(store, keep=spec.placement.keep_checkpoints)
+def _save(spec: TrainSpec, engine: Engine, world: World, loader: Loader, position: _Position, saver: Saver) -> None:
+    """Hands the state and the position to the saver, which writes them while training goes on."""
+    manifest = CheckpointManifest(
+        global_step=position.global_step,
+        optimizer_steps=engine.optimizer_steps,
+        cursor=json.loads(json.dumps(spec.cursor(loader.order))),
+        ids_digest=position.digest,
+        ids_count=position.count,
+        substitutions=tuple(position.substitutions),
+        parameters=engine.shapes(),
+        world_size=world.size,
+        zero_stage=engine.settings.zero_stage,
+    )
+    position.saved_key = saver.save(manifest, position.history)
     position.saved_at = position.global_step
-    position.saved_key = f"{generation_key(attempt.generation)}/{folder}"
 
 
 def _evaluate(spec: TrainSpec, engine: Engine, world: World) -> Mapping[str, float]:

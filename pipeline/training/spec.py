@@ -21,6 +21,7 @@ from pipeline.errors import ConfigError
 from pipeline.graph.step import StageInput
 from pipeline.storage import open_store
 from pipeline.training.engine_settings import EngineSettings, Offload
+from pipeline.training.retention import Retention
 from pipeline.training.tasks import Task
 from pipeline.training.world import World
 
@@ -152,6 +153,8 @@ class Placement:
     activation_checkpointing: bool
     checkpoint_every_steps: int
     keep_checkpoints: int
+    keep_every_steps: int | None
+    keep_best: int
     log_every_steps: int
     profile_steps: tuple[int, int] | None
     """(first, count), counted from 1."""
@@ -163,6 +166,11 @@ class Placement:
     def from_resources(cls, resources: Mapping[str, Any]) -> "Placement":
         """Takes what concerns the loop from a step's resources."""
         return cls(**{field.name: resources[field.name] for field in fields(cls)})
+
+    @property
+    def retention(self) -> Retention:
+        """Which checkpoints stay."""
+        return Retention(last=self.keep_checkpoints, every_steps=self.keep_every_steps, best=self.keep_best)
 
     def cache(self, dataset: DatasetAddress) -> ShardCache:
         """The node's cache of the dataset's shards."""

@@ -17,6 +17,10 @@ from pipeline.storage import FileStore, S3Store, Store
 from pipeline.training import checkpoints
 from pipeline.training.checkpoints import CheckpointManifest, check_cursor, newest, open_checkpoint, resume_point
 from pipeline.training.engine import KINDS, Fragment
+from pipeline.training.host_copy import HostCopy
+from pipeline.training.retention import Pruner, Retention
+from pipeline.training.saver import write_part
+from pipeline.training.world import World
 
 SHAPES = {"encoder.weight": [5, 7], "encoder.bias": [11]}
 CURSOR = {"dataset": "d" * 8, "global_batch": 13, "seed": 5}
@@ -41,7 +45,9 @@ def save(store: Store, step: int, *, ranks: int = 3) -> str:
                 whole = value(kind, name, step)
                 start, stop = rank * len(whole) // ranks, (rank + 1) * len(whole) // ranks
                 fragments.append(Fragment(name, kind, start, whole[start:stop]))
-        files.append(checkpoints.write_fragments(store, folder, fragments, rank=rank, world_size=ranks))
+        copy = HostCopy(fragments, pinned=False)
+        copy.take(fragments)
+        files.append(write_part(store, folder, copy, World(rank, ranks, torch.device("cpu"), None)))
     files.append(checkpoints.write_history(store, folder, [{"step": 1, "loss": 0.5}, {"step": step, "loss": 0.25}]))
     manifest = CheckpointManifest(
         global_step=step,
@@ -276,13 +282,13 @@ class Recording(FileStore):
 def test_only_the_newest_are_kept_and_manifests_go_first(tmp_path):
     store = Recording(tmp_path)
     for step in (3, 6, 9, 12):
-        save(store, step)
-    checkpoints.prune(store, keep=2)
-    left = {info.key.split("/")[1] for info in store.list("checkpoints/")}
+        save(store.at("g0001"), step)
+    Pruner(store, 1, Retention(last=2, every_steps=None, best=0)).prune()
+    left = {info.key.split("/")[2] for info in store.list("g0001/checkpoints/")}
     assert left == {"step-00000009", "step-00000012"}
     for step in ("step-00000003", "step-00000006"):
         of_step = [key for key in store.deleted if step in key]
-        assert of_step[0] == f"checkpoints/{step}/manifest.json"
+        assert of_step[0] == f"g0001/checkpoints/{step}/manifest.json"
         assert len(of_step) == 5
 
 
