@@ -96,21 +96,32 @@ class Engine:
 
     def train_step(self, micro_batches: Sequence[MicroBatch], *, global_batch: int, lr: float) -> tuple[float, float]:
         """One optimiser step over this rank's micro-batches; returns (local sum of losses, global gradient norm)."""
+        local_sum = self.accumulate(micro_batches, global_batch=global_batch)
+        return local_sum, self.apply(lr)
+
+    def accumulate(self, micro_batches: Sequence[MicroBatch], *, global_batch: int) -> float:
+        """Gradients of the global mean loss, reduced over all workers; returns the local sum of losses. Moves no weight."""
         if len(micro_batches) != self.settings.accumulation:
             raise ConfigError(
                 f"{len(micro_batches)} micro-batches given, the engine accumulates {self.settings.accumulation}"
             )
-        for group, scale in zip(self._zero.param_groups, self._scales, strict=True):
-            group["lr"] = lr * scale
         loss_sum = torch.zeros((), dtype=torch.float64)
-        for inputs, weights in micro_batches:
+        for index, (inputs, weights) in enumerate(micro_batches, 1):
             per_sample = self._engine(*inputs)
             local_sum = (per_sample * weights.to(per_sample.device)).sum()
             self._engine.backward(local_sum * (self.world.size / global_batch), scale_wrt_gas=False)
-            self._engine.step()
+            if index < len(micro_batches):
+                self._engine.step()  # counts the micro-batch; the last one's is the optimiser's
             loss_sum += local_sum.detach().double().cpu()
+        return float(loss_sum)
+
+    def apply(self, lr: float) -> float:
+        """Moves the weights by what `accumulate` gathered, each group at `lr` times its scale; returns the gradient norm."""
+        for group, scale in zip(self._zero.param_groups, self._scales, strict=True):
+            group["lr"] = lr * scale
+        self._engine.step()
         norm = self._engine.get_global_grad_norm()
-        return float(loss_sum), float(norm) if norm is not None else float("nan")
+        return float(norm) if norm is not None else float("nan")
 
     def close(self) -> None:
         """Lets go of module and optimiser state, which DeepSpeed's hooks would keep for as long as the process lives.
