@@ -85,6 +85,8 @@ def resources(**changes: Any) -> dict[str, Any]:
         "use_gpu": False,
         "zero_stage": 1,
         "micro_batch": 4,
+        "offload": "none",
+        "activation_checkpointing": False,
         "checkpoint_every_steps": 3,
         "keep_checkpoints": 10,
         "log_every_steps": 1,

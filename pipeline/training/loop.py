@@ -26,7 +26,8 @@ from pipeline.tracking import Tracker
 from pipeline.training import checkpoints
 from pipeline.training.checkpoints import Checkpoint, CheckpointManifest
 from pipeline.training.data_meter import DATA_METRICS, DataMeter
-from pipeline.training.engine import Engine, EngineSettings, MicroBatch
+from pipeline.training.engine import Engine, MicroBatch
+from pipeline.training.engine_settings import EngineSettings
 from pipeline.training.spec import TrainSpec
 from pipeline.training.world import ELSEWHERE, World
 
@@ -207,6 +208,9 @@ def _settings(spec: TrainSpec, world: World) -> EngineSettings:
         micro_batch=micro_batch,
         accumulation=math.ceil(largest_slice / micro_batch),
         betas=spec.recipe.betas,
+        max_grad_norm=spec.recipe.max_grad_norm,
+        offload=spec.placement.offload,
+        activation_checkpointing=spec.placement.activation_checkpointing,
     )
 
 

@@ -19,6 +19,7 @@ from pipeline.data.selection import Selection
 from pipeline.errors import ConfigError
 from pipeline.graph.step import StageInput
 from pipeline.storage import open_store
+from pipeline.training.engine_settings import Offload
 from pipeline.training.tasks import Task
 from pipeline.training.world import World
 
@@ -86,6 +87,8 @@ class Recipe:
     """Absolute learning rate at the end."""
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float | None = field(default=None, metadata=ADDED_LATER)
+    """Gradients whose norm over all parameters is larger are scaled down to it; null, as in the paper: never."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """What the model computes in; targets, softmax and loss are float32 either way."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -94,6 +97,8 @@ class Recipe:
         for name in ("global_batch", "epochs", "base_lr"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)} is not positive: write a number above 0")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ConfigError(f"max_grad_norm={self.max_grad_norm} is not positive: write 1.0, or null for no clipping")
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ConfigError(f"warmup_epochs={self.warmup_epochs} is not in [0, epochs={self.epochs}): write fewer")
         most = 1 - self.warmup_epochs / self.epochs
@@ -142,6 +147,8 @@ class Placement:
     zero_stage: Literal[1, 2, 3]
     micro_batch: int
     """Largest number of samples in one forward pass of a worker."""
+    offload: Offload
+    activation_checkpointing: bool
     checkpoint_every_steps: int
     keep_checkpoints: int
     log_every_steps: int

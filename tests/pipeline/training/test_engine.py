@@ -13,7 +13,8 @@ from mae_core.optim import layer_index, parameter_groups
 from pipeline.data.randomness import mask_noise
 from pipeline.errors import ConfigError
 from pipeline.training import engine as engine_module
-from pipeline.training.engine import KINDS, Engine, EngineSettings
+from pipeline.training.engine import KINDS, Engine
+from pipeline.training.engine_settings import EngineSettings
 from pipeline.training.loop import split
 from pipeline.training.tasks import ClassificationTask, MAETask
 from pipeline.training.world import enter_world
