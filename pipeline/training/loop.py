@@ -9,13 +9,12 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
-from torch import Tensor
 
 from pipeline.data.loader import Batch, Loader
 from pipeline.data.order import ids_digest, plain_slice, steps_total
@@ -26,8 +25,11 @@ from pipeline.tracking import Tracker
 from pipeline.training import checkpoints
 from pipeline.training.checkpoints import Checkpoint, CheckpointManifest
 from pipeline.training.data_meter import DATA_METRICS, DataMeter
-from pipeline.training.engine import Engine, MicroBatch
+from pipeline.training.engine import Engine, initial_state
 from pipeline.training.engine_settings import EngineSettings
+from pipeline.training.guard import FRESH, GuardState, Judgement, Seen, gone_back, judge
+from pipeline.training.incidents import Incidents
+from pipeline.training.slices import split
 from pipeline.training.spec import TrainSpec
 from pipeline.training.world import ELSEWHERE, World
 
@@ -69,7 +71,9 @@ class _Position:
     digest: int = 0
     count: int = 0
     substitutions: list[Substitution] = field(default_factory=list)  # of all ranks, on every one
-    loss: float = math.nan
+    loss: float = math.nan  # of the last accepted step, as is the norm
+    grad_norm: float = math.nan
+    guard: GuardState = FRESH
     saved_at: int = -1
     saved_key: str = ""
     history: list[dict[str, float]] = field(default_factory=list)
@@ -98,19 +102,26 @@ def _run(
     """From the position to the end, or to where all agree to stop."""
     total_steps = steps_total(loader.order.samples_per_epoch, spec.recipe.global_batch, spec.recipe.epochs)
     meter = _Meter(loader, position.global_step, spec.recipe.global_batch)
+    incidents = Incidents(spec, attempt, world)
     stopped: StopReason = ""
-    with closing(loader.from_step(position.global_step, total_steps)) as batches:
+    with closing(Feed(loader, total_steps)) as feed:
         while position.global_step < total_steps:
-            batch, problem = _next(batches)
+            batch, problem = _next(feed, position.global_step)
             stopped, substituted = _agree(world, supervisor, problem, batch)
             if stopped or batch is None:
                 break
             if substituted:
                 _note(world, loader, position, batch)
             lr = spec.recipe.learning_rate(position.global_step, loader.order.samples_per_epoch)
-            grad_norm = _step(spec, engine, world, batch, position, lr)
+            judgement = _step(spec, engine, world, batch, position, lr, total_steps)
+            if judgement.reason:
+                incidents.record(engine, batch, judgement, lr)
+            if judgement.verdict == "roll_back":
+                position = _roll_back(spec, attempt, engine, world, judgement)
+                meter = _Meter(loader, position.global_step, spec.recipe.global_batch)
+                continue
             if _due(position.global_step, spec.placement.log_every_steps, total_steps):
-                row = meter.row(world, position, lr, grad_norm)
+                row = meter.row(world, position, lr)
                 if world.is_first:
                     position.history.append(row)
                     tracker.log(position.global_step, {_METRICS[key]: row[key] for key in row if key in _METRICS})
@@ -141,6 +152,8 @@ _METRICS = {
     "epoch": "train/epoch",
     "images": "train/images_seen",
     "images_per_s": "throughput/images_per_s",
+    "skipped_steps": "train/skipped_steps",
+    "stepped_over": "train/stepped_over_steps",
     **DATA_METRICS,
 }
 """Names in the history and in MLflow."""
@@ -149,6 +162,8 @@ _METRICS = {
 def _shown(row: Mapping[str, float]) -> dict[str, float]:
     """What of a row stands in the progress line."""
     stand_ins = {"stand-ins": row["substitutions"]} if row["substitutions"] else {}
+    lost = row["skipped_steps"] + row["stepped_over"]
+    stand_ins |= {"lost steps": lost} if lost else {}
     return {"loss": row["loss"], **stand_ins, "wait": round(row["data_wait"], 2), "images_per_s": row["images_per_s"]}
 
 
@@ -160,19 +175,26 @@ def _start(spec: TrainSpec, attempt: Attempt, world: World, loader: Loader) -> t
             if checkpoint:
                 checkpoints.check_cursor(checkpoint, spec.cursor(loader.order))
                 built.module.load_state_dict(checkpoint.weights())
-        engine = Engine(built.module, built.groups, _settings(spec, world), world)
+        engine = Engine(built.module, built.groups, settings_for(spec, world), world)
         if not checkpoint:
             return engine, _Position()
         with world.together():
             engine.load(checkpoint.read, optimizer_steps=checkpoint.manifest.optimizer_steps)
-        history = checkpoint.history()
-    return engine, _Position(
-        global_step=checkpoint.manifest.global_step,
-        digest=checkpoint.manifest.ids_digest if world.is_first else 0,
-        count=_counted(checkpoint.manifest, spec.recipe.global_batch) if world.is_first else 0,
-        substitutions=list(checkpoint.manifest.substitutions),
+        return engine, _position_at(checkpoint, spec, world)
+
+
+def _position_at(checkpoint: Checkpoint, spec: TrainSpec, world: World) -> _Position:
+    """Where a checkpoint stands."""
+    manifest, history = checkpoint.manifest, checkpoint.history()
+    return _Position(
+        global_step=manifest.global_step,
+        digest=manifest.ids_digest if world.is_first else 0,
+        count=_counted(manifest, spec.recipe.global_batch) if world.is_first else 0,
+        substitutions=list(manifest.substitutions),
         loss=history[-1]["loss"] if history else math.nan,
-        saved_at=checkpoint.manifest.global_step,
+        grad_norm=history[-1]["grad_norm"] if history else math.nan,
+        guard=manifest.guard,
+        saved_at=manifest.global_step,
         saved_key=checkpoint.key,
         history=history,
     )
@@ -183,13 +205,18 @@ def _counted(manifest: CheckpointManifest, global_batch: int) -> int:
     return manifest.global_step * global_batch if manifest.ids_count is None else manifest.ids_count
 
 
+def _newest(attempt: Attempt, world: World) -> AbstractContextManager[Checkpoint | None]:
+    """The checkpoint to start from; None: start from nothing."""
+    return _found(attempt, world, lambda: checkpoints.newest(attempt))
+
+
 @contextmanager
-def _newest(attempt: Attempt, world: World) -> Iterator[Checkpoint | None]:
-    """The checkpoint that rank 0 finds, opened (and verified) on every worker; None: start from nothing."""
+def _found(attempt: Attempt, world: World, find: Callable[[], Checkpoint | None]) -> Iterator[Checkpoint | None]:
+    """The checkpoint that rank 0 finds, opened (and verified) on every worker."""
     with ExitStack() as held:
         checkpoint = None
         with world.together():
-            if world.is_first and (checkpoint := checkpoints.newest(attempt)):
+            if world.is_first and (checkpoint := find()):
                 held.enter_context(checkpoint)
         key = world.from_first(checkpoint.key if checkpoint else "")
         with world.together():
@@ -198,7 +225,7 @@ def _newest(attempt: Attempt, world: World) -> Iterator[Checkpoint | None]:
         yield checkpoint
 
 
-def _settings(spec: TrainSpec, world: World) -> EngineSettings:
+def settings_for(spec: TrainSpec, world: World) -> EngineSettings:
     """Micro-batch and accumulation follow from the global batch and the largest slice of a worker."""
     largest_slice = math.ceil(spec.recipe.global_batch / world.size)
     micro_batch = min(spec.placement.micro_batch, largest_slice)
@@ -214,10 +241,31 @@ def _settings(spec: TrainSpec, world: World) -> EngineSettings:
     )
 
 
-def _next(batches: Iterator[Batch]) -> tuple[Batch | None, PipelineError | None]:
-    """The next batch, or why there is none."""
+class Feed:
+    """Batches by the number of their step: one after the other as a rule, and from elsewhere after a jump."""
+
+    def __init__(self, loader: Loader, total_steps: int) -> None:
+        self.loader, self.total_steps, self.ahead = loader, total_steps, -1
+        self.batches: Generator[Batch] | None = None
+
+    def batch(self, step: int) -> Batch:
+        """This rank's part of a step."""
+        if self.batches is None or step != self.ahead:
+            self.close()
+            self.batches = self.loader.from_step(step, self.total_steps)
+        self.ahead = step + 1
+        return next(self.batches)
+
+    def close(self) -> None:
+        """Ends the loader's threads."""
+        if self.batches:
+            self.batches.close()
+
+
+def _next(feed: Feed, step: int) -> tuple[Batch | None, PipelineError | None]:
+    """The step's batch, or why there is none."""
     try:
-        return next(batches), None
+        return feed.batch(step), None
     except PipelineError as error:
         return None, error
 
@@ -243,41 +291,56 @@ def _note(world: World, loader: Loader, position: _Position, batch: Batch) -> No
     check_limit(position.substitutions, loader.order.samples_per_epoch, loader.selection.manifest.root.uri)
 
 
-def _step(spec: TrainSpec, engine: Engine, world: World, batch: Batch, position: _Position, lr: float) -> float:
-    """One global batch: moves the weights and the position; returns the gradient norm."""
+def _step(
+    spec: TrainSpec,
+    engine: Engine,
+    world: World,
+    batch: Batch,
+    position: _Position,
+    lr: float,
+    total_steps: int,
+) -> Judgement:
+    """One global batch: moves the position, and the weights where the guard sees nothing wrong."""
     micro_batches = split(spec.task.inputs(batch), engine.settings, world.device)
-    local_sum, grad_norm = engine.train_step(micro_batches, global_batch=spec.recipe.global_batch, lr=lr)
-    position.loss = world.total([local_sum])[0] / spec.recipe.global_batch
-    position.global_step += 1
+    local_sum = engine.accumulate(micro_batches, global_batch=spec.recipe.global_batch)
+    loss_sum, squared_norm = world.total([local_sum, engine.squared_grad_norm()])
+    seen = Seen(position.global_step, loss_sum / spec.recipe.global_batch, math.sqrt(squared_norm))
+    judgement = judge(spec.recipe.guard, position.guard, seen, total_steps)
+    if judgement.verdict == "go":
+        engine.apply(lr)
+        position.loss, position.grad_norm = seen.loss, seen.grad_norm
+    else:
+        engine.discard()
+    position.guard = judgement.state
+    position.global_step = judgement.state.past_gaps(seen.step + 1)
     position.digest = (position.digest + ids_digest(batch.epochs.numpy(), batch.sample_ids.numpy())) % 2**64
     position.count += len(batch.sample_ids)
-    if not math.isfinite(position.loss):
-        raise PipelineError(
-            f"the loss is {position.loss} at step {position.global_step} (learning rate {lr:.3g}): lower base_lr or "
-            f"train in fp32; the last checkpoint is untouched"
-        )
-    return grad_norm
+    return judgement
 
 
-def split(inputs: tuple[Tensor, ...], settings: EngineSettings, device: torch.device) -> list[MicroBatch]:
-    """A worker's slice as exactly `accumulation` micro-batches; where samples run out, the first one stands in with weight 0."""
-    held = len(inputs[0])
-    indices = torch.arange(settings.micro_batch * settings.accumulation)
-    weights = (indices < held).float()
-    indices = torch.where(indices < held, indices, 0)
-    if held == 0:
-        inputs = tuple(torch.zeros(1, *tensor.shape[1:], dtype=tensor.dtype) for tensor in inputs)
-    micro_batches = []
-    for low in range(0, len(indices), settings.micro_batch):
-        filled = int(weights[low : low + settings.micro_batch].sum())
-        part = slice(low, low + max(1, filled))
-        chosen = indices[part]
-        micro_batches.append(
-            MicroBatch(
-                tuple(tensor[chosen].to(device, non_blocking=True) for tensor in inputs), weights[part].to(device)
-            )
+def _roll_back(spec: TrainSpec, attempt: Attempt, engine: Engine, world: World, judgement: Judgement) -> _Position:
+    """Weights, moments and records as they were before a range of steps, which is never trained on."""
+    undo, gone = judgement.undo, judgement.before.stepped_over
+    with _found(attempt, world, lambda: checkpoints.before(attempt, undo, gone)) as checkpoint:
+        with world.together():
+            lookup = checkpoint.read if checkpoint else initial_state(spec.task.build().module)
+            engine.load(lookup, optimizer_steps=checkpoint.manifest.optimizer_steps if checkpoint else 0)
+        engine.spread()
+        there = _position_at(checkpoint, spec, world) if checkpoint else _Position()
+    undo = (max(undo[0], there.global_step), undo[1])
+    there.guard = gone_back(judgement.before, there.guard, undo)
+    there.global_step = there.guard.past_gaps(there.global_step)
+    if world.is_first:
+        log.warning(
+            "%s: gone back to step %d, steps %d to %d are stepped over (roll-back %d of at most %d)",
+            attempt.step_name,
+            there.saved_at if checkpoint else 0,
+            undo[0],
+            undo[1] - 1,
+            there.guard.roll_backs,
+            spec.recipe.guard.roll_backs,
         )
-    return micro_batches
+    return there
 
 
 def _save(spec: TrainSpec, attempt: Attempt, engine: Engine, world: World, loader: Loader, position: _Position) -> None:
@@ -297,6 +360,7 @@ def _save(spec: TrainSpec, attempt: Attempt, engine: Engine, world: World, loade
                 ids_digest=sum(digests) % 2**64,
                 ids_count=sum(counts),
                 substitutions=tuple(position.substitutions),
+                guard=position.guard,
                 parameters=engine.shapes(),
                 world_size=world.size,
                 zero_stage=engine.settings.zero_stage,
@@ -354,7 +418,7 @@ class _Meter:
         self.data = DataMeter(loader)
         self.time = time.monotonic()
 
-    def row(self, world: World, position: _Position, lr: float, grad_norm: float) -> dict[str, float]:
+    def row(self, world: World, position: _Position, lr: float) -> dict[str, float]:
         """What to log at this step; all ranks ask for it, since the data's numbers are sums over them."""
         now = time.monotonic()
         elapsed, steps = max(now - self.time, 1e-9), position.global_step - self.step
@@ -366,6 +430,7 @@ class _Meter:
             images=images,
             images_here=steps * self.global_batch,
             substitutions=position.substitutions,
+            passed_over=[(a * self.global_batch, b * self.global_batch) for a, b in position.guard.stepped_over],
         )
         self.step, self.time = position.global_step, now
         return {
@@ -374,7 +439,9 @@ class _Meter:
             "epoch": images / self.samples,
             "loss": position.loss,
             "lr": lr,
-            "grad_norm": grad_norm,
+            "grad_norm": position.grad_norm,
             "images_per_s": steps * self.global_batch / elapsed,
+            "skipped_steps": len(position.guard.skipped),
+            "stepped_over": position.guard.missed(position.global_step),
             **data,
         }
