@@ -96,6 +96,7 @@ def resources(**changes: Any) -> dict[str, Any]:
         "max_failures": 2,
         "max_preemptions": 0,
         "collective_timeout_s": 60,
+        "watchdog_s": 60.0,
         "bad_share_stop": 0.0,
         **changes,
     }

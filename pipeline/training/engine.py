@@ -13,6 +13,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -59,6 +60,8 @@ class Engine:
         if settings.activation_checkpointing:
             _recompute_blocks(module)
         self.settings, self.world = settings, world
+        self.phase: Callable[[Literal["forward", "backward"]], AbstractContextManager[None]] = lambda _: nullcontext()
+        """Told what begins; whoever watches puts himself here."""
         # lr=0: a step that DeepSpeed took of its own accord would not move a weight; rates are set at every step.
         parameter_groups = [
             {"params": list(group["params"]), "weight_decay": group["weight_decay"], "lr": 0.0} for group in groups
@@ -101,9 +104,11 @@ class Engine:
             )
         loss_sum = torch.zeros((), dtype=torch.float64)
         for index, (inputs, weights) in enumerate(micro_batches, 1):
-            per_sample = self._engine(*inputs)
-            local_sum = (per_sample * weights.to(per_sample.device)).sum()
-            self._engine.backward(local_sum * (self.world.size / global_batch), scale_wrt_gas=False)
+            with self.phase("forward"):
+                per_sample = self._engine(*inputs)
+                local_sum = (per_sample * weights.to(per_sample.device)).sum()
+            with self.phase("backward"):
+                self._engine.backward(local_sum * (self.world.size / global_batch), scale_wrt_gas=False)
             if index < len(micro_batches):
                 self._engine.step()  # counts the micro-batch; the last one's is the optimiser's
             loss_sum += local_sum.detach().double().cpu()

@@ -31,6 +31,7 @@ from pipeline.training.guard import FRESH, GuardState, Judgement, Seen, gone_bac
 from pipeline.training.incidents import Incidents
 from pipeline.training.slices import split
 from pipeline.training.spec import TrainSpec
+from pipeline.training.watchdog import Watchdog
 from pipeline.training.world import ELSEWHERE, World
 
 StopReason = Literal["", "asked", "fenced"]
@@ -85,8 +86,11 @@ def train(spec: TrainSpec, attempt: Attempt, *, world: World, tracker: Tracker, 
         loader = spec.loader(spec.dataset.open(), "train", world)
         _warn_of_small_cache(loader, world)
     engine, position = _start(spec, attempt, world, loader)
-    with closing(engine):
-        return _run(spec, attempt, world, tracker, supervisor, loader, engine, position)
+    then: Literal["wait", "exit"] = "exit" if attempt.executor == "ray" else "wait"
+    watchdog = Watchdog(attempt.store, world, limit_s=spec.placement.watchdog_s, then=then)
+    engine.phase = watchdog.phase
+    with closing(engine), watchdog:
+        return _run(spec, attempt, world, tracker, supervisor, loader, engine, position, watchdog)
 
 
 def _run(
@@ -98,6 +102,7 @@ def _run(
     loader: Loader,
     engine: Engine,
     position: _Position,
+    watchdog: Watchdog,
 ) -> Trained:
     """From the position to the end, or to where all agree to stop."""
     total_steps = steps_total(loader.order.samples_per_epoch, spec.recipe.global_batch, spec.recipe.epochs)
@@ -106,14 +111,17 @@ def _run(
     stopped: StopReason = ""
     with closing(Feed(loader, total_steps)) as feed:
         while position.global_step < total_steps:
-            batch, problem = _next(feed, position.global_step)
-            stopped, substituted = _agree(world, supervisor, problem, batch)
+            watchdog.step = position.global_step
+            with watchdog.phase("data"):
+                batch, problem = _next(feed, position.global_step)
+            with watchdog.phase("agree"):
+                stopped, substituted = _agree(world, supervisor, problem, batch)
             if stopped or batch is None:
                 break
             if substituted:
                 _note(world, loader, position, batch)
             lr = spec.recipe.learning_rate(position.global_step, loader.order.samples_per_epoch)
-            judgement = _step(spec, engine, world, batch, position, lr, total_steps)
+            judgement = _step(spec, engine, world, batch, position, lr, total_steps, watchdog)
             if judgement.reason:
                 incidents.record(engine, batch, judgement, lr)
             if judgement.verdict == "roll_back":
@@ -121,14 +129,16 @@ def _run(
                 meter = _Meter(loader, position.global_step, spec.recipe.global_batch)
                 continue
             if _due(position.global_step, spec.placement.log_every_steps, total_steps):
-                row = meter.row(world, position, lr)
+                with watchdog.phase("log"):
+                    row = meter.row(world, position, lr)
                 if world.is_first:
                     position.history.append(row)
                     tracker.log(position.global_step, {_METRICS[key]: row[key] for key in row if key in _METRICS})
                     images = total_steps * spec.recipe.global_batch
                     attempt.progress.update(int(row["images"]), images, unit="images", **_shown(row))
             if position.global_step % spec.placement.checkpoint_every_steps == 0:
-                _save(spec, attempt, engine, world, loader, position)
+                with watchdog.phase("save"):
+                    _save(spec, attempt, engine, world, loader, position)
     if stopped == "fenced":
         raise Fenced(f"{attempt.root_uri}: another run has claimed a higher generation; this one stops")
     if position.saved_at != position.global_step:
@@ -299,18 +309,21 @@ def _step(
     position: _Position,
     lr: float,
     total_steps: int,
+    watchdog: Watchdog,
 ) -> Judgement:
     """One global batch: moves the position, and the weights where the guard sees nothing wrong."""
     micro_batches = split(spec.task.inputs(batch), engine.settings, world.device)
     local_sum = engine.accumulate(micro_batches, global_batch=spec.recipe.global_batch)
-    loss_sum, squared_norm = world.total([local_sum, engine.squared_grad_norm()])
+    with watchdog.phase("check"):
+        loss_sum, squared_norm = world.total([local_sum, engine.squared_grad_norm()])
     seen = Seen(position.global_step, loss_sum / spec.recipe.global_batch, math.sqrt(squared_norm))
     judgement = judge(spec.recipe.guard, position.guard, seen, total_steps)
-    if judgement.verdict == "go":
-        engine.apply(lr)
-        position.loss, position.grad_norm = seen.loss, seen.grad_norm
-    else:
-        engine.discard()
+    with watchdog.phase("step"):
+        if judgement.verdict == "go":
+            engine.apply(lr)
+            position.loss, position.grad_norm = seen.loss, seen.grad_norm
+        else:
+            engine.discard()
     position.guard = judgement.state
     position.global_step = judgement.state.past_gaps(seen.step + 1)
     position.digest = (position.digest + ids_digest(batch.epochs.numpy(), batch.sample_ids.numpy())) % 2**64

@@ -158,6 +158,8 @@ class Placement:
     decode_threads: int
     cache_directory: str
     cache_max_bytes: int
+    watchdog_s: float
+    """Longest that a phase of a step may last before every stack is written down."""
 
     @classmethod
     def from_resources(cls, resources: Mapping[str, Any]) -> "Placement":
