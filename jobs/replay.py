@@ -48,7 +48,7 @@ def _bundle_store(store: Store, step: int | None) -> Store:
     if not chosen:
         steps = sorted({_step(key) for key in bundles})
         raise DataError(f"{store.uri}: no bundle of step {step}; there are some of steps {', '.join(map(str, steps))}")
-    return store.at(max(chosen, key=_step))
+    return store.at(max(chosen, key=lambda key: (_step(key), key)))
 
 
 def _step(key: str) -> int:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -142,7 +143,8 @@ def _differences(
     if now != bundle.losses.keys():
         yield f"{len(now ^ bundle.losses.keys())} samples are in one of the two batches alone"
         return
-    other = [pair for pair, given in inputs.items() if not all(map(np.array_equal, given, bundle.inputs[pair]))]
+    equal = partial(np.array_equal, equal_nan=True)
+    other = [pair for pair, given in inputs.items() if not all(map(equal, given, bundle.inputs[pair]))]
     if other:
         yield f"masks of {len(other)} samples are others"
     flipped = [one.sample_id for one in samples if one.finite != math.isfinite(one.then)]

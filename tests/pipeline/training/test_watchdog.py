@@ -1,10 +1,11 @@
 """A rank that stands still: everyone's stacks are in the store, with their phases; a worker that is restarted ends itself."""
 
-import contextlib
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
-from training_kit import StopAfter, Team, attempt_at, mae_spec, spoiled
+from training_kit import StopAfter, attempt_at, mae_spec, spoiled
 
 from pipeline.data.loader import Batch
 from pipeline.tracking import NullTracker
@@ -41,15 +42,29 @@ def test_every_rank_leaves_its_stacks_and_the_sleeper_is_the_one_in_the_data_pha
     assert stacks_left(attempt).endswith("/step/g0001/stacks/. ")
 
 
-def test_workers_that_somebody_restarts_end_themselves(shards, tmp_path):
-    attempt = replace(attempt_at(tmp_path / "step"), executor="ray")
-    team = Team(2, tmp_path)
-    try:
-        spec = spoiled(mae_spec(shards, attempt), asleep_at_step_4)
-        with contextlib.suppress(EOFError, ConnectionError):
-            team.outcomes(train_slowly, spec, attempt)
-        for process in team.processes:
-            process.join(60)
-        assert [process.exitcode for process in team.processes] == [EXIT_CODE, EXIT_CODE]
-    finally:
-        team.close()
+ALONE = """
+import sys, time, torch
+from pipeline.storage import open_store
+from pipeline.training.watchdog import Watchdog
+from pipeline.training.world import World
+with Watchdog(open_store(sys.argv[1]), World(0, 1, torch.device("cpu"), None), limit_s=0.3, then="exit") as watchdog:
+    for _ in range(4):
+        with watchdog.phase("forward"):
+            time.sleep(0.2)
+    print("forward is over", flush=True)
+    with watchdog.phase("backward"):
+        time.sleep(60)
+"""
+
+
+def test_a_worker_that_somebody_restarts_ends_itself_and_phases_are_timed_one_by_one(tmp_path):
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, tmp_path.as_uri()], capture_output=True, text=True, check=False, timeout=50
+    )
+    assert (done.returncode, done.stdout) == (EXIT_CODE, "forward is over\n"), done.stderr
+    assert time.monotonic() - began < 50
+    assert "still in phase backward after 1 s: this worker ends itself" in done.stderr
+    stacks = (tmp_path / "stacks/rank-0000.txt").read_text()
+    assert "in phase backward of step 0 for 0." in stacks
+    assert "<module>" in stacks
