@@ -72,6 +72,24 @@ def plan(
 
 
 @app.command()
+def replay(
+    address: Annotated[
+        str, typer.Argument(help="A bundle, a training step's directory or a run's store.", metavar="BUNDLE|STORE")
+    ],
+    step: Annotated[int | None, typer.Option(min=0, help="Which bad step; left out: the last one.")] = None,
+    most_steps: Annotated[int, typer.Option(min=0, help="Most steps to do again before it.")] = 1000,
+    as_json: AsJson = False,
+) -> None:
+    """Does a step that was not taken once more, in one process: which samples' losses are not finite?
+
+    Exit code 0 when all is as it was, 1 when not.
+    """
+    from jobs.replay import replay_command
+
+    raise typer.Exit(replay_command(address, step=step, most_steps=most_steps, as_json=as_json))
+
+
+@app.command()
 def ui(
     config: Annotated[Path | None, typer.Argument(help="YAML file of a run; left out: the store in ./.mae.")] = None,
     overrides: Set = [],  # noqa: B006

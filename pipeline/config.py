@@ -234,6 +234,9 @@ class Resources(Section):
     """Worker failures a training step survives by itself."""
     max_preemptions: int = Field(100, ge=0)
     collective_timeout_s: int = Field(600, ge=10)
+    watchdog_s: float = Field(300, gt=0)
+    """When a phase of a training step lasts longer, every worker writes its stacks to the store; after twice that, workers that Ray
+    Train restarts end themselves."""
 
     @field_validator("workers")
     @classmethod

@@ -34,7 +34,7 @@ from mae_core.config import MAEConfig, ViTConfig
 from pipeline import cluster
 from pipeline.data.images import AugmentConfig
 from pipeline.data.loader import Batch
-from pipeline.data.order import OrderConfig
+from pipeline.data.order import OrderConfig, SampleOrder, ids_digest
 from pipeline.data.selection import Selection
 from pipeline.graph.receipts import claim, claims
 from pipeline.graph.step import Attempt, StageInput, StageResult
@@ -102,6 +102,7 @@ def resources(**changes: Any) -> dict[str, Any]:
         "max_failures": 2,
         "max_preemptions": 0,
         "collective_timeout_s": 60,
+        "watchdog_s": 60.0,
         "bad_share_stop": 0.0,
         **changes,
     }
@@ -287,6 +288,40 @@ def classification_spec(shards: StageInput, attempt: Attempt, **changes: Any) ->
     )
     spec = mae_spec(shards, attempt)
     return replace(spec, task=task, recipe=made, train_samples="labelled", evaluation_split="test")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop, stopped, and what it must have seen
+
+TOTAL_STEPS = 10
+"""2 epochs of 60 samples in batches of 13."""
+
+
+@dataclass
+class StopAfter:
+    """Asks for a stop, for a reason, when so many steps are done."""
+
+    steps: int
+    reason: str = "asked"
+
+    def should_stop(self) -> Any:
+        self.steps -= 1
+        return self.reason if self.steps < 0 else ""
+
+
+def computed_by_step(
+    shards: StageInput, global_batch: int = 13, steps: int = TOTAL_STEPS
+) -> list[list[tuple[int, int]]]:
+    """The same by arithmetic alone."""
+    selection = Selection.all(dataset_address(shards).open(), "train")
+    order = SampleOrder(selection.counts, OrderConfig(seed=SEED))
+    slots = [order.global_batch(step, global_batch) for step in range(steps)]
+    return [sorted(zip(s.epochs.tolist(), selection.sample_ids(s).tolist(), strict=True)) for s in slots]
+
+
+def digest_of(steps: list[list[tuple[int, int]]]) -> int:
+    pairs = np.array([pair for step in steps for pair in step])
+    return ids_digest(pairs[:, 0], pairs[:, 1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -64,12 +64,14 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, StageInput], attempt: 
     with open_checkpoint(attempt.root, trained.checkpoint_key) as checkpoint:
         weights = {name.removeprefix("model."): value for name, value in checkpoint.weights().items()}
         history, substitutions = checkpoint.history(), checkpoint.manifest.substitutions
+        guard = checkpoint.manifest.guard
     attempt.store.write(CLASSIFIER, save(weights))
     attempt.store.write(HISTORY, "".join(json.dumps(row) + "\n" for row in history).encode())
     facts = {
         "global_step": trained.global_step,
         "ids_digest": str(trained.ids_digest),
         **as_facts(substitutions),
+        **guard.as_facts(),
         **trained.scores,
     }
     return StageResult(facts, files=(CLASSIFIER,))

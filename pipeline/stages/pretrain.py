@@ -26,13 +26,12 @@ from pipeline.graph.step import Attempt, StageInput, StageResult
 from pipeline.training.checkpoints import open_checkpoint
 from pipeline.training.launch import run_training
 from pipeline.training.spec import Placement, Recipe, TrainSpec, dataset_address
-from pipeline.training.tasks import MAETask
+from pipeline.training.tasks import BASIS, MAETask
 from pipeline.training.world import World
 from pipeline.weights import write_weights
 
 VERSION = 1
 PANEL_IMAGES = 8
-BASIS = "basis.safetensors"
 BASIS_IMAGES = 512
 """Images whose patches give target `pca` its components: 100,352 patches at 224 px, for 768 numbers a patch."""
 HISTORY = "history.jsonl"
@@ -69,6 +68,7 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, StageInput], attempt: 
     with open_checkpoint(attempt.root, trained.checkpoint_key) as checkpoint:
         weights = {name.removeprefix("model."): value for name, value in checkpoint.weights().items()}
         history, substitutions = checkpoint.history(), checkpoint.manifest.substitutions
+        guard = checkpoint.manifest.guard
     files = write_weights(attempt.store, weights, config.model)
     attempt.store.write(HISTORY, "".join(json.dumps(row) + "\n" for row in history).encode())
     if task.basis:
@@ -82,9 +82,10 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, StageInput], attempt: 
             "global_step": trained.global_step,
             "loss": trained.loss,
             "ids_digest": str(trained.ids_digest),
-            "images_seen": trained.global_step * config.recipe.global_batch,
+            "images_seen": (trained.global_step - guard.missed(trained.global_step)) * config.recipe.global_batch,
             "dataset_digest": dataset.digest,
             **as_facts(substitutions),
+            **guard.as_facts(),
         },
         files=(*files, RECONSTRUCTIONS),
         notes={"checkpoint": trained.checkpoint_key},

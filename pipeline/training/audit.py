@@ -14,6 +14,7 @@ from pipeline.errors import CheckpointError, DataError
 from pipeline.graph.receipts import RECEIPT, read_receipt
 from pipeline.storage import Store, open_store
 from pipeline.training.checkpoints import FOLDER, MANIFEST, CheckpointManifest, committed, read_manifest
+from pipeline.training.guard import Range
 from pipeline.training.spec import DatasetAddress, dataset_address, select
 
 
@@ -32,11 +33,15 @@ class AuditResult:
     recorded_digest: int
     substitutions: int
     """Recorded, and excused."""
+    skipped_steps: int
+    """Their samples reached the devices, and moved no weight."""
+    stepped_over: tuple[Range, ...]
+    """Steps, from the first to one before the last, whose samples never came: known gaps that the guard made."""
     problems: tuple[str, ...]
 
     @property
     def agrees(self) -> bool:
-        """Whether every sample reached a device as often as it should, but for recorded substitutions."""
+        """Whether every sample reached a device as often as it should, but for recorded substitutions and gaps."""
         return not self.problems
 
     @property
@@ -44,6 +49,11 @@ class AuditResult:
         """The result in a line."""
         seen = f"{self.step_uri}: {self.expected.count} ids in {self.global_step} steps ({self.epochs:.2f} epochs)"
         excused = f", {self.substitutions} recorded substitutions among them" if self.substitutions else ""
+        if self.skipped_steps:
+            excused += f", the gradients of {self.skipped_steps} steps dropped by the guard"
+        if self.stepped_over:
+            gaps = ", ".join(f"{first} to {last - 1}" for first, last in self.stepped_over)
+            excused += f", known gaps where it rolled back: steps {gaps}"
         if self.agrees:
             return f"{seen}, each once an epoch{excused}"
         return f"{seen}{excused}: FAILED. {'; '.join(self.problems)}"
@@ -72,6 +82,8 @@ def audit(root: Store, *, dataset: DatasetAddress | None = None) -> AuditResult:
         recorded_count=newest.ids_count,
         recorded_digest=newest.ids_digest,
         substitutions=len(newest.substitutions),
+        skipped_steps=len(newest.guard.skipped),
+        stepped_over=newest.guard.stepped_over,
         problems=tuple(problems),
     )
 
@@ -131,15 +143,21 @@ class _Line:
         """What must have reached devices up to a checkpoint."""
         step = manifest.global_step
         if step not in self._expected:
-            self._expected[step] = expected_ids(
-                self.selection,
-                self.order,
-                global_batch=self.global_batch,
-                start=0,
-                stop=step,
-                substitutions=self.substitutions,
-            )
-        return self._expected[step]
+            self._expected[step] = self._between(0, step)
+        ids = self._expected[step]
+        for first, last in manifest.guard.stepped_over:
+            ids = ids.minus(self._between(min(first, step), min(last, step)))
+        return ids
+
+    def _between(self, start: int, stop: int) -> Ids:
+        return expected_ids(
+            self.selection,
+            self.order,
+            global_batch=self.global_batch,
+            start=start,
+            stop=stop,
+            substitutions=self.substitutions,
+        )
 
     def excess(self, manifest: CheckpointManifest) -> Ids:
         """What was recorded less what was expected."""

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from pipeline.graph.receipts import claims, read_claim
 from pipeline.graph.step import Attempt, generation_key
 from pipeline.storage import MissingObject, Store
 from pipeline.training.engine import Kind
+from pipeline.training.guard import FRESH, GuardState, Range
 
 FOLDER = "checkpoints/"
 MANIFEST = "manifest.json"
@@ -63,6 +64,8 @@ class CheckpointManifest:
     """How many these were; None in checkpoints from before they were counted."""
     substitutions: tuple[Substitution, ...] = ()
     """Every sample up to here that another stood in for."""
+    guard: GuardState = FRESH
+    """Steps skipped and stepped over, and what the next one is compared with."""
     parameters: Mapping[str, Sequence[int]]
     """Shape of every trained parameter."""
     world_size: int
@@ -139,6 +142,11 @@ def folder_of(global_step: int) -> str:
     return f"{FOLDER}step-{global_step:08d}"
 
 
+def step_of(key: str) -> int:
+    """The step of a checkpoint with this key."""
+    return int(key.rpartition("-")[2])
+
+
 def write_history(store: Store, folder: str, rows: Sequence[Mapping[str, float]]) -> CheckpointFile:
     """The rows logged so far, so that a resumed run's curve has no gap."""
     data = "".join(json.dumps(dict(row)) + "\n" for row in rows).encode()
@@ -166,9 +174,36 @@ def committed(root: Store) -> Iterator[str]:
 
 def newest(attempt: Attempt) -> Checkpoint | None:
     """The newest valid checkpoint that this generation may start from; None: there is none, start from the first step."""
-    refused: list[str] = []
     root = attempt.root
-    for key in _candidates(root, attempt.generation, attempt.continues):
+    checkpoint = _first_valid(root, _candidates(root, attempt.generation, attempt.continues))
+    if checkpoint is None and attempt.continues:
+        raise CheckpointError(
+            f"{root.uri}/{attempt.continues} is gone, and there is none before it. Restore it, or delete the folder to train anew"
+        )
+    return checkpoint
+
+
+def before(attempt: Attempt, undo: Range, stepped_over: Sequence[Range]) -> Checkpoint | None:
+    """What a roll-back goes back to: the newest valid checkpoint up to where `undo` begins; where none is kept from so long ago,
+    the oldest one that is, up to its end. Never one inside a range that was stepped over: that line was given up.
+    None: the beginning, where `undo` begins there or nothing has been saved yet."""
+    root = attempt.root
+    held = {step_of(key): key for key in reversed(list(_candidates(root, attempt.generation, attempt.continues)))}
+    usable = sorted(step for step in held if not any(low < step < high for low, high in stepped_over))
+    early = [step for step in reversed(usable) if step <= undo[0]]
+    late = [step for step in usable if undo[0] < step < undo[1]] if undo[0] else []
+    checkpoint = _first_valid(root, (held[step] for step in (*early, *late)))
+    if checkpoint is None and undo[0] and held:
+        raise CheckpointError(
+            f"{root.uri}: no checkpoint from before step {undo[1]} is left to roll back to. Raise resources.keep_checkpoints"
+        )
+    return checkpoint
+
+
+def _first_valid(root: Store, keys: Iterable[str]) -> Checkpoint | None:
+    """The first that is not damaged; None: there are none. CheckpointError when all are."""
+    refused: list[str] = []
+    for key in keys:
         try:
             return open_checkpoint(root, key)
         except CheckpointError as cause:
@@ -177,10 +212,6 @@ def newest(attempt: Attempt) -> Checkpoint | None:
     if refused:
         raise CheckpointError(
             f"{root.uri}: every checkpoint is damaged ({'; '.join(refused)}). Restore the files, or delete the folder to train anew"
-        )
-    if attempt.continues:
-        raise CheckpointError(
-            f"{root.uri}/{attempt.continues} is gone, and there is none before it. Restore it, or delete the folder to train anew"
         )
     return None
 
@@ -200,6 +231,7 @@ def read_manifest(root: Store, key: str) -> CheckpointManifest:
         body = json.loads(root.read(f"{key}/{MANIFEST}"))
         body["files"] = tuple(CheckpointFile(**file) for file in body["files"])
         body["substitutions"] = tuple(Substitution(*row) for row in body.get("substitutions", ()))
+        body["guard"] = GuardState.from_json(body["guard"]) if "guard" in body else FRESH
         manifest = CheckpointManifest(**body)
     except MissingObject as cause:
         raise CheckpointError(f"{root.uri}/{key}/{MANIFEST} is missing: this checkpoint was never committed") from cause

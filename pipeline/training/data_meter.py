@@ -63,8 +63,10 @@ class DataMeter:
         images: int,
         images_here: int,
         substitutions: Sequence[Substitution],
+        passed_over: Sequence[tuple[int, int]] = (),
     ) -> dict[str, float]:
-        """The numbers since the last row (`elapsed` seconds, `steps`, `images_here`); `images`: since the first step.
+        """The numbers since the last row (`elapsed` seconds, `steps`, `images_here`); `images`: since the first step,
+        `passed_over`: those of them, from the first to one past the last, that never came.
 
         Collective: every worker calls it.
         """
@@ -81,7 +83,7 @@ class DataMeter:
             "bytes_received": grown.bytes_received,
             "retries": grown.retries,
             "substitutions": float(len(substitutions)),
-            "epoch_coverage": epoch_coverage(images, samples, substitutions),
+            "epoch_coverage": epoch_coverage(images, samples, substitutions, passed_over),
         }
         if reads := whole.hits + whole.misses:
             epochs = self.images / samples
@@ -95,10 +97,13 @@ def fetches_per_epoch(fetched: float, *, shards: int, nodes: float, epochs: floa
     return fetched / (shards * nodes * max(1.0, epochs))
 
 
-def epoch_coverage(images: int, samples: int, substitutions: Sequence[Substitution]) -> float:
+def epoch_coverage(
+    images: int, samples: int, substitutions: Sequence[Substitution], passed_over: Sequence[tuple[int, int]] = ()
+) -> float:
     """Share of an epoch's samples that have reached a device, of the epoch that the newest image belongs to."""
     if not images:
         return 0.0
     epoch, place = divmod(images - 1, samples)
     lost = sum(one.epoch == epoch for one in substitutions)
+    lost += sum(max(0, min(last, images) - max(first, epoch * samples)) for first, last in passed_over)
     return (place + 1 - lost) / samples

@@ -9,9 +9,11 @@ read without collectives, so that any world size and ZeRO stage can read what an
 Errors: ConfigError when DeepSpeed's effective settings are not the ones asked for (engine_settings)."""
 
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -58,6 +60,8 @@ class Engine:
         if settings.activation_checkpointing:
             _recompute_blocks(module)
         self.settings, self.world = settings, world
+        self.phase: Callable[[Literal["forward", "backward"]], AbstractContextManager[None]] = lambda _: nullcontext()
+        """Told what begins; whoever watches puts himself here."""
         # lr=0: a step that DeepSpeed took of its own accord would not move a weight; rates are set at every step.
         parameter_groups = [
             {"params": list(group["params"]), "weight_decay": group["weight_decay"], "lr": 0.0} for group in groups
@@ -100,9 +104,11 @@ class Engine:
             )
         loss_sum = torch.zeros((), dtype=torch.float64)
         for index, (inputs, weights) in enumerate(micro_batches, 1):
-            per_sample = self._engine(*inputs)
-            local_sum = (per_sample * weights.to(per_sample.device)).sum()
-            self._engine.backward(local_sum * (self.world.size / global_batch), scale_wrt_gas=False)
+            with self.phase("forward"):
+                per_sample = self._engine(*inputs)
+                local_sum = (per_sample * weights.to(per_sample.device)).sum()
+            with self.phase("backward"):
+                self._engine.backward(local_sum * (self.world.size / global_batch), scale_wrt_gas=False)
             if index < len(micro_batches):
                 self._engine.step()  # counts the micro-batch; the last one's is the optimiser's
             loss_sum += local_sum.detach().double().cpu()
@@ -115,6 +121,40 @@ class Engine:
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
         return float(norm) if norm is not None else float("nan")
+
+    def losses(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        """Per-sample losses [b] of this rank's samples, in their order, without gradients. Collective under ZeRO-3."""
+        with torch.no_grad():
+            parts = [(self._engine.module(*inputs).cpu(), weights.cpu() > 0) for inputs, weights in micro_batches]
+        return torch.cat([per_sample[real] for per_sample, real in parts])
+
+    def squared_grad_norm(self) -> float:
+        """This rank's part of the squared norm of what `accumulate` gathered; all ranks' parts add up. NaN or infinite when one
+        gradient is. Known before anything moves, at every stage and precision: DeepSpeed's own checks differ by both."""
+        if self.settings.offload == "optimizer":
+            norms = list(self._norms.values())
+        else:
+            norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in self._gradients()]
+        return float(torch.stack(norms).double().square().sum()) if norms else 0.0
+
+    def discard(self) -> None:
+        """Drops what `accumulate` gathered and moves nothing, by DeepSpeed's own way out of an overflow: it clears all it holds."""
+        for held in self._norms.values() if self.settings.offload == "optimizer" else self._gradients():
+            held.fill_(math.inf)
+        self._engine.step()
+        if self._engine.was_step_applied():
+            raise ConfigError("DeepSpeed applied gradients that are not finite: its check of overflows has moved")
+
+    def _gradients(self) -> Iterator[Tensor]:
+        """The reduced gradients that this rank holds, before the optimiser has taken them."""
+        for parts in self._zero.averaged_gradients.values():
+            yield from parts or ()
+
+    @property
+    def _norms(self) -> dict[int, Tensor]:
+        """Norms of this rank's parts of the gradients where the optimiser is on the CPU: DeepSpeed takes them as it copies."""
+        norms: dict[int, Tensor] = self._zero.norm_for_param_grads
+        return norms
 
     def close(self) -> None:
         """Lets go of module and optimiser state, which DeepSpeed's hooks would keep for as long as the process lives.
@@ -140,8 +180,8 @@ class Engine:
                     yield Fragment(name, kind, start, values)
 
     def load(self, lookup: Lookup, *, optimizer_steps: int) -> None:
-        """Replaces weights and moments by a checkpoint's. The module must have been built with the same weights already:
-        DeepSpeed keeps a copy in the compute precision that this does not touch."""
+        """Replaces weights and moments by a checkpoint's. The module must have been built with the same weights already,
+        or `spread` must follow: DeepSpeed keeps a copy in the compute precision that this does not touch."""
         for name, parameter in self._engine.module.named_parameters():
             if not parameter.requires_grad:
                 continue
@@ -152,6 +192,14 @@ class Engine:
                     self._put(parameter, kind, lookup(name, kind, start, values.numel()))
         for state in self._zero.optimizer.state.values():
             state["step"].fill_(optimizer_steps)
+
+    def spread(self) -> None:
+        """After `load` into a module that holds other weights: each rank's part, in the compute precision, to all. Collective."""
+        if self.settings.zero_stage < 3:
+            self._zero.update_lp_params()
+            return
+        for group in range(len(self._zero.fp16_groups)):
+            self._zero._reassign_or_swap_out_partitioned_parameters(group)
 
     def _held(self, parameter: Any, kind: Kind) -> tuple[int, Tensor] | None:
         """(start, values) of what this rank holds of a parameter; None: nothing."""
@@ -199,6 +247,18 @@ def _recompute_blocks(module: nn.Module) -> None:
         if isinstance(part, Block):
             again = partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)
             part.forward = again  # type: ignore[method-assign]
+
+
+def initial_state(module: nn.Module) -> Lookup:
+    """What `load` takes to begin anew: the module's weights, and moments of zero."""
+    weights = dict(module.named_parameters())
+
+    def lookup(parameter: str, kind: Kind, start: int, count: int) -> Tensor:
+        if kind != "weight":
+            return torch.zeros(count)
+        return weights[parameter].detach().float().reshape(-1)[start : start + count]
+
+    return lookup
 
 
 def prepare_environment() -> None:

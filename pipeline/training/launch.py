@@ -21,6 +21,7 @@ from pipeline.graph.receipts import check_fence
 from pipeline.graph.runner import stop_key
 from pipeline.graph.step import Attempt
 from pipeline.tracking import NullTracker, open_tracker
+from pipeline.training import watchdog
 from pipeline.training.loop import StopReason, Trained, train
 from pipeline.training.spec import TrainSpec
 from pipeline.training.world import ELSEWHERE, enter_world
@@ -149,8 +150,14 @@ def _fit(spec: TrainSpec, attempt: Attempt, notes: str) -> None:
     except Exception as error:
         raise PipelineError(
             f"{attempt.step_name}: the workers failed more often than max_failures={resources['max_failures']} allows; "
-            f"last error: {_last_line(error)}. The same command goes on from the last checkpoint"
+            f"last error: {_last_line(error)}. {stacks_left(attempt)}The same command goes on from the last checkpoint"
         ) from error
+
+
+def stacks_left(attempt: Attempt) -> str:
+    """Where the watchdog left what the workers were at, in a sentence; empty: it had no reason to."""
+    found = any(True for _ in attempt.store.list(watchdog.FOLDER))
+    return f"What they were at when they stood still: {attempt.store.uri}/{watchdog.FOLDER}. " if found else ""
 
 
 def _last_line(error: BaseException) -> str:

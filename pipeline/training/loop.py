@@ -8,32 +8,34 @@ Errors: what goes wrong on one worker is agreed by all at a step boundary, so th
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
-import torch
-from torch import Tensor
-
 from pipeline.data.loader import Batch, Loader
-from pipeline.data.order import ids_digest, plain_slice, steps_total
-from pipeline.data.substitution import Substitution, check_limit
+from pipeline.data.order import steps_total
+from pipeline.data.substitution import check_limit
 from pipeline.errors import Fenced, PipelineError
 from pipeline.graph.step import Attempt
 from pipeline.tracking import Tracker
 from pipeline.training import checkpoints
-from pipeline.training.checkpoints import Checkpoint, CheckpointManifest
-from pipeline.training.engine import Engine, MicroBatch
-from pipeline.training.engine_settings import EngineSettings
+from pipeline.training.checkpoints import CheckpointManifest
+from pipeline.training.engine import Engine, initial_state
+from pipeline.training.evaluation import evaluate
+from pipeline.training.feed import Feed
+from pipeline.training.guard import Judgement, Seen, gone_back, judge
+from pipeline.training.incidents import Incidents
+from pipeline.training.position import Position, found, position_at
 from pipeline.training.profiling import Profiler
 from pipeline.training.saver import Saver, saving
+from pipeline.training.slices import split
 from pipeline.training.spec import TrainSpec, engine_settings
 from pipeline.training.telemetry import Meter, as_metrics, as_points, shown
+from pipeline.training.watchdog import Watchdog
 from pipeline.training.world import ELSEWHERE, World
 
 StopReason = Literal["", "asked", "fenced"]
-EVALUATION_BATCH = 256
 
 log = logging.getLogger(__name__)
 
@@ -62,99 +64,39 @@ class Trained:
     scores: Mapping[str, float]
 
 
-@dataclass
-class _Position:
-    """Where training stands. `digest` and `count` are this rank's part since the checkpoint (rank 0: and what that one held)."""
-
-    global_step: int = 0
-    digest: int = 0
-    count: int = 0
-    substitutions: list[Substitution] = field(default_factory=list)  # of all ranks, on every one
-    loss: float = math.nan
-    saved_at: int = -1
-    saved_key: str = ""
-    history: list[dict[str, float]] = field(default_factory=list)
-
-
 def train(spec: TrainSpec, attempt: Attempt, *, world: World, tracker: Tracker, supervisor: Supervisor) -> Trained:
     """Trains the task to its end, or until asked to stop; starts from the newest checkpoint there is."""
     with world.together():
         loader = spec.loader(spec.dataset.open(), "train", world)
         _warn_of_small_cache(loader, world)
     engine, position = _start(spec, attempt, world, loader)
-    with closing(engine), saving(engine.fragments, world, attempt, spec.placement.retention) as saver:
-        return _run(spec, attempt, world, tracker, supervisor, loader, engine, position, saver)
-
-
-def _run(
-    spec: TrainSpec,
-    attempt: Attempt,
-    world: World,
-    tracker: Tracker,
-    supervisor: Supervisor,
-    loader: Loader,
-    engine: Engine,
-    position: _Position,
-    saver: Saver,
-) -> Trained:
-    """From the position to the end, or to where all agree to stop."""
+    then: Literal["wait", "exit"] = "exit" if attempt.executor == "ray" else "wait"
     total_steps = steps_total(loader.order.samples_per_epoch, spec.recipe.global_batch, spec.recipe.epochs)
-    meter = Meter(spec, loader, engine.module, world, position.global_step)
-    profiler = Profiler(spec.placement.profile_steps if world.is_first else None, attempt.store, tracker)
-    tracker.resume(as_points(position.history))
-    stopped: StopReason = ""
-    with (
-        closing(loader.from_step(position.global_step, total_steps)) as batches,
-        closing(meter),
-        closing(profiler),
-    ):
-        while position.global_step < total_steps:
-            profiler.before(position.global_step)
-            saver.advance()
-            batch, problem = _next(batches)
-            stopped, substituted = _agree(world, supervisor, problem, batch)
-            if stopped or batch is None:
-                break
-            if substituted:
-                _note(world, loader, position, batch)
-            lr = spec.recipe.learning_rate(position.global_step, loader.order.samples_per_epoch)
-            grad_norm = _step(spec, engine, world, batch, position, lr)
-            if _due(position.global_step, spec.placement.log_every_steps, total_steps):
-                row = meter.row(
-                    position.global_step,
-                    loss=position.loss,
-                    lr=lr,
-                    grad_norm=grad_norm,
-                    substitutions=position.substitutions,
-                )
-                if world.is_first:
-                    position.history.append(row)
-                    tracker.log(position.global_step, as_metrics(row))
-                    images = total_steps * spec.recipe.global_batch
-                    attempt.progress.update(int(row["images"]), images, unit="images", **shown(row))
-            if position.global_step % spec.placement.checkpoint_every_steps == 0:
-                with meter.saving():
-                    _save(spec, engine, world, loader, position, saver)
-    if stopped == "fenced":
-        raise Fenced(f"{attempt.root_uri}: another run has claimed a higher generation; this one stops")
-    if position.saved_at != position.global_step:
-        _save(spec, engine, world, loader, position, saver)
-    saver.finish()
-    scores = {} if stopped or not spec.evaluation_split else _evaluate(spec, engine, world)
-    return Trained(
-        position.saved_key,
-        position.global_step,
-        total_steps,
-        bool(stopped),
-        world.total_modulo_2_64(position.digest),
-        position.loss,
-        scores,
-    )
+    with ExitStack() as held:
+        held.enter_context(closing(engine))
+        watchdog = held.enter_context(Watchdog(attempt.store, world, limit_s=spec.placement.watchdog_s, then=then))
+        engine.phase = watchdog.phase
+        return _Training(
+            spec=spec,
+            attempt=attempt,
+            world=world,
+            tracker=tracker,
+            supervisor=supervisor,
+            loader=loader,
+            engine=engine,
+            watchdog=watchdog,
+            saver=held.enter_context(saving(engine.fragments, world, attempt, spec.placement.retention)),
+            meter=held.enter_context(closing(Meter(spec, loader, engine.module, world, position.global_step))),
+            feed=held.enter_context(closing(Feed(loader, total_steps))),
+            incidents=Incidents(spec, attempt, world),
+            total_steps=total_steps,
+            position=position,
+        ).run()
 
 
-def _start(spec: TrainSpec, attempt: Attempt, world: World, loader: Loader) -> tuple[Engine, _Position]:
+def _start(spec: TrainSpec, attempt: Attempt, world: World, loader: Loader) -> tuple[Engine, Position]:
     """The engine and the position, from the newest checkpoint or from nothing."""
-    with _newest(attempt, world) as checkpoint:
+    with found(attempt, world, lambda: checkpoints.newest(attempt)) as checkpoint:
         with world.together():
             built = spec.task.build()
             if checkpoint:
@@ -163,148 +105,198 @@ def _start(spec: TrainSpec, attempt: Attempt, world: World, loader: Loader) -> t
         settings = engine_settings(spec.recipe, spec.placement, workers=world.size)
         engine = Engine(built.module, built.groups, settings, world)
         if not checkpoint:
-            return engine, _Position()
+            return engine, Position()
         with world.together():
             engine.load(checkpoint.read, optimizer_steps=checkpoint.manifest.optimizer_steps)
-        history = checkpoint.history()
-    return engine, _Position(
-        global_step=checkpoint.manifest.global_step,
-        digest=checkpoint.manifest.ids_digest if world.is_first else 0,
-        count=_counted(checkpoint.manifest, spec.recipe.global_batch) if world.is_first else 0,
-        substitutions=list(checkpoint.manifest.substitutions),
-        loss=history[-1]["loss"] if history else math.nan,
-        saved_at=checkpoint.manifest.global_step,
-        saved_key=checkpoint.key,
-        history=history,
-    )
+        return engine, position_at(checkpoint, global_batch=spec.recipe.global_batch, world=world)
 
 
-def _counted(manifest: CheckpointManifest, global_batch: int) -> int:
-    """Ids that reached a device; those that nobody counted are taken for what they must have been."""
-    return manifest.global_step * global_batch if manifest.ids_count is None else manifest.ids_count
+@dataclass(kw_only=True)
+class _Training:
+    """All that takes part, and the position that it moves."""
 
+    spec: TrainSpec
+    attempt: Attempt
+    world: World
+    tracker: Tracker
+    supervisor: Supervisor
+    loader: Loader
+    engine: Engine
+    watchdog: Watchdog
+    saver: Saver
+    meter: Meter
+    feed: Feed
+    incidents: Incidents
+    total_steps: int
+    position: Position
 
-@contextmanager
-def _newest(attempt: Attempt, world: World) -> Iterator[Checkpoint | None]:
-    """The checkpoint that rank 0 finds, opened (and verified) on every worker; None: start from nothing."""
-    with ExitStack() as held:
-        checkpoint = None
-        with world.together():
-            if world.is_first and (checkpoint := checkpoints.newest(attempt)):
-                held.enter_context(checkpoint)
-        key = world.from_first(checkpoint.key if checkpoint else "")
-        with world.together():
-            if key and not world.is_first:
-                checkpoint = held.enter_context(checkpoints.open_checkpoint(attempt.root, key))
-        yield checkpoint
-
-
-def _next(batches: Iterator[Batch]) -> tuple[Batch | None, PipelineError | None]:
-    """The next batch, or why there is none."""
-    try:
-        return next(batches), None
-    except PipelineError as error:
-        return None, error
-
-
-def _agree(
-    world: World, supervisor: Supervisor, problem: PipelineError | None, batch: Batch | None
-) -> tuple[StopReason, int]:
-    """One reason to stop for all: a worker's failure, or what the supervisor tells rank 0. And all ranks' substitutions."""
-    reason = supervisor.should_stop() if world.is_first else ""
-    substituted = len(batch.substitutions) if batch else 0
-    flags = world.total([problem is not None, reason == "asked", reason == "fenced", substituted])
-    failed, asked, fenced, substitutions = flags
-    if problem:
-        raise problem
-    if failed:
-        raise PipelineError(ELSEWHERE)
-    return "fenced" if fenced else "asked" if asked else "", int(substitutions)
-
-
-def _note(world: World, loader: Loader, position: _Position, batch: Batch) -> None:
-    """Writes down what stood in for what, on every rank; DataError on all when it has happened too often."""
-    position.substitutions += [one for of_rank in world.all_of(batch.substitutions) for one in of_rank]
-    check_limit(position.substitutions, loader.order.samples_per_epoch, loader.selection.manifest.root.uri)
-
-
-def _step(spec: TrainSpec, engine: Engine, world: World, batch: Batch, position: _Position, lr: float) -> float:
-    """One global batch: moves the weights and the position; returns the gradient norm."""
-    micro_batches = split(spec.task.inputs(batch), engine.settings, world.device)
-    local_sum, grad_norm = engine.train_step(micro_batches, global_batch=spec.recipe.global_batch, lr=lr)
-    position.loss = world.total([local_sum])[0] / spec.recipe.global_batch
-    position.global_step += 1
-    position.digest = (position.digest + ids_digest(batch.epochs.numpy(), batch.sample_ids.numpy())) % 2**64
-    position.count += len(batch.sample_ids)
-    if not math.isfinite(position.loss):
-        raise PipelineError(
-            f"the loss is {position.loss} at step {position.global_step} (learning rate {lr:.3g}): lower base_lr or "
-            f"train in fp32; the last checkpoint is untouched"
+    def run(self) -> Trained:
+        """From the position to the end, or to where all agree to stop."""
+        self.tracker.resume(as_points(self.position.history), rollbacks=self.position.guard.roll_backs)
+        stopped = self._steps()
+        if stopped == "fenced":
+            raise Fenced(f"{self.attempt.root_uri}: another run has claimed a higher generation; this one stops")
+        if self.position.saved_at != self.position.global_step:
+            self._save()
+        self.saver.finish()
+        self.meter.close()
+        scores = (
+            {} if stopped or not self.spec.evaluation_split else evaluate(self.spec, self.engine.module, self.world)
         )
-    return grad_norm
+        return Trained(
+            self.position.saved_key,
+            self.position.global_step,
+            self.total_steps,
+            bool(stopped),
+            self.world.total_modulo_2_64(self.position.digest),
+            self.position.loss,
+            scores,
+        )
 
+    def _steps(self) -> StopReason:
+        """Step after step; why they ended."""
+        placement, phase = self.spec.placement, self.watchdog.phase
+        window = placement.profile_steps if self.world.is_first else None
+        with closing(Profiler(window, self.attempt.store, self.tracker)) as profiler:
+            while self.position.global_step < self.total_steps:
+                self.watchdog.step = self.position.global_step
+                profiler.before(self.position.global_step)
+                with phase("data"):
+                    batch, problem = self._next()
+                with phase("agree"):
+                    self.saver.advance()
+                    stopped = self._agree(batch, problem)
+                if stopped or batch is None:
+                    return stopped
+                if self._step(batch).verdict == "roll_back":
+                    continue
+                if self._due(placement.log_every_steps):
+                    with phase("log"):
+                        self._log()
+                if self.position.global_step % placement.checkpoint_every_steps == 0:
+                    with phase("save"):
+                        self._save()
+        return ""
 
-def split(inputs: tuple[Tensor, ...], settings: EngineSettings, device: torch.device) -> list[MicroBatch]:
-    """A worker's slice as exactly `accumulation` micro-batches; where samples run out, the first one stands in with weight 0."""
-    held = len(inputs[0])
-    indices = torch.arange(settings.micro_batch * settings.accumulation)
-    weights = (indices < held).float()
-    indices = torch.where(indices < held, indices, 0)
-    if held == 0:
-        inputs = tuple(torch.zeros(1, *tensor.shape[1:], dtype=tensor.dtype) for tensor in inputs)
-    micro_batches = []
-    for low in range(0, len(indices), settings.micro_batch):
-        filled = int(weights[low : low + settings.micro_batch].sum())
-        part = slice(low, low + max(1, filled))
-        chosen = indices[part]
-        micro_batches.append(
-            MicroBatch(
-                tuple(tensor[chosen].to(device, non_blocking=True) for tensor in inputs), weights[part].to(device)
+    def _due(self, every: int) -> bool:
+        return self.position.global_step % every == 0 or self.position.global_step == self.total_steps
+
+    def _next(self) -> tuple[Batch | None, PipelineError | None]:
+        """The next step's batch, or why there is none."""
+        try:
+            return self.feed.batch(self.position.global_step), None
+        except PipelineError as error:
+            return None, error
+
+    def _agree(self, batch: Batch | None, problem: PipelineError | None) -> StopReason:
+        """One reason to stop for all: a worker's failure, or what the supervisor tells rank 0. Substitutions are noted by all."""
+        reason = self.supervisor.should_stop() if self.world.is_first else ""
+        substituted = len(batch.substitutions) if batch else 0
+        failed, asked, fenced, substitutions = self.world.total(
+            [problem is not None, reason == "asked", reason == "fenced", substituted]
+        )
+        if problem:
+            raise problem
+        if failed:
+            raise PipelineError(ELSEWHERE)
+        if fenced or asked:
+            return "fenced" if fenced else "asked"
+        if substitutions and batch:
+            self._note(batch)
+        return ""
+
+    def _note(self, batch: Batch) -> None:
+        """Writes down what stood in for what, on every rank; DataError on all when it has happened too often."""
+        self.position.substitutions += [one for of_rank in self.world.all_of(batch.substitutions) for one in of_rank]
+        check_limit(
+            self.position.substitutions,
+            self.loader.order.samples_per_epoch,
+            self.loader.selection.manifest.root.uri,
+        )
+
+    def _step(self, batch: Batch) -> Judgement:
+        """One global batch: moves the position, and the weights where the guard sees nothing wrong."""
+        position, engine, recipe = self.position, self.engine, self.spec.recipe
+        lr = recipe.learning_rate(position.global_step, self.loader.order.samples_per_epoch)
+        micro_batches = split(self.spec.task.inputs(batch), engine.settings, self.world.device)
+        local_sum = engine.accumulate(micro_batches, global_batch=recipe.global_batch)
+        with self.watchdog.phase("check"):
+            loss_sum, squared_norm = self.world.total([local_sum, engine.squared_grad_norm()])
+        seen = Seen(position.global_step, loss_sum / recipe.global_batch, math.sqrt(squared_norm))
+        judgement = judge(recipe.guard, position.guard, seen, self.total_steps)
+        with self.watchdog.phase("step"):
+            if judgement.verdict == "go":
+                engine.apply(lr)
+                position.loss, position.grad_norm = seen.loss, seen.grad_norm
+            else:
+                engine.discard()
+        position.guard = judgement.state
+        position.global_step = judgement.state.past_gaps(seen.step + 1)
+        position.count_in(batch)
+        if judgement.reason:
+            self.incidents.record(engine, batch, judgement, lr)
+        if judgement.verdict == "roll_back":
+            self._roll_back(judgement)
+        return judgement
+
+    def _roll_back(self, judgement: Judgement) -> None:
+        """Weights, moments and records as they were before a range of steps, which is never trained on."""
+        undo, gone = judgement.undo, judgement.before.stepped_over
+        self.saver.finish()
+        with found(self.attempt, self.world, lambda: checkpoints.before(self.attempt, undo, gone)) as checkpoint:
+            with self.world.together():
+                lookup = checkpoint.read if checkpoint else initial_state(self.spec.task.build().module)
+                self.engine.load(lookup, optimizer_steps=checkpoint.manifest.optimizer_steps if checkpoint else 0)
+            self.engine.spread()
+            there = Position()
+            if checkpoint:
+                there = position_at(checkpoint, global_batch=self.spec.recipe.global_batch, world=self.world)
+        undo = (max(undo[0], there.global_step), undo[1])
+        there.guard = gone_back(judgement.before, there.guard, undo)
+        there.global_step = there.guard.past_gaps(there.global_step)
+        self.position = there
+        self.meter.begin(there.global_step)
+        self.tracker.rolled_back(there.global_step)
+        if self.world.is_first:
+            log.warning(
+                "%s: gone back to step %d, steps %d to %d are stepped over (roll-back %d of at most %d)",
+                self.attempt.step_name,
+                max(there.saved_at, 0),
+                undo[0],
+                undo[1] - 1,
+                there.guard.roll_backs,
+                self.spec.recipe.guard.roll_backs,
             )
+
+    def _log(self) -> None:
+        """A row for the history, the tracker and the progress line."""
+        position, recipe = self.position, self.spec.recipe
+        lr = recipe.learning_rate(position.global_step - 1, self.loader.order.samples_per_epoch)
+        row = self.meter.row(position, lr=lr)
+        if self.world.is_first:
+            position.history.append(row)
+            self.tracker.log(position.global_step, as_metrics(row))
+            images = self.total_steps * recipe.global_batch
+            self.attempt.progress.update(int(row["images"]), images, unit="images", **shown(row))
+
+    def _save(self) -> None:
+        """Hands the state and the position to the saver, which writes them while training goes on."""
+        position = self.position
+        manifest = CheckpointManifest(
+            global_step=position.global_step,
+            optimizer_steps=self.engine.optimizer_steps,
+            cursor=json.loads(json.dumps(self.spec.cursor(self.loader.order))),
+            ids_digest=position.digest,
+            ids_count=position.count,
+            substitutions=tuple(position.substitutions),
+            guard=position.guard,
+            parameters=self.engine.shapes(),
+            world_size=self.world.size,
+            zero_stage=self.engine.settings.zero_stage,
         )
-    return micro_batches
-
-
-def _save(spec: TrainSpec, engine: Engine, world: World, loader: Loader, position: _Position, saver: Saver) -> None:
-    """Hands the state and the position to the saver, which writes them while training goes on."""
-    manifest = CheckpointManifest(
-        global_step=position.global_step,
-        optimizer_steps=engine.optimizer_steps,
-        cursor=json.loads(json.dumps(spec.cursor(loader.order))),
-        ids_digest=position.digest,
-        ids_count=position.count,
-        substitutions=tuple(position.substitutions),
-        parameters=engine.shapes(),
-        world_size=world.size,
-        zero_stage=engine.settings.zero_stage,
-    )
-    position.saved_key = saver.save(manifest, position.history)
-    position.saved_at = position.global_step
-
-
-def _evaluate(spec: TrainSpec, engine: Engine, world: World) -> Mapping[str, float]:
-    """Scores of the trained module on the evaluation split, over all workers."""
-    with world.together():
-        loader = spec.loader(spec.dataset.open(), spec.evaluation_split, world)
-    total = int(loader.selection.counts.sum())
-    largest_slice = len(plain_slice(total, world.size - 1, world.size))
-    most = math.ceil(largest_slice / EVALUATION_BATCH)
-    with closing(loader.evaluation_batches(EVALUATION_BATCH)) as batches:
-        return spec.task.evaluate(engine.module, _in_step(batches, most, spec.image_size, world), world)
-
-
-def _in_step(batches: Iterator[Batch], count: int, image_size: tuple[int, int], world: World) -> Iterator[Batch]:
-    """As many batches on every rank: ZeRO-3 gathers weights in each forward pass. Padding has label -1 and is not counted."""
-    nothing = torch.full((1,), -1)
-    padding = Batch(torch.zeros(1, *image_size, 3, dtype=torch.uint8), nothing, nothing, nothing)
-    for _ in range(count):
-        with world.together():
-            batch = next(batches, padding)
-        yield batch
-
-
-def _due(global_step: int, every: int, total_steps: int) -> bool:
-    return global_step % every == 0 or global_step == total_steps
+        with self.meter.saving():
+            position.saved_key = self.saver.save(manifest, position.history)
+        position.saved_at = position.global_step
 
 
 def _warn_of_small_cache(loader: Loader, world: World) -> None:

@@ -14,7 +14,7 @@ from pipeline.errors import PipelineError
 from pipeline.graph.receipts import claims, read_claim, read_receipt
 from pipeline.graph.step import generation_key
 from pipeline.storage import Store
-from pipeline.training.checkpoints import MANIFEST, committed_in, read_manifest
+from pipeline.training.checkpoints import MANIFEST, committed_in, read_manifest, step_of
 
 PINS = "pins/"
 
@@ -99,8 +99,3 @@ def remove(root: Store, key: str) -> None:
     root.delete(f"{key}/{MANIFEST}")
     for info in list(root.list(f"{key}/")):
         root.delete(info.key)
-
-
-def step_of(key: str) -> int:
-    """The step of a checkpoint with this key."""
-    return int(key.rpartition("-")[2])

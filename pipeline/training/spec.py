@@ -21,6 +21,7 @@ from pipeline.errors import ConfigError
 from pipeline.graph.step import StageInput
 from pipeline.storage import open_store
 from pipeline.training.engine_settings import EngineSettings, Offload
+from pipeline.training.guard import GuardConfig
 from pipeline.training.retention import Retention
 from pipeline.training.tasks import Task
 from pipeline.training.world import World
@@ -94,6 +95,8 @@ class Recipe:
     precision: Literal["bf16", "fp32"] = "bf16"
     """What the model computes in; targets, softmax and loss are float32 either way."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    guard: GuardConfig = field(default=GuardConfig(), metadata=ADDED_LATER)
+    """When a step is skipped, rolled back, or ends the training."""
 
     def __post_init__(self) -> None:
         for name in ("global_batch", "epochs", "base_lr"):
@@ -161,6 +164,8 @@ class Placement:
     decode_threads: int
     cache_directory: str
     cache_max_bytes: int
+    watchdog_s: float
+    """Longest that a phase of a step may last before every stack is written down."""
 
     @classmethod
     def from_resources(cls, resources: Mapping[str, Any]) -> "Placement":

@@ -26,6 +26,9 @@ from pipeline.storage import open_store
 from pipeline.training.world import World
 from pipeline.weights import read_weights
 
+BASIS = "basis.safetensors"
+"""Of target `pca`, in the training step's directory."""
+
 
 class Built(NamedTuple):
     """A module ready for the engine."""

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from pipeline.data.loader import Loader
-from pipeline.data.substitution import Substitution
 from pipeline.peak import matmul_peak, synchronise
 from pipeline.tracking import Point
 from pipeline.training.data_meter import DATA_METRICS, DataMeter
+from pipeline.training.position import Position
 from pipeline.training.spec import TrainSpec
 from pipeline.training.world import World
 
@@ -30,6 +30,8 @@ METRICS = {
     "grad_norm": "train/grad_norm",
     "epoch": "train/epoch",
     "images": "train/images_seen",
+    "skipped_steps": "train/skipped_steps",
+    "stepped_over": "train/stepped_over_steps",
     "images_per_s": "throughput/images_per_s",
     "mfu": "throughput/mfu",
     "checkpoint_wait": "throughput/checkpoint_wait_share",  # of the time since the last row, mean over workers
@@ -75,32 +77,33 @@ class Meter:
         yield
         self.checkpoint_s += time.monotonic() - began
 
-    def row(
-        self, global_step: int, *, loss: float, lr: float, grad_norm: float, substitutions: Sequence[Substitution]
-    ) -> dict[str, float]:
-        """What to log at this step."""
-        now = time.monotonic()
-        elapsed, steps = max(now - self.time, 1e-9), global_step - self.step
-        images = global_step * self.global_batch
+    def row(self, position: Position, *, lr: float) -> dict[str, float]:
+        """What to log at this position; `lr`: the last step's."""
+        now, guard = time.monotonic(), position.guard
+        elapsed, steps = max(now - self.time, 1e-9), position.global_step - self.step
+        images = position.global_step * self.global_batch
         data = self.data.row(
             self.world,
             elapsed=elapsed,
             steps=steps,
             images=images,
             images_here=steps * self.global_batch,
-            substitutions=substitutions,
+            substitutions=position.substitutions,
+            passed_over=[(first * self.global_batch, last * self.global_batch) for first, last in guard.stepped_over],
         )
         everyone = self.world.all_of(Own(self.forward.take(), self.checkpoint_s, *memory(self.world.device)))
-        self.begin(global_step)
+        self.begin(position.global_step)
         images_per_s = steps * self.global_batch / elapsed
         return {
-            "step": global_step,
+            "step": position.global_step,
             "time": time.time(),
             "images": images,
             "epoch": images / self.samples,
-            "loss": loss,
+            "loss": position.loss,
             "lr": lr,
-            "grad_norm": grad_norm,
+            "grad_norm": position.grad_norm,
+            "skipped_steps": len(guard.skipped),
+            "stepped_over": guard.missed(position.global_step),
             "images_per_s": images_per_s,
             "mfu": images_per_s * self.flops / self.peak,
             **data,
@@ -143,6 +146,8 @@ def shown(row: Mapping[str, float]) -> dict[str, float]:
     line = {"loss": row["loss"]}
     if row["substitutions"]:
         line["stand-ins"] = row["substitutions"]
+    if lost := row["skipped_steps"] + row["stepped_over"]:
+        line["lost steps"] = lost
     line |= {"wait": round(row["data_wait"], 2), "mfu": round(row["mfu"], 3)}
     if row["checkpoint_wait"] >= 0.01:
         line["saving"] = round(row["checkpoint_wait"], 2)

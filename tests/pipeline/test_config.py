@@ -304,6 +304,7 @@ def another(field: str, value: Any) -> Any:
         "positions": "learned",
         "encoder_input": "all",
         "loss_on": "all",
+        "spikes": "skip",
     }
     return choices.get(field.rpartition(".")[2], f"{value}2")
 

@@ -15,7 +15,7 @@ from pipeline.errors import ConfigError
 from pipeline.training import engine as engine_module
 from pipeline.training.engine import KINDS, Engine
 from pipeline.training.engine_settings import EngineSettings
-from pipeline.training.loop import split
+from pipeline.training.slices import split
 from pipeline.training.tasks import ClassificationTask, MAETask
 from pipeline.training.world import enter_world
 

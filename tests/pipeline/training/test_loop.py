@@ -8,17 +8,19 @@ from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from training_kit import (
-    SEED,
     SIDE,
+    TOTAL_STEPS,
     Raised,
+    StopAfter,
     attempt_at,
     checkpoint_state,
     classification_spec,
+    computed_by_step,
     damage,
+    digest_of,
     mae_config,
     mae_spec,
     same_attempt,
@@ -27,7 +29,6 @@ from training_kit import (
 
 from mae_core.masking import random_mask
 from pipeline.data.loader import Batch
-from pipeline.data.order import OrderConfig, SampleOrder, ids_digest
 from pipeline.data.selection import Selection
 from pipeline.errors import DataError, Fenced
 from pipeline.graph.receipts import claim
@@ -42,7 +43,6 @@ from pipeline.training.spec import TrainSpec, dataset_address
 from pipeline.training.tasks import MAETask
 from pipeline.training.world import ELSEWHERE, World, enter_world
 
-TOTAL_STEPS = 10  # 2 epochs of 60 samples in batches of 13
 SEEN: list[tuple[list[int], list[int]]] = []
 
 
@@ -53,18 +53,6 @@ class WatchedMAETask(MAETask):
     def inputs(self, batch: Batch) -> tuple[torch.Tensor, ...]:
         SEEN.append((batch.epochs.tolist(), batch.sample_ids.tolist()))
         return super().inputs(batch)
-
-
-@dataclass
-class StopAfter:
-    """Asks for a stop, for a reason, when so many steps are done."""
-
-    steps: int
-    reason: str = "asked"
-
-    def should_stop(self) -> Any:
-        self.steps -= 1
-        return self.reason if self.steps < 0 else ""
 
 
 def train_here(spec: TrainSpec, attempt: Attempt, supervisor: StopAfter) -> dict[str, Any]:
@@ -93,21 +81,6 @@ def seen_by_step(results: list[dict[str, Any]]) -> list[list[tuple[int, int]]]:
         sorted((epoch, sample) for epochs, samples in step for epoch, sample in zip(epochs, samples, strict=True))
         for step in steps
     ]
-
-
-def computed_by_step(
-    shards: StageInput, global_batch: int = 13, steps: int = TOTAL_STEPS
-) -> list[list[tuple[int, int]]]:
-    """The same by arithmetic alone."""
-    selection = Selection.all(dataset_address(shards).open(), "train")
-    order = SampleOrder(selection.counts, OrderConfig(seed=SEED))
-    slots = [order.global_batch(step, global_batch) for step in range(steps)]
-    return [sorted(zip(s.epochs.tolist(), selection.sample_ids(s).tolist(), strict=True)) for s in slots]
-
-
-def digest_of(steps: list[list[tuple[int, int]]]) -> int:
-    pairs = np.array([pair for step in steps for pair in step])
-    return ids_digest(pairs[:, 0], pairs[:, 1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
