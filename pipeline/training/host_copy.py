@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 
 from pipeline.training.engine import Fragment
@@ -38,7 +39,13 @@ class HostCopy:
     def take(self, fragments: Iterable[Fragment]) -> None:
         """Copies the values; when it returns, training may change them."""
         for fragment in fragments:
-            self._values[self._places[_name(fragment)]].copy_(fragment.values, non_blocking=True)
+            place = self._values[self._places[_name(fragment)]]
+            if (
+                fragment.values.device.type == "cpu"
+            ):  # torch's copy would wait for all its threads, fragment by fragment
+                np.copyto(place.numpy(), fragment.values.numpy())
+            else:
+                place.copy_(fragment.values, non_blocking=True)
         if self._memory.is_pinned():
             torch.cuda.current_stream().synchronize()
 

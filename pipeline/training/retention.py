@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pipeline.errors import PipelineError
+from pipeline.errors import CheckpointError, PipelineError
 from pipeline.graph.receipts import claims, read_claim, read_receipt
 from pipeline.graph.step import generation_key
 from pipeline.storage import Store
@@ -89,9 +89,16 @@ class Pruner:
         if not self.retention.best:
             return math.nan
         if key not in self._losses:
-            loss = read_manifest(self.root, key).loss
-            self._losses[key] = math.nan if loss is None else loss
+            self._losses[key] = _loss_of(self.root, key)
         return self._losses[key]
+
+
+def _loss_of(root: Store, key: str) -> float:
+    try:
+        loss = read_manifest(root, key).loss
+    except CheckpointError:  # a damaged one is of no use as the best
+        return math.nan
+    return math.nan if loss is None else loss
 
 
 def remove(root: Store, key: str) -> None:

@@ -56,6 +56,11 @@ class Saver:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._under_way: _UnderWay | None = None
 
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way, as all workers know it."""
+        return self._under_way is not None
+
     def save(self, manifest: CheckpointManifest, history: Sequence[Mapping[str, float]]) -> str:
         """Copies the state and begins to write it; returns the key that it will have. In `manifest`, ids are this worker's part."""
         began = time.monotonic()

@@ -89,6 +89,15 @@ def test_listing_is_in_key_order_on_both_stores(store):
     assert list(store.list("none/")) == []
 
 
+def test_a_piece_of_memory_is_written_whole(store):
+    """Above 16 MiB a bucket takes it in parts."""
+    data = bytes(range(251)) * 150_000
+    store.write("big", memoryview(data))
+    assert store.read("big") == data
+    store.write("small", memoryview(data)[5:12])
+    assert store.read("small") == data[5:12]
+
+
 def test_upload_and_download_move_files(store, tmp_path):
     source, target = tmp_path / "source", tmp_path / "new folder" / "target"
     source.write_bytes(os.urandom(35 * 2**20))  # three parts
@@ -414,23 +423,31 @@ def completes(request: Request) -> bool:
     return request.method == "POST" and "uploadId=" in request.path
 
 
+IN_PARTS = {
+    "upload": lambda store, path: store.upload("big", path),
+    "write": lambda store, path: store.write("big", memoryview(path.read_bytes())),
+}
+
+
+@pytest.mark.parametrize("act", IN_PARTS.values(), ids=IN_PARTS)
 @pytest.mark.parametrize("forgotten", [False, True])
-def test_an_upload_whose_completion_was_lost_ends_whole(wire, wired, tmp_path, forgotten):
+def test_an_upload_whose_completion_was_lost_ends_whole(wire, wired, tmp_path, act, forgotten):
     (tmp_path / "source").write_bytes(os.urandom(35 * 2**20))
     wire.lose(completes)
     if forgotten:  # asked again, the store knows no such upload any more
         wire.answer(completes, Answer(404, "NoSuchUpload"))
-    wired.upload("big", tmp_path / "source")
+    act(wired, tmp_path / "source")
     wired.download("big", tmp_path / "target")
     assert (tmp_path / "target").read_bytes() == (tmp_path / "source").read_bytes()
     assert [info.key for info in wired.list()] == ["big"]
 
 
-def test_an_upload_that_keeps_vanishing_is_no_missing_object(wire, wired, tmp_path):
+@pytest.mark.parametrize("act", IN_PARTS.values(), ids=IN_PARTS)
+def test_an_upload_that_keeps_vanishing_is_no_missing_object(wire, wired, tmp_path, act):
     (tmp_path / "source").write_bytes(bytes(35 * 2**20))
     wire.answer(completes, Answer(404, "NoSuchUpload"), times=4)
-    with pytest.raises(StorageError, match=r"upload of .*source failed for big: NoSuchUpload") as caught:
-        wired.upload("big", tmp_path / "source")
+    with pytest.raises(StorageError, match=r"(upload of .*source|write) failed for big: NoSuchUpload") as caught:
+        act(wired, tmp_path / "source")
     assert type(caught.value) is StorageError
 
 

@@ -3,8 +3,10 @@
 import gc
 import json
 import os
+import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,7 +36,7 @@ from pipeline.errors import DataError, Fenced
 from pipeline.graph.receipts import claim
 from pipeline.graph.runner import stop_key
 from pipeline.graph.step import Attempt, StageInput
-from pipeline.storage import S3Store
+from pipeline.storage import FileStore, S3Store
 from pipeline.tracking import NullTracker
 from pipeline.training.checkpoints import open_checkpoint, read_manifest
 from pipeline.training.launch import RESULT, StoreSupervisor, run_training, work
@@ -112,6 +114,64 @@ def test_a_stop_and_a_resume_change_no_bit(teams, shards, tmp_path, zero_stage):
     assert [row["step"] for row in rows] == list(range(1, TOTAL_STEPS + 1))
     for field in ("loss", "lr", "grad_norm", "epoch", "images"):
         assert [row[field] for row in rows] == [row[field] for row in expected_rows]
+
+
+@dataclass(frozen=True)
+class SlowAttempt(Attempt):
+    """Its store takes parts of checkpoints only when a file is there."""
+
+    gate: Path = Path()
+
+    @property
+    def store(self) -> FileStore:
+        return SlowStore(super().store.local_path("x").parent, self.gate)
+
+
+@dataclass(frozen=True)
+class SlowStore(FileStore):
+    gate: Path = Path()
+
+    def write(self, key, data):
+        deadline = time.monotonic() + 60
+        while key.endswith(".safetensors") and not self.gate.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        super().write(key, data)
+
+
+@dataclass
+class OpenAfter:
+    """Lets the store write when so many steps are done; notes what was there by then."""
+
+    steps: int
+    attempt: SlowAttempt
+
+    def should_stop(self) -> Any:
+        self.steps -= 1
+        if self.steps < 0 and not self.attempt.gate.exists():
+            keys = [info.key for info in self.attempt.store.list("checkpoints/")]
+            (self.attempt.gate.parent / "there.json").write_text(json.dumps(keys))
+            self.attempt.gate.touch()
+        return ""
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_a_checkpoint_holds_its_step_though_training_went_on_before_it_was_written(teams, shards, tmp_path, zero_stage):
+    """Saved at step 3, written after step 5: bit by bit what a store without delay holds of step 3."""
+    key = "g0001/checkpoints/step-00000003"
+    prompt = attempt_at(tmp_path / "prompt", zero_stage=zero_stage)
+    run(teams(2), shards, prompt)
+    attempt = attempt_at(tmp_path / "slow", zero_stage=zero_stage)
+    slow = SlowAttempt(**vars(attempt), gate=tmp_path / "gate")
+    results = teams(2).run(train_here, mae_spec(shards, attempt), slow, OpenAfter(5, slow))
+    assert json.loads((tmp_path / "there.json").read_text()) == []
+    assert results[0]["global_step"] == TOTAL_STEPS
+    expected = checkpoint_state(prompt.root_uri, key)
+    state = checkpoint_state(attempt.root_uri, key)
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
+    assert history_of(attempt, key)[-1]["step"] == 3
+    manifests = [read_manifest(one.root, key) for one in (prompt, attempt)]
+    assert manifests[0].ids_digest == manifests[1].ids_digest
 
 
 def test_any_world_size_and_zero_stage_goes_on_with_the_same_samples(teams, shards, tmp_path):
