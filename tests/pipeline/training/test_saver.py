@@ -16,7 +16,7 @@ from pipeline.graph.step import Attempt
 from pipeline.storage import FileStore, S3Store
 from pipeline.training.checkpoints import CheckpointManifest, newest, read_manifest
 from pipeline.training.engine import KINDS, Fragment
-from pipeline.training.host_copy import HostCopy
+from pipeline.training.host_copy import HostCopy, joined
 from pipeline.training.retention import Retention
 from pipeline.training.saver import Saver, mean_loss
 from pipeline.training.world import ELSEWHERE, enter_world
@@ -216,6 +216,24 @@ def test_the_copy_is_the_file_that_any_safetensors_reads():
         "exp_avg|c|0": [0.0, 1.0, 2.0, 3.0],
     }
     assert load(bytes(HostCopy([], pinned=False).file)) == {}  # more workers than numbers
+
+
+def test_pieces_of_one_flat_buffer_are_copied_together_and_never_more_than_they_are():
+    """In whatever order they come; a gap (padding) between two stays out, another buffer and moved memory do, too."""
+    flat, other = torch.arange(20.0), torch.arange(100.0, 105.0)
+    cuts = {"a": flat[0:4], "b": flat[4:11], "c": flat[13:20], "d": other}
+    fragments = [Fragment(name, "weight", 0, values) for name, values in cuts.items()]
+    copy = HostCopy([fragments[index] for index in (2, 0, 3, 1)], pinned=False)
+    for given in (fragments, fragments[::-1], [one._replace(values=one.values.clone()) for one in fragments]):
+        for one in given:
+            one.values.add_(1)
+        copy.take(given)
+        held = load(bytes(copy.file))
+        assert {name: value.tolist() for name, value in held.items()} == {
+            f"weight|{one.parameter}|0": one.values.tolist() for one in given
+        }
+    together = list(joined((slice(begin, end), flat[begin:end]) for begin, end in ((0, 4), (4, 11), (11, 12))))
+    assert [(place, run.tolist()) for place, run in together] == [(slice(0, 12), flat[:12].tolist())]
 
 
 @pytest.mark.parametrize(
