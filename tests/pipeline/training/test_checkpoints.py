@@ -17,6 +17,7 @@ from pipeline.storage import FileStore, S3Store, Store
 from pipeline.training import checkpoints
 from pipeline.training.checkpoints import CheckpointManifest, check_cursor, newest, open_checkpoint, resume_point
 from pipeline.training.engine import KINDS, Fragment
+from pipeline.training.guard import FRESH
 from pipeline.training.host_copy import HostCopy
 from pipeline.training.retention import Pruner, Retention
 from pipeline.training.saver import write_part
@@ -263,6 +264,41 @@ def test_a_generation_above_9999_finds_its_parent(tmp_path):
     assert (above.generation, above.continues) == (10_001, "g10000/checkpoints/step-00000003")
     with newest(above) as checkpoint:
         assert checkpoint.manifest.global_step == 3
+
+
+def test_a_roll_back_finds_the_newest_from_before_and_never_one_of_a_line_that_was_given_up(tmp_path):
+    first = attempt_at(tmp_path)
+    for step in (10, 20, 30):
+        save(first.store, step)
+    second = attempt_at(tmp_path)
+    for step in (40, 50):
+        save(second.store, step)
+
+    def found(undo, stepped_over=()) -> str:
+        checkpoint = checkpoints.before(second, undo, stepped_over)
+        with checkpoint:
+            return checkpoint.key
+
+    assert found((35, 52)) == "g0001/checkpoints/step-00000030"
+    assert found((40, 52)) == "g0002/checkpoints/step-00000040"
+    assert found((48, 52), [(25, 41)]) == "g0001/checkpoints/step-00000020"
+    assert found((48, 52), [(20, 41)]) == "g0001/checkpoints/step-00000020"  # where the gap begins all was well
+    assert found((5, 52)) == "g0001/checkpoints/step-00000010"  # the oldest there is
+    flip(file_of(tmp_path / "g0001", checkpoints.folder_of(30), "rank-0002-of-0003.safetensors"))
+    assert found((35, 52)) == "g0001/checkpoints/step-00000020"
+    assert checkpoints.before(second, (0, 52), ()) is None  # the beginning is nearer than any
+    with pytest.raises(CheckpointError, match="no checkpoint from before step 9 is left"):
+        checkpoints.before(second, (5, 9), ())
+    assert checkpoints.before(attempt_at(tmp_path / "new"), (5, 9), ()) is None
+
+
+def test_manifests_from_before_there_was_a_guard_are_read(tmp_path):
+    store = FileStore(tmp_path)
+    folder = save(store, 3)
+    body = json.loads(store.read(f"{folder}/manifest.json"))
+    del body["guard"]
+    store.write(f"{folder}/manifest.json", json.dumps(body).encode())
+    assert checkpoints.read_manifest(store, folder).guard == FRESH
 
 
 # ---------------------------------------------------------------------------------------------------------------------
