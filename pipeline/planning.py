@@ -5,6 +5,7 @@ Errors: ConfigError for a layout that cannot fit where the memory is known: name
 Source: memory: pipeline.training.footprint; time: operations of mae_core.cost over workers x peak x share of use. Blocks that
 are computed again are one more forward pass. Reading, evaluation on the test split and checkpoints are not in it."""
 
+import bisect
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -95,8 +96,7 @@ def proposal(steps: Sequence[Training], resources: Resources, hardware: Hardware
     slice_ = math.ceil(max(step.recipe.global_batch for step in steps) / workers_of(resources))
     found: list[Resources] = []
     for way in _ways(resources, hardware):
-        fitting = (tried for tried in _micro_batches(way, slice_) if _all_fit(steps, tried, hardware))
-        best = next(fitting, None)
+        best = _largest(steps, way, hardware, slice_)
         if best and best.micro_batch >= min(WORTHWHILE, slice_):
             return best
         found += [best] if best else []
@@ -172,10 +172,6 @@ def _way_out(way: Resources | None) -> str:
     return f"Write {as_set(way)}; mae plan shows all"
 
 
-def _all_fit(steps: Sequence[Training], resources: Resources, hardware: Hardware) -> bool:
-    return all(layout(step, resources, hardware).fits for step in steps)
-
-
 def _ways(resources: Resources, hardware: Hardware) -> Iterator[Resources]:
     """What is tried, the cheapest in time first. What somebody has turned on stays on."""
     workers = workers_of(resources)
@@ -187,10 +183,26 @@ def _ways(resources: Resources, hardware: Hardware) -> Iterator[Resources]:
         yield _changed(resources, zero_stage=stages[-1], activation_checkpointing=True, offload="optimizer")
 
 
-def _micro_batches(way: Resources, slice_: int) -> Iterator[Resources]:
-    """A worker's slice whole, in halves, in thirds, ...: the largest first."""
-    sizes = dict.fromkeys(math.ceil(slice_ / parts) for parts in range(1, slice_ + 1))
-    return (_changed(way, micro_batch=size) for size in sizes)
+def _largest(steps: Sequence[Training], way: Resources, hardware: Hardware, slice_: int) -> Resources | None:
+    """The largest micro-batch that fits of a worker's slice whole, in halves, in thirds, ..."""
+
+    def fits(size: int) -> bool:
+        return all(layout(step, _changed(way, micro_batch=size), hardware).fits for step in steps)
+
+    whole, *parts = _sizes(slice_)
+    if fits(whole):  # apart: only what is cut keeps gradients beside the next activations
+        return _changed(way, micro_batch=whole)
+    found = bisect.bisect_left(parts, 1, key=fits)
+    return _changed(way, micro_batch=parts[found]) if found < len(parts) else None
+
+
+def _sizes(slice_: int) -> Iterator[int]:
+    """The different micro-batches that cut a slice into equally many rounds, the largest first."""
+    size = slice_
+    yield size
+    while size > 1:
+        size = math.ceil(slice_ / math.ceil(slice_ / (size - 1)))
+        yield size
 
 
 def _changed(resources: Resources, **fields: object) -> Resources:

@@ -116,12 +116,25 @@ def _moments(model: Model, settings: EngineSettings, *, workers: int, device: De
         workspace=bucket if stage == 1 else 2 * bucket,
     )
     first = min(under_way, width * model.last) if stage > 1 or settings.accumulation == 1 else 0
-    return (
+    moments = (
         backward._replace(activations=images * model.activations),
         backward._replace(activations=images * model.first, gradients=backward.gradients + first),
         backward._replace(gradients=standing.gradients + under_way + kept + (earlier if stage == 2 else 0)),
         _moving(standing, math.ceil(model.group / workers), settings, kept=kept),
     )
+    small = (images * model.activations, images * model.first + first, under_way, 0)
+    holes = _holes(model, settings, device=device)
+    return tuple(
+        moment._replace(overhead=moment.overhead + max(0, holes - filled))
+        for moment, filled in zip(moments, small, strict=True)
+    )
+
+
+def _holes(model: Model, settings: EngineSettings, *, device: Device) -> int:
+    """What the C library keeps of a CPU's first float32 weights, given up one by one while smaller copies come between them;
+    small blocks (below 32 MiB: activations, gradients) go there, large ones do not. CUDA's allocator hands such blocks back."""
+    given_up = settings.precision == "bf16" or settings.zero_stage == 3
+    return 4 * model.weights if given_up and device == "cpu" else 0
 
 
 def _standing(own: int, whole: int, settings: EngineSettings, *, device: Device) -> Footprint:
