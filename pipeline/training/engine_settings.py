@@ -4,6 +4,7 @@ Every DeepSpeed key that results depend on is written out, since defaults move (
 start each is read back, from the live optimiser where that can be, and compared.
 Errors: ConfigError when a setting in force is not the one asked for."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -76,39 +77,40 @@ def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
 
 def check_effective(engine: Any, settings: EngineSettings, world: World) -> None:
     """ConfigError when a DeepSpeed engine runs with something else than was asked for."""
-    for key, (in_force, asked) in _in_force_and_asked(engine, settings, world).items():
+    for key, in_force, asked in _in_force_and_asked(engine, settings, world):
         if in_force != asked:
             raise ConfigError(f"DeepSpeed runs with {key} = {in_force}, {asked} was asked for: its defaults have moved")
 
 
-def _in_force_and_asked(engine: Any, settings: EngineSettings, world: World) -> dict[str, tuple[object, object]]:
-    live, zero = engine.optimizer, engine._config.zero_config
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+def _in_force_and_asked(engine: Any, settings: EngineSettings, world: World) -> Iterator[tuple[str, object, object]]:
+    """(key, in force, asked for). The live optimiser comes last: which class it is follows from what comes first."""
+    config, zero = engine._config, engine._config.zero_config
     clipping = settings.max_grad_norm or 0.0
-    pairs: dict[str, tuple[object, object]] = {
-        "zero_optimization.stage": (engine.zero_optimization_stage(), settings.zero_stage),
-        "bf16.enabled": (bool(engine.bfloat16_enabled()), settings.precision == "bf16"),
-        "fp16.enabled": (bool(engine.fp16_enabled()), False),
-        "torch_autocast.enabled": (bool(engine.torch_autocast_enabled()), False),
-        "gradient_clipping": (engine.gradient_clipping(), clipping),
-        "the optimiser's clipping": (live.clip_grad, clipping),
-        "gradient_accumulation_steps": (engine.gradient_accumulation_steps(), settings.accumulation),
-        "data_types.grad_accum_dtype": (live.gradient_accumulation_dtype, dtype),
-        "communication_data_type": (live.communication_data_type, dtype),
-        "the type of the optimiser's weights": (live.master_weights_and_grads_dtype, torch.float32),
-        "prescale_gradients": (not engine.postscale_gradients(), False),
-        "gradient_predivide_factor": (engine.gradient_predivide_factor(), 1.0),
-        "bf16.check_grad_overflow": (engine._config.bfloat16_config.check_grad_overflow, True),
-        "zero_optimization.overlap_comm": (zero.overlap_comm, False),
-        "zero_optimization.round_robin_gradients": (zero.round_robin_gradients, False),
-        "zero_optimization.zero_quantized_weights": (zero.zero_quantized_weights, False),
-        "zero_optimization.zero_quantized_gradients": (zero.zero_quantized_gradients, False),
-        "zero_optimization.offload_optimizer": (engine.zero_use_cpu_optimizer(), settings.offload == "optimizer"),
-        "zero_optimization.offload_param": (zero.offload_param, None),
-        "data parallel size": (engine.dp_world_size, world.size),
-        "the optimiser": (type(live.optimizer).__name__, torch.optim.AdamW.__name__),
-    }
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    yield "data parallel size", engine.dp_world_size, world.size
+    yield "zero_optimization.stage", engine.zero_optimization_stage(), settings.zero_stage
+    yield "bf16.enabled", engine.bfloat16_enabled(), settings.precision == "bf16"
+    yield "bf16.check_grad_overflow", config.bfloat16_config.check_grad_overflow, True
+    yield "fp16.enabled", engine.fp16_enabled(), False
+    yield "torch_autocast.enabled", engine.torch_autocast_enabled(), False
+    yield "data_types.grad_accum_dtype", engine.get_data_types()[1], dtype
+    yield "communication_data_type", engine.communication_data_type, dtype
+    yield "gradient_accumulation_steps", engine.gradient_accumulation_steps(), settings.accumulation
+    yield "gradient_clipping", engine.gradient_clipping(), clipping
+    yield "prescale_gradients", config.prescale_gradients, False
+    yield "gradient_predivide_factor", engine.gradient_predivide_factor(), 1.0
+    yield "zero_optimization.overlap_comm", zero.overlap_comm, False
+    yield "zero_optimization.round_robin_gradients", zero.round_robin_gradients, False
+    yield "zero_optimization.zero_quantized_weights", zero.zero_quantized_weights, False
+    yield "zero_optimization.zero_quantized_gradients", zero.zero_quantized_gradients, False
+    yield "zero_optimization.offload_optimizer", engine.zero_use_cpu_optimizer(), settings.offload == "optimizer"
+    yield "zero_optimization.offload_param", zero.offload_param, None
+    live = engine.optimizer
+    yield "the live clipping", live.clip_grad, clipping
+    yield "the live type of summed gradients", live.gradient_accumulation_dtype, dtype
+    yield "the live type of reduced gradients", live.communication_data_type, dtype
+    yield "the live type of the weights that move", live.master_weights_and_grads_dtype, torch.float32
+    yield "the live optimiser", type(live.optimizer), torch.optim.AdamW
     for number, group in enumerate(live.optimizer.param_groups):
-        pairs[f"betas of group {number}"] = (tuple(group["betas"]), settings.betas)
-        pairs[f"eps of group {number}"] = (group["eps"], EPS)
-    return pairs
+        yield f"betas of group {number}", tuple(group["betas"]), settings.betas
+        yield f"eps of group {number}", group["eps"], EPS

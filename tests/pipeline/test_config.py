@@ -270,6 +270,9 @@ OTHER: dict[str, Any] = {
     "resources.use_gpu": False,
     "resources.zero_stage": 2,
     "resources.profile_steps": [10, 2],
+    "resources.offload": "optimizer",
+    "pretrain.max_grad_norm": 1.0,
+    "evaluation.finetune.max_grad_norm": 1.0,
     "store": "/data/other",
 }
 FIXED = ("model.masking", "model.encoder.in_channels")

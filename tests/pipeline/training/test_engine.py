@@ -1,27 +1,37 @@
 """The engine against plain AdamW on the whole batch in one process, at every ZeRO stage, world size and accumulation."""
 
-import copy
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from engine_kit import (
+    BETAS,
+    Case,
+    References,
+    assembled,
+    built_mae,
+    held,
+    mae_inputs,
+    make_engine,
+    of_rank,
+    step_on,
+    train_mae,
+)
 from torch import nn
-from training_kit import SIDE, encoder_config, mae_config
+from training_kit import SIDE, encoder_config
 
 from mae_core.optim import layer_index, parameter_groups
-from pipeline.data.randomness import mask_noise
+from mae_core.vit import Block
 from pipeline.errors import ConfigError
 from pipeline.training import engine as engine_module
-from pipeline.training.engine import KINDS, Engine
-from pipeline.training.engine_settings import EngineSettings
 from pipeline.training.slices import split
-from pipeline.training.tasks import ClassificationTask, MAETask
-from pipeline.training.world import enter_world
+from pipeline.training.tasks import Built, ClassificationTask
 
 STEPS = 5
 PEAK_LR = 0.01
-BETAS = (0.9, 0.95)
+ZERO_STAGES = pytest.mark.parametrize("zero_stage", [1, 2, 3])
 
 
 class Perceptron(nn.Module):
@@ -36,14 +46,6 @@ class Perceptron(nn.Module):
 
     def forward(self, x, y):
         return (self.layers(x).float() - y).square().mean(dim=1)
-
-
-@dataclass(frozen=True)
-class Case:
-    zero_stage: int
-    batch: int = 13
-    micro_batch: int = 13
-    precision: str = "fp32"
 
 
 def samples(batch: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,33 +84,6 @@ def reference(batch: int) -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "state": state}
 
 
-def make_engine(case: Case, module: nn.Module, groups: Any) -> Engine:
-    world = enter_world()
-    largest = -(-case.batch // world.size)
-    micro_batch = min(case.micro_batch, largest)
-    settings = EngineSettings(
-        precision=case.precision,
-        zero_stage=case.zero_stage,
-        micro_batch=micro_batch,
-        accumulation=-(-largest // micro_batch),
-        betas=BETAS,
-    )
-    return Engine(module, groups, settings, world)
-
-
-def step_on(engine: Engine, inputs: tuple[torch.Tensor, ...], batch: int, lr: float) -> tuple[float, float]:
-    """One step on this rank's slice; (global mean loss, gradient norm)."""
-    world = engine.world
-    mine = slice(world.rank * batch // world.size, (world.rank + 1) * batch // world.size)
-    micro_batches = split(tuple(tensor[mine] for tensor in inputs), engine.settings, world.device)
-    local_sum, norm = engine.train_step(micro_batches, global_batch=batch, lr=lr)
-    return world.total([local_sum])[0] / batch, norm
-
-
-def held(engine: Engine) -> list[tuple[str, int, torch.Tensor]]:
-    return [(f"{f.kind}|{f.parameter}", f.start, f.values.clone()) for f in engine.fragments()]
-
-
 def train_perceptron(case: Case) -> dict[str, Any]:
     module = Perceptron()
     engine = make_engine(case, module, parameter_groups(module, weight_decay=0.3))
@@ -122,27 +97,12 @@ def train_perceptron(case: Case) -> dict[str, Any]:
     }
 
 
-def assembled(results: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """All ranks' fragments as whole parameters; every value exactly once."""
-    numel = {name: int(torch.Size(shape).numel()) for name, shape in results[0]["shapes"].items()}
-    state = {f"{kind}|{name}": torch.full((numel[name],), torch.nan) for name in numel for kind in KINDS}
-    times = {key: torch.zeros(len(value), dtype=torch.int64) for key, value in state.items()}
-    for result in results:
-        for key, start, values in result["held"]:
-            assert values.dtype == torch.float32
-            state[key][start : start + len(values)] = values
-            times[key][start : start + len(values)] += 1
-    for key, count in times.items():
-        assert count.eq(1).all(), f"{key}: values are held {count.unique().tolist()} times"
-    return state
-
-
 @pytest.fixture(scope="module")
 def references():
     return {batch: reference(batch) for batch in (12, 13, 7, 2)}
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+@ZERO_STAGES
 @pytest.mark.parametrize(
     ("workers", "batch", "micro_batch"),
     [(1, 13, 13), (1, 13, 5), (2, 12, 6), (2, 13, 7), (2, 7, 2), (3, 13, 5), (3, 13, 2), (3, 2, 1)],
@@ -168,24 +128,113 @@ def test_steps_equal_plain_adamw_on_the_whole_batch(teams, references, zero_stag
 # Precision
 
 
-def mae_losses(case: Case) -> tuple[list[float], str]:
-    """Losses of a few steps, and the type of the per-sample losses."""
-    built = MAETask(model=mae_config(), weight_decay=0.05, seed=0).build()
+def loss_type(case: Case) -> str:
+    """Type of the per-sample losses."""
+    built = built_mae()
     engine = make_engine(case, built.module, built.groups)
-    images = torch.randint(0, 256, (case.batch, SIDE, SIDE, 3), generator=torch.Generator().manual_seed(1)).byte()
-    ids = list(range(case.batch))
-    noise = torch.as_tensor(mask_noise(0, [0] * case.batch, ids, mae_config().encoder.num_patches))
-    losses = [step_on(engine, (images, noise), case.batch, 1e-3)[0] for _ in range(3)]
-    return losses, str(engine.module(images[:2], noise[:2]).dtype)
+    return str(engine.module(*mae_inputs(2, 0)).dtype)
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+@ZERO_STAGES
 def test_bf16_computes_the_loss_in_float32_and_close_to_fp32(teams, zero_stage):
-    exact, _ = teams(2).run(mae_losses, Case(zero_stage))[0]
-    coarse, kind = teams(2).run(mae_losses, Case(zero_stage, precision="bf16"))[0]
-    assert kind == "torch.float32"
+    case = Case(zero_stage)
+    exact = teams(2).run(train_mae, case, 0, 3)[0]["losses"]
+    coarse = teams(2).run(train_mae, replace(case, precision="bf16"), 0, 3)[0]["losses"]
+    assert teams(2).run(loss_type, replace(case, precision="bf16"))[0] == "torch.float32"
     assert coarse != exact  # it did compute in bf16
     assert coarse == pytest.approx(exact, rel=1e-2)  # 2.5e-3 seen; 8 bits of mantissa resolve 4e-3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plain torch DDP. All stages, accumulations, world sizes and ways to run: tests/system/test_engine_matrix.py
+
+
+@pytest.fixture(scope="module")
+def ddp(teams):
+    return References(teams, {})
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, micro_batch=4, max_grad_norm=0.3),
+        Case(2, micro_batch=2, offload="optimizer", max_grad_norm=0.3),
+        Case(3, activation_checkpointing=True, offload="optimizer", max_grad_norm=0.3),
+    ],
+    ids=lambda case: f"zero{case.zero_stage}",
+)
+def test_twenty_steps_of_an_autoencoder_equal_plain_ddp(teams, ddp, case):
+    result, expected = teams(2).run(train_mae, case)[0], ddp(case)
+    assert min(expected["norms"]) < case.max_grad_norm < max(expected["norms"])  # some steps are clipped, some not
+    assert expected["losses"][-1] != pytest.approx(ddp(replace(case, max_grad_norm=None))["losses"][-1], rel=1e-4)
+    # sums in another order: 1e-7 and 2e-7 seen
+    assert result["losses"] == pytest.approx(expected["losses"], rel=1e-6)
+    assert result["norms"] == pytest.approx(expected["norms"], rel=2e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks computed again
+
+
+def built_classifier(*, layer_decay: float = 0.75, drop_path: float = 0.5) -> Built:
+    """Fine-tuning without weight decay."""
+    return ClassificationTask(
+        encoder=encoder_config(),
+        encoder_uri="",
+        num_classes=3,
+        weight_decay=0.0,
+        layer_decay=layer_decay,
+        drop_path=drop_path,
+        label_smoothing=0.1,
+        seed=0,
+    ).build()
+
+
+def classifier_inputs(batch: int) -> tuple[torch.Tensor, ...]:
+    """Images, labels and drop path noise."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (batch, SIDE, SIDE, 3), generator=generator).byte()
+    noise = torch.rand(batch, encoder_config().depth, 2, generator=generator)
+    return images, torch.arange(batch) % 3, noise
+
+
+def finetune(case: Case) -> dict[str, Any]:
+    """Three steps with dropped branches, then scores of whole images; and how often blocks were computed."""
+    built = built_classifier()
+    blocks = [part.attn for part in built.module.modules() if isinstance(part, Block)]
+    runs = 0
+
+    def count(*_: Any) -> None:
+        nonlocal runs
+        runs += 1
+
+    for block in blocks:
+        block.register_forward_pre_hook(count)
+    inputs = classifier_inputs(case.batch)
+    with closing(make_engine(case, built.module, built.groups)) as engine:
+        steps = [step_on(engine, inputs, case.batch, 0.01) for _ in range(3)]
+        trained = runs / (3 * len(blocks))
+        engine.module.eval()
+        with torch.inference_mode():
+            scores = engine.module(inputs[0]).tolist()
+        return {"steps": steps, "scores": scores, "held": held(engine), "trained": trained}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@ZERO_STAGES
+def test_blocks_computed_again_change_no_bit(teams, zero_stage, precision):
+    """Losses, norms, weights and moments (the first of which is the gradient), with drop path; evaluation works on."""
+    case = Case(zero_stage, precision=precision)
+    kept = teams(2).run(finetune, case)
+    again = teams(2).run(finetune, replace(case, activation_checkpointing=True))
+    for one, other in zip(kept, again, strict=True):
+        assert (one["trained"], other["trained"]) == (1, 2)
+        assert one["steps"] == other["steps"]
+        assert one["scores"] == other["scores"]
+        assert len(one["held"]) == len(other["held"])
+        for (name, start, values), (other_name, other_start, others) in zip(one["held"], other["held"], strict=True):
+            assert (name, start) == (other_name, other_start)
+            assert torch.equal(values, others), name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,26 +245,12 @@ DECAY, LR = 0.75, 0.01
 
 
 def decayed_step(case: Case) -> dict[str, Any]:
-    """One step of fine-tuning without weight decay: each parameter's largest move, and the live rates."""
-    config = encoder_config()
-    task = ClassificationTask(
-        encoder=config,
-        encoder_uri="",
-        num_classes=3,
-        weight_decay=0.0,
-        layer_decay=DECAY,
-        drop_path=0.0,
-        label_smoothing=0.1,
-        seed=0,
-    )
-    built = task.build()
+    """One step of fine-tuning: each parameter's largest move, and the live rates after it."""
+    built = built_classifier(layer_decay=DECAY, drop_path=0.0)
     names = [group["names"] for group in built.groups]
     engine = make_engine(case, built.module, built.groups)
     before = held(engine)
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randint(0, 256, (case.batch, SIDE, SIDE, 3), generator=generator).byte()
-    inputs = (images, torch.arange(case.batch) % 3, torch.rand(case.batch, config.depth, 2, generator=generator))
-    step_on(engine, inputs, case.batch, LR)
+    step_on(engine, classifier_inputs(case.batch), case.batch, LR)
     after = {(key, start): values for key, start, values in held(engine)}
     moves: dict[str, float] = {}
     for key, start, values in before:
@@ -226,11 +261,12 @@ def decayed_step(case: Case) -> dict[str, Any]:
     return {"rates": engine.learning_rates, "groups": names, "moves": moves}
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_layer_wise_decay_reaches_the_live_optimiser(teams, zero_stage):
+@pytest.mark.parametrize("offload", ["none", "optimizer"])
+@ZERO_STAGES
+def test_layer_wise_decay_reaches_the_live_optimiser(teams, zero_stage, offload):
     """Adam's first step moves a weight by its learning rate, whatever the gradient: the moves prove which rate was used."""
     depth = encoder_config().depth
-    results = teams(2).run(decayed_step, Case(zero_stage))
+    results = teams(2).run(decayed_step, Case(zero_stage, offload=offload))
     rates = dict(zip((names[0] for names in results[0]["groups"]), results[0]["rates"], strict=True))
     by_layer = {layer_index(name, depth=depth): value for name, value in rates.items()}
     assert by_layer[0] / by_layer[depth + 1] == pytest.approx(DECAY ** (depth + 1), rel=1e-12)
@@ -246,20 +282,93 @@ def test_layer_wise_decay_reaches_the_live_optimiser(teams, zero_stage):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Traps of ZeRO: many groups fragment the reductions, small buckets move bf16 losses, frozen tables are lost
+
+
+def collectives_of_a_step(case: Case, layer_decay: float | None) -> tuple[int, dict[str, int]]:
+    """Number of parameter groups, and how often which collective reduces gradients in a step."""
+    from deepspeed import comm
+
+    built = built_classifier()
+    depth = encoder_config().depth if layer_decay else None
+    groups = parameter_groups(built.module.model, weight_decay=0.05, layer_decay=layer_decay, depth=depth)
+    counts: dict[str, int] = {}
+
+    def counting(name: str) -> Any:
+        plain = getattr(comm, name)
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            counts[name] = counts.get(name, 0) + 1
+            return plain(*arguments, **options)
+
+        return counted
+
+    with closing(make_engine(case, built.module, groups)) as engine, pytest.MonkeyPatch.context() as patch:
+        for name in ("all_reduce", "reduce", "reduce_scatter_tensor", "reduce_scatter_fn"):
+            patch.setattr(comm, name, counting(name))
+        micro_batches = split(
+            of_rank(classifier_inputs(case.batch), engine.world), engine.settings, engine.world.device
+        )
+        engine.accumulate(micro_batches, global_batch=case.batch)
+    return len(groups), counts
+
+
+@ZERO_STAGES
+def test_a_group_for_each_layer_costs_no_reduction_more(teams, zero_stage):
+    few, at_once = teams(2).run(collectives_of_a_step, Case(zero_stage), None)[0]
+    many, layered = teams(2).run(collectives_of_a_step, Case(zero_stage), DECAY)[0]
+    assert (few, many) == (2, 2 * (encoder_config().depth + 2))
+    assert layered == at_once
+    assert sum(at_once.values()) == 1
+
+
+def in_small_buckets(case: Case) -> dict[str, Any]:
+    """Training in which gradients are reduced 500 numbers at a time."""
+    honest = engine_module.deepspeed_config
+
+    def small(settings: Any) -> dict[str, Any]:
+        told = honest(settings)
+        return told | {"zero_optimization": told["zero_optimization"] | {"reduce_bucket_size": 500}}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module, "deepspeed_config", small)
+        return train_mae(case)
+
+
+def test_the_size_of_buckets_moves_no_loss_in_bf16(teams):
+    case = Case(2, precision="bf16", micro_batch=4)
+    assert teams(2).run(in_small_buckets, case)[0]["losses"] == teams(2).run(train_mae, case)[0]["losses"]
+
+
+def test_no_parameter_is_frozen():
+    """DeepSpeed's own checkpoints lose frozen ones; position tables are buffers."""
+    for built in (built_mae(), built_classifier()):
+        assert all(parameter.requires_grad for parameter in built.module.parameters())
+        grouped = [parameter for group in built.groups for parameter in group["params"]]
+        assert {id(p) for p in grouped} == {id(p) for p in built.module.parameters()}
+        assert not list(built.module.state_dict().keys() & dict(built.module.named_buffers()).keys())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What is refused
 
 
 def tampered(change: dict[str, Any]) -> str:
     """The engine's answer when DeepSpeed is told something else than was asked for."""
     honest = engine_module.deepspeed_config
-    engine_module.deepspeed_config = lambda settings: copy.deepcopy(honest(settings)) | change
-    try:
+
+    def told(settings: Any) -> dict[str, Any]:
+        config = honest(settings)
+        zero = config["zero_optimization"] | change.get("zero_optimization", {})
+        return config | change | {"zero_optimization": zero}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module, "deepspeed_config", told)
         module = Perceptron()
-        make_engine(Case(1), module, parameter_groups(module, weight_decay=0.0))
-    except ConfigError as error:
-        return str(error)
-    finally:
-        engine_module.deepspeed_config = honest
+        try:
+            make_engine(Case(), module, parameter_groups(module, weight_decay=0.0))
+        except ConfigError as error:
+            return str(error)
     return ""
 
 
@@ -270,8 +379,16 @@ def tampered(change: dict[str, Any]) -> str:
         ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage = 2, 1"),
         ({"bf16": {"enabled": True}}, "bf16.enabled = True, False"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps = 2, 1"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype = torch.bfloat16, torch.float32"),
+        ({"communication_data_type": "bf16"}, "communication_data_type = torch.bfloat16, torch.float32"),
+        ({"prescale_gradients": True}, "prescale_gradients = True, False"),
+        ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor = 2.0, 1.0"),
+        ({"bf16": {"check_grad_overflow": False}}, "bf16.check_grad_overflow = False, True"),
+        ({"zero_optimization": {"overlap_comm": True}}, "zero_optimization.overlap_comm = True, False"),
+        ({"zero_optimization": {"round_robin_gradients": True}}, "round_robin_gradients = True, False"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "offload_optimizer = True, False"),
     ],
-    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+    ids=lambda value: "" if isinstance(value, str) else str(value),
 )
 def test_settings_that_deepspeed_does_not_follow_are_refused(teams, change, named):
     assert named in teams(1).run(tampered, change)[0]

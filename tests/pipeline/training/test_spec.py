@@ -36,3 +36,9 @@ def test_rounding_never_makes_an_impossible_schedule(samples):
 def test_a_decay_that_does_not_fit_is_answered():
     with pytest.raises(ConfigError, match=r"decay_share=0.95 is not in \(0, 0.9\]"):
         Recipe(epochs=100, warmup_epochs=10, schedule="warmup_stable_decay", decay_share=0.95)
+
+
+@pytest.mark.parametrize("norm", [0.0, -1.0, float("nan")])
+def test_clipping_to_nothing_is_answered(norm):
+    with pytest.raises(ConfigError, match=f"max_grad_norm={norm} is not positive: write 1.0, or null for no clipping"):
+        Recipe(max_grad_norm=norm)
