@@ -1,0 +1,207 @@
+"""A checkpoint beside training: how long the loop stands still, beside a bare copy of the same bytes in memory.
+
+    python -m benchmarks.checkpoint
+    python -m benchmarks.checkpoint --quick
+    python -m benchmarks.checkpoint --store s3://bucket/prefix
+
+One worker with the real engine (ZeRO-1, float32) trains MAE ViT-S (quick: a smaller one, also above 256 MiB of state) on random
+pixels, a batch of 2, and saves in turns. A turn: steps with nothing beside them; the bare copy; the save, which is what the loop
+waits for; steps while the file is written, each with its look at the boundary, until the checkpoint is committed. The bare copy
+is the quicker of torch's and numpy's between two buffers of the state's size, both touched before, in the same turn.
+
+Units:  seconds by the clock; a ratio is the median over turns of save / copy.
+        seconds: from the save to its commit. share_of_training: stall / (500 steps, the default interval, and the stall).
+        slower_beside: a step while the file is written / a step alone.
+Errors: StorageError when the store refuses.
+Source: none; DESIGN 3.4 asks for stall_vs_copy <= 2 and share_of_training < 0.01."""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from benchmarks import _data
+from benchmarks import _timing as timing
+from mae_core.config import MAEConfig, small, tiny
+from pipeline.config import Resources
+from pipeline.graph.step import Attempt
+from pipeline.storage import open_store
+from pipeline.training.checkpoints import CheckpointManifest
+from pipeline.training.engine import Engine, EngineSettings, MicroBatch
+from pipeline.training.retention import Retention
+from pipeline.training.saver import Saver
+from pipeline.training.tasks import MAETask
+from pipeline.training.world import enter_world
+
+BATCH = 2
+LEAST_BYTES = 256 * 2**20
+INTERVAL = Resources().checkpoint_every_steps
+
+
+class Turn(NamedTuple):
+    """Seconds."""
+
+    copy: float
+    stall: float
+    until_committed: float
+    step_alone: float
+    step_beside: float
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    def update(self, done: int, total: int, *, unit: str, **fields: float) -> None:
+        """Nothing."""
+
+
+class Training:
+    """An engine that takes steps on random pixels, and its saver."""
+
+    def __init__(self, model: MAEConfig, store_uri: str) -> None:
+        world = enter_world()
+        built = MAETask(model=model, weight_decay=0.05, seed=0).build()
+        settings = EngineSettings(precision="fp32", zero_stage=1, micro_batch=BATCH, accumulation=1, betas=(0.9, 0.95))
+        self.engine = Engine(built.module, built.groups, settings, world)
+        height, width = model.encoder.image_size
+        images = torch.randint(0, 256, (BATCH, height, width, 3), dtype=torch.uint8, device=world.device)
+        noise = torch.rand(BATCH, model.encoder.num_patches, device=world.device)
+        self.micro_batch = MicroBatch((images, noise), torch.ones(BATCH, device=world.device))
+        attempt = Attempt(
+            root_uri=open_store(store_uri).uri,
+            generation=1,
+            continues="",
+            step_name="benchmark",
+            fingerprint="0" * 64,
+            resources={},
+            executor="in_process",
+            progress=Silent(),
+        )
+        keep = Retention(last=1, every_steps=None, best=0)
+        self.saver = Saver(self.engine.fragments, world, attempt, keep)
+        self.device, self.steps = world.device, 0
+        self.bytes = sum(4 * fragment.values.numel() for fragment in self.engine.fragments())
+
+    def step(self) -> None:
+        """Forward, backward, update."""
+        self.engine.train_step([self.micro_batch], global_batch=BATCH, lr=1e-6)
+        self.steps += 1
+
+    def save(self) -> None:
+        """What the loop does at a save step."""
+        manifest = CheckpointManifest(
+            global_step=self.steps,
+            optimizer_steps=self.engine.optimizer_steps,
+            cursor={},
+            ids_digest=0,
+            ids_count=self.steps * BATCH,
+            parameters=self.engine.shapes(),
+            world_size=1,
+            zero_stage=1,
+        )
+        self.saver.save(manifest, [{"step": self.steps, "loss": 1.0}])
+
+    def close(self) -> None:
+        """Lets go of thread and engine."""
+        self.saver.close()
+        self.engine.close()
+
+
+class BareCopy:
+    """Two touched buffers of a size; on CUDA the first is the device's and the second pinned."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.device = device
+        self.source = torch.ones(size // 4, device=device)
+        self.target = torch.empty(size // 4, pin_memory=device.type == "cuda").fill_(0)
+
+    def seconds(self) -> float:
+        """The quicker of the ways."""
+        ways: list[Callable[[], object]] = [lambda: self.target.copy_(self.source)]
+        if self.device.type == "cpu":
+            ways.append(lambda: np.copyto(self.target.numpy(), self.source.numpy()))
+        return min(timing.seconds_of(way, times=2, device=self.device) for way in ways)
+
+
+def turn(training: Training, bare: BareCopy, *, steps: int) -> Turn:
+    """One save among steps. Errors: StorageError. Source: see the module."""
+    alone = timing.seconds_of(training.step, times=steps, device=training.device)
+    copy = bare.seconds()
+    began = time.perf_counter()
+    training.save()
+    stall = time.perf_counter() - began
+    beside = []
+    while training.saver.busy:
+        beside.append(timing.seconds_of(training.step, times=1, device=training.device))
+        looked = time.perf_counter()
+        training.saver.advance()
+        stall += time.perf_counter() - looked
+    return Turn(copy, stall, time.perf_counter() - began, alone, median(beside))
+
+
+def measure(asked: argparse.Namespace) -> dict[str, object]:
+    """Measures, prints the table, and gives the JSON line's contents. Errors: StorageError. Source: see the module."""
+    model = MAEConfig(encoder=tiny() if asked.quick else small())
+    turns = asked.turns or (5 if asked.quick else 11)
+    with tempfile.TemporaryDirectory(prefix="mae-benchmark-") as folder:
+        store_uri = asked.store or str(Path(folder) / "store")
+        with closing(Training(model, store_uri)) as training:
+            bare = BareCopy(training.bytes, training.device)
+            training.step()
+            turn(training, bare, steps=1)
+            found = [turn(training, bare, steps=2) for _ in range(turns)]
+            device = timing.device_name(training.device)
+    ratio = _data.spread([one.stall / one.copy for one in found])
+    stall, alone = median(one.stall for one in found), median(one.step_alone for one in found)
+    slower = _data.spread([one.step_beside / one.step_alone for one in found])
+    share = stall / (INTERVAL * alone + stall)
+    seconds = median(one.until_committed for one in found)
+    held = training.bytes / 2**20
+    print(
+        f"{device}, torch {torch.__version__}: {held:.0f} MiB a rank, {turns} turns, store {store_uri.partition(':')[0]}"
+    )
+    print(
+        timing.table(
+            ("", "seconds", "ratio (quartiles)"),
+            [
+                ("bare copy", f"{median(one.copy for one in found):.4f}", "1"),
+                ("the loop waits", f"{stall:.4f}", _data.shown(ratio)),
+                ("saved and committed after", f"{seconds:.2f}", ""),
+                ("a step alone", f"{alone:.3f}", "1"),
+                ("a step while it is written", f"{median(one.step_beside for one in found):.3f}", _data.shown(slower)),
+            ],
+        )
+    )
+    print(f"of training time, a save every {INTERVAL} steps: {100 * share:.4f} %")
+    return {
+        "benchmark": "checkpoint",
+        "device": device,
+        "stall_vs_copy": round(ratio.median, 3),
+        "stall_vs_copy_quartiles": [round(ratio.low, 3), round(ratio.high, 3)],
+        "bytes": training.bytes,
+        "seconds": round(seconds, 3),
+        "stall_seconds": round(stall, 4),
+        "copy_seconds": round(median(one.copy for one in found), 4),
+        "share_of_training": round(share, 7),
+        "slower_beside": round(slower.median, 3),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure what the command line asks for. Errors: SystemExit. Source: none."""
+    parser = _data.parser("checkpoint", "A checkpoint beside training: how long the loop waits. No images are read.")
+    parser.add_argument("--store", help="a folder or s3://bucket/prefix; left out: a temporary folder")
+    parser.add_argument("--turns", type=int, help="saves to measure")
+    print(json.dumps(measure(parser.parse_args(arguments))))
+
+
+if __name__ == "__main__":
+    main()
