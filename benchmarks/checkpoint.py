@@ -35,7 +35,8 @@ from pipeline.config import Resources
 from pipeline.graph.step import Attempt
 from pipeline.storage import open_store
 from pipeline.training.checkpoints import CheckpointManifest
-from pipeline.training.engine import Engine, EngineSettings, MicroBatch
+from pipeline.training.engine import Engine, MicroBatch
+from pipeline.training.engine_settings import EngineSettings
 from pipeline.training.retention import Retention
 from pipeline.training.saver import Saver
 from pipeline.training.tasks import MAETask

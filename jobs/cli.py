@@ -10,7 +10,9 @@ from typing import Annotated, Literal
 import typer
 
 from jobs.job import app as job_app
+from jobs.model import app as model_app
 from jobs.shards import app as shards_app
+from jobs.store import app as store_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,6 +22,8 @@ app = typer.Typer(
 )
 app.add_typer(job_app, name="job")
 app.add_typer(shards_app, name="shards")
+app.add_typer(model_app, name="model")
+app.add_typer(store_app, name="store")
 
 Config = Annotated[Path, typer.Argument(help="YAML file of the run.", metavar="CONFIG.yaml")]
 Set = Annotated[
@@ -87,6 +91,23 @@ def replay(
     from jobs.replay import replay_command
 
     raise typer.Exit(replay_command(address, step=step, most_steps=most_steps, as_json=as_json))
+
+
+@app.command()
+def fork(
+    config: Config,
+    at: Annotated[int, typer.Option(min=1, help="Step of the checkpoint to go on from.")],
+    out: Annotated[Path, typer.Option(help="The configuration to write.", metavar="FORK.yaml")],
+    overrides: Set = [],  # noqa: B006
+) -> None:
+    """Writes the configuration of a run whose pretraining goes on from a checkpoint of this one, under another recipe.
+
+    Weights, moments and position are the checkpoint's; learning rate, schedule and epochs may change. `mae run FORK.yaml` runs it.
+    """
+    from pipeline.fork import fork as write_fork
+
+    start = write_fork(config, overrides, at=at, out=out)
+    typer.echo(f"{out}: goes on from {start.checkpoint}. Run it: mae run {out}")
 
 
 @app.command()

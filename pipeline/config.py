@@ -28,6 +28,7 @@ from pipeline.errors import ConfigError, StorageError
 from pipeline.storage import open_store
 from pipeline.training.engine_settings import Offload
 from pipeline.training.spec import FinetuneRecipe, Recipe
+from pipeline.training.start import StartPoint
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
@@ -269,6 +270,8 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     resources: Resources = Resources()
     tracking: TrackingConfig = TrackingConfig()
+    fork: StartPoint | None = None
+    """Pretraining goes on from this checkpoint of another one in the same store; `mae fork` writes it."""
 
     @field_validator("model", mode="before")
     @classmethod
@@ -308,6 +311,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         lines = {field: f"{_origin(path, given, field)}: {field}{text}" for field, text in reversed(complaints)}
         raise ConfigError("\n".join(reversed(lines.values())))
     return _with_absolute_paths(config)
+
+
+def document_of(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A YAML file with `a.b=value` overrides in it, not validated."""
+    document = _read_yaml(path)
+    for override in overrides:
+        _override(document, override)
+    return document
 
 
 def _origin(path: Path, given: Sequence[str], field: str) -> str:

@@ -34,7 +34,7 @@ def build(config: RunConfig) -> list[Step]:
     pretrained = Step(
         name="pretrain",
         function=pretrain,
-        config=PretrainConfig(model=config.model, recipe=config.pretrain, seed=config.seed),
+        config=PretrainConfig(model=config.model, recipe=config.pretrain, seed=config.seed, start=config.fork),
         inputs={"shards": shards[here]},
         resources=resources,
         resume_point=resume_point,

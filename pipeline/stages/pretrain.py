@@ -8,7 +8,7 @@ import io
 import json
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -22,10 +22,11 @@ from mae_core.targets import PatchBasis, patch_basis
 from pipeline.data.order import OrderConfig
 from pipeline.data.randomness import mask_noise
 from pipeline.data.substitution import as_facts
-from pipeline.graph.step import Attempt, StageInput, StageResult
+from pipeline.graph.step import ADDED_LATER, Attempt, StageInput, StageResult
 from pipeline.training.checkpoints import open_checkpoint
 from pipeline.training.launch import run_training
 from pipeline.training.spec import Placement, Recipe, TrainSpec, dataset_address
+from pipeline.training.start import StartPoint
 from pipeline.training.tasks import BASIS, MAETask
 from pipeline.training.world import World
 from pipeline.weights import write_weights
@@ -45,6 +46,8 @@ class PretrainConfig:
     model: MAEConfig
     recipe: Recipe
     seed: int
+    start: StartPoint | None = field(default=None, metadata=ADDED_LATER)
+    """A checkpoint to go on from; None: initial weights."""
 
 
 def pretrain(config: PretrainConfig, inputs: Mapping[str, StageInput], attempt: Attempt) -> StageResult:
@@ -60,6 +63,7 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, StageInput], attempt: 
         train_samples="all",
         evaluation_split="",
         placement=Placement.from_resources(attempt.resources),
+        start=config.start,
     )
     if config.model.target == "pca":
         task = replace(task, basis=_basis(spec, config.model, attempt))

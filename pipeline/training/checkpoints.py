@@ -88,8 +88,11 @@ class _Piece(NamedTuple):
 class Checkpoint:
     """A committed checkpoint whose files have been verified and lie on this machine's disk; close it after reading."""
 
-    def __init__(self, key: str, manifest: CheckpointManifest, paths: Mapping[str, Path], held: ExitStack) -> None:
-        self.key, self.manifest, self._paths, self._held = key, manifest, paths, held
+    def __init__(
+        self, root: Store, key: str, manifest: CheckpointManifest, paths: Mapping[str, Path], held: ExitStack
+    ) -> None:
+        self.root, self.key, self.manifest = root, key, manifest
+        self._paths, self._held = paths, held
         self._pieces: dict[tuple[str, str], list[_Piece]] = {}
         for path in (path for name, path in paths.items() if name.endswith(".safetensors")):
             file = held.enter_context(safe_open(path, framework="pt"))  # mapped: nothing is read before it is asked for
@@ -222,7 +225,7 @@ def open_checkpoint(root: Store, key: str) -> Checkpoint:
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mae-checkpoint-")))
         paths = {file.name: _verified(root, key, file, scratch) for file in manifest.files}
-        return Checkpoint(key, manifest, paths, stack.pop_all())
+        return Checkpoint(root, key, manifest, paths, stack.pop_all())
 
 
 def read_manifest(root: Store, key: str) -> CheckpointManifest:

@@ -20,7 +20,7 @@ from pipeline.errors import Fenced, PipelineError
 from pipeline.graph.step import Attempt
 from pipeline.tracking import Tracker
 from pipeline.training import checkpoints
-from pipeline.training.checkpoints import CheckpointManifest
+from pipeline.training.checkpoints import Checkpoint, CheckpointManifest
 from pipeline.training.engine import Engine, initial_state
 from pipeline.training.evaluation import evaluate
 from pipeline.training.feed import Feed
@@ -31,6 +31,7 @@ from pipeline.training.profiling import Profiler
 from pipeline.training.saver import Saver, saving
 from pipeline.training.slices import split
 from pipeline.training.spec import TrainSpec, engine_settings
+from pipeline.training.start import beginning, forked
 from pipeline.training.telemetry import Meter, as_metrics, as_points, shown
 from pipeline.training.watchdog import Watchdog
 from pipeline.training.world import ELSEWHERE, World
@@ -96,7 +97,7 @@ def train(spec: TrainSpec, attempt: Attempt, *, world: World, tracker: Tracker, 
 
 def _start(spec: TrainSpec, attempt: Attempt, world: World, loader: Loader) -> tuple[Engine, Position]:
     """The engine and the position, from the newest checkpoint or from nothing."""
-    with found(attempt, world, lambda: checkpoints.newest(attempt)) as checkpoint:
+    with found(world, lambda: beginning(attempt, spec.start)) as checkpoint:
         with world.together():
             built = spec.task.build()
             if checkpoint:
@@ -108,7 +109,10 @@ def _start(spec: TrainSpec, attempt: Attempt, world: World, loader: Loader) -> t
             return engine, Position()
         with world.together():
             engine.load(checkpoint.read, optimizer_steps=checkpoint.manifest.optimizer_steps)
-        return engine, position_at(checkpoint, global_batch=spec.recipe.global_batch, world=world)
+        position = position_at(checkpoint, global_batch=spec.recipe.global_batch, world=world)
+    if checkpoint.root.uri != attempt.root.uri:
+        position.saved_at = -1  # another training's: this one has saved nothing yet
+    return engine, position
 
 
 @dataclass(kw_only=True)
@@ -243,7 +247,11 @@ class _Training:
         """Weights, moments and records as they were before a range of steps, which is never trained on."""
         undo, gone = judgement.undo, judgement.before.stepped_over
         self.saver.finish()
-        with found(self.attempt, self.world, lambda: checkpoints.before(self.attempt, undo, gone)) as checkpoint:
+
+        def back() -> Checkpoint | None:
+            return checkpoints.before(self.attempt, undo, gone) or forked(self.attempt, self.spec.start)
+
+        with found(self.world, back) as checkpoint:
             with self.world.together():
                 lookup = checkpoint.read if checkpoint else initial_state(self.spec.task.build().module)
                 self.engine.load(lookup, optimizer_steps=checkpoint.manifest.optimizer_steps if checkpoint else 0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pipeline.data.loader import Batch
 from pipeline.data.order import ids_digest
 from pipeline.data.substitution import Substitution
-from pipeline.graph.step import Attempt
+from pipeline.storage import open_store
 from pipeline.training.checkpoints import Checkpoint, open_checkpoint
 from pipeline.training.guard import FRESH, GuardState
 from pipeline.training.world import World
@@ -55,15 +55,15 @@ def position_at(checkpoint: Checkpoint, *, global_batch: int, world: World) -> P
 
 
 @contextmanager
-def found(attempt: Attempt, world: World, find: Callable[[], Checkpoint | None]) -> Iterator[Checkpoint | None]:
+def found(world: World, find: Callable[[], Checkpoint | None]) -> Iterator[Checkpoint | None]:
     """The checkpoint that rank 0 finds, opened (and verified) on every worker. None: there is none."""
     with ExitStack() as held:
         checkpoint = None
         with world.together():
             if world.is_first and (checkpoint := find()):
                 held.enter_context(checkpoint)
-        key = world.from_first(checkpoint.key if checkpoint else "")
+        root_uri, key = world.from_first((checkpoint.root.uri, checkpoint.key) if checkpoint else ("", ""))
         with world.together():
             if key and not world.is_first:
-                checkpoint = held.enter_context(open_checkpoint(attempt.root, key))
+                checkpoint = held.enter_context(open_checkpoint(open_store(root_uri), key))
         yield checkpoint

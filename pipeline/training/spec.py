@@ -23,6 +23,7 @@ from pipeline.storage import open_store
 from pipeline.training.engine_settings import EngineSettings, Offload
 from pipeline.training.guard import GuardConfig
 from pipeline.training.retention import Retention
+from pipeline.training.start import StartPoint
 from pipeline.training.tasks import Task
 from pipeline.training.world import World
 
@@ -213,6 +214,8 @@ class TrainSpec:
     evaluation_split: str
     """Split to score after training; empty: none."""
     placement: Placement
+    start: StartPoint | None = None
+    """Where it begins; None: with initial weights."""
 
     def cursor(self, order: SampleOrder) -> dict[str, object]:
         """What a position is bound to."""
