@@ -270,6 +270,8 @@ OTHER: dict[str, Any] = {
     "resources.use_gpu": False,
     "resources.zero_stage": 2,
     "resources.profile_steps": [10, 2],
+    "resources.keep_every_steps": 100,
+    "fork": {"checkpoint": "pretrain-0/g0001/checkpoints/step-00000004", "manifest_sha256": "0" * 64},
     "resources.offload": "optimizer",
     "pretrain.max_grad_norm": 1.0,
     "evaluation.finetune.max_grad_norm": 1.0,

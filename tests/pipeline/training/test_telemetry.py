@@ -14,9 +14,10 @@ from mae_core import training_flops
 from pipeline.graph.step import Attempt
 from pipeline.peak import matmul_peak
 from pipeline.storage import FileStore
-from pipeline.training import loop, profiling
+from pipeline.training import profiling
 from pipeline.training.loop import train
 from pipeline.training.profiling import Profiler
+from pipeline.training.saver import Saver
 from pipeline.training.spec import TrainSpec
 from pipeline.training.telemetry import ForwardClock, Own, as_metrics, as_points, of_everyone, shown
 from pipeline.training.world import enter_world
@@ -27,6 +28,8 @@ ROW = {
     "images": 40,
     "loss": 0.5,
     "substitutions": 0,
+    "skipped_steps": 0,
+    "stepped_over": 0,
     "data_wait": 0.123,
     "mfu": 0.4567,
     "checkpoint_wait": 0.0,
@@ -61,17 +64,17 @@ class Nobody:
 
 def watched(spec: TrainSpec, attempt: Attempt) -> Any:
     """What the loop tells its tracker; every call for a checkpoint takes a little."""
-    plain, tracker = loop._save, Watching()
+    plain, tracker = Saver.save, Watching()
 
     def slow(*arguments):
         time.sleep(10 * NAP_S)
         return plain(*arguments)
 
-    loop._save = slow
+    Saver.save = slow
     try:
         train(spec, attempt, world=enter_world(), tracker=tracker, supervisor=Nobody())
     finally:
-        loop._save = plain
+        Saver.save = plain
     return tracker.metrics, tracker.kept, tracker.resumed
 
 
@@ -126,9 +129,20 @@ def test_the_line_shows_what_is_wrong_only_when_it_is():
     quiet = shown(ROW)
     assert list(quiet) == ["loss", "wait", "mfu", "GiB", "images_per_s"]
     assert (quiet["wait"], quiet["mfu"], quiet["GiB"]) == (0.12, 0.457, 2.0)
-    loud = shown(ROW | {"substitutions": 2, "checkpoint_wait": 0.1, "slowest_rank": 7, "slowest_excess": 0.25})
+    loud = shown(
+        ROW
+        | {
+            "substitutions": 2,
+            "skipped_steps": 1,
+            "stepped_over": 3,
+            "checkpoint_wait": 0.1,
+            "slowest_rank": 7,
+            "slowest_excess": 0.25,
+        }
+    )
     assert {key: loud[key] for key in loud.keys() - quiet.keys()} == {
         "stand-ins": 2,
+        "lost steps": 4,
         "saving": 0.1,
         "slow rank": 7,
         "by": 0.25,
