@@ -73,8 +73,8 @@ LAYOUTS = (
     Layout(precision="fp32", zero_stage=1, workers=2, micro_batch=16, activation_checkpointing=True),
     Layout(precision="fp32", zero_stage=2, workers=2, accumulation=2),
     Layout(precision="bf16", zero_stage=1),
-    Layout(precision="bf16", zero_stage=2, workers=2),
-    Layout(precision="bf16", zero_stage=3, workers=2),
+    Layout(precision="bf16", zero_stage=2, workers=2, micro_batch=1),
+    Layout(precision="bf16", zero_stage=3, workers=2, micro_batch=1),
 )
 QUICK = (0, 1, 2)
 

@@ -1,7 +1,7 @@
 """What a training worker holds at most, from config and layout alone: weights, gradients, optimiser, activations, workspace.
 
 DeepSpeed keeps more than the textbook's 16 bytes a weight: float32 weights beside equal float32 ones at ZeRO-1 and 2, a bucket of
-gradients under way, the partition's gradients once more, flat and in float32, while AdamW steps. A step has three moments that can
+gradients under way, the partition's gradients once more, flat and in float32, while AdamW steps. A step has four moments that can
 be the largest; the footprint is that of the largest one, and its parts add up to it.
 
 Shapes: N weights, P = N / W of them a worker's own, b bytes a value of the compute precision, B weights in a reduce bucket.
@@ -113,7 +113,7 @@ def _moments(model: Model, settings: EngineSettings, *, workers: int, device: De
     backward = standing._replace(
         weights=standing.weights + gathered,
         gradients=standing.gradients + earlier,
-        workspace=bucket if stage == 1 else 2 * bucket,
+        workspace=_copies(stage, device) * bucket,
     )
     first = min(under_way, width * model.last) if stage > 1 or settings.accumulation == 1 else 0
     moments = (
@@ -130,18 +130,22 @@ def _moments(model: Model, settings: EngineSettings, *, workers: int, device: De
     )
 
 
+def _copies(stage: int, device: Device) -> int:
+    """Buckets at once: the one that fills, from ZeRO-2 on a flat copy of it, and gloo's own of what it scatters."""
+    return stage if device == "cpu" else min(stage, 2)
+
+
 def _holes(model: Model, settings: EngineSettings, *, device: Device) -> int:
-    """What the C library keeps of a CPU's first float32 weights, given up one by one while smaller copies come between them;
-    small blocks (below 32 MiB: activations, gradients) go there, large ones do not. CUDA's allocator hands such blocks back."""
-    given_up = settings.precision == "bf16" or settings.zero_stage == 3
-    return 4 * model.weights if given_up and device == "cpu" else 0
+    """What the C library keeps of a CPU's first float32 weights, given up one by one while bf16 copies come between them.
+
+    Small blocks (below 32 MiB: activations, gradients) go there, large ones do not. CUDA's allocator hands such blocks back."""
+    return 4 * model.weights if settings.precision == "bf16" and device == "cpu" else 0
 
 
 def _standing(own: int, whole: int, settings: EngineSettings, *, device: Device) -> Footprint:
     """What is there all the time."""
     width, sharded = _width(settings), settings.zero_stage == 3
-    # at ZeRO-3 in float32 the partition itself is AdamW's; else the float32 weights are a second copy
-    state = (8 if sharded and width == 4 else 12) * own
+    state = 12 * own  # in float32 too the weights that AdamW moves are a second copy
     offloaded = settings.offload == "optimizer" and device == "cuda"
     return Footprint(
         weights=width * own if sharded else whole,
@@ -149,7 +153,8 @@ def _standing(own: int, whole: int, settings: EngineSettings, *, device: Device)
         optimizer=0 if offloaded else state,
         activations=0,
         workspace=0,
-        overhead=OVERHEAD[device],
+        overhead=OVERHEAD[device]
+        + (width * own if sharded and device == "cpu" else 0),  # the C library keeps the first cuts
         host=state + (4 + width) * own if offloaded else 0,
     )
 
