@@ -220,14 +220,15 @@ def test_a_bad_step_is_skipped_recorded_and_survives_a_stop(teams, shards, tmp_p
 
 @pytest.mark.parametrize(
     ("zero_stage", "precision", "stopped"),
-    [(1, "fp32", [(5, 3, 3), (12, 1, 1), (13,)]), (2, "bf16", [(11, 1)]), (3, "bf16", [(11,)])],
+    [(1, "fp32", [(5, 3, 3), (12, 1, 1)]), (2, "bf16", [(11, 1)]), (3, "bf16", [(11,)])],
     ids=["1-fp32", "2-bf16", "3-bf16"],
 )
 def test_bad_steps_in_a_row_are_gone_back_from_and_stepped_over(
     teams, shards, tmp_path, zero_stage, precision, stopped
 ):
-    """Checkpoints at 3 and 6 of steps 8, 9, 10: back to 3, on to 5, then over to 11. Stopped anywhere (11: right after going
-    back, 13: at the gap), a fresh process comes to the same bits: what was put back into the living engine is all that there is."""
+    """Checkpoints at 3 and 6 of steps 8, 9, 10: back to 3, on to 5, then over to 11. Stopped anywhere (11: right
+    after going back, 12: on the way to the gap, one more: behind it), a fresh process comes to the same bits: what was put back
+    into the living engine is all that there is."""
     guard = GuardConfig(roll_back_steps=3, lost_share=0.5)
     bad = dict.fromkeys((8, 9, 10), NAN)
     options = {"zero_stage": zero_stage, "precision": precision}

@@ -1,7 +1,10 @@
 """Bundles of bad steps, and the same steps once more in one process: from the library and through the command."""
 
+import io
 import json
 import math
+import re
+from contextlib import redirect_stdout
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +13,7 @@ from guard_kit import run, spoilt_spec, train_here
 from run_kit import mae
 from training_kit import StopAfter, attempt_at, classification_spec, computed_by_step, mae_spec
 
+from jobs.replay import replay_command
 from pipeline.errors import DataError
 from pipeline.graph.step import Attempt
 from pipeline.storage import open_store
@@ -82,6 +86,12 @@ def test_a_specification_survives_json(shards, tmp_path):
         from_json(body | {"recipe": body["recipe"] | {"epochs": "many"}}, attempt.root)
 
 
+def replay_as_json(address: str, step: int) -> tuple[int, dict[str, Any]]:
+    with redirect_stdout(io.StringIO()) as printed:
+        code = replay_command(address, step=step, most_steps=9, as_json=True)
+    return code, json.loads(printed.getvalue().splitlines()[-1])
+
+
 def test_the_command_finds_the_last_bundle_and_reproduces_it(teams, shards, tmp_path):
     """A learning rate beyond all measure: the first step ruins the weights, and what the second met is met again."""
     attempt = attempt_at(tmp_path / "store/pretrain-abc")
@@ -89,18 +99,17 @@ def test_the_command_finds_the_last_bundle_and_reproduces_it(teams, shards, tmp_
     raised = teams(2).outcomes(train_here, spec, attempt, StopAfter(99))[0]
     address = raised.message.partition("`mae replay ")[2].partition("`")[0]
     assert read_bundle(open_store(address)).step == 3
-    done = mae("replay", tmp_path / "store", "--json")
+    done = mae("replay", tmp_path / "store")
     assert done.returncode == 0, done.stderr
-    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    assert (told["step"], told["reproduced"], len(told["samples"])) == (3, True, 13)
-    assert told["bundle"] == address
-    chosen = mae("replay", address.removesuffix("00000003") + "00000001")
-    assert chosen.returncode == 0, chosen.stderr
-    assert "13 of 13 samples are not finite" in chosen.stdout
-    assert chosen.stdout.splitlines()[-1] == "reproduced"
+    lines = done.stdout.splitlines()
+    assert re.match(r"step 3, learning rate \d.*e\+28, give_up: loss ", lines[0])
+    assert "13 of 13 samples are not finite" in lines
+    assert lines[-1] == "reproduced"
+    code, told = teams(1).run(replay_as_json, attempt.root_uri, 1)[0]
+    assert (code, told["step"], told["reproduced"], len(told["samples"])) == (0, 1, True, 13)
+    assert told["bundle"] == address.replace("00000003", "00000001")
 
 
 def test_the_command_says_where_there_is_nothing_to_replay(tmp_path):
-    done = mae("replay", tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "no bundle of a bad step" in done.stderr
+    with pytest.raises(DataError, match="no bundle of a bad step"):
+        replay_command(str(tmp_path), step=None, most_steps=9, as_json=False)
