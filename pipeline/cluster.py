@@ -1,4 +1,4 @@
-"""The one importer of ray outside training/launch.py: connect, run plain functions as tasks, progress, jobs.
+"""The one importer of ray outside training/on_ray.py: connect, run plain functions as tasks, progress, jobs.
 
 Coordinating code reserves 0 CPUs, so that two training workers fit on two cores. In executor `in_process` nothing of
 Ray is imported.
@@ -37,12 +37,26 @@ class Progress(Protocol):
 WORKER_ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same in a worker as at the terminal
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # a first start may compile DeepSpeed's CPU operator (86-127 s seen)
+    # How long a group waits for room before Ray Train counts the nodes anew; it goes on counting one that has just died for 20 s.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "600",
     "PYTHONWARNINGS": "ignore",
     "TOKENIZERS_PARALLELISM": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+NODE_LOSS = {
+    "RAY_health_check_initial_delay_ms": "5000",
+    "RAY_health_check_period_ms": "3000",
+    "RAY_health_check_timeout_ms": "3000",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_grpc_client_keepalive_time_ms": "10000",
+    "RAY_grpc_client_keepalive_timeout_ms": "10000",
+    "RAY_grpc_keepalive_time_ms": "10000",
+    "RAY_grpc_keepalive_timeout_ms": "10000",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "30",
+}
+"""How soon a lost node is noticed (Ray's own: 63 s, and 7 minutes until its tasks run elsewhere). Every process of a cluster needs
+them: drivers get them here, unless their environment says otherwise; infra/ray/ray.env says the same to `ray start`."""
 PASSED_ON = (
     "DS_ACCELERATOR",
     "OMP_NUM_THREADS",
@@ -62,7 +76,10 @@ IN_FLIGHT = 64
 def connect(*, cpus: int | None = None) -> None:
     """Joins the cluster that RAY_ADDRESS names, else starts one on this machine's loopback with `cpus` CPUs (all by default)."""
     address = os.environ.get("RAY_ADDRESS")
-    if not address:  # a cluster of our own for this run: nobody else knows its token, which is in no file
+    if address:
+        for name, value in NODE_LOSS.items():
+            os.environ.setdefault(name, value)
+    else:  # a cluster of our own for this run: nobody else knows its token, which is in no file
         os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", _own_token()
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -110,6 +127,30 @@ def gpus() -> tuple[float, frozenset[str]]:
     there = ray.cluster_resources()
     kinds = (name.partition("accelerator_type:")[2] for name in there)
     return float(there.get("GPU", 0)), frozenset(kind for kind in kinds if kind)
+
+
+def draining() -> set[str]:
+    """Ids of nodes that are about to go: a spot notice, a deleted pod, SIGTERM to the node, the autoscaler."""
+    from ray._private import state  # Ray says it nowhere else; Ray Train's own watcher asks here
+
+    return set(state.state.get_draining_nodes())
+
+
+def here_drains() -> bool:
+    """Whether the node of this process is about to go."""
+    import ray
+
+    return ray.get_runtime_context().get_node_id() in draining()
+
+
+def room(need: Mapping[str, float], *, of: Literal["all", "free"]) -> int:
+    """How many workers that need so much (CPU, GPU) each fit on the nodes that stay, in all or in what is free."""
+    from ray._private import state
+
+    nodes = state.total_resources_per_node() if of == "all" else state.available_resources_per_node()
+    going = draining()
+    staying = (held for node, held in nodes.items() if node not in going)
+    return sum(min(int(held.get(kind, 0.0) / amount + 1e-6) for kind, amount in need.items()) for held in staying)
 
 
 def disconnect() -> None:
@@ -211,10 +252,19 @@ class Handle:
 
 
 def submit(function: Callable[..., Any], *arguments: Any) -> Handle:
-    """Starts a coordinating function on the cluster: it reserves no CPU and is not run again by Ray."""
+    """Starts a coordinating function on the driver's node, whose fate it shares; it reserves no CPU and is not run again by Ray."""
     import ray
 
-    return Handle(ray.remote(num_cpus=0, max_retries=0)(function).remote(*arguments))
+    task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=_beside_us())(function)
+    return Handle(task.remote(*arguments))
+
+
+def _beside_us() -> Any:
+    """Placement on the node of this process."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 class _Board:
@@ -237,7 +287,7 @@ class ProgressBoard:
     def __init__(self) -> None:
         import ray
 
-        self.actor = ray.remote(num_cpus=0)(_Board).remote()
+        self.actor = ray.remote(num_cpus=0, scheduling_strategy=_beside_us())(_Board).remote()
 
     def writer(self, step_name: str) -> Progress:
         """What the stage of this step is handed."""

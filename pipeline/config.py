@@ -232,8 +232,15 @@ class Resources(Section):
     parallel_steps: int = Field(1, ge=1)
     """Steps of the graph at work at once."""
     max_failures: int = Field(3, ge=0)
-    """Worker failures a training step survives by itself."""
+    """Worker failures in a row, without a new checkpoint in between, that a training step survives by itself."""
     max_preemptions: int = Field(100, ge=0)
+    """The same for workers whose nodes were taken away."""
+    node_wait_s: float = Field(1800.0, ge=0)
+    """After nodes were taken away, how long a training step waits until its fewest workers fit; then it stops, exit code 3."""
+    wall_clock_s: float | None = Field(None, gt=0)
+    """The run is asked to stop `grace_s` before it has taken so long; left out: it may take for ever."""
+    grace_s: float = Field(120.0, ge=0)
+    """Time for the last checkpoint, under wall_clock_s."""
     collective_timeout_s: int = Field(600, ge=10)
     watchdog_s: float = Field(300, gt=0)
     """When a phase of a training step lasts longer, every worker writes its stacks to the store; after twice that, workers that Ray
@@ -246,6 +253,14 @@ class Resources(Section):
         if not 1 <= low <= high:
             raise ValueError(f"workers={value}: {WORKERS}")
         return value
+
+    @model_validator(mode="after")
+    def _time_to_save(self) -> "Resources":
+        if self.wall_clock_s is not None and self.wall_clock_s <= self.grace_s:
+            raise ValueError(
+                f"wall_clock_s={self.wall_clock_s:g} leaves nothing to train in: write more than grace_s={self.grace_s:g}"
+            )
+        return self
 
 
 class TrackingConfig(Section):

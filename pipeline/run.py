@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 from pipeline import cluster, tracking
 from pipeline.cluster import Executor
-from pipeline.config import RunConfig
+from pipeline.config import Resources, RunConfig
 from pipeline.data.sources import list_source
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.graph.receipts import versions
@@ -91,7 +91,7 @@ def run(config: RunConfig, *, executor: Executor, display: Display) -> RunSummar
     try:
         if on_cluster and "RAY_ADDRESS" in os.environ:
             _check_fits_cluster(config, _waiting(steps, store))
-        with _stop_on_signals(walk.request_stop):
+        with _stop_when_told(walk.request_stop, config.resources):
             outcomes = walk.walk()
     except BaseException as error:
         family.abandon("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
@@ -375,17 +375,22 @@ def _warned(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _stop_on_signals(request_stop: Callable[[], None]) -> Iterator[None]:
-    """The first SIGINT or SIGTERM asks the run to save and stop; a second one cuts it off, a third one ends the process."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def _stop_when_told(request_stop: Callable[[], None], resources: Resources) -> Iterator[None]:
+    """The first SIGINT or SIGTERM asks the run to save and stop; a second one cuts it off, a third one ends the process.
+    The wall clock is a first one (SIGALRM, in good time)."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
 
     def on_both(handler: Any) -> None:
         for number in before:
             signal.signal(number, handler)
 
-    def ask(*_: object) -> None:
+    def ask(number: int, *_: object) -> None:
         on_both(cut_off)
-        log.warning("asked to stop: what is under way is saved first; asked once more, it is cut off")
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        asked = (
+            "asked to stop" if number != signal.SIGALRM else f"wall_clock_s={resources.wall_clock_s:g} is nearly over"
+        )
+        log.warning("%s: what is under way is saved first; asked once more, it is cut off", asked)
         request_stop()
 
     def cut_off(*_: object) -> None:
@@ -393,8 +398,11 @@ def _stop_on_signals(request_stop: Callable[[], None]) -> Iterator[None]:
         raise KeyboardInterrupt
 
     on_both(ask)
+    if resources.wall_clock_s is not None:
+        signal.setitimer(signal.ITIMER_REAL, resources.wall_clock_s - resources.grace_s)
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -101,6 +101,7 @@ def resources(**changes: Any) -> dict[str, Any]:
         "cache_max_bytes": 2**20,
         "max_failures": 2,
         "max_preemptions": 0,
+        "node_wait_s": 0.0,
         "collective_timeout_s": 60,
         "watchdog_s": 60.0,
         "bad_share_stop": 0.0,

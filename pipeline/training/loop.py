@@ -36,7 +36,10 @@ from pipeline.training.telemetry import Meter, as_metrics, as_points, shown
 from pipeline.training.watchdog import Watchdog
 from pipeline.training.world import ELSEWHERE, World
 
-StopReason = Literal["", "asked", "fenced"]
+StopReason = Literal["", "fenced", "asked", "preempted", "resized"]
+REASONS: tuple[StopReason, ...] = ("fenced", "asked", "preempted", "resized")
+"""Where workers say different ones, the first counts: a higher generation; a person, a signal to the driver or the wall clock; a
+worker's node or process is about to go; there is room for more workers."""
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +48,7 @@ class Supervisor(Protocol):
     """Who may ask the loop to stop."""
 
     def should_stop(self) -> StopReason:
-        """Asked on rank 0 at every step boundary; must be cheap."""
+        """Asked on every rank at every step boundary; must be cheap."""
         ...
 
 
@@ -57,7 +60,8 @@ class Trained:
     """In the step's directory."""
     global_step: int
     total_steps: int
-    stopped: bool
+    stopped: StopReason
+    """Why it ended before the last step; empty: it did not."""
     ids_digest: int
     """Over every (epoch, sample) of the committed line."""
     loss: float
@@ -151,7 +155,7 @@ class _Training:
             self.position.saved_key,
             self.position.global_step,
             self.total_steps,
-            bool(stopped),
+            stopped,
             self.world.total_modulo_2_64(self.position.digest),
             self.position.loss,
             scores,
@@ -193,21 +197,20 @@ class _Training:
             return None, error
 
     def _agree(self, batch: Batch | None, problem: PipelineError | None) -> StopReason:
-        """One reason to stop for all: a worker's failure, or what the supervisor tells rank 0. Substitutions are noted by all."""
-        reason = self.supervisor.should_stop() if self.world.is_first else ""
+        """One reason to stop for all: a worker's failure, or what any rank's supervisor says. Substitutions are noted by all."""
+        reason = self.supervisor.should_stop()
         substituted = len(batch.substitutions) if batch else 0
-        failed, asked, fenced, substitutions = self.world.total(
-            [problem is not None, reason == "asked", reason == "fenced", substituted]
+        failed, substitutions, *told = self.world.total(
+            [problem is not None, substituted, *(reason == one for one in REASONS)]
         )
         if problem:
             raise problem
         if failed:
             raise PipelineError(ELSEWHERE)
-        if fenced or asked:
-            return "fenced" if fenced else "asked"
-        if substitutions and batch:
+        agreed: StopReason = next((one for one, ranks in zip(REASONS, told, strict=True) if ranks), "")
+        if substitutions and batch and not agreed:
             self._note(batch)
-        return ""
+        return agreed
 
     def _note(self, batch: Batch) -> None:
         """Writes down what stood in for what, on every rank; DataError on all when it has happened too often."""

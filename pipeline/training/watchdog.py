@@ -32,6 +32,12 @@ Phase = Literal["data", "agree", "forward", "backward", "check", "step", "log", 
 log = logging.getLogger(__name__)
 
 
+def stacks_left(store: Store) -> str:
+    """Where the workers of this generation left what they were at, in a sentence; empty: they had no reason to."""
+    found = any(True for _ in store.list(FOLDER))
+    return f"What they were at when they stood still: {store.uri}/{FOLDER}. " if found else ""
+
+
 class _Entered(NamedTuple):
     phase: Phase
     at: float

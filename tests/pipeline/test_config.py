@@ -86,6 +86,10 @@ def complaint_of(tmp_path: Path, text: str) -> str:
         ("data.bad_share_stop=2", "data.bad_share_stop = 2 is too large: write 1.0 or less"),
         ("resources.cpus_per_worker=0", "resources.cpus_per_worker = 0 is too small: write more than 0.0"),
         ("resources.workers=0", "resources.workers = 0: write a number from 1, or [min, max]"),
+        (
+            "resources.wall_clock_s=60",
+            "resources.wall_clock_s = 60 leaves nothing to train in: write more than grace_s=120",
+        ),
         ("resources.workers=[4, 2]", "resources.workers = (4, 2): write a number from 1, or [min, max]"),
         ("resources.zero_stage=4", "resources.zero_stage = 4 is unknown: write 1, 2 or 3"),
         ("pretrain.precision=fp16", "pretrain.precision = 'fp16' is unknown: write 'bf16' or 'fp32'"),
@@ -268,6 +272,7 @@ OTHER: dict[str, Any] = {
     "evaluation.train_labels": 10,
     "tracking.uri": "http://127.0.0.1:5000",
     "resources.use_gpu": False,
+    "resources.wall_clock_s": 3600.0,
     "resources.zero_stage": 2,
     "resources.profile_steps": [10, 2],
     "resources.keep_every_steps": 100,

@@ -18,9 +18,9 @@ from pipeline.data.selection import Selection
 from pipeline.graph.step import Attempt, StageInput
 from pipeline.stages.finetune import CLASSIFIER, FinetuneConfig, finetune
 from pipeline.tracking import NullTracker
-from pipeline.training.launch import StoreSupervisor
 from pipeline.training.loop import train
 from pipeline.training.spec import dataset_address, select
+from pipeline.training.supervision import StoreSupervisor
 from pipeline.training.tasks import ClassificationTask
 from pipeline.training.world import enter_world
 from pipeline.weights import ENCODER, read_weights

@@ -39,9 +39,10 @@ from pipeline.graph.step import Attempt, StageInput
 from pipeline.storage import FileStore, S3Store
 from pipeline.tracking import NullTracker
 from pipeline.training.checkpoints import open_checkpoint, read_manifest
-from pipeline.training.launch import RESULT, StoreSupervisor, run_training, work
+from pipeline.training.launch import RESULT, run_training, work
 from pipeline.training.loop import _warn_of_small_cache, train
 from pipeline.training.spec import TrainSpec, dataset_address
+from pipeline.training.supervision import StoreSupervisor
 from pipeline.training.tasks import MAETask
 from pipeline.training.world import ELSEWHERE, World, enter_world
 
@@ -102,7 +103,7 @@ def test_a_stop_and_a_resume_change_no_bit(teams, shards, tmp_path, zero_stage):
     assert last.continues.endswith("step-00000007")
     resumed = run(teams(2), shards, last)[0]
 
-    assert (whole["global_step"], whole["stopped"]) == (TOTAL_STEPS, False)
+    assert (whole["global_step"], whole["stopped"]) == (TOTAL_STEPS, "")
     for field in ("global_step", "total_steps", "stopped", "ids_digest", "loss"):
         assert resumed[field] == whole[field], field
     expected = checkpoint_state(straight.root_uri, whole["checkpoint_key"])

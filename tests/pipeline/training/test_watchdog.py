@@ -9,9 +9,8 @@ from training_kit import StopAfter, attempt_at, mae_spec, spoiled
 
 from pipeline.data.loader import Batch
 from pipeline.tracking import NullTracker
-from pipeline.training.launch import stacks_left
 from pipeline.training.loop import train
-from pipeline.training.watchdog import EXIT_CODE
+from pipeline.training.watchdog import EXIT_CODE, stacks_left
 from pipeline.training.world import enter_world
 
 LIMIT_S = 1
@@ -31,7 +30,7 @@ def train_slowly(spec, attempt):
 def test_every_rank_leaves_its_stacks_and_the_sleeper_is_the_one_in_the_data_phase(teams, shards, tmp_path):
     """And since nobody would restart these, they wait, and go on when it wakes up."""
     attempt = attempt_at(tmp_path / "step")
-    assert stacks_left(attempt) == ""
+    assert stacks_left(attempt.store) == ""
     assert teams(2).run(train_slowly, spoiled(mae_spec(shards, attempt), asleep_at_step_4), attempt) == [6, 6]
     waiting, sleeping = (attempt.store.read(f"stacks/rank-{rank:04d}.txt").decode() for rank in (0, 1))
     assert sleeping.startswith("rank 1 of 2 on ")
@@ -39,7 +38,7 @@ def test_every_rank_leaves_its_stacks_and_the_sleeper_is_the_one_in_the_data_pha
     assert "asleep_at_step_4" in sleeping
     assert "in phase agree of step 4 for 1." in waiting
     assert "all_reduce" in waiting
-    assert stacks_left(attempt).endswith("/step/g0001/stacks/. ")
+    assert stacks_left(attempt.store).endswith("/step/g0001/stacks/. ")
 
 
 ALONE = """
