@@ -20,6 +20,7 @@ from pipeline.errors import ConfigError
 from pipeline.graph.step import Attempt, StageInput
 from pipeline.stages.shard import ShardStageConfig, shard
 from pipeline.stages.snapshot import SnapshotConfig, snapshot
+from pipeline.storage import open_store
 
 _CLASSES = 8
 _RESOURCES = {"bad_share_stop": 0.05, "bad_share_warn": 0.01}
@@ -106,9 +107,15 @@ def listed(source: Path, root: Path) -> StageInput:
     return StageInput(handed.root_uri, handed.generation, handed.fingerprint, result.facts)
 
 
-def sharded(source: Path, root: Path, *, shards: int) -> Manifest:
+def dataset(source: Path, root: Path, *, shards: int) -> StageInput:
     """Real shards of a folder, by the real stages, in this process. Errors: those of the stages. Source: none."""
     handed = attempt(root / "shards")
     config = ShardStageConfig(source=str(source), seed=0, shard_max_bytes=128 * 2**20, min_shards=shards)
-    shard(config, {"snapshot": listed(source, root / "snapshot")}, handed)
-    return Manifest.open(handed.store, handed.root)
+    result = shard(config, {"snapshot": listed(source, root / "snapshot")}, handed)
+    return StageInput(handed.root_uri, handed.generation, handed.fingerprint, result.facts)
+
+
+def sharded(source: Path, root: Path, *, shards: int) -> Manifest:
+    """The manifest of a `dataset`. Errors: those of the stages. Source: none."""
+    made = dataset(source, root, shards=shards)
+    return Manifest.open(made.store, open_store(made.root_uri))

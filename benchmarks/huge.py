@@ -1,0 +1,186 @@
+"""ViT-H/14 through the training loop: some steps, a checkpoint, and on from it with other workers at another ZeRO stage.
+
+    python -m benchmarks.huge                                     # 2 workers at ZeRO-3, 3 steps; then 1 worker at ZeRO-1
+    python -m benchmarks.huge --steps 200 --batch 64 --workers 1  # on a GPU
+    python -m benchmarks.huge --quick                             # ViT-tiny
+
+Workers are processes that call pipeline.training.loop.train on real shards (made-up photographs, unless --images); the second part
+begins with the checkpoint that the first one left, and takes one step.
+
+Units:  seconds; GiB of anonymous resident memory (RssAnon) of all workers together at most, and of CUDA's allocator of a worker;
+        mfu, data_wait: shares, of the last logged row.
+Errors: SystemExit for a folder without usable JPEGs; OSError off Linux; PipelineError when a worker fails.
+Source: man 5 proc (RssAnon)."""
+
+import argparse
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from benchmarks import _data
+from benchmarks import _timing as timing
+from mae_core import SIZES, MAEConfig, parameter_count
+from pipeline.config import Resources
+from pipeline.data.order import OrderConfig
+from pipeline.graph.step import Attempt
+from pipeline.tracking import NullTracker
+from pipeline.training.checkpoints import open_checkpoint, resume_point
+from pipeline.training.loop import StopReason, train
+from pipeline.training.spec import Placement, Recipe, TrainSpec, dataset_address
+from pipeline.training.tasks import MAETask
+from pipeline.training.world import enter_world
+
+_SAMPLED_EVERY_S = 0.05
+
+
+@dataclass
+class _After:
+    """A supervisor that lets so many steps pass."""
+
+    steps: int
+
+    def should_stop(self) -> StopReason:
+        """Asked before every step."""
+        self.steps -= 1
+        return "asked" if self.steps < 0 else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What came of some steps."""
+
+    layout: str
+    seconds: float
+    """Start and checkpoint included."""
+    peak_gib: float
+    row: Mapping[str, float]
+    """The last of the history."""
+
+
+def part(spec: TrainSpec, attempt: Attempt, *, workers: int, steps: int) -> Part:
+    """So many steps from the newest checkpoint. Errors: those of a worker. Source: see the module."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    began = time.perf_counter()
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        started = [pool.submit(_worker, rank, workers, port, spec, attempt, steps) for rank in range(workers)]
+        memory = _Memory(pool)
+        for worker in started:
+            worker.result()
+        peak = memory.ended()
+    with open_checkpoint(attempt.root, resume_point(attempt.root)) as checkpoint:
+        row = checkpoint.history()[-1]
+    layout = f"{workers} x ZeRO-{spec.placement.zero_stage}, {spec.recipe.precision}"
+    return Part(layout=layout, seconds=time.perf_counter() - began, peak_gib=peak / 2**30, row=row)
+
+
+def _worker(rank: int, workers: int, port: int, spec: TrainSpec, attempt: Attempt, steps: int) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers)}
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
+    train(spec, attempt, world=enter_world(), tracker=NullTracker(), supervisor=_After(steps))
+
+
+class _Memory:
+    """The most that a pool's processes hold together."""
+
+    def __init__(self, pool: ProcessPoolExecutor) -> None:
+        self.pool, self.peak, self.done = pool, 0, threading.Event()
+        self.watcher = threading.Thread(target=self._watch, daemon=True)
+        self.watcher.start()
+
+    def ended(self) -> int:
+        """Bytes at most."""
+        self.done.set()
+        self.watcher.join()
+        return self.peak
+
+    def _watch(self) -> None:
+        while not self.done.wait(_SAMPLED_EVERY_S):
+            self.peak = max(self.peak, sum(_anonymous_bytes(pid) for pid in list(self.pool._processes)))
+
+
+def _anonymous_bytes(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/status").read_text().partition("RssAnon:")[2].split()[0]) * 1024
+    except (OSError, IndexError):  # it has ended
+        return 0
+
+
+def measure(asked: argparse.Namespace) -> dict[str, object]:
+    """Measures, prints the table, and gives the JSON line's contents. Errors and source: the module's."""
+    model = MAEConfig(encoder=SIZES["tiny" if asked.quick else "huge"]())
+    total = asked.steps + 1
+    recipe = Recipe(global_batch=asked.batch, epochs=1, warmup_epochs=0.0, precision=asked.precision)
+    placement = Placement.from_resources(
+        Resources(
+            zero_stage=3, micro_batch=asked.micro_batch, log_every_steps=1, checkpoint_every_steps=total
+        ).model_dump()
+    )
+    found = _data.chosen_photos(asked, count=min(64, total * asked.batch))
+    with TemporaryDirectory(prefix="mae-benchmark-") as name:
+        root = Path(name)
+        copies = -(-total * asked.batch // len(found.files))
+        source = _data.write_files(found.files, root / "images", copies=copies)
+        spec = TrainSpec(
+            task=MAETask(model=model, weight_decay=recipe.weight_decay, seed=0),
+            recipe=recipe,
+            order=OrderConfig(seed=0),
+            image_size=model.encoder.image_size,
+            dataset=dataset_address(_data.dataset(source, root, shards=1)),
+            train_samples="all",
+            evaluation_split="",
+            placement=replace(placement, cache_directory=str(root / "cache")),
+        )
+        attempt = _data.attempt(root / "pretrain-huge")
+        first = part(spec, attempt, workers=asked.workers, steps=asked.steps)
+        size = sum(info.size for info in attempt.store.list("checkpoints/"))
+        second = part(replace(spec, placement=replace(spec.placement, zero_stage=1)), attempt, workers=1, steps=1)
+    parameters = parameter_count(model) / 1e6
+    print(
+        f"{parameters:.0f} million parameters, global batch {asked.batch}; "
+        f"{timing.device_name(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))}; checkpoint {size / 2**30:.2f} GiB"
+    )
+    rows = [
+        (one.layout, f"{one.row['step']:.0f}", f"{one.row['loss']:.4f}", f"{one.seconds:.0f} s", f"{one.peak_gib:.1f}")
+        for one in (first, second)
+    ]
+    print(timing.table(("workers, stage", "at step", "loss", "in all", "GiB at most"), rows))
+    return {
+        "benchmark": "huge",
+        "parameters_millions": round(parameters, 1),
+        "steps": second.row["step"],
+        "peak_gib": round(max(first.peak_gib, second.peak_gib), 2),
+        "peak_gib_resumed": round(second.peak_gib, 2),
+        "checkpoint_gib": round(size / 2**30, 2),
+        "images_per_s": round(first.row["images_per_s"], 3),
+        "mfu": round(first.row["mfu"], 4),
+        "data_wait": round(first.row["data_wait"], 4),
+        "device_gib": round(first.row.get("device_gib", 0.0), 2),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure what the command line asks for. Errors: SystemExit. Source: none."""
+    parser = _data.parser("huge", "ViT-H/14 through the training loop.")
+    parser.add_argument("--steps", type=int, default=3, help="before the checkpoint; one more follows it")
+    parser.add_argument("--batch", type=int, default=2, help="global")
+    parser.add_argument("--micro-batch", type=int, default=64, help="at most")
+    parser.add_argument("--workers", type=int, default=2, help="of the first part")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    print(json.dumps(measure(parser.parse_args(arguments))))
+
+
+if __name__ == "__main__":
+    main()
