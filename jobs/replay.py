@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import asdict
 
 import typer
@@ -23,7 +24,8 @@ def replay_command(address: str, *, step: int | None, most_steps: int, as_json: 
     bundle = read_bundle(_bundle_store(open_store(address), step))
     root = open_store(bundle.root_uri)
     spec = from_json(bundle.note["specification"], root)
-    replayed = replay(bundle, root, spec, most_steps=most_steps, tell=lambda text: print(text, file=sys.stderr))
+    with redirect_stdout(sys.stderr):  # standard output belongs to results: DeepSpeed prints there
+        replayed = replay(bundle, root, spec, most_steps=most_steps, tell=print)
     if as_json:
         print(json.dumps({"bundle": bundle.uri, **asdict(replayed), "reproduced": not replayed.differences}))
     else:

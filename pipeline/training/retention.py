@@ -71,11 +71,8 @@ class Pruner:
         self._losses: dict[str, float] = {}  # a manifest is read once
 
     def prune(self) -> None:
-        """Each one's manifest goes first: what is half removed does not exist. None once the generation is fenced: another may
-        have been claimed to continue from one of them."""
+        """Each one's manifest goes first: what is half removed does not exist."""
         try:
-            if max(claims(self.root), default=0) > self.generation:
-                return
             held = [Held(key, step_of(key), self._loss(key)) for key in self._keys()]
             stay = kept(held, self.retention, named=set(named_checkpoints(self.root, above=self.generation)))
             for one in held:

@@ -10,7 +10,7 @@ from PIL import Image
 from run_kit import SIDE, document, migrated_database, store, write_config, write_images
 from test_run import Silent, facts, states
 
-from jobs.run import plan_command, run_command
+from jobs.run import Foreseen, plan_command, run_command
 from pipeline.config import load_config
 from pipeline.refresh import known_parts, next_name
 from pipeline.run import plan, run
@@ -176,7 +176,7 @@ def test_refresh_takes_in_what_is_new_once_and_writes_no_old_shard_again(tmp_pat
 
     write_images(source / "new", 12, seed=1)
     times = {p: p.stat().st_mtime_ns for p in store.rglob("*.tar")}
-    assert plan_command(path, [], refresh=True, as_json=True) == 0
+    assert plan_command(path, [], foreseen=Foreseen(), refresh=True, as_json=True) == 0
     rows = json.loads(capsys.readouterr().out)["steps"]
     assert [row["state"] for row in rows[:5]] == ["cached", "to_run", "cached", "to_run", "to_run"]
     code, told, said = mae(refresh=True)
