@@ -27,6 +27,10 @@ RESULT = "trained.json"
 
 def run_training(spec: TrainSpec, attempt: Attempt) -> Trained:
     """Trains to the end; the stage's one call."""
+    if attempt.executor == "ray":
+        from pipeline.training import on_ray
+
+        attempt = on_ray.decided(attempt)
     moves = Restarts()
     while (trained := _once(spec, attempt)).stopped:
         where = f"{attempt.step_name}: stopped at step {trained.global_step} of {trained.total_steps}"

@@ -9,7 +9,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -47,18 +47,17 @@ def fit(work: Work, spec: TrainSpec, attempt: Attempt) -> None:
 GOES_ON = "The same command goes on from the last checkpoint"
 
 
-def uses_gpu(resources: Mapping[str, Any]) -> bool:
-    """Whether workers get a GPU each."""
-    said = resources["use_gpu"]
-    return bool(ray.cluster_resources().get("GPU", 0) >= worker_range(resources)[0] if said is None else said)
+def decided(attempt: Attempt) -> Attempt:
+    """The attempt with `use_gpu` decided, once: workers whose GPU nodes are taken away must not go on without."""
+    use_gpu = attempt.resources["use_gpu"]
+    if use_gpu is None:
+        use_gpu = ray.cluster_resources().get("GPU", 0) >= worker_range(attempt.resources)[0]
+    return replace(attempt, resources={**attempt.resources, "use_gpu": use_gpu})
 
 
 def await_room(attempt: Attempt) -> str:
     """Waits until the fewest workers fit on the nodes that stay; returns why it did not wait longer, empty: they fit."""
-    need, least = (
-        need_of_worker(attempt.resources, use_gpu=uses_gpu(attempt.resources)),
-        worker_range(attempt.resources)[0],
-    )
+    need, (least, _) = need_of_worker(attempt.resources), worker_range(attempt.resources)
     store, until = StoreSupervisor(attempt), time.monotonic() + float(attempt.resources["node_wait_s"])
     while cluster.room(need, of="all") < least:
         if reason := store.should_stop():
@@ -72,9 +71,8 @@ def await_room(attempt: Attempt) -> str:
 def _trainer(work: Work, spec: TrainSpec, attempt: Attempt, notes: str) -> TorchTrainer:
     """`notes`: a folder for what Ray Train writes down for itself."""
     resources = attempt.resources
-    use_gpu = uses_gpu(resources)
+    use_gpu, need = resources["use_gpu"], need_of_worker(resources)
     least, most = worker_range(resources)
-    need = need_of_worker(resources, use_gpu=use_gpu)
     # Ray Train counts a draining node as room until it is dead, and would wait for it: it is told what stays. When there is
     # more, the loop stops for it (`resized`) with a checkpoint, where Ray Train itself would cut the workers off.
     most = max(least, min(most, cluster.room(need, of="all")))

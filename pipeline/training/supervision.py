@@ -100,7 +100,7 @@ def supervise(attempt: Attempt, world: World) -> Supervision:
         notices.append((Streak(cluster.here_drains, every_s=DRAIN_EVERY_S, length=1), "preempted"))
         most = worker_range(attempt.resources)[1]
         if world.is_first and world.size < most:
-            need = need_of_worker(attempt.resources, use_gpu=world.device.type == "cuda")
+            need = need_of_worker(attempt.resources)
             grown = Streak(lambda: cluster.room(need, of="free") > 0, every_s=GROW_EVERY_S, length=2)
             notices.append((grown, "resized"))
     return Supervision(StoreSupervisor(attempt) if world.is_first else None, notices)
@@ -113,6 +113,6 @@ def worker_range(resources: Mapping[str, Any]) -> tuple[int, int]:
     return low, high
 
 
-def need_of_worker(resources: Mapping[str, Any], *, use_gpu: bool) -> dict[str, float]:
-    """What one worker reserves of a node."""
-    return {"CPU": float(resources["cpus_per_worker"]), **({"GPU": 1.0} if use_gpu else {})}
+def need_of_worker(resources: Mapping[str, Any]) -> dict[str, float]:
+    """What one worker reserves of a node; `use_gpu` must have been decided."""
+    return {"CPU": float(resources["cpus_per_worker"]), **({"GPU": 1.0} if resources["use_gpu"] else {})}
