@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.data.substitution import Substitution
 from pipeline.errors import CheckpointError
@@ -134,6 +134,21 @@ class Checkpoint:
             count = int(torch.Size(shape).numel())
             weights[name] = self.read(name, "weight", 0, count).reshape(tuple(shape))
         return weights
+
+    def load_into(self, module: nn.Module) -> None:
+        """Gives a module its weights, one parameter at a time: no second copy of the model is made."""
+        held = {name: list(shape) for name, shape in self.manifest.parameters.items()}
+        asked = {name: list(p.shape) for name, p in module.named_parameters() if p.requires_grad}
+        for name in sorted({*held, *asked}):
+            if held.get(name) != asked.get(name):
+                raise CheckpointError(
+                    f"{self.key}: made by another model: {name} is {held.get(name, 'absent')} there, "
+                    f"{asked.get(name, 'absent')} here. Restore the model's configuration, or train anew"
+                )
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(self.read(name, "weight", 0, parameter.numel()).reshape(parameter.shape))
 
     def history(self) -> list[dict[str, float]]:
         """The logged rows up to this step."""

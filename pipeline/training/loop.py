@@ -106,7 +106,7 @@ def _start(spec: TrainSpec, attempt: Attempt, world: World, loader: Loader) -> t
             built = spec.task.build()
             if checkpoint:
                 checkpoints.check_cursor(checkpoint, spec.cursor(loader.order))
-                built.module.load_state_dict(checkpoint.weights())
+                checkpoint.load_into(built.module)
         settings = engine_settings(spec.recipe, spec.placement, workers=world.size)
         engine = Engine(built.module, built.groups, settings, world)
         if not checkpoint:

@@ -118,6 +118,22 @@ def test_any_range_of_any_parameter_is_put_together(tmp_path):
         assert (checkpoint.manifest.ids_digest, checkpoint.manifest.optimizer_steps) == (2**64 - 1, 2)
 
 
+def test_a_module_gets_its_weights_or_the_first_parameter_that_differs_is_named(tmp_path):
+    store = FileStore(tmp_path)
+    with open_checkpoint(store, save(store, 3)) as checkpoint:
+        module = torch.nn.ModuleDict({"encoder": torch.nn.Bilinear(1, 7, 5)})
+        with pytest.raises(CheckpointError, match=r"encoder.bias is \[11\] there, \[5\] here"):
+            checkpoint.load_into(module)
+        module.encoder.weight = torch.nn.Parameter(torch.zeros(5, 7))
+        module.encoder.bias = torch.nn.Parameter(torch.zeros(11))
+        checkpoint.load_into(module)
+        assert torch.equal(module.encoder.weight, value("weight", "encoder.weight", 3).reshape(5, 7))
+        assert torch.equal(module.encoder.bias, value("weight", "encoder.bias", 3))
+        module.encoder.more = torch.nn.Parameter(torch.zeros(1))
+        with pytest.raises(CheckpointError, match=r"encoder.more is absent there, \[1\] here"):
+            checkpoint.load_into(module)
+
+
 def test_values_that_are_not_there_are_counted_and_named(tmp_path):
     store = FileStore(tmp_path)
     with open_checkpoint(store, save(store, 3)) as checkpoint:
