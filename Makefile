@@ -39,9 +39,10 @@ $(READY): pyproject.toml constraints.txt infra/prebuild_ops.py
 demo: $(READY)  ## the whole pipeline on small real images, results in OUT=.demo (DEMO_ARGS=--quick: shorter)
 	@$(RUN) $(PY) -m jobs.demo --out "$(OUT)" $(DEMO_ARGS)
 
-# Two files at a time: many tests wait for processes to start. A file's tests stay together, for the servers they share.
+# Two files at a time: many tests wait for processes to start. A file's tests stay together, for the servers they share; the
+# longest come first, in the order of their folders.
 test: lint  ## lint, then the tests (without the long ones)
-	@$(RUN) $(PY) -m pytest -n 2 --dist loadfile
+	@$(RUN) $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-system: $(READY)  ## the long tests, on real clusters, stores and servers
 	@$(RUN) $(PY) -m pytest -m system

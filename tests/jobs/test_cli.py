@@ -144,6 +144,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+@pytest.mark.system
 def test_a_full_disk_stops_the_run_in_one_line_and_space_lets_it_go_on(tmp_path, migrated_database):
     with small_disk(tmp_path / "disk", "100k") as disk:
         content = document(disk / "store", write_images(tmp_path / "images", 200))
@@ -283,6 +284,7 @@ def test_a_signal_saves_and_stops_and_the_same_command_goes_on(config, store):
     assert [key[:6] for key in continues] == ["", "g0001/", "g0002/"]
 
 
+@pytest.mark.system
 def test_a_second_signal_cuts_off_at_once_with_exit_code_3(config, store):
     lengthened(config, 3000)
     with running("run", config, "--in-process", "--json") as process:

@@ -65,6 +65,7 @@ def test_verify_ends_with_0_when_clean_and_1_when_not(config):
     assert tar.as_uri() in line["findings"][0]["delete"]
 
 
+@pytest.mark.system
 def test_verify_from_a_shell_on_a_cluster(config):
     step = datasets_of(load_config(config))[0].step_uri
     next(Path(step.removeprefix("file://")).rglob("*.tar")).unlink()

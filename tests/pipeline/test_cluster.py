@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from pipeline import cluster
 
 TWICE = """
@@ -15,6 +17,7 @@ for _ in range(2):
 """
 
 
+@pytest.mark.system
 def test_a_process_may_start_a_cluster_more_than_once():
     """Ray's client remembers its first token, so the second cluster must have the same."""
     done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, check=False, timeout=180)

@@ -54,6 +54,7 @@ def eight_cpus():
         process.submit(cluster.disconnect).result()
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("make", [images, tars, tables])
 def test_one_task_and_eight_write_the_same_bytes_and_digest(tmp_path, make, eight_cpus):
     source = make(tmp_path / "source")

@@ -91,6 +91,7 @@ def train_and_kill(folder: Path, size: int, shards, attempt, log: Path, after: i
         team.close()
 
 
+@pytest.mark.system
 def test_killed_at_random_steps_each_id_reaches_a_device_once_an_epoch(teams, shards, tmp_path):
     """One worker, then two, then three; what a kill undid does not count."""
     draw = random.Random()

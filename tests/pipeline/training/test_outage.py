@@ -28,6 +28,7 @@ def killable(tmp_path):
     team.close()
 
 
+@pytest.mark.system
 def test_a_training_neither_waits_nor_loses_nor_repeats_a_point(teams, killable, shards, tmp_path):
     with Server(tmp_path) as server:
         server.start()

@@ -1,5 +1,6 @@
 """The pretraining stage on Ray Train: a worker is killed in the middle, and the result is that of a run that was not."""
 
+import pytest
 import torch
 from training_kit import Team, attempt_at, checkpoint_state, in_a_process, mae_spec, pretrain_config, pretrain_on_ray
 
@@ -8,6 +9,7 @@ from pipeline.training.launch import work
 EPOCHS = 30  # 139 steps of about 30 ms
 
 
+@pytest.mark.system
 def test_a_killed_worker_changes_nothing(shards, tmp_path):
     changes = {"workers": 2, "checkpoint_every_steps": 10, "keep_checkpoints": 2, "log_every_steps": 10}
     attempt = attempt_at(tmp_path / "ray", executor="ray", **changes)
