@@ -95,4 +95,4 @@ def test_moves_in_bf16_are_measured(trained):
     moved, _ = trained(MOVES, "bf16")
     two, _ = trained(((2, 1, 99),), "bf16")
     print(f"bf16, moved: {difference(straight, moved):.2e}; two workers undisturbed: {difference(straight, two):.2e}")
-    assert difference(straight, moved) <= 2e-2
+    assert difference(straight, moved) <= 2e-3  # 1.7e-4 seen; 1.4e-4 for two workers that nobody disturbed
