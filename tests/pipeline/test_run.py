@@ -4,6 +4,8 @@ import io
 import json
 import re
 import shutil
+import signal
+import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,12 +21,12 @@ from run_kit import document, migrated_database, store, write_config, write_imag
 from jobs.run import as_line, verdict_line
 from pipeline import cluster, tracking
 from pipeline.cluster import Executor
-from pipeline.config import RunConfig, load_config
+from pipeline.config import Resources, RunConfig, load_config
 from pipeline.data.substitution import Substitution, as_facts
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.graph.receipts import Receipt
 from pipeline.graph.runner import Outcome
-from pipeline.run import RunSummary, _warn_of_folders, detail_of, plan, run
+from pipeline.run import RunSummary, _stop_when_told, _warn_of_folders, detail_of, plan, run
 from pipeline.storage import open_store
 from pipeline.workflow import build
 
@@ -481,3 +483,14 @@ def test_the_closing_table_names_images_that_others_stood_in_for():
     assert said(0) == ""
     assert said(2) == "4 times another image stood in for one that could not be read: 0.jpg, 1.jpg"
     assert said(5).endswith("0.jpg, 1.jpg, 2.jpg and 2 more")
+
+
+def test_the_wall_clock_asks_once_and_in_good_time(caplog):
+    asked, began = [], time.monotonic()
+    with _stop_when_told(lambda: asked.append(time.monotonic() - began), Resources(wall_clock_s=0.5, grace_s=0.3)):
+        time.sleep(0.6)
+    assert len(asked) == 1
+    assert 0.2 <= asked[0] < 0.5
+    assert "wall_clock_s=0.5 is nearly over: what is under way is saved first" in caplog.text
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL

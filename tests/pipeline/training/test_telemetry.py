@@ -179,10 +179,10 @@ def test_a_window_of_steps_is_profiled_and_kept(teams, shards, tmp_path):
     assert kept_elsewhere == []
     assert [info.key for info in attempt.store.list("profile/")] == sorted(key for _, key in kept)
     table = attempt.store.read(kept[0][1]).decode()
-    assert "aten::addmm" in table
+    assert "aten::" in table
     assert len(table.splitlines()) < 50
     trace = json.loads(gzip.decompress(attempt.store.read(kept[1][1])))
-    assert any(event.get("name", "").startswith("aten::") for event in trace["traceEvents"])
+    assert "aten::addmm" in {event.get("name") for event in trace["traceEvents"]}
 
 
 def test_a_resumed_training_profiles_what_is_left_of_the_window_and_tells_its_history(teams, shards, tmp_path):
