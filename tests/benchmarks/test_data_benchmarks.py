@@ -43,7 +43,11 @@ def folder(files, tmp_path_factory):
     return _data.write_files(files, tmp_path_factory.mktemp("images"))
 
 
-@pytest.mark.parametrize("benchmark", [decode, loader, shard, order], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "benchmark",
+    [decode, loader, pytest.param(shard, marks=pytest.mark.system), order],
+    ids=["decode", "loader", "shard", "order"],
+)
 def test_last_line_has_the_contract_s_keys(benchmark, folder, capsys):
     name = benchmark.__name__.rpartition(".")[2]
     benchmark.main(["--quick", "--images", str(folder), *TINY[name]])
@@ -156,6 +160,7 @@ def test_no_order_gives_a_sample_twice(way):
     assert samples.max() < 6400
 
 
+@pytest.mark.system
 def test_scale_pays_for_every_part(capsys):
     scale.main(["--images", "3000"])
     line = json.loads(capsys.readouterr().out.splitlines()[-1])

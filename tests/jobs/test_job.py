@@ -114,6 +114,7 @@ def until(condition: Any, *, within_s: float) -> None:
         time.sleep(0.5)
 
 
+@pytest.mark.system
 def test_a_run_is_submitted_once_stopped_and_taken_up_again(head, tmp_path, migrated_database):
     config = written(tmp_path, migrated_database, epochs=1000)
     job = submitted(head, config)
