@@ -6,7 +6,8 @@
 
 One worker with the real engine (ZeRO-1, float32) trains MAE ViT-S (quick: 7 wide blocks on small images, so that a step is quick
 and the state still above 256 MiB) on random pixels, a batch of 2, and saves in turns. A turn: steps with nothing beside them; the
-bare copy; the save, which is what the loop waits for; steps while the file is written, each with its look at the boundary, until the checkpoint is committed. The bare copy
+bare copy; the save, which is what the loop waits for; steps while the file is written, each with its look at the boundary,
+until the checkpoint is committed. The bare copy
 is the quicker of torch's and numpy's between two buffers of the state's size, both touched before, in the same turn.
 
 Units:  seconds by the clock; a ratio is the median over turns of save / copy.
