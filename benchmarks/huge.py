@@ -32,6 +32,7 @@ from benchmarks import _timing as timing
 from mae_core import SIZES, MAEConfig, parameter_count
 from pipeline.config import Resources
 from pipeline.data.order import OrderConfig
+from pipeline.graph.receipts import claim
 from pipeline.graph.step import Attempt
 from pipeline.tracking import NullTracker
 from pipeline.training.checkpoints import open_checkpoint, resume_point
@@ -144,6 +145,7 @@ def measure(asked: argparse.Namespace) -> dict[str, object]:
             placement=replace(placement, cache_directory=str(root / "cache")),
         )
         attempt = _data.attempt(root / "pretrain-huge")
+        claim(attempt.root, continues="")
         first = part(spec, attempt, workers=asked.workers, steps=asked.steps)
         size = sum(info.size for info in attempt.store.list("checkpoints/"))
         second = part(replace(spec, placement=replace(spec.placement, zero_stage=1)), attempt, workers=1, steps=1)
