@@ -183,7 +183,10 @@ def test_a_window_of_steps_is_profiled_and_kept(teams, shards, tmp_path):
     assert len(table.splitlines()) < 50
     trace = json.loads(gzip.decompress(attempt.store.read(kept[1][1])))
     names = {event.get("name") for event in trace["traceEvents"]}
-    assert names & {"aten::addmm", "aten::matmul"}  # where ZeRO-3 was at work before, DeepSpeed's own linear stands in for torch's
+    assert names & {
+        "aten::addmm",
+        "aten::matmul",
+    }  # where ZeRO-3 was at work before, DeepSpeed's own linear stands in for torch's
 
 
 def test_a_resumed_training_profiles_what_is_left_of_the_window_and_tells_its_history(teams, shards, tmp_path):
