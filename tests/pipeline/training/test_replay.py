@@ -102,7 +102,7 @@ def test_the_command_finds_the_last_bundle_and_reproduces_it(teams, shards, tmp_
     done = mae("replay", tmp_path / "store")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert re.match(r"step 3, learning rate \d.*e\+28, give_up: loss ", lines[0])
+    assert re.match(r"step 3, learning rate \d.*e\+28, give_up: loss and gradient norm not finite; ", lines[0])
     assert "13 of 13 samples are not finite" in lines
     assert lines[-1] == "reproduced"
     code, told = teams(1).run(replay_as_json, attempt.root_uri, 1)[0]
