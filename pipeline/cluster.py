@@ -44,19 +44,6 @@ WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
-NODE_LOSS = {
-    "RAY_health_check_initial_delay_ms": "5000",
-    "RAY_health_check_period_ms": "3000",
-    "RAY_health_check_timeout_ms": "3000",
-    "RAY_health_check_failure_threshold": "3",
-    "RAY_grpc_client_keepalive_time_ms": "10000",
-    "RAY_grpc_client_keepalive_timeout_ms": "10000",
-    "RAY_grpc_keepalive_time_ms": "10000",
-    "RAY_grpc_keepalive_timeout_ms": "10000",
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "30",
-}
-"""How soon a lost node is noticed (Ray's own: 63 s, and 7 minutes until its tasks run elsewhere). Every process of a cluster needs
-them: drivers get them here, unless their environment says otherwise; infra/ray/ray.env says the same to `ray start`."""
 PASSED_ON = (
     "DS_ACCELERATOR",
     "OMP_NUM_THREADS",
@@ -76,10 +63,7 @@ IN_FLIGHT = 64
 def connect(*, cpus: int | None = None) -> None:
     """Joins the cluster that RAY_ADDRESS names, else starts one on this machine's loopback with `cpus` CPUs (all by default)."""
     address = os.environ.get("RAY_ADDRESS")
-    if address:
-        for name, value in NODE_LOSS.items():
-            os.environ.setdefault(name, value)
-    else:  # a cluster of our own for this run: nobody else knows its token, which is in no file
+    if not address:  # a cluster of our own for this run: nobody else knows its token, which is in no file
         os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", _own_token()
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import TypeVar
 
 import psutil
-from run_kit import end_with_parent, environment
-
-from pipeline.cluster import NODE_LOSS
+from run_kit import ROOT, end_with_parent, environment
 
 RAY = str(Path(sys.executable).parent / "ray")
-QUICK = dict(NODE_LOSS) | {
+RAY_ENV = ROOT / "infra/ray/ray.env"
+QUICK = dict(line.split("=", 1) for line in RAY_ENV.read_text().splitlines() if line and not line.startswith("#")) | {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "40",
@@ -112,7 +111,7 @@ class Cluster:
             self.port = free.getsockname()[1]
         self.address = f"127.0.0.1:{self.port}"
         self.secrets = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        self.env = environment(**self.secrets, **QUICK, RAY_ADDRESS=self.address)
+        self.env = environment(**(QUICK | self.secrets | {"RAY_ADDRESS": self.address}))
         self.nodes: dict[str, Node] = {}
         self.head = self._start(
             "head", "--head", f"--port={self.port}", "--num-cpus=0", f"--temp-dir={self.folder}/ray"
