@@ -136,7 +136,7 @@ def _keep(data: bytes, image: Image.Image, max_side: int) -> Taken | None:
 
 
 def _decoded(data: bytes) -> Image.Image:
-    """A JPEG that the training reader takes; of luma and chroma, the luma alone (a third less work).
+    """A JPEG that the training reader takes; of luma and chroma, the luma alone: less work.
 
     The codes of all components are read, so no damage passes. Errors: ValueError for one that the reader does not take.
     """

@@ -2,7 +2,7 @@
 
 It is allocated and touched once, before training (pinned for CUDA), and filled again at every save: the loop waits for one memory
 copy and nothing else. Values lie in the file in the order in which the optimiser's flat buffers hold them, so that few long runs
-are copied; of 600 short ones torch's threads would wait for each other at every one (20 times as long, on a busy machine).
+are copied: at every short one threads would wait for each other.
 Layout: 8 bytes length of the header, the header (JSON, padded so that values begin at a multiple of 64 bytes), float32 values;
 tensors are named "kind|parameter|start", shape [count]. Units: bytes."""
 
@@ -60,6 +60,10 @@ class HostCopy:
         list(self._threads.map(lambda piece: np.copyto(piece[0].numpy(), piece[1].numpy()), pieces))
         if self._memory.is_pinned():
             torch.cuda.current_stream().synchronize()
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._threads.shutdown(wait=False)
 
     @property
     def file(self) -> memoryview:

@@ -9,7 +9,6 @@ Errors: what went wrong in a thread is raised at the next boundary, on all worke
 import hashlib
 import logging
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -49,8 +48,6 @@ class Saver:
     ) -> None:
         self.fragments, self.world, self.generation = fragments, world, attempt.generation
         self.store = attempt.store
-        self.waited_s = 0.0
-        """Seconds that the loop stood still for saving."""
         self._pruner = Pruner(attempt.root, attempt.generation, retention)
         self._copy = HostCopy(fragments(), pinned=world.device.type == "cuda")
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -63,13 +60,11 @@ class Saver:
 
     def save(self, manifest: CheckpointManifest, history: Sequence[Mapping[str, float]]) -> str:
         """Copies the state and begins to write it; returns the key that it will have. In `manifest`, ids are this worker's part."""
-        began = time.monotonic()
         self.finish()
         self._copy.take(self.fragments())
         folder = folder_of(manifest.global_step)
         work: Future[CheckpointFile | None] = self._pool.submit(write_part, self.store, folder, self._copy, self.world)
         self._under_way = _UnderWay(folder, manifest, tuple(history), work)
-        self.waited_s += time.monotonic() - began
         return f"{generation_key(self.generation)}/{folder}"
 
     def advance(self) -> None:
@@ -84,8 +79,9 @@ class Saver:
             self._agree(self._under_way)
 
     def close(self) -> None:
-        """Gives the thread up."""
+        """Gives the threads up."""
         self._pool.shutdown(wait=False)
+        self._copy.close()
 
     def _agree(self, save: _UnderWay) -> None:
         """What all threads are done with is taken further; what one failed at is raised on all."""

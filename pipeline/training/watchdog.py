@@ -83,7 +83,10 @@ class Watchdog:
                 self._tell(now.phase, waited)
             if waited >= 2 * self.limit_s and self.then == "exit":
                 log.critical(
-                    "rank %d: still in phase %s after %.0f s: this worker ends itself", *self._place(now), waited
+                    "rank %d: still in phase %s after %.0f s: this worker ends itself",
+                    self.world.rank,
+                    now.phase,
+                    waited,
                 )
                 logging.shutdown()
                 sys.stderr.flush()
@@ -106,6 +109,3 @@ class Watchdog:
             log.critical("%s. Its stacks cannot be stored (%s):\n%s", head, error, stacks)
         else:
             log.critical("%s. Its stacks: %s/%s", head, self.store.uri, key)
-
-    def _place(self, now: _Entered) -> tuple[int, str]:
-        return self.world.rank, now.phase

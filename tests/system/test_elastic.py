@@ -34,7 +34,7 @@ RARELY = {"checkpoint_every_steps": 1000}
 EARLY = 70
 """By this step, checkpoints are there and most of the training is not."""
 TOLERANCE = 1e-5
-"""Of losses, relative: sums in another order, over 1125 steps in fp32; 1e-7 seen over 600."""
+"""Of losses, relative: sums in another order, over 1125 steps in fp32."""
 
 
 class Case:

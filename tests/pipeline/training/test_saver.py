@@ -92,8 +92,9 @@ def goes_on_meanwhile(attempt: GatedAttempt) -> tuple[list[bool], float]:
     """Saves step 1, trains on to 5, then lets the store write; whether step 1 was committed, step by step, and the wait."""
     state = State()
     saver = state.saver(attempt)
-    saver.save(state.move(1), HISTORY)
-    waited, committed = saver.waited_s, []
+    moved, began = state.move(1), time.monotonic()
+    saver.save(moved, HISTORY)
+    waited, committed = time.monotonic() - began, []
     for step in range(2, 6):
         saver.advance()
         state.move(step)
