@@ -1,30 +1,25 @@
-"""YAML and --set become one validated, frozen RunConfig, before anything starts.
+"""The fields of a run, their defaults, and what is impossible in each.
 
-Unknown keys, wrong types and impossible values are refused with file, field and way out (ConfigError). mae_core's own dataclasses
-and the recipes are validated in place: no field is declared twice. `resources`, `store`, `tracking` and `name` never decide
-results; everything else does. Units are in the names."""
+mae_core's own dataclasses and the recipes are validated in place: no field is declared twice. `resources`, `store`, `tracking` and
+`name` never decide results; everything else does. Units are in the names. Errors: ValueError, which reading.py puts into words."""
 
 import dataclasses
-import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     field_validator,
     model_validator,
 )
 
 from mae_core.config import SIZES, MAEConfig
-from pipeline.errors import ConfigError, StorageError
+from pipeline.errors import StorageError
 from pipeline.storage import open_store
 from pipeline.training.engine_settings import Offload
 from pipeline.training.spec import FinetuneRecipe, Recipe
@@ -309,201 +304,3 @@ class RunConfig(Section):
         if value.encoder.in_channels != 3:
             raise ValueError(f"encoder.in_channels={value.encoder.in_channels}: shards hold RGB images, write 3")
         return value
-
-
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a YAML file, applies `a.b=value` overrides, validates. Local paths become absolute."""
-    document = _read_yaml(path)
-    given = [_override(document, override) for override in overrides]
-    try:
-        config = RunConfig.model_validate(document)
-    except ValidationError as error:
-        complaints = [_explain(problem) for problem in error.errors()]
-    else:
-        complaints = list(_booleans_for_numbers(document, config))
-    if complaints:
-        # a union complains once a member: one line a field is enough
-        lines = {field: f"{_origin(path, given, field)}: {field}{text}" for field, text in reversed(complaints)}
-        raise ConfigError("\n".join(reversed(lines.values())))
-    return _with_absolute_paths(config)
-
-
-def document_of(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """A YAML file with `a.b=value` overrides in it, not validated."""
-    document = _read_yaml(path)
-    for override in overrides:
-        _override(document, override)
-    return document
-
-
-def _origin(path: Path, given: Sequence[str], field: str) -> str:
-    """Where a field was written: the file, or --set."""
-    within = (pair for dotted in given for pair in ((field, dotted), (dotted, field)))
-    return "--set" if any(f"{inner}.".startswith(f"{outer}.") for inner, outer in within) else str(path)
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Safe YAML in which a key written twice is an error rather than the last one's."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002 - PyYAML's
-        seen = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key is not a name", key_node.start_mark)
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key_node.value!r} is written twice", key_node.start_mark
-                )
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        document = yaml.load(path.read_text(), Loader=_UniqueKeys)  # noqa: S506 - a SafeLoader
-    except (OSError, UnicodeDecodeError) as cause:
-        words = cause.strerror if isinstance(cause, OSError) else "it is not text"
-        raise ConfigError(f"{path}: cannot be read ({words}). Give the path of a YAML file") from cause
-    except yaml.YAMLError as cause:
-        where = getattr(cause, "problem_mark", None)
-        line = f":{where.line + 1}" if where else ""
-        raise ConfigError(f"{path}{line}: not YAML ({getattr(cause, 'problem', cause)}). Mend that line") from cause
-    if not isinstance(document, dict):
-        held = "is empty" if document is None else f"holds a {type(document).__name__}"
-        raise ConfigError(f"{path}: {held}: write a mapping of fields such as data, model, pretrain")
-    return document
-
-
-def _override(document: dict[str, Any], override: str) -> str:
-    """Writes one `a.b=value` (or `a.0.b=value`) into the document; returns `a.b`."""
-    dotted, equals, text = override.partition("=")
-    parts = dotted.strip().split(".")
-    if not equals or not all(parts):
-        raise ConfigError(f"--set {override}: write field=value, for example --set pretrain.epochs=100")
-    try:
-        value = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as cause:
-        raise ConfigError(f"--set {override}: {text!r} is not a YAML value") from cause
-    section: Any = document
-    for parent, part in zip(["", *parts], parts, strict=False):
-        key: Any = part
-        if isinstance(section, list) and part.isdecimal() and int(part) < len(section):
-            key = int(part)
-        elif not isinstance(section, dict):
-            raise ConfigError(f"--set {override}: {parent} has no {part}, it holds {section!r}; write {parent} whole")
-        if key is part and section.get(key) is None:
-            section[key] = {}
-        outer, section = section, section[key]
-    outer[key] = value
-    return ".".join(parts)
-
-
-_WORDS: Mapping[str, str] = {
-    "int_type": "is not a whole number",
-    "int_parsing": "is not a whole number",
-    "int_from_float": "is not a whole number",
-    "float_type": "is not a number",
-    "float_parsing": "is not a number",
-    "finite_number": "is not a finite number",
-    "string_type": "is not text: write it in quotes",
-    "string_too_short": "is empty: write a name",
-    "bool_type": "is not true or false",
-    "bool_parsing": "is not true or false",
-    "tuple_type": "is not a list: write [a, b]",
-    "too_long": "has too many values: {max_length} at most",
-    "literal_error": "is unknown: write {expected}",
-    "greater_than": "is too small: write more than {gt}",
-    "greater_than_equal": "is too small: write {ge} or more",
-    "less_than": "is too large: write less than {lt}",
-    "less_than_equal": "is too large: write {le} or less",
-    "model_type": "is not a section: write its fields below it",
-    "dataclass_type": "is not a section: write its fields below it",
-}
-"""Pydantic's kinds of complaint as they are said here; `{}`: its context."""
-
-
-def _explain(problem: Any) -> tuple[str, str]:
-    """What is wrong with which field: ("pretrain.epochs", " = 'three' is not a whole number")."""
-    union = next((i for i, part in enumerate(problem["loc"]) if str(part).startswith(("tuple[", "int"))), None)
-    location = [str(part) for part in problem["loc"][:union] if not str(part).startswith("function-")]
-    field, kind = ".".join(location), problem["type"]
-    if union is not None:
-        return field, f" = {problem['input']!r}: {WORKERS}"
-    if kind in ("extra_forbidden", "unexpected_keyword_argument", "invalid_key"):
-        known = _known_fields(problem["loc"][:-1])
-        near = difflib.get_close_matches(location[-1], known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
-        return field, f" is not a field; {hint}"
-    if kind == "missing":
-        if location[-1].isdecimal():
-            return ".".join(location[:-1]), f" = {list(problem['input'])} has too few values"
-        return field, f" is missing; add it, or --set {field}=..."
-    if kind == "value_error":
-        return _own_words(location, str(problem["ctx"]["error"]))
-    if problem["input"] is None:
-        return field, " is empty: give it a value, or leave it out"
-    words = NAMING.get(problem["ctx"]["pattern"]) if kind == "string_pattern_mismatch" else None
-    text = f"is not usable: write {words}" if words else _WORDS.get(kind, problem["msg"])
-    return field, f" = {problem['input']!r} {text.format_map(problem.get('ctx', {}))}"
-
-
-def _own_words(location: Sequence[str], message: str) -> tuple[str, str]:
-    """Our own validators say `name=value ...` of a field of theirs: the name joins the address."""
-    named = re.match(r"([a-z_]+(?:\.[a-z_]+)*)(=.*)", message, re.DOTALL)
-    if not named:
-        return ".".join(location), f": {message}" if not message.startswith("is ") else f" {message}"
-    outer = location[:-1] if location and location[-1] == named[1] else location
-    return ".".join([*outer, named[1]]), named[2].replace("=", " = ", 1)
-
-
-def _booleans_for_numbers(value: Any, read: Any, field: str = "") -> Iterator[tuple[str, str]]:
-    """`epochs: yes` is true in YAML and 1 to pydantic: neither is what was meant."""
-    if isinstance(value, bool) and not isinstance(read, bool):
-        yield field, f" = {value} is not a number: YAML reads yes, no, on, off as true or false"
-    pairs: Iterator[tuple[Any, Any]] = iter(())
-    if isinstance(value, Mapping):
-        pairs = ((key, (item, getattr(read, key, None))) for key, item in value.items())
-    elif isinstance(value, list):
-        pairs = ((index, (item, read[index])) for index, item in enumerate(value))
-    for key, (item, inner) in pairs:
-        yield from _booleans_for_numbers(item, inner, f"{field}.{key}" if field else str(key))
-
-
-def _known_fields(location: Sequence[Any]) -> list[str]:
-    """Names of the fields at a place of the configuration."""
-    kind: Any = RunConfig
-    for part in location:
-        if isinstance(part, int):
-            kind = DatasetConfig
-        elif isinstance(kind, type) and issubclass(kind, BaseModel):
-            kind = kind.model_fields[part].annotation
-        elif dataclasses.is_dataclass(kind):
-            kind = next(field.type for field in dataclasses.fields(kind) if field.name == part)
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return list(kind.model_fields)
-    if dataclasses.is_dataclass(kind):
-        return [field.name for field in dataclasses.fields(kind)] + (["size"] if kind is MAEConfig else [])
-    return []
-
-
-def _with_absolute_paths(config: RunConfig) -> RunConfig:
-    """Steps run in other processes and directories, so local addresses must not depend on the current one."""
-    datasets = tuple(
-        dataset.model_copy(update=_absolute(dataset, "source", "labels")) for dataset in config.evaluation.datasets
-    )
-    return config.model_copy(
-        update={
-            "store": absolute(config.store),
-            "data": config.data.model_copy(update=_absolute(config.data, "source", "labels")),
-            "evaluation": config.evaluation.model_copy(update={"datasets": datasets}),
-        }
-    )
-
-
-def _absolute(section: Section, *names: str) -> dict[str, str]:
-    return {name: absolute(address) for name in names if (address := getattr(section, name)) is not None}
-
-
-def absolute(address: str) -> str:
-    """A local path made absolute; addresses with a scheme as they are, but for a slash at the end."""
-    return address.rstrip("/") if "://" in address else str(Path(address).expanduser().absolute())
