@@ -143,6 +143,7 @@ def test_a_run_is_submitted_once_stopped_and_taken_up_again(head, tmp_path, migr
     assert {row["job"]: row["status"] for row in rows} == {job: "STOPPED", second: "STOPPED"}
 
 
+@pytest.mark.system
 def test_what_the_cluster_refuses_is_one_clear_line(head):
     for arguments, token, words in [
         (["list"], "f" * 64, "does RAY_AUTH_TOKEN hold the cluster's token"),
