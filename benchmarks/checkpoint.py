@@ -38,6 +38,7 @@ from pipeline.storage import open_store
 from pipeline.training.checkpoints import CheckpointManifest
 from pipeline.training.engine import Engine, MicroBatch
 from pipeline.training.engine_settings import EngineSettings
+from pipeline.training.host_copy import in_memory, pinned
 from pipeline.training.retention import Retention
 from pipeline.training.saver import Saver
 from pipeline.training.tasks import MAETask
@@ -87,7 +88,8 @@ class Training:
             progress=Silent(),
         )
         keep = Retention(last=1, every_steps=None, best=0)
-        self.saver = Saver(self.engine.fragments, world, attempt, keep)
+        room = pinned if world.device.type == "cuda" else in_memory
+        self.saver = Saver(self.engine.fragments, world, attempt, keep, room)
         self.device, self.steps = world.device, 0
         self.bytes = sum(4 * fragment.values.numel() for fragment in self.engine.fragments())
 

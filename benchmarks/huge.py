@@ -42,6 +42,8 @@ from pipeline.training.tasks import MAETask
 from pipeline.training.world import enter_world
 
 _SAMPLED_EVERY_S = 0.05
+_HAND_BACK = "glibc.malloc.mmap_threshold=1048576:glibc.malloc.hugetlb=1"
+"""Large blocks go back to the system when they are free: the C library keeps a third of such a worker's memory otherwise."""
 
 
 @dataclass
@@ -74,6 +76,7 @@ def part(spec: TrainSpec, attempt: Attempt, *, workers: int, steps: int) -> Part
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     began = time.perf_counter()
+    os.environ.setdefault("GLIBC_TUNABLES", _HAND_BACK)  # the workers', which read it when they start
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         started = [pool.submit(_worker, rank, workers, port, spec, attempt, steps) for rank in range(workers)]
         memory = _Memory(pool)
@@ -126,7 +129,11 @@ def measure(asked: argparse.Namespace) -> dict[str, object]:
     recipe = Recipe(global_batch=asked.batch, epochs=1, warmup_epochs=0.0, precision=asked.precision)
     placement = Placement.from_resources(
         Resources(
-            zero_stage=3, micro_batch=asked.micro_batch, log_every_steps=1, checkpoint_every_steps=total
+            zero_stage=3,
+            micro_batch=asked.micro_batch,
+            log_every_steps=1,
+            checkpoint_every_steps=total,
+            checkpoint_copy=asked.copy,
         ).model_dump()
     )
     found = _data.chosen_photos(asked, count=min(64, total * asked.batch))
@@ -180,7 +187,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=2, help="global")
     parser.add_argument("--micro-batch", type=int, default=64, help="at most")
     parser.add_argument("--workers", type=int, default=2, help="of the first part")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument(
+        "--precision", choices=("bf16", "fp32"), default="bf16" if torch.cuda.is_available() else "fp32"
+    )
+    parser.add_argument(
+        "--copy", choices=("memory", "disk"), default="disk", help="where a worker's state is copied to for a save"
+    )
     print(json.dumps(measure(parser.parse_args(arguments))))
 
 

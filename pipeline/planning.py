@@ -21,7 +21,7 @@ from pipeline.stages.finetune import FinetuneConfig
 from pipeline.stages.pretrain import PretrainConfig
 from pipeline.storage import Store
 from pipeline.training.engine_settings import EngineSettings
-from pipeline.training.footprint import MARGIN, Footprint, Model, autoencoder, classifier, footprint
+from pipeline.training.footprint import MARGIN, Footprint, Model, autoencoder, classifier, footprint, with_checkpoint
 from pipeline.training.spec import Placement, Recipe, engine_settings
 
 GIB = 2**30
@@ -81,7 +81,10 @@ def layout(training: Training, resources: Resources, hardware: Hardware) -> Layo
     """What a worker of this step holds."""
     workers = workers_of(resources)
     settings = engine_settings(training.recipe, Placement.from_resources(resources.model_dump()), workers=workers)
-    held = footprint(_model(training, settings), settings, workers=workers, device=hardware.kind)
+    model = _model(training, settings)
+    held = footprint(model, settings, workers=workers, device=hardware.kind)
+    if resources.checkpoint_copy == "memory":
+        held = with_checkpoint(held, model, workers=workers, device=hardware.kind)
     share = hardware.memory_bytes // workers if hardware.kind == "cpu" else hardware.memory_bytes
     return Layout(resources=resources, settings=settings, footprint=held, share=share)
 
@@ -110,6 +113,8 @@ def as_set(resources: Resources) -> str:
         fields["activation_checkpointing"] = "true"
     if resources.offload != "none":
         fields["offload"] = resources.offload
+    if resources.checkpoint_copy != "memory":
+        fields["checkpoint_copy"] = resources.checkpoint_copy
     return " ".join(f"--set resources.{name}={value}" for name, value in fields.items())
 
 
@@ -181,6 +186,8 @@ def _ways(resources: Resources, hardware: Hardware) -> Iterator[Resources]:
             yield _changed(resources, zero_stage=stage, activation_checkpointing=recomputed)
     if hardware.kind == "cuda" and resources.offload == "none":
         yield _changed(resources, zero_stage=stages[-1], activation_checkpointing=True, offload="optimizer")
+    if hardware.kind == "cpu" and resources.checkpoint_copy == "memory":
+        yield _changed(resources, zero_stage=stages[-1], activation_checkpointing=True, checkpoint_copy="disk")
 
 
 def _largest(steps: Sequence[Training], way: Resources, hardware: Hardware, slice_: int) -> Resources | None:

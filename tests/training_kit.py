@@ -32,6 +32,7 @@ from torch import nn
 
 from mae_core.config import MAEConfig, ViTConfig
 from pipeline import cluster
+from pipeline.config import Resources
 from pipeline.data.images import AugmentConfig
 from pipeline.data.loader import Batch
 from pipeline.data.order import OrderConfig, SampleOrder, ids_digest
@@ -82,21 +83,13 @@ def finetune_recipe(**changes: Any) -> FinetuneRecipe:
 
 def resources(**changes: Any) -> dict[str, Any]:
     """Everything outside the fingerprint that a training stage asks for."""
-    return {
-        "workers": 1,
-        "cpus_per_worker": 1.0,
+    chosen = {
         "use_gpu": False,
-        "zero_stage": 1,
         "micro_batch": 4,
-        "offload": "none",
-        "activation_checkpointing": False,
         "checkpoint_every_steps": 3,
         "keep_checkpoints": 10,
-        "keep_every_steps": None,
         "keep_best": 0,
         "log_every_steps": 1,
-        "profile_steps": None,
-        "decode_threads": 1,
         "cache_directory": "/nonexistent",
         "cache_max_bytes": 2**20,
         "max_failures": 2,
@@ -104,9 +97,8 @@ def resources(**changes: Any) -> dict[str, Any]:
         "node_wait_s": 0.0,
         "collective_timeout_s": 60,
         "watchdog_s": 60.0,
-        "bad_share_stop": 0.0,
-        **changes,
     }
+    return Resources(**chosen).model_dump() | {"bad_share_stop": 0.0} | changes
 
 
 def attempt_at(folder: Path, *, continues: str | None = None, executor="in_process", **changes: Any) -> Attempt:

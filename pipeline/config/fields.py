@@ -216,6 +216,9 @@ class Resources(Section):
     """Keeps those of every so many steps, too; left out: none."""
     keep_best: int = Field(1, ge=0)
     """Keeps so many of the lowest loss, too."""
+    checkpoint_copy: Literal["memory", "disk"] = "memory"
+    """Where a worker's state, 12 bytes a weight over all workers, is copied to before it is written: training waits for the copy.
+    `disk`, a file in cache_directory, takes no memory and the disk's time."""
     log_every_steps: int = Field(20, ge=1)
     profile_steps: ProfileSteps | None = None
     """[first, count] of the steps, counted from 1, that torch's profiler watches on rank 0: `profile/` in the step's generation

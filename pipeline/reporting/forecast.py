@@ -23,6 +23,7 @@ PARTS: Mapping[str, str] = {
     "activations": "activations",
     "workspace": "copies",
     "overhead": "rest",
+    "copy": "saving",
     "host": "in host",
 }
 """A footprint's parts, in words that fit into 80 columns."""
@@ -71,7 +72,8 @@ def _devices(one: Forecast, hardware: Hardware) -> str:
 
 
 def _memory(one: Forecast) -> Table:
-    parts = {part: word for part, word in PARTS.items() if part != "host" or one.layout.footprint.host}
+    optional = {part for part in ("copy", "host") if not getattr(one.layout.footprint, part)}
+    parts = {part: word for part, word in PARTS.items() if part not in optional}
     table = plain_table(["GiB"], numbers=[*parts.values(), "total"], rest=[""])
     for stage in one.stages:
         held, resources = stage.footprint, stage.resources

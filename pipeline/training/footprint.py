@@ -27,6 +27,8 @@ _MIB = 2**20
 Device = Literal["cpu", "cuda"]
 OVERHEAD: Mapping[Device, int] = {"cpu": 100 * _MIB, "cuda": 1024 * _MIB}
 """CPU: measured, modules and buffers that come with the engine. CUDA: assumed, context and NCCL (nobody has measured it yet)."""
+STATE_BYTES = 12
+"""A weight's: itself and AdamW's two moments, float32."""
 MARGIN = 0.15
 """Share by which the real footprint may differ (docs/planning.md)."""
 
@@ -43,8 +45,10 @@ class Footprint(NamedTuple):
     workspace: int
     """Buckets, and copies while gradients are reduced and AdamW steps."""
     overhead: int
+    copy: int = 0
+    """Of the state, for the checkpoint that is being written."""
     host: int = 0
-    """Of the node's memory on top, a worker: what is offloaded."""
+    """Of the node's memory on top, a worker: what is offloaded; on a GPU's host the copy, too."""
 
     @property
     def total(self) -> int:
@@ -99,6 +103,12 @@ def footprint(model: Model, settings: EngineSettings, *, workers: int, device: D
     return max(_moments(model, settings, workers=workers, device=device), key=lambda moment: moment.total)
 
 
+def with_checkpoint(held: Footprint, model: Model, *, workers: int, device: Device) -> Footprint:
+    """And the copy of a worker's state that is written while training goes on."""
+    copy = STATE_BYTES * math.ceil(model.weights / workers)
+    return held._replace(copy=copy) if device == "cpu" else held._replace(host=held.host + copy)
+
+
 def _moments(model: Model, settings: EngineSettings, *, workers: int, device: Device) -> tuple[Footprint, ...]:
     width, stage, images = _width(settings), settings.zero_stage, settings.micro_batch
     whole, own = width * model.weights, width * math.ceil(model.weights / workers)
@@ -145,7 +155,7 @@ def _holes(model: Model, settings: EngineSettings, *, device: Device) -> int:
 def _standing(own: int, whole: int, settings: EngineSettings, *, device: Device) -> Footprint:
     """What is there all the time."""
     width, sharded = _width(settings), settings.zero_stage == 3
-    state = 12 * own  # in float32 too the weights that AdamW moves are a second copy
+    state = STATE_BYTES * own  # in float32 too the weights that AdamW moves are a second copy
     offloaded = settings.offload == "optimizer" and device == "cuda"
     return Footprint(
         weights=width * own if sharded else whole,

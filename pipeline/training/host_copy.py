@@ -1,21 +1,30 @@
-"""A rank's part of a checkpoint in memory: a copy of its fragments that is, byte for byte, the safetensors file they become.
+"""A rank's part of a checkpoint: a copy of its fragments that is, byte for byte, the safetensors file they become.
 
-It is allocated and touched once, before training (pinned for CUDA), and filled again at every save: the loop waits for one memory
-copy and nothing else. Values lie in the file in the order in which the optimiser's flat buffers hold them, so that few long runs
-are copied: at every short one threads would wait for each other.
+It is allocated once, before training, and filled again at every save. In memory it is touched too (pinned for CUDA): the loop then
+waits for one memory copy and nothing else. On disk it is a nameless file that is mapped: the system writes it out and takes its
+memory back where that is short, and the loop waits for the disk as far as it must. Values lie in the order in which the
+optimiser's flat buffers hold them, so that few long runs are copied: at every short one threads would wait for each other.
 Layout: 8 bytes length of the header, the header (JSON, padded so that values begin at a multiple of 64 bytes), float32 values;
-tensors are named "kind|parameter|start", shape [count]. Units: bytes."""
+tensors are named "kind|parameter|start", shape [count]. Units: bytes. Errors: StorageError for a disk that has no room for it."""
 
 import json
-from collections.abc import Iterable, Iterator
+import mmap
+import os
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.errors import StorageError
 from pipeline.training.engine import Fragment
+
+Room = Callable[[int], Tensor]
+"""Gives so many bytes, shape [bytes], uint8."""
 
 _VALUE_BYTES = 4
 _PIECE_VALUES = 4 * 2**20
@@ -25,10 +34,42 @@ _ALIGNMENT = 64
 """Values begin on a cache line, as they do where they come from."""
 
 
-class HostCopy:
-    """Memory for the fragments of one rank, which are the same runs of the same parameters at every save."""
+def in_memory(size: int) -> Tensor:
+    """For CPUs."""
+    return _touched(torch.empty(size, dtype=torch.uint8))
 
-    def __init__(self, fragments: Iterable[Fragment], *, pinned: bool) -> None:
+
+def pinned(size: int) -> Tensor:
+    """For CUDA, which copies to such memory by itself."""
+    return _touched(torch.empty(size, dtype=torch.uint8, pin_memory=True))
+
+
+def on_disk(directory: Path) -> Room:
+    """In a file there, without a name: it is gone when its process is."""
+
+    def room(size: int) -> Tensor:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=directory) as file:
+                os.posix_fallocate(file.fileno(), 0, size)  # later a full disk would be a killed process
+                return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.uint8)
+        except OSError as error:
+            raise StorageError(
+                f"{directory}: {size} bytes for a copy of the worker's state: {error.strerror}. Free as much, name a folder on a "
+                "larger disk in resources.cache_directory, or write resources.checkpoint_copy=memory"
+            ) from error
+
+    return room
+
+
+def _touched(memory: Tensor) -> Tensor:
+    return memory.fill_(0)  # pages are given when first written to, which takes longer than the copy: done now
+
+
+class HostCopy:
+    """Room for the fragments of one rank, which are the same runs of the same parameters at every save."""
+
+    def __init__(self, fragments: Iterable[Fragment], room: Room = in_memory) -> None:
         header: dict[str, Any] = {}
         self._places: dict[str, slice] = {}
         end = 0
@@ -40,8 +81,7 @@ class HostCopy:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % _ALIGNMENT)
         begin = 8 + len(text)
-        self._memory = torch.empty(begin + _VALUE_BYTES * end, dtype=torch.uint8, pin_memory=pinned)
-        self._memory.fill_(0)  # pages are given when first written to, which takes longer than the copy: done now
+        self._memory = room(begin + _VALUE_BYTES * end)
         self._memory[:begin] = torch.tensor(list(len(text).to_bytes(8, "little") + text), dtype=torch.uint8)
         self._values = self._memory[begin:].view(torch.float32)
         self._threads = ThreadPoolExecutor(min(_MOST_THREADS, torch.get_num_threads()))

@@ -90,7 +90,7 @@ def train(spec: TrainSpec, attempt: Attempt, *, world: World, tracker: Tracker, 
             loader=loader,
             engine=engine,
             watchdog=watchdog,
-            saver=held.enter_context(saving(engine.fragments, world, attempt, spec.placement.retention)),
+            saver=held.enter_context(saving(_saver(spec, attempt, world, engine))),
             meter=held.enter_context(closing(Meter(spec, loader, engine.module, world, position.global_step))),
             feed=held.enter_context(closing(Feed(loader, total_steps))),
             incidents=Incidents(spec, attempt, world),
@@ -117,6 +117,11 @@ def _start(spec: TrainSpec, attempt: Attempt, world: World, loader: Loader) -> t
     if checkpoint.root.uri != attempt.root.uri:
         position.saved_at = -1  # another training's: this one has saved nothing yet
     return engine, position
+
+
+def _saver(spec: TrainSpec, attempt: Attempt, world: World, engine: Engine) -> Saver:
+    placement = spec.placement
+    return Saver(engine.fragments, world, attempt, placement.retention, placement.room(world.device))
 
 
 @dataclass(kw_only=True)

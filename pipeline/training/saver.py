@@ -3,7 +3,7 @@
 All workers call `save`, `advance` (at every step boundary) and `finish` at the same points. A worker's one thread writes its
 part; that it has, or failed, is agreed at a later boundary without anybody waiting, and then the first worker's thread writes
 the history and, last, the manifest. A worker that died in between leaves no manifest: that checkpoint does not exist.
-The next save waits for the one before; `finish` waits for the commit. Memory: one copy of the rank's float32 state.
+The next save waits for the one before; `finish` waits for the commit. It holds one copy of the rank's float32 state, in `room`.
 Errors: what went wrong in a thread is raised at the next boundary, on all workers; the storage layer has tried again by then."""
 
 import hashlib
@@ -19,7 +19,7 @@ from pipeline.graph.step import Attempt, generation_key
 from pipeline.storage import Store
 from pipeline.training.checkpoints import CheckpointFile, CheckpointManifest, commit, folder_of, write_history
 from pipeline.training.engine import Fragment
-from pipeline.training.host_copy import HostCopy
+from pipeline.training.host_copy import HostCopy, Room, in_memory
 from pipeline.training.retention import Pruner, Retention
 from pipeline.training.world import ELSEWHERE, World
 
@@ -44,12 +44,18 @@ class Saver:
     """Saves what `fragments` gives, in the generation that is at work."""
 
     def __init__(
-        self, fragments: Callable[[], Iterable[Fragment]], world: World, attempt: Attempt, retention: Retention
+        self,
+        fragments: Callable[[], Iterable[Fragment]],
+        world: World,
+        attempt: Attempt,
+        retention: Retention,
+        room: Room = in_memory,
     ) -> None:
         self.fragments, self.world, self.generation = fragments, world, attempt.generation
         self.store = attempt.store
         self._pruner = Pruner(attempt.root, attempt.generation, retention)
-        self._copy = HostCopy(fragments(), pinned=world.device.type == "cuda")
+        with world.together():
+            self._copy = HostCopy(fragments(), room)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._under_way: _UnderWay | None = None
 
@@ -113,11 +119,8 @@ class Saver:
 
 
 @contextmanager
-def saving(
-    fragments: Callable[[], Iterable[Fragment]], world: World, attempt: Attempt, retention: Retention
-) -> Iterator[Saver]:
-    """A saver. When training ends in an error that all workers raise, what was being saved is still committed."""
-    saver = Saver(fragments, world, attempt, retention)
+def saving(saver: Saver) -> Iterator[Saver]:
+    """While training goes on. When it ends in an error that all workers raise, what was being saved is still committed."""
     try:
         yield saver
         saver.finish()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from mae_core.config import ADDED_LATER
 from mae_core.schedules import scaled_lr, warmup_cosine, warmup_stable_decay
@@ -22,6 +23,7 @@ from pipeline.graph.step import StageInput
 from pipeline.storage import open_store
 from pipeline.training.engine_settings import EngineSettings, Offload
 from pipeline.training.guard import GuardConfig
+from pipeline.training.host_copy import Room, in_memory, on_disk, pinned
 from pipeline.training.retention import Retention
 from pipeline.training.start import StartPoint
 from pipeline.training.tasks import Task
@@ -159,6 +161,7 @@ class Placement:
     keep_checkpoints: int
     keep_every_steps: int | None
     keep_best: int
+    checkpoint_copy: Literal["memory", "disk"]
     log_every_steps: int
     profile_steps: tuple[int, int] | None
     """(first, count), counted from 1."""
@@ -177,6 +180,12 @@ class Placement:
     def retention(self) -> Retention:
         """Which checkpoints stay."""
         return Retention(last=self.keep_checkpoints, every_steps=self.keep_every_steps, best=self.keep_best)
+
+    def room(self, device: torch.device) -> Room:
+        """For the copy of a worker's state that is written while training goes on."""
+        if self.checkpoint_copy == "disk":
+            return on_disk(Path(self.cache_directory).expanduser() / "copies")
+        return pinned if device.type == "cuda" else in_memory
 
     def cache(self, dataset: DatasetAddress) -> ShardCache:
         """The node's cache of the dataset's shards."""

@@ -315,6 +315,7 @@ def another(field: str, value: Any) -> Any:
         "encoder_input": "all",
         "loss_on": "all",
         "spikes": "skip",
+        "checkpoint_copy": "disk",
     }
     return choices.get(field.rpartition(".")[2], f"{value}2")
 

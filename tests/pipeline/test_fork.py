@@ -37,7 +37,7 @@ def path(tmp_path):
         model = MaskedAutoencoder(load_config(path).model, generator=torch.Generator().manual_seed(step))
         values = {name: p for name, p in model.named_parameters() if p.requires_grad}
         fragments = [Fragment(f"model.{name}", "weight", 0, p.detach().reshape(-1)) for name, p in values.items()]
-        copy = HostCopy(fragments, pinned=False)
+        copy = HostCopy(fragments)
         copy.take(fragments)
         store = root.at("g0001")
         rows = write_history(store, folder_of(step), [{"step": step, "epoch": step / 4, "loss": 1.0}])

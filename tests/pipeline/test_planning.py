@@ -118,6 +118,17 @@ def test_what_is_only_tight_is_not_refused(huge):
     assert not layout(pretraining(huge), huge.resources, tight).fits
 
 
+def test_a_cpu_without_room_for_the_copy_is_offered_the_disk(huge):
+    """The last way: 12 bytes a weight less."""
+    steps = [pretraining(huge)]
+    cpu = of(24, kind="cpu")
+    way = proposal(steps, huge.resources.model_copy(update={"workers": 1}), cpu)
+    assert way.checkpoint_copy == "disk"
+    assert layout(steps[0], way, cpu).footprint.copy == 0
+    assert "--set resources.checkpoint_copy=disk" in as_set(way)
+    assert proposal(steps, huge.resources, of(128, kind="cpu")).checkpoint_copy == "memory"
+
+
 def test_workers_of_a_cpu_share_its_memory(huge):
     resources = huge.resources.model_copy(update={"workers": 4})
     assert layout(pretraining(huge), resources, of(64, kind="cpu")).share == 16 * 2**30

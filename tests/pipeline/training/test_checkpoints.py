@@ -46,7 +46,7 @@ def save(store: Store, step: int, *, ranks: int = 3) -> str:
                 whole = value(kind, name, step)
                 start, stop = rank * len(whole) // ranks, (rank + 1) * len(whole) // ranks
                 fragments.append(Fragment(name, kind, start, whole[start:stop]))
-        copy = HostCopy(fragments, pinned=False)
+        copy = HostCopy(fragments)
         copy.take(fragments)
         files.append(write_part(store, folder, copy, World(rank, ranks, torch.device("cpu"), None)))
     files.append(checkpoints.write_history(store, folder, [{"step": 1, "loss": 0.5}, {"step": step, "loss": 0.25}]))

@@ -1,4 +1,4 @@
-"""The footprint's arithmetic; that real processes hold it is tests/system/test_footprint.py's to say."""
+"""The footprint's arithmetic; that real processes hold it is tests/system/test_footprint_layouts.py's to say."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import pytest
 
 from mae_core import SIZES, MAEConfig, activation_bytes, parameter_count
 from pipeline.training.engine_settings import EngineSettings
-from pipeline.training.footprint import OVERHEAD, autoencoder, classifier, footprint
+from pipeline.training.footprint import OVERHEAD, autoencoder, classifier, footprint, with_checkpoint
 
 HUGE = MAEConfig(encoder=SIZES["huge"]())
 WEIGHTS = parameter_count(HUGE)
@@ -61,6 +61,19 @@ def test_an_offloaded_optimiser_is_the_host_s_and_on_a_cpu_nothing_changes():
     assert moved.host == pytest.approx(18 * WEIGHTS, rel=1e-6)
     assert moved.total < held(workers=1).total / 2
     assert held(settings, device="cpu") == held(device="cpu")
+
+
+def test_the_copy_for_a_checkpoint_is_the_cpu_s_memory():
+    model = autoencoder(HUGE, SETTINGS)
+    on_gpu, on_cpu = (
+        (
+            held(workers=2, device=device),
+            with_checkpoint(held(workers=2, device=device), model, workers=2, device=device),
+        )
+        for device in ("cuda", "cpu")
+    )
+    assert on_gpu[1].total == on_gpu[0].total
+    assert on_gpu[1].host == on_cpu[1].total - on_cpu[0].total == pytest.approx(12 * WEIGHTS / 2, rel=1e-6)
 
 
 def test_fine_tuning_sees_whole_images():

@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load
 from training_kit import Raised, attempt_at, checkpoint_state
 
+from pipeline.errors import StorageError
 from pipeline.graph.step import Attempt
 from pipeline.storage import FileStore, S3Store
 from pipeline.training.checkpoints import CheckpointManifest, newest, read_manifest
 from pipeline.training.engine import KINDS, Fragment
-from pipeline.training.host_copy import HostCopy, joined
+from pipeline.training.host_copy import HostCopy, joined, on_disk
 from pipeline.training.retention import Retention
 from pipeline.training.saver import Saver, mean_loss
 from pipeline.training.world import ELSEWHERE, enter_world
@@ -208,7 +209,7 @@ def test_a_bucket_holds_checkpoints_of_two_workers(teams, s3_bucket, tmp_path):
 
 def test_the_copy_is_the_file_that_any_safetensors_reads():
     fragments = [Fragment("a.b", "weight", 5, torch.arange(3.0)), Fragment("c", "exp_avg", 0, torch.arange(4.0))]
-    copy = HostCopy(fragments, pinned=False)
+    copy = HostCopy(fragments)
     copy.take(fragments)
     fragments[0].values.fill_(-1)
     held = load(bytes(copy.file))
@@ -216,7 +217,21 @@ def test_the_copy_is_the_file_that_any_safetensors_reads():
         "weight|a.b|5": [0.0, 1.0, 2.0],
         "exp_avg|c|0": [0.0, 1.0, 2.0, 3.0],
     }
-    assert load(bytes(HostCopy([], pinned=False).file)) == {}  # more workers than numbers
+    assert load(bytes(HostCopy([]).file)) == {}  # more workers than numbers
+
+
+def test_a_copy_on_disk_is_the_same_file_and_leaves_none(tmp_path):
+    fragments = [Fragment("a.b", "weight", 0, torch.arange(3.0)), Fragment("c", "weight", 0, torch.arange(4.0))]
+    there, in_memory = HostCopy(fragments, on_disk(tmp_path / "copies")), HostCopy(fragments)
+    for copy in (there, in_memory):
+        copy.take(fragments)
+    assert bytes(there.file) == bytes(in_memory.file)
+    assert list((tmp_path / "copies").iterdir()) == []  # even when it is killed now
+
+
+def test_a_disk_without_room_for_the_copy_is_said_before_training(tmp_path):
+    with pytest.raises(StorageError, match=r"(?s)copies: \d+ bytes for .*resources\.checkpoint_copy=memory"):
+        on_disk(tmp_path / "copies")(2**60)
 
 
 def test_pieces_of_one_flat_buffer_are_copied_together_and_never_more_than_they_are():
@@ -224,7 +239,7 @@ def test_pieces_of_one_flat_buffer_are_copied_together_and_never_more_than_they_
     flat, other = torch.arange(20.0), torch.arange(100.0, 105.0)
     cuts = {"a": flat[0:4], "b": flat[4:11], "c": flat[13:20], "d": other}
     fragments = [Fragment(name, "weight", 0, values) for name, values in cuts.items()]
-    copy = HostCopy([fragments[index] for index in (2, 0, 3, 1)], pinned=False)
+    copy = HostCopy([fragments[index] for index in (2, 0, 3, 1)])
     for given in (fragments, fragments[::-1], [one._replace(values=one.values.clone()) for one in fragments]):
         for one in given:
             one.values.add_(1)
