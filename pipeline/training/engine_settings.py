@@ -105,6 +105,14 @@ def _in_force_and_asked(engine: Any, settings: EngineSettings, world: World) -> 
     yield "zero_optimization.zero_quantized_gradients", zero.zero_quantized_gradients, False
     yield "zero_optimization.offload_optimizer", engine.zero_use_cpu_optimizer(), settings.offload == "optimizer"
     yield "zero_optimization.offload_param", zero.offload_param, None
+    for key, in_force, asked in (
+        ("reduce_bucket_size", zero.reduce_bucket_size, REDUCE_BUCKET_ELEMENTS),
+        ("stage3_param_persistence_threshold", zero.param_persistence_threshold, 0),
+        ("stage3_max_live_parameters", zero.max_live_parameters, LIVE_ELEMENTS),
+        ("stage3_max_reuse_distance", zero.max_reuse_distance, LIVE_ELEMENTS),
+        ("stage3_prefetch_bucket_size", zero.prefetch_bucket_size, PREFETCH_ELEMENTS),
+    ):
+        yield f"zero_optimization.{key}", in_force, asked
     live = engine.optimizer
     yield "the live clipping", live.clip_grad, clipping
     yield "the live type of summed gradients", live.gradient_accumulation_dtype, dtype

@@ -194,6 +194,20 @@ def test_mlflow_holds_the_curves_at_their_steps(finished):
         assert len(mlflow.get_metric_history(run_id, name)) == len(steps)
 
 
+def test_a_cached_step_s_curve_is_sent_to_an_mlflow_that_lacks_it_and_once(finished, tmp_path, migrated_database):
+    config, first = finished
+    shutil.copytree(config.store, tmp_path / "store")
+    fresh = tmp_path / "fresh.db"
+    shutil.copy(migrated_database, fresh)
+    elsewhere = configured(tmp_path, tmp_path / "store", Path(config.data.source), f"tracking.uri=sqlite:///{fresh}")
+    curves = []
+    for summary in (first, go(elsewhere), go(elsewhere)):
+        mlflow, run_id = client(summary.addresses["tracking"]), children(summary)["pretrain"].info.run_id
+        curves.append([(p.step, p.value) for p in mlflow.get_metric_history(run_id, "train/loss")])
+    assert set(states(summary).values()) == {"cached"}
+    assert curves[0] == curves[1] == curves[2]
+
+
 def test_mlflow_holds_the_dataset_by_its_digest(finished):
     _, summary = finished
     digest = facts(summary, "shard")["digest"]
