@@ -1,4 +1,4 @@
-"""Fixtures for every test: S3 on loopback, as a quick mock (moto) and as a real server (Swift)."""
+"""Fixtures for every test: a tiny sharded dataset; S3 on loopback, as a quick mock (moto) and as a real server (Swift)."""
 
 import functools
 import logging
@@ -14,6 +14,16 @@ from infra.local.s3 import serving
 # A busy machine must not fail a property: hypothesis would otherwise count 200 ms for one example as a failure.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """60 training and 23 test images in three classes, sharded by the real stages."""
+    from training_kit import make_shards, write_images  # here: most tests need no torch
+
+    folder = tmp_path_factory.mktemp("tiny")
+    write_images(folder / "images")
+    return make_shards(folder, folder / "images")
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from training_kit import Team, attempt_at, checkpoint_state, mae_spec, make_shards, write_images
+from training_kit import Team, attempt_at, checkpoint_state, mae_spec
 
 from pipeline.graph.step import Attempt
 from pipeline.tracking import NullTracker
@@ -33,13 +33,6 @@ class StopAfter:
 
 def train_here(spec: TrainSpec, attempt: Attempt, steps: int) -> dict[str, Any]:
     return asdict(train(spec, attempt, world=enter_world(), tracker=NullTracker(), supervisor=StopAfter(steps)))
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    write_images(folder / "images")
-    return make_shards(folder, folder / "images")
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,8 @@ from training_kit import (
     checkpoint_state,
     in_a_process,
     mae_spec,
-    make_shards,
     pretrain_config,
     pretrain_on_ray,
-    write_images,
 )
 
 from pipeline.errors import PipelineError
@@ -20,13 +18,6 @@ from pipeline.training.launch import work
 EPOCHS = 60  # 277 steps
 
 pytestmark = pytest.mark.system
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    write_images(folder / "images")
-    return make_shards(folder, folder / "images")
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,6 @@ from training_kit import Teams, make_shards, picture, pretrain_here, write_image
 
 
 @pytest.fixture(scope="session")
-def shards(tmp_path_factory):
-    """60 training and 23 test images in three classes."""
-    folder = tmp_path_factory.mktemp("labelled")
-    write_images(folder / "images")
-    return make_shards(folder, folder / "images")
-
-
-@pytest.fixture(scope="session")
 def partly_labelled(tmp_path_factory):
     """The same, with five images more in train/ and two in test/ that lie in no class folder."""
     folder = tmp_path_factory.mktemp("partly")

@@ -1,15 +1,7 @@
-"""One tiny dataset and the teams of processes, for all tests of training."""
+"""The teams of processes, for all tests of training."""
 
 import pytest
-from training_kit import Teams, make_shards, write_images
-
-
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory):
-    """60 training and 23 test images in three classes, sharded by the real stages."""
-    folder = tmp_path_factory.mktemp("tiny")
-    write_images(folder / "images")
-    return make_shards(folder, folder / "images")
+from training_kit import Teams
 
 
 @pytest.fixture(scope="session")
