@@ -20,11 +20,11 @@ PARTS: Mapping[str, str] = {
     "weights": "weights",
     "gradients": "grads",
     "optimizer": "AdamW",
-    "activations": "activations",
+    "activations": "activ.",
     "workspace": "copies",
     "overhead": "rest",
-    "copy": "saving",
-    "host": "in host",
+    "copy": "save",
+    "host": "host",
 }
 """A footprint's parts, in words that fit into 80 columns."""
 

@@ -248,10 +248,11 @@ def plan_table(rows: Sequence[PlanRow]) -> RenderableType:
         "cost": [row.cost or "–" for row in rows],
     }
     numbers = {name: cells for name, cells in known_numbers.items() if set(cells) != {"–"}}
-    table = plain_table(["step", "plan"], numbers=list(numbers), rest=["fingerprint"])
+    rest = [] if "cost" in numbers else ["fingerprint"]  # 80 columns do not hold both
+    table = plain_table(["step", "plan"], numbers=list(numbers), rest=rest)
     for index, row in enumerate(rows):
-        cells = [column[index] for column in numbers.values()]
-        table.add_row(Text(row.name, style="bold"), _state(row.state), *cells, row.fingerprint[:12])
+        cells = [column[index] for column in numbers.values()] + [row.fingerprint[:12] for _ in rest]
+        table.add_row(Text(row.name, style="bold"), _state(row.state), *cells)
     differs = {row.name: row.differs for row in rows if row.differs}
     why = [Text("\ndiffers from the nearest finished step in", style="dim"), _lines(differs)] if differs else []
     to_run = [row for row in rows if row.state == "to_run"]

@@ -119,6 +119,18 @@ def test_the_plan_says_what_runs_and_which_field_made_it_differ():
     assert "1 of 3 steps to run, about 1 d 18:00" in text
 
 
+def test_80_columns_hold_a_plan_with_its_cost():
+    name = "finetune-imagenet-pretrained-s0"
+    row = PlanRow(
+        name=name, state="to_run", fingerprint="ab" * 32, memory_gib=31.8, seconds=317_820, cost="$2 119 to $3 532"
+    )
+    console = Console(file=io.StringIO(), width=80, record=True)
+    console.print(plan_table([row]), soft_wrap=True)
+    assert console.export_text().splitlines()[1].split("  ") == [
+        name, "▸ to run", "31.8 GiB", "3 d 16:17", "$2 119 to $3 532",
+    ]  # fmt: skip
+
+
 def test_on_80_columns_tables_stay_tables_and_addresses_can_be_copied():
     name, address = "finetune-imagenet-1k-pretrained-s0", "file:///data/" + "deep/" * 30 + "index.html"
     detail = f"{address}: no space left. Free some, or choose another store"
