@@ -75,6 +75,11 @@ LAYOUTS = (
     Layout(precision="bf16", zero_stage=1),
     Layout(precision="bf16", zero_stage=2, workers=2, micro_batch=1),
     Layout(precision="bf16", zero_stage=3, workers=2, micro_batch=1),
+    Layout(precision="fp32", zero_stage=1, micro_batch=16),
+    Layout(precision="fp32", zero_stage=1, workers=2, micro_batch=8, accumulation=2),
+    Layout(precision="fp32", zero_stage=2, workers=2, micro_batch=24, activation_checkpointing=True),
+    Layout(precision="fp32", zero_stage=3, workers=2, micro_batch=16),
+    Layout(precision="bf16", zero_stage=1, micro_batch=4),
 )
 QUICK = (0, 1, 2)
 

@@ -134,9 +134,11 @@ def _moments(model: Model, settings: EngineSettings, *, workers: int, device: De
     )
     small = (images * model.activations, images * model.first + first, under_way, 0)
     holes = _holes(model, settings, device=device)
+    # Activations go while gradients come, and those of other sizes do not find room where they were: the heap keeps both.
+    gone = images * model.activations if device == "cpu" else 0
     return tuple(
-        moment._replace(overhead=moment.overhead + max(0, holes - filled))
-        for moment, filled in zip(moments, small, strict=True)
+        moment._replace(overhead=moment.overhead + max(holes - filled, left))
+        for moment, filled, left in zip(moments, small, (0, 0, gone, gone), strict=True)
     )
 
 
