@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import boto3
+import psutil
 import pytest
 
 from infra.local.s3 import ROOT, S3Server, _runs, serving
@@ -24,14 +25,13 @@ def client(environment):
 
 
 def listeners(pids):
-    """Addresses that those processes listen on, as the kernel writes them."""
-    sockets = {str(path.readlink()) for pid in pids for path in Path(f"/proc/{pid}/fd").iterdir()}
-    rows = [row.split() for table in ("tcp", "tcp6") for row in Path(f"/proc/net/{table}").read_text().splitlines()[1:]]
-    return [row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets]
+    """Addresses that those processes listen on."""
+    sockets = [socket for pid in pids for socket in psutil.Process(pid).net_connections("tcp")]
+    return [socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN]
 
 
 def test_it_listens_on_loopback_only_and_writes_its_secret_nowhere(swift_server):
-    assert set(listeners(swift_server.pids.values())) == {"0100007F"}
+    assert set(listeners(swift_server.pids.values())) == {"127.0.0.1"}
     assert len(listeners(swift_server.pids.values())) >= 4
     for path in swift_server.directory.rglob("*"):
         if path.is_file():

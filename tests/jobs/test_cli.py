@@ -212,7 +212,7 @@ def test_run_json_and_then_plan_says_what_a_changed_field_costs(config):
     assert "proposed: --set resources.micro_batch=8 --set resources.zero_stage=1" in shown
     assert "$" in shown
     assert "config.model.mask_ratio: 0.75 -> 0.5" in shown
-    assert rows["pretrain"]["fingerprint"][:12] in shown
+    assert rows["pretrain"]["fingerprint"][:12] in mae("plan", config, "--set", "model.mask_ratio=0.5").stdout
 
     done = mae("run", config, "--in-process", "--json")
     assert {step["state"] for step in json.loads(done.stdout)["steps"]} == {"cached"}

@@ -324,14 +324,8 @@ def test_a_group_for_each_layer_costs_no_reduction_more(teams, zero_stage):
 
 def in_small_buckets(case: Case) -> dict[str, Any]:
     """Training in which gradients are reduced 500 numbers at a time."""
-    honest = engine_module.deepspeed_config
-
-    def small(settings: Any) -> dict[str, Any]:
-        told = honest(settings)
-        return told | {"zero_optimization": told["zero_optimization"] | {"reduce_bucket_size": 500}}
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "deepspeed_config", small)
+        patch.setattr("pipeline.training.engine_settings.REDUCE_BUCKET_ELEMENTS", 500)
         return train_mae(case)
 
 
