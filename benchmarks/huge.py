@@ -43,7 +43,7 @@ from pipeline.training.world import enter_world
 
 _SAMPLED_EVERY_S = 0.05
 _HAND_BACK = "glibc.malloc.mmap_threshold=1048576:glibc.malloc.hugetlb=1"
-"""Large blocks go back to the system when they are free: the C library keeps a third of such a worker's memory otherwise."""
+"""Large blocks go back to the system when they are free: the C library keeps them in its heap otherwise."""
 
 
 @dataclass
