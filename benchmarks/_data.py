@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import torch
 
-from pipeline.cluster import Executor
-from pipeline.data.manifest import Manifest
-from pipeline.data.photos import Photos, photos
+from pipeline.cluster.tasks import Executor
+from pipeline.data.dataset.manifest import Manifest
+from pipeline.data.images.photos import Photos, photos
 from pipeline.errors import ConfigError
 from pipeline.graph.step import Attempt, StageInput
 from pipeline.stages.shard import ShardStageConfig, shard

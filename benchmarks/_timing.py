@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipeline.peak import matmul_peak, synchronise
+from pipeline.training.meters.matmul_peak import matmul_peak, synchronise
 
 Precision = Literal["float32", "bfloat16"]
 DTYPES: Mapping[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -35,13 +35,13 @@ from mae_core.config import MAEConfig, ViTConfig, small
 from pipeline.config import Resources
 from pipeline.graph.step import Attempt
 from pipeline.storage import open_store
-from pipeline.training.checkpoints import CheckpointManifest
-from pipeline.training.engine import Engine, MicroBatch
-from pipeline.training.engine_settings import EngineSettings
-from pipeline.training.host_copy import in_memory, pinned
-from pipeline.training.retention import Retention
-from pipeline.training.saver import Saver
-from pipeline.training.tasks import MAETask
+from pipeline.training.checkpoints.format import CheckpointManifest
+from pipeline.training.checkpoints.host_copy import in_memory, pinned
+from pipeline.training.checkpoints.retention import Retention
+from pipeline.training.checkpoints.saver import Saver
+from pipeline.training.engine.deepspeed_engine import Engine, MicroBatch
+from pipeline.training.engine.settings import EngineSettings
+from pipeline.training.spec.tasks import MAETask
 from pipeline.training.world import enter_world
 
 BATCH = 2

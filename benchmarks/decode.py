@@ -30,9 +30,9 @@ from PIL import Image as PillowImage
 from benchmarks import _data
 from benchmarks import _timing as timing
 from benchmarks._data import Spread
-from pipeline.data.decode_speed import CROP, SIZE, cores, crops, decode_rate, training_picture
-from pipeline.data.images import Box, Image, Uniforms, box_of, decode, reference_picture
-from pipeline.data.jpeg_rows import decode_top
+from pipeline.data.images.decode_speed import CROP, SIZE, cores, crops, decode_rate, training_picture
+from pipeline.data.images.jpeg_rows import decode_top
+from pipeline.data.images.pictures import Box, Image, Uniforms, box_of, decode, reference_picture
 
 CHUNK = 16
 

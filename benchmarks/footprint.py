@@ -25,10 +25,10 @@ import torch
 
 from benchmarks import _timing as timing
 from mae_core import SIZES, MAEConfig
-from pipeline.training.engine import Engine, MicroBatch
-from pipeline.training.engine_settings import EngineSettings
-from pipeline.training.footprint import autoencoder, footprint
-from pipeline.training.tasks import MAETask
+from pipeline.planning.footprint import autoencoder, footprint
+from pipeline.training.engine.deepspeed_engine import Engine, MicroBatch
+from pipeline.training.engine.settings import EngineSettings
+from pipeline.training.spec.tasks import MAETask
 from pipeline.training.world import World, enter_world
 
 _GIB = 2**30

@@ -31,14 +31,17 @@ from benchmarks import _data
 from benchmarks import _timing as timing
 from mae_core import SIZES, MAEConfig, parameter_count
 from pipeline.config import Resources
-from pipeline.data.order import OrderConfig
+from pipeline.data.dataset.address import dataset_address
+from pipeline.data.feed.order import OrderConfig
 from pipeline.graph.receipts import claim
 from pipeline.graph.step import Attempt
 from pipeline.tracking import NullTracker
-from pipeline.training.checkpoints import open_checkpoint, resume_point
-from pipeline.training.loop import StopReason, train
-from pipeline.training.spec import Placement, Recipe, TrainSpec, dataset_address
-from pipeline.training.tasks import MAETask
+from pipeline.training.checkpoints.format import open_checkpoint, resume_point
+from pipeline.training.health.stop_reasons import StopReason
+from pipeline.training.loop.loop import train
+from pipeline.training.spec.recipe import Recipe
+from pipeline.training.spec.tasks import MAETask
+from pipeline.training.spec.train_spec import Placement, TrainSpec
 from pipeline.training.world import enter_world
 
 _SAMPLED_EVERY_S = 0.05

@@ -39,13 +39,13 @@ from benchmarks import _data
 from benchmarks import _timing as timing
 from benchmarks._data import Spread
 from benchmarks._peers import installed
-from pipeline.data.cache import ShardCache
-from pipeline.data.decode_speed import CROP, SIZE, cores
-from pipeline.data.images import AUGMENT_UNIFORMS, reference_picture
-from pipeline.data.loader import Loader
-from pipeline.data.manifest import Manifest
-from pipeline.data.order import OrderConfig, SampleOrder
-from pipeline.data.selection import Selection
+from pipeline.data.dataset.manifest import Manifest
+from pipeline.data.feed.cache import ShardCache
+from pipeline.data.feed.loader import Loader
+from pipeline.data.feed.order import OrderConfig, SampleOrder
+from pipeline.data.feed.selection import Selection
+from pipeline.data.images.decode_speed import CROP, SIZE, cores
+from pipeline.data.images.pictures import AUGMENT_UNIFORMS, reference_picture
 
 OURS, WEBDATASET, IMAGEFOLDER = "ours", "webdataset, Pillow", "ImageFolder, torch"
 _SHARDS = 4

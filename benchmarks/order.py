@@ -31,7 +31,7 @@ import numpy.typing as npt
 from benchmarks import _data
 from benchmarks import _timing as timing
 from benchmarks._peers import installed
-from pipeline.data.order import OrderConfig, SampleOrder
+from pipeline.data.feed.order import OrderConfig, SampleOrder
 
 _BUFFER, _NODES, _WORKERS = 1000, 8, 8
 _CLASSES = 100
@@ -71,7 +71,7 @@ def cost(counts: Int64s, *, batch: int, rank: int, ranks: int, seeks: int, steps
 
 
 def ours(shards: int, per_shard: int, batch: int, *, window_shards: int, lanes: int = 64) -> Iterator[Int64s]:
-    """Batches of the computed order, spread over an epoch. Errors: ConfigError. Source: pipeline/data/order.py."""
+    """Batches of the computed order, spread over an epoch. Errors: ConfigError. Source: pipeline/data/feed/order.py."""
     config = OrderConfig(seed=0, lanes=lanes, window_shards=window_shards)
     order = SampleOrder(np.full(shards, per_shard), config)
     steps = shards * per_shard // batch

@@ -27,10 +27,10 @@ import pyarrow as pa
 
 from benchmarks import _data
 from benchmarks import _timing as timing
-from pipeline.data.duplicates import find_duplicates
-from pipeline.data.near_duplicates import NearDuplicateSearch
-from pipeline.data.shards import IntakePolicy, opened_snapshot, plan_shards
-from pipeline.data.sources import SourceItem
+from pipeline.data.dataset.duplicates import find_duplicates
+from pipeline.data.dataset.near_duplicates import NearDuplicateSearch
+from pipeline.data.dataset.shard_plan import IntakePolicy, opened_snapshot, plan_shards
+from pipeline.data.sources.listing import SourceItem
 from pipeline.stages import snapshot as stage
 from pipeline.storage import open_store
 

@@ -36,9 +36,10 @@ from webdataset import ShardWriter
 from benchmarks import _data
 from benchmarks import _timing as timing
 from pipeline import cluster
-from pipeline.data.decode_speed import cores
-from pipeline.data.intake import Taken, dhash64, take_in
-from pipeline.data.shards import IntakePolicy, ShardPlan, opened_snapshot, plan_shards, write_shard
+from pipeline.data.dataset.shard_plan import IntakePolicy, ShardPlan, opened_snapshot, plan_shards
+from pipeline.data.dataset.shard_writer import write_shard
+from pipeline.data.images.decode_speed import cores
+from pipeline.data.images.intake import Taken, dhash64, take_in
 
 ONE, TWO = "ours, 1 task", "ours, 2 tasks"
 WRITER, WRITER_OUR_INTAKE = "ShardWriter, Pillow", "ShardWriter, our intake"
@@ -70,7 +71,7 @@ def pillow_checks(data: bytes) -> tuple[bytes, int]:
 
 
 def our_checks(data: bytes) -> tuple[bytes, int]:
-    """What our tasks do with each image. Errors: ValueError for one that is refused. Source: pipeline/data/intake.py."""
+    """What our tasks do with each image. Errors: ValueError for one that is refused. Source: pipeline/data/images/intake.py."""
     taken = take_in(data, max_side=_POLICY.image_max_short_side, max_pixels=_POLICY.image_max_pixels)
     if not isinstance(taken, Taken):
         raise ValueError(f"{taken.reason}: {taken.detail}")

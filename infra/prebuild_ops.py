@@ -34,7 +34,7 @@ def remove_stale_lock(build_directory: Path) -> None:
 def main() -> None:
     """Builds the op, or loads the one that is built."""
     os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
-    from pipeline.training.engine import prepare_environment
+    from pipeline.training.engine.deepspeed_engine import prepare_environment
 
     prepare_environment()
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder

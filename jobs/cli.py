@@ -104,7 +104,7 @@ def fork(
 
     Weights, moments and position are the checkpoint's; learning rate, schedule and epochs may change. `mae run FORK.yaml` runs it.
     """
-    from pipeline.fork import fork as write_fork
+    from pipeline.runs.fork import fork as write_fork
 
     start = write_fork(config, overrides, at=at, out=out)
     typer.echo(f"{out}: goes on from {start.checkpoint}. Run it: mae run {out}")

@@ -12,18 +12,20 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 
 from pipeline import cluster
-from pipeline.cluster import Executor
+from pipeline.cluster.tasks import Executor
 from pipeline.config import RunConfig, absolute, load_config
-from pipeline.data.sources import KINDS, list_source
-from pipeline.data.survey import survey
-from pipeline.data.verify import Verification
-from pipeline.dataset import FinishedDataset, dataset_in, datasets_of, make_datasets, verify
+from pipeline.data.dataset.survey import survey
+from pipeline.data.dataset.verify import Verification
+from pipeline.data.sources.listing import KINDS, list_source
 from pipeline.errors import ConfigError, DataError
 from pipeline.graph.runner import Outcome
 from pipeline.graph.step import Step
-from pipeline.reporting.shards import survey_png, survey_table, terminal_sheet, verification_table
+from pipeline.reporting.shard_pictures import survey_png, survey_table, terminal_sheet, verification_table
 from pipeline.reporting.terminal import ProgressDisplay
-from pipeline.run import EXIT_CODES, detail_of
+from pipeline.runs.datasets import FinishedDataset, dataset_in, datasets_of, make_datasets
+from pipeline.runs.hooks import detail_of
+from pipeline.runs.summary import EXIT_CODES
+from pipeline.runs.verification import verify
 
 CLUSTER_FROM_BYTES = 2 * 2**30
 """Less is read here before a cluster has started."""

@@ -23,7 +23,7 @@ def demo(
     from jobs.digits import write_digits
     from jobs.run import run_and_show
     from pipeline.config import load_config
-    from pipeline.run import RunSummary
+    from pipeline.runs.summary import RunSummary
 
     out = out.absolute()
     out.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from pipeline.data.randomness import permutation
+from mae_core.randomness import permutation
 
 SIDE = 16
 TEST, VALIDATION = 400, 300

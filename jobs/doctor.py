@@ -15,10 +15,10 @@ from pathlib import Path
 import typer
 
 from mae_core import SIZES, MAEConfig, training_flops
-from pipeline.data.decode_speed import DecodeRate, cores, decode_rate, images_per_s
-from pipeline.data.photos import photos
+from pipeline.data.images.decode_speed import DecodeRate, cores, decode_rate, images_per_s
+from pipeline.data.images.photos import photos
 from pipeline.errors import ConfigError
-from pipeline.hardware import accelerators
+from pipeline.planning.hardware import accelerators
 
 _PHOTOS = 64
 _MODELS = ("small", "base", "large", "huge")

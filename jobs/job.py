@@ -30,7 +30,7 @@ def submit(
     """Checks the configuration here, then starts the run there. The same run is not started twice at once."""
     import yaml
 
-    from pipeline.cluster import submit_run
+    from pipeline.cluster.jobs import submit_run
     from pipeline.config import load_config
 
     checked = load_config(config, overrides)
@@ -61,7 +61,7 @@ def _warnings(config: "RunConfig") -> Iterator[str]:
 @app.command()
 def status(job: JobId, address: Address) -> None:
     """Prints one JSON line: job, status, message."""
-    from pipeline.cluster import job_status
+    from pipeline.cluster.jobs import job_status
 
     typer.echo(json.dumps(job_status(job, address=address)))
 
@@ -73,7 +73,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job ends.")] = False,
 ) -> None:
     """Prints the run's output."""
-    from pipeline.cluster import job_logs
+    from pipeline.cluster.jobs import job_logs
 
     for text in job_logs(job, address=address, until="end" if follow else "now"):
         typer.echo(text, nl=False)
@@ -82,7 +82,7 @@ def logs(
 @app.command()
 def stop(job: JobId, address: Address) -> None:
     """Asks the run to save and stop; submitting it again goes on from there."""
-    from pipeline.cluster import stop_job
+    from pipeline.cluster.jobs import stop_job
 
     typer.echo(json.dumps(stop_job(job, address=address)))
 
@@ -90,7 +90,7 @@ def stop(job: JobId, address: Address) -> None:
 @app.command("list")
 def list_jobs(address: Address) -> None:
     """Prints one JSON line a job."""
-    from pipeline.cluster import list_runs
+    from pipeline.cluster.jobs import list_runs
 
     for row in list_runs(address=address):
         typer.echo(json.dumps(row))

@@ -42,8 +42,8 @@ def export(
     """Writes weights, configuration and a README that says how to load them into a folder."""
     from pipeline.config import absolute, load_config
     from pipeline.errors import ConfigError
-    from pipeline.pretraining import export as export_weights
-    from pipeline.pretraining import pretraining_at, pretraining_of
+    from pipeline.runs.pretrainings import export as export_weights
+    from pipeline.runs.pretrainings import pretraining_at, pretraining_of
     from pipeline.storage import open_store
 
     if target.endswith((".yaml", ".yml")):

@@ -11,9 +11,9 @@ import typer
 
 from pipeline.errors import DataError
 from pipeline.storage import Store, open_store
-from pipeline.training.incidents import FOLDER, Bundle, read_bundle
-from pipeline.training.replay import Replayed, SampleLoss, replay
-from pipeline.training.specification import from_json
+from pipeline.training.health.incidents import FOLDER, Bundle, read_bundle
+from pipeline.training.health.replay import Replayed, SampleLoss, replay
+from pipeline.training.spec.spec_json import from_json
 
 _SHOWN = 5
 """Samples that are finite, of the largest losses."""

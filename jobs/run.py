@@ -12,19 +12,31 @@ from typing import Any
 
 from rich.console import Console
 
-from pipeline.cluster import Executor
+from pipeline.cluster.tasks import Executor
 from pipeline.config import RunConfig, load_config
-from pipeline.graph.plan import PlanRow as GraphRow
+from pipeline.graph.plan import PlannedStep as GraphRow
 from pipeline.graph.runner import Outcome
-from pipeline.hardware import Hardware, here, measured, prices
-from pipeline.hardware import hardware as hardware_named
-from pipeline.planning import GIB, as_set, by_stage, effort, images_in_epoch, layout, proposal, trainings, workers_of
-from pipeline.refresh import refresh as refresh_sources
+from pipeline.planning.estimate import (
+    GIB,
+    as_set,
+    by_stage,
+    effort,
+    images_in_epoch,
+    proposal,
+    trainings,
+    worker_layout,
+    workers_of,
+)
+from pipeline.planning.hardware import Hardware, here, measured, prices
+from pipeline.planning.hardware import hardware as hardware_named
 from pipeline.reporting.forecast import Forecast, forecast_text
 from pipeline.reporting.reconstructions import terminal_reconstruction
-from pipeline.reporting.rows import PlanRow, StepRow
+from pipeline.reporting.summaries import PlanRow, StepRow
 from pipeline.reporting.terminal import ProgressDisplay, closing_table, plan_table
-from pipeline.run import EXIT_CODES, RunSummary, detail_of, plan, run
+from pipeline.runs.hooks import detail_of
+from pipeline.runs.refresh import refresh as refresh_sources
+from pipeline.runs.run import plan_run, run_pipeline
+from pipeline.runs.summary import EXIT_CODES, RunSummary
 from pipeline.storage import open_store
 from pipeline.tracking import resolve_tracking_uri, serve
 
@@ -51,7 +63,7 @@ def run_and_show(config: RunConfig, *, executor: Executor) -> RunSummary:
     console = Console(stderr=True, highlight=False)
     # standard output belongs to results: DeepSpeed prints there
     with redirect_stdout(sys.stderr), ProgressDisplay(console=console) as display:
-        summary = run(config, executor=executor, display=display)
+        summary = run_pipeline(config, executor=executor, display=display)
     console.print()
     _show_reconstruction(console, summary)
     addresses = dict(summary.addresses)
@@ -120,7 +132,7 @@ def plan_command(
     config = _configured(config_path, overrides, refresh=refresh)
     hardware = _hardware(config, foreseen)
     price = prices(foreseen.prices).get(hardware.name) if foreseen.prices else None
-    rows = plan(config)
+    rows = plan_run(config)
     waiting = [row for row in rows if row.state != "cached" and trainings([row.step])]
     forecasts = {row.step.name: _forecast(row, config, hardware, foreseen, price) for row in waiting}
     steps = list(trainings(row.step for row in waiting).values())
@@ -159,7 +171,7 @@ def _forecast(
     devices = 1 if hardware.kind == "cpu" else workers_of(resources)
     return Forecast(
         name=row.step.name,
-        layout=layout(training, resources, hardware),
+        layout=worker_layout(training, resources, hardware),
         stages=by_stage(training, resources, hardware),
         effort=took,
         cost=took.cost(devices=devices, price=price) if took and price is not None else None,

@@ -82,8 +82,8 @@ def audit(
     from pipeline.errors import DataError
     from pipeline.graph.receipts import claims
     from pipeline.storage import open_store
-    from pipeline.training.audit import audit as audit_step
-    from pipeline.training.audit import dataset_at, training_steps
+    from pipeline.training.checkpoints.audit import audit as audit_step
+    from pipeline.training.checkpoints.audit import dataset_at, training_steps
 
     store = open_store(address)
     steps = [store] if claims(store) else [store.at(name) for name in training_steps(store)]

@@ -28,7 +28,7 @@ def gc(
 
     Shards, receipts, results and what a run may be writing are never among it.
     """
-    from pipeline import garbage
+    from pipeline.runs import garbage
     from pipeline.storage import open_store
 
     root = open_store(address)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline.data.manifest import Manifest, locate
+from pipeline.data.dataset.manifest import Manifest, locate
 from pipeline.graph.step import Attempt, StageInput
 from pipeline.stages.shard import ShardStageConfig, shard
 from pipeline.stages.snapshot import SnapshotConfig, snapshot

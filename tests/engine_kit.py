@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from training_kit import SIDE, Teams, mae_config
 
-from pipeline.data.randomness import mask_noise
-from pipeline.training.engine import KINDS, Engine
-from pipeline.training.engine_settings import EngineSettings
-from pipeline.training.slices import split
-from pipeline.training.tasks import Built, MAETask
+from mae_core.randomness import mask_noise
+from pipeline.training.engine.deepspeed_engine import KINDS, Engine
+from pipeline.training.engine.micro_batches import split
+from pipeline.training.engine.settings import EngineSettings
+from pipeline.training.spec.tasks import Built, MAETask
 from pipeline.training.world import World, enter_world
 
 BETAS = (0.9, 0.95)

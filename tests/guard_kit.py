@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from training_kit import StopAfter, attempt_at, computed_by_step, mae_config, mae_spec
 
-from pipeline.data.loader import Batch
+from pipeline.data.feed.loader import Batch
 from pipeline.graph.step import Attempt, StageInput
 from pipeline.tracking import NullTracker
 from pipeline.training.guard import GuardConfig
-from pipeline.training.loop import train
-from pipeline.training.spec import TrainSpec
-from pipeline.training.tasks import Built, MAETask
+from pipeline.training.loop.loop import train
+from pipeline.training.spec.tasks import Built, MAETask
+from pipeline.training.spec.train_spec import TrainSpec
 from pipeline.training.world import enter_world
 
 TOTAL_STEPS = 19

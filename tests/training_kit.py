@@ -33,18 +33,20 @@ from torch import nn
 from mae_core.config import MAEConfig, ViTConfig
 from pipeline import cluster
 from pipeline.config import Resources
-from pipeline.data.images import AugmentConfig
-from pipeline.data.loader import Batch
-from pipeline.data.order import OrderConfig, SampleOrder, ids_digest
-from pipeline.data.selection import Selection
+from pipeline.data.dataset.address import dataset_address
+from pipeline.data.feed.loader import Batch
+from pipeline.data.feed.order import OrderConfig, SampleOrder, ids_digest
+from pipeline.data.feed.selection import Selection
+from pipeline.data.images.pictures import AugmentConfig
 from pipeline.graph.receipts import claim, claims
 from pipeline.graph.step import Attempt, StageInput, StageResult
 from pipeline.stages.pretrain import PretrainConfig, pretrain
 from pipeline.stages.shard import ShardStageConfig, shard
 from pipeline.stages.snapshot import SnapshotConfig, snapshot
 from pipeline.storage import FileStore, open_store
-from pipeline.training.spec import FinetuneRecipe, Placement, Recipe, TrainSpec, dataset_address
-from pipeline.training.tasks import Built, ClassificationTask, MAETask
+from pipeline.training.spec.recipe import FinetuneRecipe, Recipe
+from pipeline.training.spec.tasks import Built, ClassificationTask, MAETask
+from pipeline.training.spec.train_spec import Placement, TrainSpec
 from pipeline.training.world import enter_world
 
 CLASSES = ("circle", "stripe", "noise")
@@ -103,7 +105,7 @@ def resources(**changes: Any) -> dict[str, Any]:
 
 def attempt_at(folder: Path, *, continues: str | None = None, executor="in_process", **changes: Any) -> Attempt:
     """Claims the next generation of the step whose directory this is; by default it goes on from where the last one stood."""
-    from pipeline.training.checkpoints import resume_point
+    from pipeline.training.checkpoints.format import resume_point
 
     root = FileStore(folder)
     continues = resume_point(root) if continues is None else continues
@@ -434,8 +436,8 @@ class Teams:
 
 def checkpoint_state(root_uri: str, key: str) -> dict[str, torch.Tensor]:
     """Every value of a checkpoint: "kind|parameter" -> float32."""
-    from pipeline.training.checkpoints import open_checkpoint
-    from pipeline.training.engine import KINDS
+    from pipeline.training.checkpoints.format import open_checkpoint
+    from pipeline.training.engine.deepspeed_engine import KINDS
 
     with open_checkpoint(open_store(root_uri), key) as checkpoint:
         return {

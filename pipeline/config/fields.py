@@ -21,9 +21,9 @@ from pydantic import (
 from mae_core.config import SIZES, MAEConfig
 from pipeline.errors import StorageError
 from pipeline.storage import open_store
-from pipeline.training.engine_settings import Offload
-from pipeline.training.spec import FinetuneRecipe, Recipe
-from pipeline.training.start import StartPoint
+from pipeline.training.checkpoints.resume import StartPoint
+from pipeline.training.engine.settings import Offload
+from pipeline.training.spec.recipe import FinetuneRecipe, Recipe
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 

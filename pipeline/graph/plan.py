@@ -19,7 +19,7 @@ HISTORY = "history/"
 
 
 @dataclass(frozen=True)
-class PlanRow:
+class PlannedStep:
     """What a run would do with a step."""
 
     step: Step
@@ -47,17 +47,17 @@ def in_order(steps: Sequence[Step]) -> list[Step]:
     return list(ordered.values())
 
 
-def plan_graph(steps: Sequence[Step], *, store: Store, unable: Iterable[str] = ()) -> list[PlanRow]:
+def plan_graph(steps: Sequence[Step], *, store: Store, unable: Iterable[str] = ()) -> list[PlannedStep]:
     """What a run would do; writes nothing. `unable`: names of steps that could not run (their source is absent)."""
-    rows: dict[str, PlanRow] = {}
+    rows: dict[str, PlannedStep] = {}
     for step in in_order(steps):
         root = store.at(step.directory)
         if read_receipt(root) is not None:
-            rows[step.name] = PlanRow(step, "cached", (), root.uri)
+            rows[step.name] = PlannedStep(step, "cached", (), root.uri)
             continue
         stuck = step.name in unable or any(rows[source.name].state == "blocked" for source in step.inputs.values())
         differs = nearest_difference(step.identity(), _history(store, step.name))
-        rows[step.name] = PlanRow(step, "blocked" if stuck else "to_run", differs, root.uri)
+        rows[step.name] = PlannedStep(step, "blocked" if stuck else "to_run", differs, root.uri)
     return list(rows.values())
 
 
@@ -74,7 +74,7 @@ def _history(store: Store, name: str) -> list[Mapping[str, Any]]:
 
 def nearest_difference(identity: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """How `identity` differs from the one of `earlier` that differs least: lines `config.mask_ratio: 0.75 -> 0.8`."""
-    differences = [_difference(flatten(before), flatten(identity)) for before in earlier]
+    differences = [_difference(dotted_fields(before), dotted_fields(identity)) for before in earlier]
     return min(differences, key=len, default=())
 
 
@@ -87,11 +87,11 @@ def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[st
     return tuple(lines)
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+def dotted_fields(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one, keys joined by dots; lists stay whole."""
     if not isinstance(value, Mapping):
         return {prefix: canonical(value)}
     flat: dict[str, Any] = {}
     for key, item in value.items():
-        flat.update(flatten(item, f"{prefix}.{key}" if prefix else key))
+        flat.update(dotted_fields(item, f"{prefix}.{key}" if prefix else key))
     return flat

@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 
 from pipeline import cluster
 from pipeline.errors import ConfigError, Fenced, PipelineError, Stopped, StorageError
-from pipeline.graph.plan import PlanRow as PlanRow
+from pipeline.graph.plan import PlannedStep as PlannedStep
 from pipeline.graph.plan import in_order, remember
 from pipeline.graph.plan import plan_graph as plan_graph
 from pipeline.graph.receipts import Receipt, claim, read_receipt, write_receipt
@@ -69,7 +69,7 @@ class _Direct:
 
 
 @dataclass
-class _UnderWay:
+class _RunningStep:
     """A step at work; `asked`: it has been told to stop."""
 
     step: Step
@@ -78,7 +78,7 @@ class _UnderWay:
     asked: bool = False
 
 
-class Run:
+class GraphRun:
     """One walk over a graph. `request_stop` may be called from a signal handler."""
 
     def __init__(
@@ -87,8 +87,8 @@ class Run:
         self.steps = in_order(steps)
         self.store, self.executor, self.hooks, self.parallel = store, executor, hooks, parallel
         self.outcomes: dict[str, Outcome] = {}
-        self.running: dict[str, tuple[_UnderWay, cluster.Handle]] = {}
-        self.here: _UnderWay | None = None
+        self.running: dict[str, tuple[_RunningStep, cluster.Handle]] = {}
+        self.here: _RunningStep | None = None
         """The step at work in this process."""
         self.stopping = False
         self.board: cluster.ProgressBoard | None = None
@@ -128,7 +128,7 @@ class Run:
             remember(self.store, receipt)  # a driver killed right after the receipt had no time to
             self._finish(Outcome(step, "cached", self._uri(step), float(receipt.made["seconds"]), receipt))
         elif attempt is not None:
-            self._start(_UnderWay(step, attempt, time.monotonic()))
+            self._start(_RunningStep(step, attempt, time.monotonic()))
         else:
             self._finish(Outcome(step, "blocked" if inputs & {"failed", "blocked"} else "stopped", self._uri(step)))
 
@@ -151,7 +151,7 @@ class Run:
             mlflow_run_id=self.hooks.begin(step),
         )
 
-    def _start(self, work: _UnderWay) -> None:
+    def _start(self, work: _RunningStep) -> None:
         step = work.step
         inputs = {name: self._receipt(source).as_input(self._uri(source)) for name, source in step.inputs.items()}
         if self.executor == "ray":
@@ -187,14 +187,14 @@ class Run:
             self._finish(outcome)
         self._tell_progress()
 
-    def _pass_on_stop(self, work: _UnderWay) -> None:
+    def _pass_on_stop(self, work: _RunningStep) -> None:
         """Beside a step that runs in this process: a request to stop reaches it through the store, as on a cluster."""
         while self.here is work and not work.asked:
             if self.stopping:
                 self._ask(work, None)
             time.sleep(0.1)
 
-    def _ask(self, work: _UnderWay, handle: cluster.Handle | None) -> None:
+    def _ask(self, work: _RunningStep, handle: cluster.Handle | None) -> None:
         if work.step.resume_point is not None:
             try:
                 work.attempt.root.create(stop_key(work.attempt.generation), b"{}")
@@ -210,12 +210,12 @@ class Run:
             for name, (done, total, unit, fields) in self.board.take().items():
                 self.hooks.progress(name, done, total, unit, fields)
 
-    def _done(self, work: _UnderWay, receipt: Receipt) -> Outcome:
+    def _done(self, work: _RunningStep, receipt: Receipt) -> Outcome:
         remember(self.store, receipt)
         seconds, run_id = time.monotonic() - work.started, work.attempt.mlflow_run_id
         return Outcome(work.step, "done", self._uri(work.step), seconds, receipt, mlflow_run_id=run_id)
 
-    def _undone(self, work: _UnderWay, error: BaseException) -> Outcome:
+    def _undone(self, work: _RunningStep, error: BaseException) -> Outcome:
         if work.asked and work.step.resume_point is None:  # whatever was raised, cutting it off is why
             error = Stopped(f"{work.step.name}: cut off, as asked; the same command runs it again")
         stopped = isinstance(error, Stopped | Fenced | KeyboardInterrupt)

@@ -17,12 +17,13 @@ from typing import Any
 
 from mae_core.config import ADDED_LATER as ADDED_LATER
 from mae_core.errors import ConfigError
-from pipeline.cluster import Executor, Progress
+from pipeline.cluster.progress import Progress
+from pipeline.cluster.tasks import Executor
 from pipeline.storage import Store, open_store
 
 
 @dataclass(frozen=True)
-class Place:
+class StepGeneration:
     """One generation of one step: where its files are."""
 
     root_uri: str
@@ -42,7 +43,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class StageInput(Place):
+class StageInput(StepGeneration):
     """A finished step as its readers see it; the generation is the one that the receipt names."""
 
     fingerprint: str
@@ -53,7 +54,7 @@ class StageInput(Place):
 
 
 @dataclass(frozen=True)
-class Attempt(Place):
+class Attempt(StepGeneration):
     """Where a stage may write, and how it may run: one claimed generation of one step."""
 
     continues: str

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from numpy.typing import ArrayLike
 
-from pipeline.reporting.rows import Score
+from pipeline.reporting.summaries import Score
 
 INK, FAINT = "#747b85", "#8b929c"
 BLUE, GREEN, PURPLE, GREY = "#2b86c5", "#009e73", "#b8699a", "#a3aab4"

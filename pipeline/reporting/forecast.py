@@ -10,11 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.config import Resources
-from pipeline.hardware import Hardware
-from pipeline.planning import GIB, Effort, Layout, as_set, workers_of
-from pipeline.reporting.rows import clock, count
+from pipeline.planning.estimate import GIB, Effort, WorkerLayout, as_set, workers_of
+from pipeline.planning.footprint import MARGIN
+from pipeline.planning.hardware import Hardware
+from pipeline.reporting.format import clock, count
 from pipeline.reporting.terminal import plain_table
-from pipeline.training.footprint import MARGIN
 
 PARTS: Mapping[str, str] = {
     "weights": "weights",
@@ -34,8 +34,8 @@ class Forecast:
     """Of one training step."""
 
     name: str
-    layout: Layout
-    stages: Sequence[Layout]
+    layout: WorkerLayout
+    stages: Sequence[WorkerLayout]
     """The same at ZeRO 1, 2 and 3."""
     effort: Effort | None
     """None: nobody knows how many images there are."""

@@ -11,7 +11,8 @@ from typing import Any
 import jinja2
 import yaml
 
-from pipeline.reporting.rows import Score, StepRow, clock, count, pairs
+from pipeline.reporting.format import clock, count
+from pipeline.reporting.summaries import Score, StepRow, pairs
 from pipeline.tracking import redact, redact_text
 
 

@@ -17,7 +17,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
-from pipeline.reporting.rows import PlanRow, Score, StepRow, StepState, clock, count, pairs
+from pipeline.reporting.format import clock, count
+from pipeline.reporting.summaries import PlanRow, Score, StepRow, StepState, pairs
 
 SYMBOLS: Mapping[str, tuple[str, str]] = {
     "done": ("✓", "green"),

@@ -11,13 +11,15 @@ from typing import Literal
 from safetensors.torch import save
 
 from mae_core.config import ViTConfig
-from pipeline.data.order import OrderConfig
-from pipeline.data.substitution import as_facts
+from pipeline.data.dataset.address import dataset_address, unsuited
+from pipeline.data.feed.order import OrderConfig
+from pipeline.data.feed.substitution import substitution_facts
 from pipeline.graph.step import Attempt, StageInput, StageResult
-from pipeline.training.checkpoints import open_checkpoint
+from pipeline.training.checkpoints.format import open_checkpoint
 from pipeline.training.launch import run_training
-from pipeline.training.spec import FinetuneRecipe, Placement, TrainSpec, dataset_address, unsuited
-from pipeline.training.tasks import ClassificationTask
+from pipeline.training.spec.recipe import FinetuneRecipe
+from pipeline.training.spec.tasks import ClassificationTask
+from pipeline.training.spec.train_spec import Placement, TrainSpec
 
 VERSION = 1
 HISTORY = "history.jsonl"
@@ -70,7 +72,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, StageInput], attempt: 
     facts = {
         "global_step": trained.global_step,
         "ids_digest": str(trained.ids_digest),
-        **as_facts(substitutions),
+        **substitution_facts(substitutions),
         **guard.as_facts(),
         **trained.scores,
     }

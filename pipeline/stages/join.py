@@ -14,9 +14,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.data.manifest import MANIFEST_FILES, Manifest
-from pipeline.data.publish import StoredShard, publish, relabelled
-from pipeline.data.sources import class_order
+from pipeline.data.dataset.dataset_writer import StoredShard, publish, relabelled
+from pipeline.data.dataset.manifest import MANIFEST_FILES, Manifest
+from pipeline.data.sources.splits import class_order
 from pipeline.graph.step import Attempt, StageInput, StageResult
 
 VERSION = 1
@@ -33,7 +33,7 @@ class JoinConfig:
 
 
 @dataclass(frozen=True)
-class Part:
+class DatasetPart:
     """One part, and what becomes of its numbers in the whole."""
 
     manifest: Manifest
@@ -96,15 +96,15 @@ def join(config: JoinConfig, inputs: Mapping[str, StageInput], attempt: Attempt)
     return StageResult(facts, MANIFEST_FILES)
 
 
-def arrange(manifests: Sequence[Manifest], directories: Sequence[str]) -> list[Part]:
+def arrange(manifests: Sequence[Manifest], directories: Sequence[str]) -> list[DatasetPart]:
     """The parts, each numbered after those before it."""
     classes = united([manifest.classes for manifest in manifests])
     label_of = {name: label for label, name in enumerate(classes)}
-    parts: list[Part] = []
+    parts: list[DatasetPart] = []
     first_id = first_shard = 0
     for manifest, directory in zip(manifests, directories, strict=True):
         labels = [label_of[name] for name in manifest.classes]
-        parts.append(Part(manifest, directory, first_id, first_shard, labels))
+        parts.append(DatasetPart(manifest, directory, first_id, first_shard, labels))
         first_id += manifest.counts["total"]["listed"]
         first_shard += max(manifest.shard_numbers, default=-1) + 1
     return parts

@@ -21,14 +21,16 @@ from mae_core.metrics import topk_counts
 from mae_core.patches import normalise_pixels
 from mae_core.schedules import scaled_lr, warmup_cosine
 from mae_core.vit import ViTEncoder, initialise
-from pipeline.cluster import map_tasks
+from pipeline.cluster.tasks import map_tasks
 from pipeline.config import LinearConfig
-from pipeline.data.images import AugmentConfig
-from pipeline.data.loader import Loader
-from pipeline.data.order import OrderConfig, SampleOrder
+from pipeline.data.dataset.address import DatasetAddress, dataset_address, unsuited
+from pipeline.data.feed.loader import Loader
+from pipeline.data.feed.order import OrderConfig, SampleOrder
+from pipeline.data.feed.selection import Samples, select
+from pipeline.data.images.pictures import AugmentConfig
 from pipeline.graph.step import Attempt, StageInput, StageResult
 from pipeline.storage import open_store
-from pipeline.training.spec import DatasetAddress, Placement, Samples, dataset_address, select, unsuited
+from pipeline.training.spec.train_spec import Placement
 from pipeline.weights import ENCODER, read_weights
 
 VERSION = 1

@@ -18,16 +18,18 @@ from torch import Tensor
 from mae_core.config import MAEConfig
 from mae_core.mae import MAEOutput, MaskedAutoencoder
 from mae_core.patches import denormalise_pixels, normalise_pixels, patchify, unpatchify
+from mae_core.randomness import mask_noise
 from mae_core.targets import PatchBasis, patch_basis
-from pipeline.data.order import OrderConfig
-from pipeline.data.randomness import mask_noise
-from pipeline.data.substitution import as_facts
+from pipeline.data.dataset.address import dataset_address
+from pipeline.data.feed.order import OrderConfig
+from pipeline.data.feed.substitution import substitution_facts
 from pipeline.graph.step import ADDED_LATER, Attempt, StageInput, StageResult
-from pipeline.training.checkpoints import open_checkpoint
+from pipeline.training.checkpoints.format import open_checkpoint
+from pipeline.training.checkpoints.resume import StartPoint
 from pipeline.training.launch import run_training
-from pipeline.training.spec import Placement, Recipe, TrainSpec, dataset_address
-from pipeline.training.start import StartPoint
-from pipeline.training.tasks import BASIS, MAETask
+from pipeline.training.spec.recipe import Recipe
+from pipeline.training.spec.tasks import BASIS, MAETask
+from pipeline.training.spec.train_spec import Placement, TrainSpec
 from pipeline.training.world import World
 from pipeline.weights import write_weights
 
@@ -88,7 +90,7 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, StageInput], attempt: 
             "ids_digest": str(trained.ids_digest),
             "images_seen": (trained.global_step - guard.missed(trained.global_step)) * config.recipe.global_batch,
             "dataset_digest": dataset.digest,
-            **as_facts(substitutions),
+            **substitution_facts(substitutions),
             **guard.as_facts(),
         },
         files=(*files, RECONSTRUCTIONS),

@@ -18,9 +18,10 @@ import numpy as np
 from pipeline.graph.receipts import versions
 from pipeline.graph.step import Attempt, StageInput, StageResult
 from pipeline.reporting.figures import Curves, curve_png, scores_png
+from pipeline.reporting.format import count
 from pipeline.reporting.page import Card, DatasetCard, ReportData, render_page
 from pipeline.reporting.reconstructions import reconstruction_grid_png
-from pipeline.reporting.rows import Score, StepRow, count
+from pipeline.reporting.summaries import Score, StepRow
 
 VERSION = 1
 PAGE = "index.html"

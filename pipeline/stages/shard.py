@@ -16,23 +16,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.cluster import map_tasks
-from pipeline.data.labels import CLASSES_MAX
-from pipeline.data.manifest import MANIFEST_FILES, NO_LABEL, QUARANTINE, SHARDS
-from pipeline.data.publish import StoredShard, publish, relabelled
-from pipeline.data.shards import (
-    IntakePolicy,
-    ShardPlan,
-    ShardPlans,
-    ShardRow,
-    check_bad_share,
-    opened_snapshot,
-    plan_shards,
-    read_samples,
-    write_shard,
-)
-from pipeline.data.sources import class_order
-from pipeline.data.tars import index_tar, plan_tars
+from pipeline.cluster.tasks import map_tasks
+from pipeline.data.dataset.dataset_writer import StoredShard, publish, relabelled
+from pipeline.data.dataset.manifest import MANIFEST_FILES, NO_LABEL, QUARANTINE, SHARDS
+from pipeline.data.dataset.shard_plan import IntakePolicy, ShardPlan, ShardPlans, opened_snapshot, plan_shards
+from pipeline.data.dataset.shard_writer import ShardRow, check_bad_share, read_samples, write_shard
+from pipeline.data.dataset.tar_index import index_tar, plan_tars
+from pipeline.data.sources.labels import CLASSES_MAX
+from pipeline.data.sources.splits import class_order
 from pipeline.errors import ConfigError, DataError
 from pipeline.graph.step import ADDED_LATER, Attempt, StageInput, StageResult
 from pipeline.storage import Store
@@ -93,7 +84,7 @@ def shard(config: ShardStageConfig, inputs: Mapping[str, StageInput], attempt: A
 
 
 @dataclass(frozen=True)
-class _Part:
+class _NumberedShard:
     """A shard, with its samples' ids and labels in terms of the whole dataset."""
 
     row: ShardRow
@@ -121,13 +112,13 @@ class _Part:
         return table.set_column(table.column_names.index("label"), "label", labels)
 
 
-def _parts(rows: Sequence[ShardRow], classes: Sequence[str]) -> list[_Part]:
+def _parts(rows: Sequence[ShardRow], classes: Sequence[str]) -> list[_NumberedShard]:
     """Samples of tars are numbered through, tar by tar; quarantined ones have a number too, so that no other's moves."""
     label_of = {name: label for label, name in enumerate(classes)}
     parts, first = [], 0
     for row in rows:
         labels = None if row.classes is None else tuple(label_of[name] for name in row.classes)
-        parts.append(_Part(row, first, labels))
+        parts.append(_NumberedShard(row, first, labels))
         first += row.samples + len(row.quarantine)
     return parts
 

@@ -7,9 +7,9 @@ tables, a row a row: path is `<file>#<row of the file>`, size the average of its
 files.parquet lists the tables themselves.
 A snapshot with inputs is a later part of a dataset: it lists what no input lists, by path and size. A file that has
 changed in size is listed as new, and the older sample stays; one that is gone stays too. Both are counted.
-Memory: rows stream through scratch files; one batch is held, beside the labels file (`pipeline/data/labels.py`) and, of tars
+Memory: rows stream through scratch files; one batch is held, beside the labels file (`pipeline/data/sources/labels.py`) and, of tars
 and tables, the list of files. 10 million images: see docs/data.md.
-Errors: those of the source (`pipeline/data/sources.py`), the labels and the tables (`pipeline/data/tables.py`)."""
+Errors: those of the source (`pipeline/data/sources/listing.py`), the labels and the tables (`pipeline/data/sources/tables.py`)."""
 
 import heapq
 import tempfile
@@ -22,25 +22,23 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.labels import CLASSES_MAX, Labels
-from pipeline.data.manifest import NO_LABEL, local_copy
-from pipeline.data.sources import (
-    KINDS,
-    Layout,
-    Role,
-    SourceItem,
+from pipeline.data.dataset.manifest import NO_LABEL
+from pipeline.data.sources.labels import CLASSES_MAX, Labels
+from pipeline.data.sources.listing import KINDS, Role, SourceItem, list_source
+from pipeline.data.sources.splits import (
+    FolderLayout,
     choose_tars,
     class_order,
     find_layout,
     folders_of,
-    list_source,
     named_splits,
     place,
     pool_split,
 )
-from pipeline.data.tables import TableColumns, listed_rows
+from pipeline.data.sources.tables import TableColumns, listed_rows
 from pipeline.errors import ConfigError, DataError
 from pipeline.graph.step import ADDED_LATER, Attempt, StageInput, StageResult
+from pipeline.storage.files import local_copy
 
 VERSION = 1
 SNAPSHOT_FILE = "snapshot.parquet"
@@ -73,7 +71,7 @@ class SnapshotConfig:
     seed: int
     """Key of the hash that chooses them."""
     labels: str | None = field(default=None, metadata=ADDED_LATER)
-    """File with labels and splits of a folder of images (`pipeline/data/labels.py`); None: folders are the labels."""
+    """File with labels and splits of a folder of images (`pipeline/data/sources/labels.py`); None: folders are the labels."""
     image_column: str = field(default="image", metadata=ADDED_LATER)
     """Of tables: bytes, or Hugging Face's struct of bytes and path."""
     label_column: str | None = field(default="label", metadata=ADDED_LATER)
@@ -199,7 +197,7 @@ def _place_images(config: SnapshotConfig, listing: _Listing, folder: Path) -> di
     """Splits and labels by folders, keyed hash and labels file."""
     layout = find_layout(listing.folders)
     if listing.labels:
-        layout = Layout(layout.splits, listing.labels.classes)
+        layout = FolderLayout(layout.splits, listing.labels.classes)
     label_of = {name: label for label, name in enumerate(layout.classes)}
 
     def placed(batch: Mapping[str, Any]) -> tuple[list[int], list[str]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.storage.reasons import explained
+from pipeline.storage.error_messages import explained
 from pipeline.storage.store import TEMPORARY, ObjectInfo, Traffic, beside, checked, whole
 
 

@@ -14,8 +14,8 @@ from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import BotoCoreError, ClientError
 
 from pipeline.storage.connection import client, count_received, meter
+from pipeline.storage.error_messages import attempts_of, explained, is_lost_upload, status_of
 from pipeline.storage.memory import MemoryFile
-from pipeline.storage.reasons import attempts_of, explained, is_lost_upload, status_of
 from pipeline.storage.store import ObjectInfo, Traffic, beside, checked, whole
 
 _CONFLICT_TRIES = 5

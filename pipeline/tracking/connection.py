@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from pipeline.errors import PipelineError
-from pipeline.tracking.words import redact_text
+from pipeline.tracking.mlflow_format import redact_text
 
 MLFLOW_SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",

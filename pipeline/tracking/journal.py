@@ -32,7 +32,7 @@ class Point(NamedTuple):
     """Key, in the generation's directory, of a file to keep in MLflow too."""
 
 
-class Place(NamedTuple):
+class JournalCursor(NamedTuple):
     """Between two points of a journal: so many parts, and so many points of the next one, lie before it."""
 
     part: int = 0
@@ -71,20 +71,20 @@ class Journal:
             self.store.write(parts[-1], _text(grown))
             self._own = grown
 
-    def after(self, place: Place) -> tuple[list[Point], Place]:
+    def after(self, place: JournalCursor) -> tuple[list[Point], JournalCursor]:
         """The points from a place to the end of their part, and the place behind them; none at the end of the journal."""
         with self._lock:
             return self._after(place)
 
-    def _after(self, place: Place) -> tuple[list[Point], Place]:
+    def _after(self, place: JournalCursor) -> tuple[list[Point], JournalCursor]:
         parts = self._open()
         while place.part < len(parts):
             points = self._points(place.part)[place.point :]
             if points:
-                return points, Place(place.part, place.point + len(points))
+                return points, JournalCursor(place.part, place.point + len(points))
             if place.part + 1 == len(parts):  # the last part may still grow
                 break
-            place = Place(place.part + 1)
+            place = JournalCursor(place.part + 1)
         return [], place
 
     def waits_for(self, run_id: str) -> bool:

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from pipeline.tracking.connection import TrackingError, artifact_location, clear_errors, client_of
-from pipeline.tracking.facts import log_params, log_tags
-from pipeline.tracking.words import mlflow_key, mlflow_tags
+from pipeline.tracking.mlflow_format import mlflow_key, mlflow_tags
+from pipeline.tracking.records import log_params, log_tags
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 

@@ -15,10 +15,10 @@ from typing import Any
 
 from pipeline.storage import Store
 from pipeline.tracking.connection import clear_errors, client_of
-from pipeline.tracking.facts import log_tags
-from pipeline.tracking.journal import Journal, Place, Point
+from pipeline.tracking.journal import Journal, JournalCursor, Point
+from pipeline.tracking.mlflow_format import METRICS_PER_CALL, chunks, mlflow_key
+from pipeline.tracking.records import log_tags
 from pipeline.tracking.runs import child_after
-from pipeline.tracking.words import METRICS_PER_CALL, chunks, mlflow_key
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Sender:
 
     def __init__(self, uri: str, run_id: str, journal: Journal) -> None:
         self.uri, self.run_id, self.journal = uri, run_id, journal
-        self.place = Place()
+        self.place = JournalCursor()
         self._curves: dict[int, _Curve] = {}
 
     def send_next(self) -> bool:

@@ -6,7 +6,7 @@ import socket
 import sys
 
 from pipeline.tracking.connection import MLFLOW_SETTINGS, TrackingError, check_tracking, sqlite_file
-from pipeline.tracking.words import redact_text
+from pipeline.tracking.mlflow_format import redact_text
 
 
 def serve_command(uri: str, *, port: int) -> list[str]:

@@ -12,10 +12,10 @@ from typing import Protocol
 
 from pipeline.storage import Store
 from pipeline.tracking.connection import words_of
-from pipeline.tracking.facts import now_ms
 from pipeline.tracking.journal import Journal, Point
+from pipeline.tracking.mlflow_format import redact_text
+from pipeline.tracking.records import now_ms
 from pipeline.tracking.sender import Sender
-from pipeline.tracking.words import redact_text
 
 log = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ from pipeline import errors
 from pipeline.errors import ConfigError, PipelineError, Stopped
 from pipeline.graph.step import Attempt
 from pipeline.tracking import NullTracker, open_tracker
-from pipeline.training.failures import Restarts, verdict
-from pipeline.training.loop import Trained, train
-from pipeline.training.spec import TrainSpec
-from pipeline.training.supervision import listen_when_alone, supervise
+from pipeline.training.health.failures import Restarts, verdict
+from pipeline.training.health.stop_reasons import listen_when_alone, supervise
+from pipeline.training.loop.loop import Trained, train
+from pipeline.training.spec.train_spec import TrainSpec
 from pipeline.training.world import ELSEWHERE, enter_world
 
 RESULT = "trained.json"
@@ -28,7 +28,7 @@ RESULT = "trained.json"
 def run_training(spec: TrainSpec, attempt: Attempt) -> Trained:
     """Trains to the end; the stage's one call."""
     if attempt.executor == "ray":
-        from pipeline.training import on_ray
+        from pipeline.training import ray_train as on_ray
 
         attempt = on_ray.decided(attempt)
     moves = Restarts()
@@ -51,7 +51,7 @@ def _once(spec: TrainSpec, attempt: Attempt) -> Trained:
     if attempt.executor == "in_process":
         work(spec, attempt)
     else:
-        from pipeline.training import on_ray
+        from pipeline.training import ray_train as on_ray
 
         on_ray.fit(work, spec, attempt)
     answer = json.loads(attempt.store.read(RESULT))
@@ -64,7 +64,7 @@ def _no_way_on(attempt: Attempt) -> str:
     """Why workers that had to move cannot be started elsewhere; empty: they can."""
     if attempt.executor == "in_process":
         return "this process was told to end"
-    from pipeline.training import on_ray
+    from pipeline.training import ray_train as on_ray
 
     return on_ray.await_room(attempt)
 

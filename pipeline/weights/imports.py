@@ -29,7 +29,7 @@ from pipeline.weights.foreign import ForeignWeights, read_foreign_weights
 from pipeline.weights.own import CONFIG, ENCODER, read_encoder
 
 
-class Said(BaseModel):
+class StatedFields(BaseModel):
     """What shapes do not say; None: nobody said it. Validated, since it comes from files of others."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -111,7 +111,7 @@ def import_encoder(
     `image_size` is the size the weights were made for; for another one see mae_core.resized_encoder. A folder of our own
     (encoder.safetensors, config.json) is read as it is, and takes no overrides.
     """
-    caller = Said(
+    caller = StatedFields(
         image_size=image_size,
         num_heads=num_heads,
         layer_norm_eps=layer_norm_eps,
@@ -150,7 +150,7 @@ def import_autoencoder(
     target: Target | None = None,
 ) -> ImportedAutoencoder:
     """The whole autoencoder of a weight file or folder; ConfigError naming what is missing when its decoder is not there."""
-    caller = Said(
+    caller = StatedFields(
         image_size=image_size,
         num_heads=num_heads,
         decoder_num_heads=decoder_num_heads,
@@ -174,15 +174,15 @@ def import_autoencoder(
     return ImportedAutoencoder(config, _in_float32(weights), report)
 
 
-def _said(path: Path, found: ForeignWeights, layout: LayoutName) -> Said:
+def _said(path: Path, found: ForeignWeights, layout: LayoutName) -> StatedFields:
     """What the files beside the weights, or a checkpoint's arguments, say."""
     try:
         if layout in ("hf_vit", "hf_vitmae"):
-            return Said.model_validate(_said_by_huggingface(found.config, found.preprocessor))
+            return StatedFields.model_validate(_said_by_huggingface(found.config, found.preprocessor))
         if "architecture" in found.config:
-            return Said.model_validate(_said_by_timm(found.config))
+            return StatedFields.model_validate(_said_by_timm(found.config))
         arguments = found.arguments
-        return Said(mask_ratio=arguments.get("mask_ratio"), target=_target(arguments.get("norm_pix_loss")))
+        return StatedFields(mask_ratio=arguments.get("mask_ratio"), target=_target(arguments.get("norm_pix_loss")))
     except (ValidationError, TypeError, AttributeError) as cause:
         lines = "; ".join(str(cause).splitlines()[:3])
         raise DataError(f"{path}: what it says about its model is not as expected ({lines}): fetch it again") from cause
@@ -233,7 +233,7 @@ def _pair(size: Any) -> Any:
 def _assumed(config: ViTConfig | MAEConfig, said: Mapping[str, Any]) -> tuple[str, ...]:
     """The fields of Said that nobody said, with the value they have; image_size is read from the position table."""
     encoder = config if isinstance(config, ViTConfig) else config.encoder
-    names = _ENCODER_FIELDS if config is encoder else tuple(Said.model_fields)
+    names = _ENCODER_FIELDS if config is encoder else tuple(StatedFields.model_fields)
     return tuple(
         f"{name}={getattr(encoder if name in _ENCODER_FIELDS else config, name)}"
         for name in names

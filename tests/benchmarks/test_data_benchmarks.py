@@ -12,10 +12,11 @@ from PIL import Image
 from torchvision.transforms import functional
 
 from benchmarks import _data, decode, loader, order, scale, shard
-from pipeline.data.decode_speed import CROP, SIZE
-from pipeline.data.images import is_mirrored
-from pipeline.data.photos import photos
-from pipeline.data.shards import opened_snapshot, plan_shards, read_samples, write_shard
+from pipeline.data.dataset.shard_plan import opened_snapshot, plan_shards
+from pipeline.data.dataset.shard_writer import read_samples, write_shard
+from pipeline.data.images.decode_speed import CROP, SIZE
+from pipeline.data.images.photos import photos
+from pipeline.data.images.pictures import is_mirrored
 from pipeline.storage import open_store
 
 # The contract of the JSON line; more keys may be there.

@@ -8,9 +8,9 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from jobs.doctor import Need, chosen_peaks, needs
-from pipeline.data.photos import photos
+from pipeline.data.images.photos import photos
 from pipeline.errors import ConfigError
-from pipeline.hardware import accelerators
+from pipeline.planning.hardware import accelerators
 
 
 def test_cores_that_a_gpu_needs_by_hand():

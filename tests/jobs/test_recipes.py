@@ -6,9 +6,9 @@ from run_kit import ROOT
 from mae_core import SIZES
 from mae_core.schedules import scaled_lr
 from pipeline.config import load_config
-from pipeline.hardware import hardware
-from pipeline.planning import effort, layout, trainings
-from pipeline.workflow import build
+from pipeline.planning.estimate import effort, trainings, worker_layout
+from pipeline.planning.hardware import hardware
+from pipeline.runs.workflow import build
 
 SHAPES = {"base": (768, 12, 12, 16), "large": (1024, 24, 16, 16), "huge": (1280, 32, 16, 14)}
 FINETUNING = {"base": (100, 0.1), "large": (50, 0.1), "huge": (50, 0.2)}
@@ -49,6 +49,6 @@ def test_fine_tuning_is_table_9_and_the_probe_table_10(config, size):
 
 def test_its_layout_fits_what_it_says_and_the_steps_are_the_paper_s(config):
     pretraining = trainings(build(config))["pretrain"]
-    assert layout(pretraining, config.resources, hardware("H100")).fits
+    assert worker_layout(pretraining, config.resources, hardware("H100")).fits
     took = effort(pretraining, config.resources, hardware("H100"), images=1_281_167)
     assert took.steps == pytest.approx(1600 * 312, rel=0.003)  # 312 a epoch, the paper's, drops the last batch

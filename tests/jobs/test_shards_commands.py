@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from jobs.shards import app
 from pipeline.config import load_config
-from pipeline.dataset import datasets_of, make_datasets
 from pipeline.errors import ConfigError, DataError
-from pipeline.workflow import build
+from pipeline.runs.datasets import datasets_of, make_datasets
+from pipeline.runs.workflow import build
 
 
 class Silent:

@@ -10,9 +10,10 @@ from training_kit import Team, attempt_at, checkpoint_state, mae_spec
 
 from pipeline.graph.step import Attempt
 from pipeline.tracking import NullTracker
-from pipeline.training.checkpoints import open_checkpoint
-from pipeline.training.loop import StopReason, train
-from pipeline.training.spec import TrainSpec
+from pipeline.training.checkpoints.format import open_checkpoint
+from pipeline.training.health.stop_reasons import StopReason
+from pipeline.training.loop.loop import train
+from pipeline.training.spec.train_spec import TrainSpec
 from pipeline.training.world import enter_world
 
 pytestmark = pytest.mark.system

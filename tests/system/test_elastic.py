@@ -20,8 +20,8 @@ from run_kit import ROOT, document, end_with_parent, environment, mae, migrated_
 
 from pipeline.graph.receipts import Receipt, read_receipt
 from pipeline.storage import open_store
-from pipeline.training.audit import audit
-from pipeline.training.checkpoints import committed
+from pipeline.training.checkpoints.audit import audit
+from pipeline.training.checkpoints.format import committed
 
 __all__ = ["migrated_database"]
 pytestmark = pytest.mark.system

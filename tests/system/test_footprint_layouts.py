@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.footprint import Layout, foreseen, held
 from mae_core import SIZES, MAEConfig, parameter_count
-from pipeline.training.footprint import MARGIN
+from pipeline.planning.footprint import MARGIN
 
 pytestmark = [
     pytest.mark.system,

@@ -15,8 +15,8 @@ from run_kit import ROOT, document, end_with_parent, environment, write_config, 
 
 from pipeline.storage import open_store
 from pipeline.tracking import Journal, client_of
-from pipeline.tracking.journal import Place
-from pipeline.training.checkpoints import committed, open_checkpoint
+from pipeline.tracking.journal import JournalCursor
+from pipeline.training.checkpoints.format import committed, open_checkpoint
 
 pytestmark = pytest.mark.system
 AWAY_S = 120
@@ -135,7 +135,7 @@ def last_step(folder) -> int:
     """The last step in the newest generation's journal."""
     root = step_directory(folder)
     generations = sorted({info.key[:5] for info in root.list("g") if "/journal/part-" in info.key})
-    journal, place, last = Journal(root.at(generations[-1])), Place(), 0
+    journal, place, last = Journal(root.at(generations[-1])), JournalCursor(), 0
     while (found := journal.after(place))[0]:
         last, place = found[0][-1].step, found[1]
     return last

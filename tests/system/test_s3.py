@@ -19,7 +19,8 @@ from infra.local.s3 import S3Server, serving
 from pipeline.config import load_config
 from pipeline.errors import StorageError
 from pipeline.graph.receipts import read_receipt
-from pipeline.run import RunSummary, run
+from pipeline.runs.run import run_pipeline
+from pipeline.runs.summary import RunSummary
 from pipeline.storage import MissingObject, Store, connection, open_store, probe
 
 __all__ = ["migrated_database", "store"]
@@ -297,7 +298,7 @@ def test_a_run_through_a_server_that_is_killed_ends_as_one_in_a_folder(
         content["evaluation"]["datasets"] = [{"name": "toy", "protocols": ["linear"]}]
         content["resources"] |= {"cache_directory": str(tmp_path / f"cache-{name}"), "checkpoint_every_steps": 10}
         config = load_config(write_config(tmp_path / f"{name}.yaml", content))
-        return run(config, executor="in_process", display=display)
+        return run_pipeline(config, executor="in_process", display=display)
 
     calm = go(str(store), "folder", Calm())
     saboteur = Saboteur(mortal, ("shard", "pretrain", "linear-toy-pretrained-s0", "report"))

@@ -17,9 +17,9 @@ from typing import Any
 from graph_stages import OUT, small_graph
 
 from pipeline import cluster
-from pipeline.cluster import Executor
+from pipeline.cluster.tasks import Executor
 from pipeline.graph.receipts import read_receipt
-from pipeline.graph.runner import Outcome, Run
+from pipeline.graph.runner import GraphRun, Outcome
 from pipeline.graph.step import Step
 from pipeline.storage import open_store
 
@@ -61,7 +61,7 @@ def drive(folder: str, tick_s: float, executor: Executor, mark: str, wire: Any) 
         os.environ["PYTHONPATH"] = HERE
         cluster.connect(cpus=2)
     steps = small_graph({"log": f"{folder}/log", "tick_s": tick_s})
-    walk = Run(steps, store=open_store(f"{folder}/store"), executor=executor, hooks=Silent())
+    walk = GraphRun(steps, store=open_store(f"{folder}/store"), executor=executor, hooks=Silent())
     wire.send("ready")
     wire.recv()
     states = {outcome.step.name: outcome.state for outcome in walk.walk()}

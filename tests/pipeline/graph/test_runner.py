@@ -12,9 +12,9 @@ from graph_stages import OUT, Work, count, dies_once, fails, meets, newest_link,
 
 from pipeline import cluster
 from pipeline.errors import DataError, Fenced, PipelineError, Stopped, StorageError
-from pipeline.graph.plan import flatten, nearest_difference, plan_graph
+from pipeline.graph.plan import dotted_fields, nearest_difference, plan_graph
 from pipeline.graph.receipts import RECEIPT, claim, claims, read_receipt
-from pipeline.graph.runner import Run, execute, stop_key
+from pipeline.graph.runner import GraphRun, execute, stop_key
 from pipeline.graph.step import Attempt, Step
 from pipeline.storage import FileStore
 
@@ -58,7 +58,7 @@ def states(outcomes) -> dict[str, str]:
 
 
 def walk(steps, store, *, executor="in_process", parallel=1, hooks=None):
-    return Run(steps, store=store, executor=executor, hooks=hooks or Silent(), parallel=parallel).walk()
+    return GraphRun(steps, store=store, executor=executor, hooks=hooks or Silent(), parallel=parallel).walk()
 
 
 def alone(function, resources, name="alone", **more) -> Step:
@@ -158,7 +158,7 @@ def test_the_plan_compares_with_the_most_similar_step_done_before():
         "version: 1 -> 2",
     )
     assert nearest_difference(identity, []) == ()
-    assert flatten(identity)["config.deep.sizes"] == [1, 2]
+    assert dotted_fields(identity)["config.deep.sizes"] == [1, 2]
 
 
 def test_a_step_whose_driver_died_right_after_the_receipt_is_remembered_too(store, resources):
@@ -254,7 +254,7 @@ class StopsAt(Silent):
 
 def stopped_walk(steps, store, step_name, *, executor="in_process", parallel=1):
     hooks = StopsAt(step_name)
-    hooks.run = Run(steps, store=store, executor=executor, hooks=hooks, parallel=parallel)
+    hooks.run = GraphRun(steps, store=store, executor=executor, hooks=hooks, parallel=parallel)
     return hooks.run.walk()
 
 
@@ -283,7 +283,7 @@ def test_a_stop_cuts_off_a_step_that_cannot_save(store, resources):
 def test_what_is_done_is_told_so_in_a_stopped_run(store, resources):
     steps = small_graph(resources)
     walk(steps[:2], store)
-    run = Run([steps[0], steps[3]], store=store, executor="in_process", hooks=Silent())
+    run = GraphRun([steps[0], steps[3]], store=store, executor="in_process", hooks=Silent())
     run.request_stop()
     assert states(run.walk()) == {"listing": "cached", "shards": "cached", "near": "stopped"}
 
@@ -306,7 +306,7 @@ def test_a_failure_while_stopping_is_still_a_failure(store, resources):
 
     hooks = Stopping()
     bad = alone(fails, resources | {"broken": "DataError"}, resume_point=newest_link)
-    hooks.run = Run([bad], store=store, executor="in_process", hooks=hooks)
+    hooks.run = GraphRun([bad], store=store, executor="in_process", hooks=hooks)
     assert states(hooks.run.walk()) == {"alone": "failed"}
 
 

@@ -10,7 +10,7 @@ from pipeline.errors import PipelineError
 from pipeline.reporting import reconstructions
 from pipeline.reporting.figures import BLUE, GREY, Curves, curve_png, scores_png
 from pipeline.reporting.reconstructions import half_blocks, reconstruction_grid_png, terminal_reconstruction
-from pipeline.reporting.rows import Score
+from pipeline.reporting.summaries import Score
 
 
 def decode(png: bytes) -> np.ndarray:

@@ -6,7 +6,7 @@ import numpy as np
 
 from pipeline.reporting.page import Card, DatasetCard, ReportData, render_page
 from pipeline.reporting.reconstructions import reconstruction_grid_png
-from pipeline.reporting.rows import Score, StepRow
+from pipeline.reporting.summaries import Score, StepRow
 
 PNG = reconstruction_grid_png(np.zeros((1, 4, 8, 8, 3), np.uint8))
 HOSTILE = '"><script>alert(1)</script><img src=http://evil/x.png>'

@@ -5,7 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from pipeline.reporting.rows import PlanRow, Score, StepRow, as_metrics, clock
+from pipeline.reporting.format import clock
+from pipeline.reporting.summaries import PlanRow, Score, StepRow, as_metrics
 from pipeline.reporting.terminal import ProgressDisplay, closing_table, plan_table
 
 

@@ -12,16 +12,16 @@ from mae_core.heads import Classifier
 from mae_core.metrics import topk_counts
 from mae_core.patches import normalise_pixels
 from mae_core.vit import ViTEncoder
-from pipeline.data.images import AugmentConfig, augment, decode
-from pipeline.data.manifest import NO_LABEL
-from pipeline.data.selection import Selection
+from pipeline.data.dataset.address import dataset_address
+from pipeline.data.dataset.manifest import NO_LABEL
+from pipeline.data.feed.selection import Selection, select
+from pipeline.data.images.pictures import AugmentConfig, augment, decode
 from pipeline.graph.step import Attempt, StageInput
 from pipeline.stages.finetune import CLASSIFIER, FinetuneConfig, finetune
 from pipeline.tracking import NullTracker
-from pipeline.training.loop import train
-from pipeline.training.spec import dataset_address, select
-from pipeline.training.supervision import StoreSupervisor
-from pipeline.training.tasks import ClassificationTask
+from pipeline.training.health.stop_reasons import StoreSupervisor
+from pipeline.training.loop.loop import train
+from pipeline.training.spec.tasks import ClassificationTask
 from pipeline.training.world import enter_world
 from pipeline.weights import ENCODER, read_weights
 

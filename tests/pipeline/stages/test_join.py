@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from data_kit import all_objects, attempt, labelled, listed, picture, sharded, stored, write_table, write_tars
 
-from pipeline.data.manifest import Manifest
+from pipeline.data.dataset.address import dataset_address
+from pipeline.data.dataset.manifest import Manifest
 from pipeline.graph.step import StageInput
 from pipeline.stages.join import JoinConfig, join
 from pipeline.stages.snapshot import Earlier, holds_news
 from pipeline.storage import open_store
-from pipeline.training.spec import dataset_address
 
 
 def fill(source, images):

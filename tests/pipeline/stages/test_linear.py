@@ -7,9 +7,10 @@ from training_kit import SEED, TEST, TRAIN, attempt_at, encoder_config
 
 from mae_core.vit import ViTEncoder, initialise
 from pipeline.config import LinearConfig
+from pipeline.data.dataset.address import dataset_address
 from pipeline.stages import linear as stage
 from pipeline.stages.linear import PROBE, LinearStageConfig, Part, features_of, fit, joined, linear
-from pipeline.training.spec import Placement, dataset_address
+from pipeline.training.spec.train_spec import Placement
 from pipeline.weights import ENCODER, read_weights
 
 

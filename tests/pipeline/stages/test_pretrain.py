@@ -12,7 +12,7 @@ from training_kit import SEED, TEST, mae_config, pretrain_here
 from mae_core.mae import MaskedAutoencoder
 from pipeline.config import RunConfig
 from pipeline.stages.pretrain import BASIS, PANEL_IMAGES, RECONSTRUCTIONS
-from pipeline.training.checkpoints import open_checkpoint
+from pipeline.training.checkpoints.format import open_checkpoint
 from pipeline.weights import CONFIG, ENCODER, MODEL, read_weights
 
 

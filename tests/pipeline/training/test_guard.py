@@ -10,16 +10,16 @@ import torch
 from guard_kit import TOTAL_STEPS, SpoiltTask, run, spoilt_spec, train_here
 from training_kit import SIDE, StopAfter, attempt_at, checkpoint_state, computed_by_step, digest_of, mae_config
 
-from pipeline.data.randomness import mask_noise
+from mae_core.randomness import mask_noise
+from pipeline.data.dataset.address import dataset_address
 from pipeline.errors import ConfigError
 from pipeline.graph.step import Attempt
-from pipeline.training.audit import audit
-from pipeline.training.checkpoints import read_manifest
-from pipeline.training.engine import Engine
-from pipeline.training.engine_settings import EngineSettings
+from pipeline.training.checkpoints.audit import audit
+from pipeline.training.checkpoints.format import read_manifest
+from pipeline.training.engine.deepspeed_engine import Engine
+from pipeline.training.engine.micro_batches import split
+from pipeline.training.engine.settings import EngineSettings
 from pipeline.training.guard import FRESH, GuardConfig, GuardState, Seen, gone_back, judge, with_range
-from pipeline.training.slices import split
-from pipeline.training.spec import dataset_address
 from pipeline.training.world import enter_world
 
 NAN, INF = math.nan, math.inf

@@ -1,0 +1,226 @@
+"""Near duplicates across splits: images of `train` that look like one of `val` or `test`, by their perceptual hashes.
+
+Two images are near when their 64-bit hashes differ in at most `distance` bits. Exact: the 64 bits are cut into
+`distance` + w bands; bits that differ leave w bands whole, so each near pair is among those equal in w bands, and is
+counted with the first such w. Distinct hashes are compared, and pairs counted by how often these occur; w is chosen by
+the number of candidates that it makes.
+Flat hashes (within `distance` bits of all equal: plain colours, smooth gradients) are near each other whatever they show;
+they are left out and counted. Where so much looks alike that there would be more than 4e9 candidates (digits on black, by
+the million), a random share of the held-out hashes is compared, and `compared` says how many samples that are.
+Letters: u distinct hashes of the held-out samples, v of train. Memory: 20 bytes a sample, 60 a distinct hash, and 100 MB.
+Time: `python -m benchmarks.scale`; much that looks alike takes longer, up to those 4e9 candidates.
+Source: Norouzi, Punjani and Fleet 2012, multi-index hashing (arXiv 1307.2982)."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import combinations, pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mae_core.randomness import hash64, key64
+
+DISTANCE = 4
+"""Bits of 64: recompressed, resized and slightly brightened copies; unrelated photographs differ in 20 to 44."""
+_EXAMPLES = 3
+_AT_ONCE = 2**20
+"""Candidate pairs in memory."""
+_CANDIDATES_MAX = 4_000_000_000
+_WHOLE_BANDS = (2, 3, 4)
+_ESTIMATED_FROM = 20_000
+_SORTING = 30
+"""What an element costs in sorting and looking up, in candidates."""
+_BITS = 64
+
+Hashes = NDArray[np.uint64]
+Int64s = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class SampleRef:
+    """Where a sample is found again."""
+
+    shard: int
+    sample_id: int
+
+
+@dataclass(frozen=True)
+class NearDuplicates:
+    """What was found."""
+
+    pairs: int
+    """Of one sample of train and one of val or test; equal images are near, too."""
+    held_out: int
+    """Samples of val and test that have such a one in train."""
+    compared: int
+    """Samples of val and test that were compared: all but the flat ones, unless too much looks alike."""
+    flat: int
+    """Samples left out because their hash says nothing."""
+    distance: int
+    examples: tuple[tuple[SampleRef, SampleRef], ...]
+    """(held out, train) of the lowest ids."""
+
+
+class _Side(NamedTuple):
+    """The distinct hashes of one side, ascending."""
+
+    hashes: Hashes  # [u]
+    counts: Int64s  # [u] samples that have it
+    ids: Int64s  # [u] the lowest sample id among them
+    shards: Int64s  # [u] where that one lies
+
+
+class NearDuplicateSearch:
+    """Is shown every shard once, then finds."""
+
+    def __init__(self, *, distance: int = DISTANCE, candidates_max: int = _CANDIDATES_MAX) -> None:
+        self._distance, self._candidates_max = distance, candidates_max
+        self._train: list[NDArray[Any]] = []
+        self._held_out: list[NDArray[Any]] = []
+        self._flat = 0
+
+    def shown(self, shard: int, split: str, samples: Any) -> Any:
+        """Takes note of the samples (sample_id, dhash64, served) that are served, and returns them as they are."""
+        served = samples.column("served").to_numpy().astype(bool)
+        hashes = samples.column("dhash64").to_numpy()[served]
+        flat = is_flat(hashes, self._distance)
+        piece = np.empty(int((~flat).sum()), _SEEN)
+        piece["hash"] = hashes[~flat]
+        piece["sample_id"] = samples.column("sample_id").to_numpy()[served][~flat]
+        piece["shard"] = shard
+        (self._train if split == "train" else self._held_out).append(piece)
+        self._flat += int(flat.sum())
+        return samples
+
+    def find(self) -> NearDuplicates:
+        """All pairs of a sample of train and one of val or test; what was shown is forgotten."""
+        train, held_out = _distinct(self._train), _distinct(self._held_out)
+        whole, candidates = choose_bands(held_out.hashes, train.hashes, distance=self._distance)
+        held_out = _share(held_out, self._candidates_max / max(1, candidates))
+        pairs = 0
+        near = np.zeros(len(held_out.hashes), dtype=bool)
+        best: list[tuple[int, int]] = []  # indices of held-out and training hashes
+        for u, v in near_pairs(held_out.hashes, train.hashes, distance=self._distance, whole=whole):
+            pairs += int((held_out.counts[u] * train.counts[v]).sum())
+            near[u] = True
+            lowest = np.lexsort((train.ids[v], held_out.ids[u]))[:_EXAMPLES]
+            best += zip(u[lowest].tolist(), v[lowest].tolist(), strict=True)
+            best = sorted(best, key=lambda pair: (held_out.ids[pair[0]], train.ids[pair[1]]))[:_EXAMPLES]
+        return NearDuplicates(
+            pairs=pairs,
+            held_out=int(held_out.counts[near].sum()),
+            compared=int(held_out.counts.sum()),
+            flat=self._flat,
+            distance=self._distance,
+            examples=tuple((_place(held_out, u), _place(train, v)) for u, v in best),
+        )
+
+
+def near_duplicate_facts(found: NearDuplicates, samples: Callable[[int], Any]) -> dict[str, Any]:
+    """The numbers, and the examples by their sources. `samples`: of a shard (sample_id, source)."""
+
+    def source(place: SampleRef) -> str:
+        table = samples(place.shard)
+        row = table.column("sample_id").to_pylist().index(place.sample_id)
+        return str(table.column("source")[row].as_py())
+
+    facts = asdict(found)
+    facts["examples"] = [{"held_out": source(held_out), "train": source(train)} for held_out, train in found.examples]
+    return facts
+
+
+def near_pairs(first: Hashes, second: Hashes, *, distance: int, whole: int = 2) -> Iterator[tuple[Int64s, Int64s]]:
+    """Indices (of `first`, of `second`) of all pairs within `distance` bits, each once, in pieces. Both hold distinct hashes.
+
+    `whole`: bands in which candidates are equal; it decides the time only.
+    """
+    masks = _masks(distance, whole)
+    for number, mask in enumerate(masks):
+        order = np.argsort(first & mask, kind="stable")
+        keys = (first & mask)[order]
+        # sorted questions walk through the sorted keys: 5 times as fast as in any order
+        asked = np.argsort(second & mask, kind="stable")
+        low = np.searchsorted(keys, (second & mask)[asked], side="left")
+        high = np.searchsorted(keys, (second & mask)[asked], side="right")
+        for u, v in _expanded(low, high):
+            left, right = order[u], asked[v]
+            differ = first[left] ^ second[right]
+            near = np.bitwise_count(differ) <= distance
+            left, right, differ = left[near], right[near], differ[near]
+            for earlier in masks[:number]:  # those had it
+                new = (differ & earlier) != 0
+                left, right, differ = left[new], right[new], differ[new]
+            if len(left):
+                yield left, right
+
+
+def choose_bands(first: Hashes, second: Hashes, *, distance: int) -> tuple[int, int]:
+    """How many bands are best compared whole, and about how many candidates that makes: estimated from some of `second`."""
+    some = second[:: max(1, len(second) // _ESTIMATED_FROM)]
+    scale = len(second) / max(1, len(some))
+    costs = []
+    for whole in _WHOLE_BANDS:
+        masks = _masks(distance, whole)
+        found = sum(_matches(np.sort(first & mask), np.sort(some & mask)) for mask in masks)
+        costs.append((found * scale + _SORTING * len(masks) * (len(first) + len(second)), whole, int(found * scale)))
+    _, whole, candidates = min(costs)
+    return whole, candidates
+
+
+def is_flat(hashes: Hashes, distance: int) -> NDArray[np.bool_]:
+    """[n] whether a hash is within `distance` bits of all zeros or all ones."""
+    ones = np.bitwise_count(hashes)
+    return (ones <= distance) | (ones >= _BITS - distance)
+
+
+def _masks(distance: int, whole: int) -> list[np.uint64]:
+    """Each choice of `whole` bands, out of 64 bits cut into `distance` + `whole` of about equal length."""
+    count = distance + whole
+    if not (distance >= 0 and whole > 0 and count <= _BITS):
+        raise ValueError(f"distance={distance} with {whole} whole bands does not fit {_BITS} bits: write 4 and 2")
+    edges = [_BITS * number // count for number in range(count + 1)]
+    bands = [(1 << high) - (1 << low) for low, high in pairwise(edges)]
+    return [np.uint64(sum(chosen)) for chosen in combinations(bands, whole)]
+
+
+def _matches(keys: Hashes, asked: Hashes) -> int:
+    """Equal pairs of two sorted arrays."""
+    return int((np.searchsorted(keys, asked, side="right") - np.searchsorted(keys, asked, side="left")).sum())
+
+
+def _share(side: _Side, share: float) -> _Side:
+    """All of it, or this share of its hashes, chosen by a hash of theirs."""
+    if share >= 1:
+        return side
+    chosen = hash64(side.hashes.astype(np.int64), key64("near duplicates")) < np.uint64(share * 2.0**64)
+    return _Side(side.hashes[chosen], side.counts[chosen], side.ids[chosen], side.shards[chosen])
+
+
+def _expanded(low: Int64s, high: Int64s) -> Iterator[tuple[Int64s, Int64s]]:
+    """Pairs (i, j) with low[j] <= i < high[j], about a million at once; one j's are not cut, as each has at most all i."""
+    counts = high - low
+    ends = np.cumsum(counts)
+    start, done = 0, 0
+    while start < len(counts):
+        stop = max(start + 1, int(np.searchsorted(ends, done + _AT_ONCE, side="right")))
+        here = counts[start:stop]
+        j = np.repeat(np.arange(start, stop), here)
+        first_of_j = np.repeat(ends[start:stop] - here, here)
+        yield low[j] + (np.arange(done, int(ends[stop - 1])) - first_of_j), j
+        start, done = stop, int(ends[stop - 1])
+
+
+def _distinct(pieces: list[NDArray[Any]]) -> _Side:
+    seen = np.concatenate(pieces) if pieces else np.empty(0, _SEEN)
+    pieces.clear()
+    seen = seen[np.lexsort((seen["sample_id"], seen["hash"]))]
+    hashes, first, counts = np.unique(seen["hash"], return_index=True, return_counts=True)
+    return _Side(hashes, counts, seen["sample_id"][first], seen["shard"][first].astype(np.int64))
+
+
+def _place(side: _Side, index: int) -> SampleRef:
+    return SampleRef(int(side.shards[index]), int(side.ids[index]))
+
+
+_SEEN = np.dtype([("hash", "u8"), ("sample_id", "i8"), ("shard", "i4")])

@@ -1,0 +1,218 @@
+"""shard_plan: split from pipeline.data.dataset.shard_writer."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.data.dataset.manifest import NO_LABEL, ContentHash, json_digest
+from pipeline.data.images.intake import INTAKE_VERSION
+from pipeline.data.sources.splits import keyed_hash
+from pipeline.data.sources.tables import split_row_name
+from pipeline.errors import ConfigError
+from pipeline.storage import Store
+from pipeline.storage.files import local_copy
+
+SHARD_VERSION = 1
+"""Part of every plan's digest; bumped by hand when the tar's bytes or the row change."""
+_MAX_SAMPLES = 10_000
+_BLOCK = 512
+_SNAPSHOT_ROWS = 65_536
+Int64s = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntakePolicy:
+    """How images are taken in."""
+
+    image_max_short_side: int = 512
+    """Pixels; a longer short side is reduced to this."""
+    image_max_pixels: int = 100_000_000
+    """Images with more are refused before decoding."""
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value < 1:
+                raise ConfigError(f"{name}={value} is not positive: write a number of pixels, such as {type(self)()}")
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One shard to be written, or one tar to be indexed."""
+
+    shard: int
+    split: str
+    samples: Any
+    """Table (sample_id, path, size, label, split[, row_group]): rows of the snapshot, in the order of the tar."""
+    digest: str
+    """Of all that decides the shard's content, save the images' own bytes."""
+
+
+class ShardPlans(Sequence[ShardPlan]):
+    """The plan of a whole dataset; each shard's is made when it is asked for, so that memory holds row numbers only."""
+
+    def __init__(
+        self, snapshot: Any, runs: Sequence[tuple[str, Int64s]], policy: IntakePolicy, **reading: str | None
+    ) -> None:
+        """`runs`: split and rows of the snapshot of each shard; `reading`: what decides its content beside images and policy."""
+        self._snapshot, self._runs, self._policy, self._reading = snapshot, runs, policy, reading
+        chunks = snapshot.column("path").chunks
+        self._starts = np.cumsum([0, *(len(chunk) for chunk in chunks)])
+        self._batches = snapshot.to_batches()
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def samples(self, shard: int) -> int:
+        """How many rows of the snapshot a shard takes."""
+        return len(self._runs[shard][1])
+
+    @overload
+    def __getitem__(self, shard: int) -> ShardPlan: ...
+    @overload
+    def __getitem__(self, shard: slice) -> list[ShardPlan]: ...
+    def __getitem__(self, shard: int | slice) -> ShardPlan | list[ShardPlan]:
+        if isinstance(shard, slice):
+            return [self[index] for index in range(*shard.indices(len(self)))]
+        shard = range(len(self))[shard]
+        split, rows = self._runs[shard]
+        samples = self._take(rows)
+        content = ContentHash(samples.column_names)
+        content.update(samples)
+        identity = {"shard": shard, "split": split, "samples": content.hexdigest(), "policy": asdict(self._policy)}
+        digest = json_digest(identity | self._reading | {"versions": [SHARD_VERSION, INTAKE_VERSION]})
+        return ShardPlan(shard, split, samples, digest)
+
+    def _take(self, rows: Int64s) -> Any:
+        """Rows of the snapshot in this order. Batch by batch: Arrow's own would join all batches at every call."""
+        order = np.argsort(rows, kind="stable")
+        ascending = rows[order]
+        parts = []
+        for number in np.unique(np.searchsorted(self._starts, ascending, side="right") - 1):
+            first, last = np.searchsorted(ascending, self._starts[number : number + 2])
+            parts.append(self._batches[number].take(pa.array(ascending[first:last] - self._starts[number])))
+        places = np.empty_like(order)
+        places[order] = np.arange(len(order))
+        schema = self._snapshot.schema
+        return pa.Table.from_batches(parts, schema=schema).combine_chunks().take(pa.array(places))
+
+
+@contextmanager
+def opened_snapshot(store: Store, key: str) -> Iterator[Any]:
+    """The table of a snapshot, on disk and mapped: memory that it fills can be taken away from it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, rows = local_copy(store, key, Path(folder) / "snapshot.parquet"), Path(folder) / "snapshot.arrow"
+        with pq.ParquetFile(path) as table, pa.OSFile(str(rows), "wb") as file:
+            schema = table.schema_arrow.remove_metadata()
+            with pa.ipc.new_file(file, schema) as writer:
+                for batch in table.iter_batches(batch_size=_SNAPSHOT_ROWS):
+                    writer.write_batch(batch)
+        with pa.memory_map(str(rows)) as mapped:
+            yield pa.ipc.open_file(mapped).read_all()
+
+
+def plan_shards(
+    snapshot: Any,
+    *,
+    seed: int,
+    shard_max_bytes: int,
+    min_shards: int,
+    policy: IntakePolicy,
+    image_column: str = "",
+) -> ShardPlans:
+    """Every sample of the snapshot (its table) in exactly one shard; `train` in `min_shards` or more, if it has the samples.
+
+    A shard's planned bytes exceed `shard_max_bytes` only when it holds a single sample. Of Parquet tables (`image_column`),
+    row groups stand in random order and rows are shuffled within a shard; where row groups are small beside a shard, none
+    is cut. Memory: about 100 bytes a sample beside the table.
+    """
+    hashes, group_hashes = _hashes(snapshot, seed)
+    names, splits = _codes(snapshot.column("split"))
+    sizes = snapshot.column("size").to_numpy()
+    planned = _BLOCK + -(-sizes // _BLOCK) * _BLOCK
+    planned += np.where(snapshot.column("label").to_numpy() != NO_LABEL, 2 * _BLOCK, 0)
+    runs: list[tuple[str, Int64s]] = []
+    for split in sorted(names):
+        rows = np.flatnonzero(splits == names.index(split))
+        least = min_shards if split == "train" else 1
+        if group_hashes is None:
+            rows = rows[np.argsort(hashes[rows], kind="stable")]
+            edges = cut_evenly(planned[rows], max_bytes=shard_max_bytes, min_parts=least)
+            runs += [(split, rows[start:end]) for start, end in pairwise(edges)]
+        else:
+            rows = rows[np.lexsort((hashes[rows], group_hashes[rows]))]
+            edges = _cut_groups(planned[rows], group_hashes[rows], max_bytes=shard_max_bytes, min_parts=least)
+            cut = [rows[start:end] for start, end in pairwise(edges)]
+            runs += [(split, run[np.argsort(hashes[run], kind="stable")]) for run in cut]
+    return ShardPlans(snapshot, runs, policy, **({"image_column": image_column} if image_column else {}))
+
+
+def cut_evenly(sizes: Int64s, *, max_bytes: int, min_parts: int, samples: Int64s | None = None) -> list[int]:
+    """Edges 0 = e0 < e1 < ... = len(sizes) of runs of about equal bytes; no run but a single item exceeds `max_bytes`.
+
+    `samples`: of each item, one if left out; a run of several items has at most 10,000.
+    """
+    if samples is None:
+        samples = np.ones(len(sizes), dtype=np.int64)
+    count, total = len(sizes), int(sizes.sum())
+    middles = np.cumsum(sizes) - sizes / 2
+    parts = min(count, max(min_parts, -(-total // max_bytes), -(-int(samples.sum()) // _MAX_SAMPLES)))
+    while True:
+        steps = np.arange(parts - 1)
+        edges = np.searchsorted(middles, total * (steps + 1) / parts)
+        edges = np.maximum.accumulate(np.maximum(edges, steps + 1) - steps) + steps  # each run has an item
+        edges = np.minimum(edges, count - parts + 1 + steps)
+        edges = np.concatenate([[0], edges, [count]])
+        too_big = np.add.reduceat(sizes, edges[:-1]) > max_bytes
+        too_many = np.add.reduceat(samples, edges[:-1]) > _MAX_SAMPLES
+        if parts == count or not ((too_big | too_many) & (np.diff(edges) > 1)).any():
+            return [int(edge) for edge in edges]
+        parts = min(count, parts + max(1, parts // 50))
+
+
+def _hashes(snapshot: Any, seed: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64] | None]:
+    """The keyed hash of every row and, of Parquet tables, of its row group."""
+    hashes = np.empty(snapshot.num_rows, np.uint64)
+    groups = np.empty(snapshot.num_rows, np.uint64) if "row_group" in snapshot.column_names else None
+    at = 0
+    for batch in snapshot.to_batches():
+        paths = batch.column("path").to_pylist()
+        here = slice(at, at + len(paths))
+        hashes[here] = np.fromiter((keyed_hash(seed, path, purpose="shard") for path in paths), np.uint64, len(paths))
+        if groups is not None:
+            names = (
+                f"{split_row_name(path)[0]}#{group}"
+                for path, group in zip(paths, batch.column("row_group").to_pylist(), strict=True)
+            )
+            known = lru_cache(maxsize=64)(partial(keyed_hash, seed, purpose="row_group"))
+            groups[here] = np.fromiter((known(name) for name in names), np.uint64, len(paths))
+        at = here.stop
+    return hashes, groups
+
+
+def _codes(column: Any) -> tuple[list[str], NDArray[np.int8]]:
+    """The distinct texts of a column, and each row's index into them."""
+    names: list[str] = pc.unique(column).to_pylist()
+    codes = [pc.index_in(chunk, value_set=pa.array(names, column.type)).to_numpy() for chunk in column.chunks]
+    return names, np.concatenate([np.empty(0, np.int8), *codes]).astype(np.int8)
+
+
+def _cut_groups(planned: Int64s, groups: NDArray[np.uint64], *, max_bytes: int, min_parts: int) -> list[int]:
+    """Edges between rows that stand row group by row group: between groups where these are small and many, else anywhere."""
+    starts = np.flatnonzero(np.diff(groups, prepend=~groups[:1]))
+    sizes = np.add.reduceat(planned, starts)
+    if 4 * sizes.max() > max_bytes or len(starts) < 4 * min_parts:
+        return cut_evenly(planned, max_bytes=max_bytes, min_parts=min_parts)
+    samples = np.diff([*starts, len(planned)])
+    edges = cut_evenly(sizes, max_bytes=max_bytes, min_parts=min_parts, samples=samples)
+    return [int(edge) for edge in np.append(starts, len(planned))[edges]]

@@ -1,0 +1,1 @@
+"""What training reads: the order of samples, the node's shard cache, and batches."""

@@ -1,0 +1,1 @@
+"""One image: taken in when it is sharded, decoded and cropped when it is read."""

@@ -1,0 +1,1 @@
+"""What a person points `data.source` at: files, their labels and their splits."""

@@ -1,0 +1,152 @@
+"""Labels and splits from a file beside the images: CSV, JSON lines or Parquet with columns path, label and, optionally, split.
+
+`path` is relative to the source, as the listing has it; `label` is text or a whole number; an empty label or split, or a
+negative number, says nothing of that image. The file is held, sorted by path (about 150 bytes a row), and matched with
+the listing batch by batch.
+Errors: DataError for a file that cannot be read, lacks a column, names a path twice, has an unknown split or paths that
+are not in the source."""
+
+import io
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet as pq
+
+from pipeline.data.sources.listing import file_address
+from pipeline.data.sources.splits import class_order, split_named
+from pipeline.errors import DataError
+from pipeline.storage import open_store
+
+CLASSES_MAX = 100_000
+"""More distinct labels than this are captions, or ids, and no classes."""
+_TEXT = pa.large_string()
+_SHOWN = 3
+
+
+class LabelMatch(NamedTuple):
+    """What the file says of some images, None where it is silent."""
+
+    labels: list[str | None]
+    splits: list[str | None]
+
+
+class Labels:
+    """The file's rows, handed out to a listing that comes in path order."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._table = _checked(uri, _read(uri))
+        self._paths = self._table.column("path").combine_chunks()
+        self._next = 0
+        self._unknown: list[str] = []
+        self._unknown_count = 0
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Every label of the file, in the order of the label numbers."""
+        return class_order(pc.unique(self._table.column("label")).drop_null().to_pylist())
+
+    def match(self, paths: Sequence[str]) -> LabelMatch:
+        """The rows of the next images of the listing."""
+        end = bisect_right(range(len(self._paths)), paths[-1], lo=self._next, key=lambda row: self._paths[row].as_py())
+        rows = self._table.slice(self._next, end - self._next)
+        self._next = end
+        listed = pa.array(paths, _TEXT)
+        self._note_unknown(rows.filter(pc.invert(pc.is_in(rows.column("path"), value_set=listed))))
+        found = rows.take(pc.index_in(listed, value_set=rows.column("path")))
+        return LabelMatch(found.column("label").to_pylist(), found.column("split").to_pylist())
+
+    def check_all_known(self, source: str) -> None:
+        """After the last image: DataError when the file names images that the source does not hold."""
+        self._note_unknown(self._table.slice(self._next))
+        if self._unknown_count:
+            raise DataError(
+                f"data.labels={self.uri!r}: {self._unknown_count} of its {len(self._paths)} paths are not images of {source}: "
+                f"{', '.join(self._unknown)}. Write them relative to data.source, as `folder/name.jpg`, or remove these rows"
+            )
+
+    def _note_unknown(self, rows: Any) -> None:
+        self._unknown_count += rows.num_rows
+        self._unknown += rows.column("path").slice(0, _SHOWN - len(self._unknown)).to_pylist()
+
+
+def label_texts(column: Any, where: str) -> Any:
+    """Labels as text (an Arrow array or chunked array of strings); empty ones and negative numbers are null."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    kind = column.type
+    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_null)
+    if not (pa.types.is_integer(kind) or any(is_text(kind) for is_text in texts)):
+        raise DataError(f"{where}: the labels are {kind}; write whole numbers or text")
+    labels = column.cast(_TEXT)
+    return pc.if_else(pc.match_substring_regex(labels, r"^(-[0-9]+)?$"), pa.scalar(None, _TEXT), labels)
+
+
+def split_texts(column: Any, where: str) -> Any:
+    """Splits as `train`, `val` or `test`; empty ones are null."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    try:
+        texts = column.cast(_TEXT)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{where}: the splits are {column.type}; write train, val or test") from error
+    texts = pc.if_else(pc.equal(texts, ""), pa.scalar(None, _TEXT), texts)
+    names = pc.unique(texts).drop_null().to_pylist()
+    if strange := sorted(name for name in names if split_named(name) is None):
+        raise DataError(f"{where}: split {strange[0]!r} is unknown; write train, val or test, or leave it empty")
+    values = pa.array([split_named(name) for name in names], _TEXT)
+    return values.take(pc.index_in(texts, value_set=pa.array(names, _TEXT))) if names else texts
+
+
+def _read(uri: str) -> Any:
+    folder, _, name = uri.rpartition("/")
+    store = open_store(folder or "/")
+    suffix = name.rpartition(".")[2].lower()
+    if suffix not in {"csv", "jsonl", "ndjson", "json", "parquet"}:
+        raise DataError(
+            f"data.labels={uri!r} is no table: write a .csv, .jsonl or .parquet file with path, label[, split]"
+        )
+    data = io.BytesIO(store.read(name))
+    try:
+        if suffix == "csv":
+            texts = dict.fromkeys(("path", "label", "split"), _TEXT)
+            options = pyarrow.csv.ConvertOptions(column_types=texts, null_values=[""], strings_can_be_null=True)
+            return pyarrow.csv.read_csv(data, convert_options=options)
+        if suffix == "parquet":
+            return pq.read_table(data)
+        return pyarrow.json.read_json(data)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{file_address(uri)} (data.labels) cannot be read as {suffix}: {error}. Mend or rename it"
+        ) from error
+
+
+def _checked(uri: str, table: Any) -> Any:
+    """Columns path, label, split as text, in path order."""
+    where = f"{file_address(uri)} (data.labels)"
+    for name in ("path", "label"):
+        if name not in table.column_names:
+            raise DataError(f"{where} has no column {name!r}, only {', '.join(table.column_names)}. Name it so")
+    paths = table.column("path").cast(_TEXT)
+    splits = split_texts(table.column("split"), where) if "split" in table.column_names else None
+    columns = {
+        "path": paths,
+        "label": label_texts(table.column("label"), where),
+        "split": pa.nulls(table.num_rows, _TEXT) if splits is None else splits,
+    }
+    rows = pa.table(columns).sort_by("path").combine_chunks()
+    names = rows.column("path")
+    if names.null_count:
+        raise DataError(f"{where}: {names.null_count} rows have no path. Fill or remove them")
+    twice = pc.index(pc.equal(names.slice(1), names.slice(0, max(0, len(names) - 1))), True).as_py()
+    if twice >= 0:
+        raise DataError(f"{where} names {names[twice].as_py()!r} twice. Keep one row an image")
+    classes = pc.count_distinct(rows.column("label")).as_py()
+    if classes > CLASSES_MAX:
+        raise DataError(f"{where}: {classes} distinct labels are no classes. Write the class into the column label")
+    return rows

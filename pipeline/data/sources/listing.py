@@ -1,0 +1,96 @@
+"""What a person points `data.source` at, listed: a folder or bucket prefix of images, of WebDataset tars, or of Parquet tables.
+
+Images: `x.jpg` (no labels), `cat/x.jpg` (the first folder is the label), `train/cat/x.jpg` and `train/x.jpg`. Folders
+`train`, `val` (or `validation`) and `test` are splits when they are the only first-level folders that hold images;
+otherwise all images are one pool, of which a keyed hash of the path puts `test_share` into `test`, the rest into `train`.
+Tars and tables: the same folders, or names that begin with these words (`train-0001.tar`), are splits when every file
+has one; otherwise they are a pool: of tars whole ones are chosen (`choose_tars`), of tables rows.
+One source holds one kind. Other files, and hidden ones, are listed as ignored, so that they can be counted.
+Units: sizes in bytes; paths relative to the source, in key order, so that row numbers are stable.
+Errors: ConfigError for a source that is no folder; DataError for one that holds nothing of use or two kinds, and for a path
+that no table can hold."""
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+from pipeline.errors import ConfigError, DataError
+from pipeline.storage import FileStore, open_store
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
+Role = Literal["image", "tar", "table", "ignored"]
+KINDS: dict[Role, str] = {"image": "images", "tar": "tars", "table": "Parquet tables"}
+"""What a source can hold, in words."""
+
+
+class SourceItem(NamedTuple):
+    """One file of a source."""
+
+    path: str
+    size: int
+    role: Role
+
+
+def list_source(uri: str, *, besides: str | None = None) -> Iterator[SourceItem]:
+    """Every file of the source, in key order. `besides`: address of a file that is none of the images (the labels)."""
+    store = open_store(uri)
+    expected = (
+        f"a folder or s3:// prefix with images ({' '.join(IMAGE_SUFFIXES)}), flat or in class folders, with WebDataset "
+        "tars (.tar) or with Parquet tables (.parquet), with or without train/, val/, test/ above"
+    )
+    if isinstance(store, FileStore) and not store.root.is_dir():
+        found = "is a file" if store.root.exists() else "does not exist"
+        raise ConfigError(f"data.source={uri!r}: {store.root} {found}. Point it at {expected}")
+    first: SourceItem | None = None
+    ignored = compressed = 0
+    labels = None if besides is None else file_address(besides)
+    for key, size in store.list():
+        role = role_of(key)
+        if role != "ignored" and labels and f"{store.uri}/{key}" == labels:
+            role = "ignored"
+        if role == "ignored":
+            ignored += 1
+            compressed += key.lower().endswith(COMPRESSED_TARS)
+            yield SourceItem(key, size, role)
+            continue
+        if not encodable(key):
+            raise DataError(
+                f"data.source={uri!r}: the name {key!r} is not UTF-8. Rename the file (convmv does many at once)"
+            )
+        item = SourceItem(key, size, role)
+        first = first or item
+        if role != first.role:
+            raise DataError(
+                f"data.source={uri!r} holds {KINDS[first.role]} ({first.path}) and {KINDS[role]} ({key}). Move one kind "
+                "out of it, or point data.source at a folder that holds one"
+            )
+        yield item
+    if first is None:
+        hint = " Compressed tars cannot be read by offset: unpack them to .tar." if compressed else ""
+        raise DataError(f"data.source={uri!r} holds no images ({ignored} other files).{hint} Point it at {expected}")
+
+
+def file_address(address: str) -> str:
+    """A file's address in the form in which a store's `uri` and a key make it."""
+    folder, _, name = address.rpartition("/")
+    return f"{open_store(folder or '/').uri}/{name}"
+
+
+def role_of(key: str) -> Role:
+    """What a file is, by its name."""
+    if key.startswith(".") or "/." in key:  # hidden
+        return "ignored"
+    stem, dot, suffix = key.rpartition("/")[2].rpartition(".")
+    suffix = (dot + suffix).lower()  # text alone: pathlib keeps every name it has seen
+    if suffix in IMAGE_SUFFIXES and stem:
+        return "image"
+    return {".tar": "tar", ".parquet": "table"}.get(suffix, "ignored")  # type: ignore[return-value]
+
+
+def encodable(text: str) -> bool:
+    """Whether a table can hold it: a file's name need not be text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

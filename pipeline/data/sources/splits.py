@@ -1,0 +1,97 @@
+"""splits: split from pipeline.data.sources.listing."""
+
+import hashlib
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.errors import DataError
+
+SPLIT_FOLDERS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
+
+
+@dataclass(frozen=True)
+class FolderLayout:
+    """How the folders of a source are read."""
+
+    splits: Literal["folders", "pool"]
+    classes: tuple[str, ...]
+    """Label names, sorted; empty when nothing is in a class folder."""
+
+
+def folders_of(path: str) -> tuple[str, ...]:
+    """The first two folders of a path: all that a layout depends on."""
+    return tuple(path.split("/", 2)[:2] if path.count("/") > 1 else path.split("/")[:-1])
+
+
+def find_layout(folders: Collection[tuple[str, ...]]) -> FolderLayout:
+    """The layout of a source whose images lie in these folders (the distinct `folders_of` of all images)."""
+    tops = {parts[0] for parts in folders if parts}
+    if tops and tops <= SPLIT_FOLDERS.keys():
+        if () in folders:
+            raise DataError(
+                f"data.source: images lie beside the split folders {', '.join(sorted(tops))}, so their split is unknown. "
+                "Move them into one of these folders, or out of the source"
+            )
+        return FolderLayout("folders", tuple(sorted({parts[1] for parts in folders if len(parts) > 1})))
+    return FolderLayout("pool", tuple(sorted(tops)))
+
+
+def place(path: str, layout: FolderLayout, *, test_share: float, seed: int) -> tuple[str, str | None]:
+    """Split and label name of an image: by its folders, or by a keyed hash of its path."""
+    folders = folders_of(path)
+    if layout.splits == "folders":
+        return SPLIT_FOLDERS[folders[0]], folders[1] if len(folders) > 1 else None
+    return pool_split(path, test_share=test_share, seed=seed), folders[0] if folders else None
+
+
+def named_splits(paths: Sequence[str]) -> list[str] | None:
+    """Splits of tars or tables by their first folder or the word their name begins with; None: they are one pool."""
+    words = [_split_word(path) for path in paths]
+    if not any(words):
+        return None
+    if not all(words):
+        named, other = paths[[bool(word) for word in words].index(True)], paths[words.index(None)]
+        raise DataError(
+            f"data.source: {named} names its split and {other} does not. Put every file into train/, val/ or test/, or "
+            "begin its name with one of these words; or none of them"
+        )
+    return [SPLIT_FOLDERS[word] for word in words if word]
+
+
+def choose_tars(paths: Sequence[str], *, test_share: float, seed: int) -> list[str]:
+    """Splits of a pool of tars: the `test_share` of them with the lowest keyed hash is `test`, at least one of several."""
+    count = max(1, round(test_share * len(paths))) if test_share and len(paths) > 1 else 0
+    chosen = set(sorted(paths, key=lambda path: (keyed_hash(seed, path, purpose="split"), path))[:count])
+    return ["test" if path in chosen else "train" for path in paths]
+
+
+def pool_split(path: str, *, test_share: float, seed: int) -> str:
+    """Split of one member of a pool."""
+    return "test" if keyed_hash(seed, path, purpose="split") < test_share * 2.0**64 else "train"
+
+
+def class_order(names: Collection[str]) -> tuple[str, ...]:
+    """The classes in the order of their labels: whole numbers by value, other names by text."""
+    numbers = all(name.isdecimal() and str(int(name)) == name for name in names)
+    return tuple(sorted(names, key=lambda name: (int(name) if numbers else 0, name)))
+
+
+def keyed_hash(seed: int, path: str, *, purpose: Literal["split", "shard", "row_group"]) -> int:
+    """64 random bits that belong to this path, the same everywhere and at every retry."""
+    data = f"{purpose}:{seed}:{path}".encode()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def split_named(text: str) -> str | None:
+    """The split that a word means, as written in a column; None: none that is known."""
+    return SPLIT_FOLDERS.get(text)
+
+
+def _split_word(path: str) -> str | None:
+    folders = folders_of(path)
+    if folders and folders[0] in SPLIT_FOLDERS:
+        return folders[0]
+    begins = re.match(r"[a-z]+(?![A-Za-z])", path.rpartition("/")[2])
+    return begins[0] if begins and begins[0] in SPLIT_FOLDERS else None

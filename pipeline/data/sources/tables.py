@@ -1,0 +1,170 @@
+"""Parquet tables whose rows hold images: their rows listed, and the images of planned rows read.
+
+An image is a column of bytes, or Hugging Face's struct {bytes, path}. A row's name is `<file>#<row of the file>`.
+Units: bytes. Memory: a batch of rows; a reader of images holds what it takes in, at most about one shard.
+Errors: DataError for a file that is no Parquet table or lacks a column; StorageError when a store is down."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.data.images.intake import Refused
+from pipeline.data.sources.labels import label_texts, split_texts
+from pipeline.errors import DataError
+from pipeline.storage import Store, open_store
+from pipeline.storage.files import RangeFile
+
+_IMAGE_ROWS = 64
+"""Rows decoded at once: 6 MB of ImageNet's."""
+_BUFFER = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class TableColumns:
+    """Where a table has what."""
+
+    image: str
+    label: str | None
+    split: str | None
+
+
+def row_name(file: str, row: int) -> str:
+    """The name of a table's row."""
+    return f"{file}#{row}"
+
+
+def split_row_name(name: str) -> tuple[str, int]:
+    """File and row of a name."""
+    file, _, row = name.rpartition("#")
+    return file, int(row)
+
+
+def listed_rows(source: str, file: str, size: int, columns: TableColumns, *, batch_rows: int) -> Iterator[Any]:
+    """Tables (path, size, label, split, row_group) of a file's rows, in order; images are not read."""
+    where = f"{open_store(source).uri}/{file}"
+    with _opened(open_store(source), file, size) as table:
+        schema = table.schema_arrow
+        _check_image_column(schema, columns.image, where)
+        label = _present(schema, columns.label, where, named="data.label_column", may_lack=columns.label == "label")
+        split = _present(schema, columns.split, where, named="data.split_column", may_lack=False)
+        wanted = [name for name in (label, split) if name]
+        first = 0
+        for group in range(table.num_row_groups):
+            share = _image_bytes(table.metadata.row_group(group), columns.image)
+            for rows in _batches_of(table, group, wanted, batch_rows):
+                count = rows.num_rows
+                nothing = pa.nulls(count, pa.large_string())
+                yield pa.table(
+                    {
+                        "path": pa.array([row_name(file, row) for row in range(first, first + count)], pa.string()),
+                        "size": pa.array([share] * count, pa.int64()),
+                        "label": label_texts(rows.column(label), where) if label else nothing,
+                        "split": split_texts(rows.column(split), where) if split else nothing,
+                        "row_group": pa.array([group] * count, pa.int32()),
+                    }
+                )
+                first += count
+
+
+def read_images(source: str, rows: Any, column: str) -> Iterator[tuple[str, bytes | Refused]]:
+    """(name, bytes) of planned rows (path, row_group), file by file and row group by row group, each read once."""
+    store = open_store(source)
+    wanted: dict[str, dict[int, set[int]]] = {}
+    for name, group in zip(rows.column("path").to_pylist(), rows.column("row_group").to_pylist(), strict=True):
+        file, row = split_row_name(name)
+        wanted.setdefault(file, {}).setdefault(group, set()).add(row)
+    for file, groups in sorted(wanted.items()):
+        with _opened(store, file, None) as table:
+            _check_image_column(table.schema_arrow, column, f"{store.uri}/{file}")
+            starts = _row_starts(table)
+            for group, numbers in sorted(groups.items()):
+                if group >= table.num_row_groups or max(numbers) >= starts[group + 1]:
+                    raise DataError(
+                        f"{store.uri}/{file}: row {max(numbers)} of row group {group} is not there any more: the file has changed "
+                        "since it was listed. Name a new data.snapshot"
+                    )
+                row = starts[group]
+                for batch in table.iter_batches(batch_size=_IMAGE_ROWS, row_groups=[group], columns=[column]):
+                    for value in batch.column(0):
+                        if row in numbers:
+                            yield row_name(file, row), _image_of(value.as_py())
+                        row += 1
+
+
+def _image_of(value: bytes | Mapping[str, Any] | None) -> bytes | Refused:
+    data = value.get("bytes") if isinstance(value, Mapping) else value
+    if data is None:
+        path = value.get("path") if isinstance(value, Mapping) else None
+        return Refused(
+            "missing", f"the row holds no bytes, only the path {path!r}" if path else "the row holds no image"
+        )
+    return data
+
+
+@contextmanager
+def _opened(store: Store, file: str, size: int | None) -> Iterator[Any]:
+    local = store.local_path(file)
+    try:
+        if local is None and size is None:
+            size = next(info.size for info in store.list(file) if info.key == file)
+        table = pq.ParquetFile(local or RangeFile(store, file, size or 0), buffer_size=_BUFFER, pre_buffer=False)
+        with table:
+            yield table
+    except (pa.ArrowException, FileNotFoundError, StopIteration, OSError) as error:
+        raise DataError(
+            f"{store.uri}/{file} cannot be read as a Parquet table ({error or 'it is gone'}). Replace or remove it, and name a new "
+            "data.snapshot"
+        ) from error
+
+
+def _check_image_column(schema: Any, column: str, where: str) -> None:
+    names = ", ".join(schema.names)
+    if column not in schema.names:
+        raise DataError(
+            f"{where} has no column {column!r}, only {names}. Say with data.image_column which holds the images"
+        )
+    kind = schema.field(column).type
+    if pa.types.is_struct(kind):
+        kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else kind
+    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        raise DataError(
+            f"{where}: column {column!r} is {kind}, not bytes nor a struct with bytes. Say with data.image_column which of "
+            f"{names} holds the images"
+        )
+
+
+def _present(schema: Any, column: str | None, where: str, *, named: str, may_lack: bool) -> str | None:
+    if column is None or column in schema.names:
+        return column
+    if may_lack:
+        return None
+    raise DataError(f"{where} has no column {column!r} ({named}), only {', '.join(schema.names)}")
+
+
+def _batches_of(table: Any, group: int, columns: list[str], rows: int) -> Iterator[Any]:
+    """Batches of some columns, or of none: then their lengths are all there is to them."""
+    if columns:
+        yield from table.iter_batches(batch_size=rows, row_groups=[group], columns=columns)
+        return
+    left = table.metadata.row_group(group).num_rows
+    while left > 0:
+        yield pa.table({"none": pa.nulls(min(left, rows))})
+        left -= rows
+
+
+def _row_starts(table: Any) -> list[int]:
+    starts = [0]
+    for group in range(table.num_row_groups):
+        starts.append(starts[-1] + table.metadata.row_group(group).num_rows)
+    return starts
+
+
+def _image_bytes(group: Any, column: str) -> int:
+    """Average stored size of the group's images."""
+    chunks = (group.column(index) for index in range(group.num_columns))
+    total = sum(c.total_compressed_size for c in chunks if c.path_in_schema.split(".")[0] == column)
+    return int(-(-total // max(1, group.num_rows)))

@@ -1,0 +1,209 @@
+"""What a run does around its steps: MLflow and the terminal are told what begins and how it ends.
+
+What MLflow refuses becomes a warning: tracking never fails a run."""
+
+import logging
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline import tracking
+from pipeline.config import RunConfig
+from pipeline.errors import ConfigError, PipelineError
+from pipeline.graph.receipts import versions
+from pipeline.graph.runner import Outcome
+from pipeline.graph.step import Step
+from pipeline.reporting.summaries import as_metrics
+from pipeline.runs.summary import RunSummary
+from pipeline.stages.report import PAGE, PICTURES
+from pipeline.storage import Store
+
+log = logging.getLogger(__name__)
+
+
+class Display(Protocol):
+    """Where a run shows how far it is."""
+
+    def update(self, step_name: str, done: int, total: int, unit: str, fields: Mapping[str, float]) -> None:
+        """A step under way."""
+        ...
+
+    def step_state(self, step_name: str, state: Any, *, detail: str = "") -> None:
+        """A step began or ended."""
+        ...
+
+
+class RunFamily:
+    """The runner's hooks: a parent run in MLflow with a child for each step, and the terminal."""
+
+    def __init__(self, uri: str, config: RunConfig, display: Display) -> None:
+        self.tracking_uri, self.config, self.display = uri, config, display
+        self.open_children: dict[str, str] = {}
+        self.untold: list[Outcome] = []
+        """What MLflow could not be told when it happened."""
+        self.run_id = tracking.open_parent(
+            uri,
+            experiment=config.tracking.experiment,
+            name=config.name,
+            tags={"git.revision": git_revision(), **{f"version.{name}": v for name, v in versions().items()}},
+            params=config.model_dump(),
+        )
+
+    def begin(self, step: Step) -> str:
+        self.display.step_state(step.name, "running")
+        with warned(f"tracking of {step.name}"):
+            self.open_children[step.name] = self._open(step)
+        return self.open_children.get(step.name, "")
+
+    def progress(self, step_name: str, done: int, total: int, unit: str, fields: Mapping[str, float]) -> None:
+        self.display.update(step_name, done, total, unit, fields)
+
+    def end(self, outcome: Outcome) -> None:
+        self.open_children.pop(outcome.step.name, None)
+        self.display.step_state(outcome.step.name, outcome.state, detail=detail_of(outcome))
+        with warned(f"tracking of {outcome.step.name}"):
+            self.untold.append(outcome)
+            self._tell(outcome)
+            self.untold.remove(outcome)
+
+    def close(self, summary: RunSummary, store: Store) -> None:
+        """Scores, the page and its pictures on the parent run; and what could not be told before."""
+        for outcome in self.untold:
+            with warned(f"tracking of {outcome.step.name}"):
+                self._tell(outcome)
+        with warned("tracking of the run"):
+            tracking.log_scores(self.tracking_uri, self.run_id, as_metrics(summary.scores))
+            page = next((o for o in summary.outcomes if o.step.name == "report" and o.receipt), None)
+            if page and page.receipt:
+                files = page.receipt.as_input(page.uri).store
+                for name in (PAGE, *PICTURES):
+                    if files.exists(name):
+                        tracking.log_figure(self.tracking_uri, self.run_id, files.read(name), f"report/{name}")
+            ended: Mapping[str, tracking.RunStatus] = {"failed": "FAILED", "stopped": "KILLED"}
+            tracking.close_run(self.tracking_uri, self.run_id, ended.get(summary.verdict, "FINISHED"))
+
+    def abandon(self, status: tracking.RunStatus) -> None:
+        """The walk broke off: no run is left that says RUNNING."""
+        for run_id in (*self.open_children.values(), self.run_id):
+            with warned("tracking of the run"):
+                tracking.close_run(self.tracking_uri, run_id, status)
+
+    def _open(self, step: Step) -> str:
+        return tracking.open_child(
+            self.tracking_uri,
+            experiment=self.config.tracking.experiment,
+            parent_run_id=self.run_id,
+            name=step.name,
+            fingerprint=step.fingerprint,
+            tags={"mae.step": step.name},
+            params=step.identity()["config"],
+        )
+
+    def _tell(self, outcome: Outcome) -> None:
+        """How a step ended, and what of its curve MLflow lacks: a cached one may have been made while MLflow was away."""
+        step, receipt = outcome.step, outcome.receipt
+        if not receipt and not outcome.mlflow_run_id:  # it did not begin
+            return
+        # asked for: a rollback opens another run than the one that the attempt began with
+        run_id = tracking.find_child(
+            self.tracking_uri, experiment=self.config.tracking.experiment, fingerprint=step.fingerprint
+        )
+        files = receipt.as_input(outcome.uri).store if receipt and step.resume_point else None
+        waits = files is not None and tracking.Journal(files).waits_for(run_id or "")
+        if run_id:
+            tracking.link_child(self.tracking_uri, parent_run_id=self.run_id, name=step.name, run_id=run_id)
+        if outcome.state == "cached" and not waits:
+            return
+        run_id = run_id or self._open(step)
+        if files and waits:
+            tracking.deliver(files, self.tracking_uri, run_id)
+        self._log_result(outcome, run_id)
+        status: Mapping[str, tracking.RunStatus] = {"done": "FINISHED", "cached": "FINISHED", "stopped": "KILLED"}
+        tracking.close_run(self.tracking_uri, run_id, status.get(outcome.state, "FAILED"))
+
+    def _log_result(self, outcome: Outcome, run_id: str) -> None:
+        if outcome.receipt is None:
+            return
+        facts = outcome.receipt.facts
+        numbers = {f"result/{key}": float(value) for key, value in facts.items() if isinstance(value, int | float)}
+        tracking.log_scores(self.tracking_uri, run_id, numbers)
+        datasets = (s for s in (outcome.step, *outcome.step.inputs.values()) if s.name.startswith(("shard", "join")))
+        shards = next(datasets, None)
+        digest = facts.get("dataset_digest") or facts.get("digest")
+        if shards and digest:
+            tracking.log_dataset(
+                self.tracking_uri,
+                run_id,
+                name=shards.name,
+                digest=str(digest),
+                source=str(shards.config.source),
+                context="training",
+            )
+
+
+def detail_of(outcome: Outcome) -> str:
+    """One line on why a step is not simply done."""
+    if outcome.error is not None:
+        text = str(outcome.error) or type(outcome.error).__name__
+        return (
+            text
+            if isinstance(outcome.error, PipelineError | ConfigError)
+            else f"{type(outcome.error).__name__}: {text}"
+        )
+    if outcome.receipt is not None and outcome.receipt.facts.get("skipped"):
+        return f"not evaluated: {outcome.receipt.facts['skipped']}"
+    if outcome.receipt is not None and (found := _found_in_images(outcome.receipt.facts)):
+        return found
+    if outcome.receipt is not None and outcome.receipt.facts.get("substituted"):
+        facts = outcome.receipt.facts
+        worst = ", ".join(source for _, source, _ in facts["substituted"][:3])
+        return f"{facts['substitutions']} times another image stood in for one that could not be read: {worst}" + (
+            f" and {len(facts['substituted']) - 3} more" if len(facts["substituted"]) > 3 else ""
+        )
+    if outcome.state == "blocked":
+        return "an input is missing"
+    return ""
+
+
+def _found_in_images(facts: Mapping[str, Any]) -> str:
+    """What a shard or join step says of the images that a person should know."""
+    said = [f"{facts['quarantined']} images quarantined"] if facts.get("quarantined") else []
+    near = facts.get("near_duplicates_across_splits")
+    if near and near["held_out"]:
+        said.append(
+            f"{near['held_out']} of {near['compared']} images of val and test look like one of train (mae shards inspect shows)"
+        )
+    return "; ".join(said)
+
+
+def git_revision() -> str:
+    """The commit of the code that runs, with `+` when the tree has changes; `unknown` outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        revision = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return revision + ("+" if changed else "")
+
+
+@contextmanager
+def warned(what: str) -> Iterator[None]:
+    try:
+        yield
+    except PipelineError as error:
+        log.warning("%s: %s", what, error)

@@ -1,0 +1,95 @@
+"""A pretraining as people ask for its weights: found by configuration, store or directory; finished, or at one of its checkpoints.
+
+Errors: DataError when there is none, or several; CheckpointError when no checkpoint of that step is kept."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from mae_core.config import MAEConfig
+from pipeline.config import RunConfig
+from pipeline.errors import CheckpointError, ConfigError, DataError
+from pipeline.graph.receipts import claims, read_receipt
+from pipeline.graph.step import Step
+from pipeline.runs.workflow import build
+from pipeline.storage import Store, open_store
+from pipeline.training.checkpoints.format import committed, open_checkpoint, step_of
+from pipeline.weights import MODEL, export_autoencoder, export_encoder, read_weights
+
+Format = Literal["timm", "hf-vit", "hf-vitmae", "safetensors"]
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """A pretraining step, finished or not."""
+
+    root: Store
+    model: MAEConfig
+
+    def weights(self, at: int | None) -> dict[str, Tensor]:
+        """Weights by the names of MaskedAutoencoder, float32; `at`: of this step's checkpoint, None: the finished ones."""
+        if at is not None:
+            return checkpoint_weights(self.root, checkpoint_at(self.root, at))
+        receipt = read_receipt(self.root)
+        if receipt is None:
+            raise DataError(f"{self.root.uri}: not finished. Name a checkpoint with --at: {_kept(self.root)}")
+        return read_weights(receipt.as_input(self.root.uri).store, MODEL)
+
+
+def pretrain_step(config: RunConfig) -> Step:
+    """The pretraining of a run."""
+    return next(step for step in build(config) if step.name == "pretrain")
+
+
+def pretraining_of(config: RunConfig) -> Pretraining:
+    """That of a configuration."""
+    return Pretraining(open_store(config.store).at(pretrain_step(config).directory), config.model)
+
+
+def pretraining_at(address: str) -> Pretraining:
+    """The one in a step's directory, or the only finished one of a store."""
+    store = open_store(address)
+    if not claims(store):
+        folders = {info.key.split("/")[0] for info in store.list("pretrain-") if info.key.endswith("/receipt.json")}
+        if len(folders) != 1:
+            found = f"several: {', '.join(sorted(folders))}" if folders else "no finished pretraining"
+            raise DataError(f"{store.uri} holds {found}. Give the YAML file of a run, or one step's directory")
+        store = store.at(folders.pop())
+    receipt = read_receipt(store)
+    if receipt is None or receipt.step != "pretrain":
+        what = f"a {receipt.step} step" if receipt else "a step that is not finished, so its model is not known"
+        raise DataError(f"{store.uri} is {what}. Give the YAML file of the run instead")
+    return Pretraining(store, TypeAdapter(MAEConfig).validate_python(receipt.identity["config"]["model"]))
+
+
+def checkpoint_at(root: Store, step: int) -> str:
+    """Key of the committed checkpoint of a step."""
+    for key in committed(root):
+        if step_of(key) == step:
+            return key
+    raise CheckpointError(f"{root.uri}: no checkpoint of step {step} is kept. There are: {_kept(root)}")
+
+
+def checkpoint_weights(root: Store, key: str) -> dict[str, Tensor]:
+    """Weights of a verified checkpoint, by the names of MaskedAutoencoder."""
+    with open_checkpoint(root, key) as checkpoint:
+        return {name.removeprefix("model."): value for name, value in checkpoint.weights().items()}
+
+
+def export(store: Store, weights: Mapping[str, Tensor], model: MAEConfig, *, to: Format) -> tuple[str, ...]:
+    """Writes the weights for another program into an empty folder; returns the keys of its files."""
+    there = next(store.list(), None)
+    if there:
+        raise ConfigError(f"--out {store.uri} is not empty (it holds {there.key}): name a new folder")
+    if to in ("hf-vitmae", "safetensors"):
+        return export_autoencoder(store, weights, model, to="huggingface" if to == "hf-vitmae" else "safetensors")
+    encoder = {name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")}
+    return export_encoder(store, encoder, model.encoder, to="timm" if to == "timm" else "huggingface")
+
+
+def _kept(root: Store) -> str:
+    steps = sorted(step_of(key) for key in committed(root))
+    return ", ".join(map(str, steps)) or "none (resources.keep_every_steps keeps some along the way)"

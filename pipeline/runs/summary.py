@@ -1,0 +1,64 @@
+"""How a run ended: its verdict and exit code, its scores, and where its results are."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.config import RunConfig
+from pipeline.graph.runner import Outcome
+from pipeline.reporting.summaries import Score
+from pipeline.stages.report import PAGE, ReportConfig, collect_scores
+
+EXIT_CODES: Mapping[str, int] = {"done": 0, "failed": 1, "stopped": 3, "warned": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """How a run ended."""
+
+    run_id: str
+    outcomes: Sequence[Outcome]
+    scores: Sequence[Score]
+    addresses: Mapping[str, str]
+    bad_share: float
+    """Share of unreadable images, of the worst dataset."""
+    verdict: Literal["done", "failed", "stopped", "warned"]
+
+    @property
+    def exit_code(self) -> int:
+        """0 done, 1 failed, 3 stopped and resumable, 4 done with more quarantined images than data.bad_share_warn."""
+        return EXIT_CODES[self.verdict]
+
+
+def summarise(
+    config: RunConfig, outcomes: Sequence[Outcome], *, run_id: str, addresses: Mapping[str, str]
+) -> RunSummary:
+    """What a walk came to. `addresses`: of the store and of MLflow."""
+    page = next(outcome for outcome in outcomes if outcome.step.name == "report")
+    scored = page.step.config.scored if isinstance(page.step.config, ReportConfig) else ()
+    finished = {o.step.name: o.receipt.as_input(o.uri) for o in outcomes if o.receipt}
+    shares = [float(o.receipt.facts["bad_share"]) for o in outcomes if o.receipt and "bad_share" in o.receipt.facts]
+    bad_share = max(shares, default=0.0)
+    states = {outcome.state for outcome in outcomes}
+    verdict: Literal["done", "failed", "stopped", "warned"] = "done"
+    if "failed" in states:
+        verdict = "failed"
+    elif "stopped" in states:
+        verdict = "stopped"
+    elif bad_share > config.data.bad_share_warn:
+        verdict = "warned"
+    where = dict(addresses)
+    if page.receipt:
+        files = page.receipt.as_input(page.uri).store
+        where["report"] = str(files.local_path(PAGE) or f"{files.uri}/{PAGE}")
+    pretrained = finished.get("pretrain")
+    if pretrained:
+        where["encoder"] = f"{pretrained.store.uri}/encoder.safetensors"
+    return RunSummary(
+        run_id=run_id,
+        outcomes=outcomes,
+        scores=collect_scores(tuple(one for one in scored if one.input in finished), finished),
+        addresses=where,
+        bad_share=bad_share,
+        verdict=verdict,
+    )

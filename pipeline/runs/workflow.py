@@ -1,0 +1,179 @@
+"""The whole graph on one screen: a RunConfig becomes Steps.
+
+    snapshot -> shard [-> join] -> pretrain -> { linear, finetune } x datasets x { pretrained, random } x seeds -> report
+Of several snapshots of the source each is a part, sharded by itself; join writes the manifest over all of them.
+An evaluation dataset that is the pretraining source itself shares its snapshot and shards. The random encoder's evaluations do
+not depend on pretraining, so another mask ratio does not run them again."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipeline.config import RunConfig, SourceConfig
+from pipeline.graph.step import Step, canonical
+from pipeline.stages.finetune import FinetuneConfig, finetune
+from pipeline.stages.join import JoinConfig, join
+from pipeline.stages.linear import LinearStageConfig, linear
+from pipeline.stages.pretrain import PretrainConfig, pretrain
+from pipeline.stages.report import ReportConfig, Scored, report
+from pipeline.stages.shard import ShardStageConfig, shard
+from pipeline.stages.snapshot import SnapshotConfig, snapshot
+from pipeline.training.checkpoints.format import resume_point
+
+OUTSIDE = ("name", "store", "resources", "tracking")
+"""Sections of the configuration that decide no result."""
+Encoder = Literal["pretrained", "random"]
+ENCODERS: tuple[Encoder, ...] = ("pretrained", "random")
+
+
+def build(config: RunConfig) -> list[Step]:
+    """Every step of the run, inputs before what reads them."""
+    resources = config.resources.model_dump()
+    here = _Source.of(config.data.source, config.data)
+    shards = {here: _dataset(config, here, snapshot_names(config), suffix="")}
+    pretrained = Step(
+        name="pretrain",
+        function=pretrain,
+        config=PretrainConfig(model=config.model, recipe=config.pretrain, seed=config.seed, start=config.fork),
+        inputs={"shards": shards[here]},
+        resources=resources,
+        resume_point=resume_point,
+    )
+    evaluations: dict[str, Step] = {}
+    scored: list[Scored] = []
+    for dataset in config.evaluation.datasets:
+        source = _Source.of(dataset.source, dataset) if dataset.source else here
+        if source not in shards:
+            shards[source] = _dataset(config, source, snapshot_names(config)[:1], suffix=f"-{dataset.name}")
+        for protocol in dataset.protocols:
+            for encoder in ENCODERS:
+                for seed in config.evaluation.seeds:
+                    name = f"{protocol}-{dataset.name}-{encoder}-s{seed}"
+                    inputs = {"shards": shards[source]} | ({"pretrain": pretrained} if encoder == "pretrained" else {})
+                    evaluations[name] = _evaluation(config, name, protocol, encoder, seed, inputs, resources)
+                    scored.append(Scored(input=name, protocol=protocol, dataset=dataset.name, encoder=encoder))
+    # a join takes the place that a single part's shards have
+    datasets = {f"shard{s.name.removeprefix('join').removeprefix('shard')}": s for s in shards.values()}
+    inside = {key: value for key, value in config.model_dump().items() if key not in OUTSIDE}
+    inside["data"] = {key: value for key, value in inside["data"].items() if not key.startswith("bad_share")}
+    page = Step(
+        name="report",
+        function=report,
+        config=ReportConfig(
+            title="Masked autoencoder",
+            scored=tuple(scored),
+            sources={name: source.uri for name, source in zip(datasets, shards, strict=True)},
+            config=canonical(inside),
+        ),
+        inputs={**datasets, "pretrain": pretrained, **evaluations},
+    )
+    parts = [part for step in shards.values() for part in (step.inputs.values() if step.function is join else [step])]
+    snapshots = [step.inputs["snapshot"] for step in parts]
+    joins = [step for step in shards.values() if step.function is join]
+    return [*snapshots, *parts, *joins, pretrained, *evaluations.values(), page]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Images at an address, and how they are read."""
+
+    uri: str
+    labels: str | None
+    image_column: str
+    label_column: str | None
+    split_column: str | None
+
+    @classmethod
+    def of(cls, uri: str, reading: SourceConfig) -> "_Source":
+        return cls(uri, reading.labels, reading.image_column, reading.label_column, reading.split_column)
+
+
+def snapshot_names(config: RunConfig) -> tuple[str, ...]:
+    """Names of the parts of data.source, oldest first."""
+    names = config.data.snapshot
+    return (names,) if isinstance(names, str) else names
+
+
+def listings(config: RunConfig) -> list[Step]:
+    """The snapshots of data.source, part by part."""
+    return _listings(config, _Source.of(config.data.source, config.data), snapshot_names(config), suffix="")
+
+
+def _dataset(config: RunConfig, source: _Source, names: Sequence[str], *, suffix: str) -> Step:
+    """The shards of a source; of several parts, their join."""
+    parts = [_shards(config, source, step) for step in _listings(config, source, names, suffix=suffix)]
+    if len(parts) == 1:
+        return parts[0]
+    return Step(
+        name=f"join{suffix}",
+        function=join,
+        config=JoinConfig(source=source.uri, snapshots=tuple(names)),
+        inputs=_numbered(parts),
+    )
+
+
+def _listings(config: RunConfig, source: _Source, names: Sequence[str], *, suffix: str) -> list[Step]:
+    """One snapshot a name; each lists what those before it do not."""
+    steps: list[Step] = []
+    for number, name in enumerate(names, 1):
+        taken = SnapshotConfig(
+            source=source.uri,
+            snapshot=name,
+            test_share=config.data.test_share,
+            seed=config.data.seed,
+            labels=source.labels,
+            image_column=source.image_column,
+            label_column=source.label_column,
+            split_column=source.split_column,
+        )
+        part = f".{number}" if steps else ""  # the first is the same step whether parts follow or not
+        steps.append(Step(name=f"snapshot{part}{suffix}", function=snapshot, config=taken, inputs=_numbered(steps)))
+    return steps
+
+
+def _numbered(parts: Sequence[Step]) -> dict[str, Step]:
+    return {f"part{number:04d}": step for number, step in enumerate(parts, 1)}
+
+
+def _shards(config: RunConfig, source: _Source, listing: Step) -> Step:
+    """The shards of a snapshot."""
+    data = config.data
+    return Step(
+        name=listing.name.replace("snapshot", "shard", 1),
+        function=shard,
+        config=ShardStageConfig(
+            source=source.uri,
+            seed=data.seed,
+            shard_max_bytes=data.shard_max_bytes,
+            min_shards=data.min_shards,
+            image_max_short_side=data.image_max_short_side,
+            image_max_pixels=data.image_max_pixels,
+            image_column=source.image_column,
+            label_column=source.label_column,
+        ),
+        inputs={"snapshot": listing},
+        resources={"bad_share_warn": data.bad_share_warn, "bad_share_stop": data.bad_share_stop},
+    )
+
+
+def _evaluation(
+    config: RunConfig,
+    name: str,
+    protocol: Literal["linear", "finetune"],
+    encoder: Encoder,
+    seed: int,
+    inputs: Mapping[str, Step],
+    resources: Mapping[str, Any],
+) -> Step:
+    evaluation, shape = config.evaluation, config.model.encoder
+    if protocol == "linear":
+        probe = LinearStageConfig(
+            encoder=shape, weights=encoder, probe=evaluation.linear, train_labels=evaluation.train_labels, seed=seed
+        )
+        return Step(name=name, function=linear, config=probe, inputs=inputs, resources=resources)
+    tuning = FinetuneConfig(
+        encoder=shape, weights=encoder, recipe=evaluation.finetune, train_labels=evaluation.train_labels, seed=seed
+    )
+    return Step(
+        name=name, function=finetune, config=tuning, inputs=inputs, resources=resources, resume_point=resume_point
+    )

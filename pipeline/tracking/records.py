@@ -1,0 +1,107 @@
+"""What a run says about itself: parameters, dataset, scores, files. Repeating any of it adds nothing.
+
+Errors: TrackingError."""
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.tracking.connection import clear_errors, client_of
+from pipeline.tracking.mlflow_format import (
+    METRICS_PER_CALL,
+    PARAM_MAX_CHARS,
+    PARAMS_PER_CALL,
+    chunks,
+    flatten_params,
+    mlflow_key,
+    mlflow_tags,
+    redact,
+    redact_text,
+    short_digest,
+)
+
+
+def log_params(uri: str, run_id: str, params: Mapping[str, Any]) -> None:
+    """Logs a nested config as `a.b.c`, secrets hidden, long values cut. Equal repeats are nothing new.
+
+    MLflow never changes a parameter: a new value (more workers in a later attempt) becomes the tag `mae.changed.<key>`."""
+    flat = {mlflow_key(key): text[:PARAM_MAX_CHARS] for key, text in flatten_params(redact(params)).items()}
+    if not flat:
+        return
+    with clear_errors(uri, "logging parameters"):
+        from mlflow.entities import Param
+
+        client = client_of(uri)
+        known = client.get_run(run_id).data.params
+        new = [Param(key, value) for key, value in flat.items() if key not in known]
+        for batch in chunks(new, PARAMS_PER_CALL):
+            client.log_batch(run_id, params=batch)
+        log_tags(client, run_id, {f"mae.changed.{k}": v for k, v in flat.items() if k in known and known[k] != v})
+
+
+def log_dataset(uri: str, run_id: str, *, name: str, digest: str, source: str, context: str) -> None:
+    """Names the data a run used, without touching it; `context` says for what ("training", "evaluation").
+
+    Stores what MLflow's MetaDataset would. MLflow cuts digests at 36 characters, so the whole one goes into a tag."""
+    with clear_errors(uri, f"logging dataset {name!r}"):
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        client = client_of(uri)
+        where = json.dumps({"uri": redact_text(source)})
+        kind = "s3" if source.startswith("s3://") else "local"
+        dataset = Dataset(name=name[:500], digest=short_digest(digest), source_type=kind, source=where)
+        client.log_inputs(run_id, [DatasetInput(dataset, tags=[InputTag("mlflow.data.context", context)])])
+        log_tags(client, run_id, {f"mae.dataset.{mlflow_key(name)}.digest": digest})
+
+
+def log_scores(uri: str, run_id: str, scores: Mapping[str, float]) -> None:
+    """Logs final numbers (`score/linear/digits/pretrained`); those the run already has are not sent again."""
+    with clear_errors(uri, "logging scores"):
+        from mlflow.entities import Metric
+
+        client = client_of(uri)
+        known = client.get_run(run_id).data.metrics
+        new = {k: v for k, v in scores.items() if math.isfinite(v) and known.get(mlflow_key(k)) != v}
+        for batch in chunks([Metric(mlflow_key(k), v, now_ms(), 0) for k, v in new.items()], METRICS_PER_CALL):
+            client.log_batch(run_id, metrics=batch)
+
+
+def log_text(uri: str, run_id: str, text: str, name: str) -> None:
+    """Keeps a text as the artifact `name`."""
+    _log_artifact(uri, run_id, text.encode(), name)
+
+
+def log_figure(uri: str, run_id: str, png: bytes, name: str) -> None:
+    """Keeps a picture as the artifact `name` (`figures/curve.png`)."""
+    _log_artifact(uri, run_id, png, name)
+
+
+def log_file(uri: str, run_id: str, path: Path, *, folder: str | None = None) -> None:
+    """Keeps a file under its own name, in `folder` of the run's artifacts. Large files stay in the store: log their address."""
+    with clear_errors(uri, f"keeping {path}"):
+        client_of(uri).log_artifact(run_id, str(path), artifact_path=folder)
+
+
+def _log_artifact(uri: str, run_id: str, content: bytes, name: str) -> None:
+    folder, _, base = name.rpartition("/")
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / base
+        path.write_bytes(content)
+        log_file(uri, run_id, path, folder=folder or None)
+
+
+def log_tags(client: Any, run_id: str, tags: Mapping[str, str]) -> None:
+    """Sets tags, a later value replacing an earlier one."""
+    from mlflow.entities import RunTag
+
+    for batch in chunks([RunTag(key, value) for key, value in mlflow_tags(tags).items()], PARAMS_PER_CALL):
+        client.log_batch(run_id, tags=batch)
+
+
+def now_ms() -> int:
+    """The clock, as MLflow counts it."""
+    return int(time.time() * 1000)

@@ -1,0 +1,1 @@
+"""The optimiser of all workers together: DeepSpeed ZeRO behind a small interface."""

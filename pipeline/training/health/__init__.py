@@ -1,0 +1,1 @@
+"""What can go wrong while training, and what is done about it."""

@@ -1,0 +1,1 @@
+"""What a training does with its time and memory."""

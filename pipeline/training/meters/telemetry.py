@@ -1,0 +1,205 @@
+"""What a training does with its time: images/s, MFU, waits, memory, the slowest rank. Rows of the history, of MLflow, of the line.
+
+MFU: operations that the model needs for the images that came through (recomputation not counted), by what all workers could have
+done: so many times the matrix product of the slowest of them, measured at the start in the compute precision.
+A row costs collectives at logged steps and none between. Units: seconds, GiB; shares in [0, 1]. Errors: none of its own."""
+
+import functools
+import math
+import resource
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from pipeline.data.feed.loader import Loader
+from pipeline.tracking import Point
+from pipeline.training.checkpoints.position import Position
+from pipeline.training.meters.data_meter import DATA_METRICS, DataMeter
+from pipeline.training.meters.matmul_peak import matmul_peak, synchronise
+from pipeline.training.spec.train_spec import TrainSpec
+from pipeline.training.world import World
+
+METRICS = {
+    "loss": "train/loss",
+    "lr": "train/lr",
+    "grad_norm": "train/grad_norm",
+    "epoch": "train/epoch",
+    "images": "train/images_seen",
+    "skipped_steps": "train/skipped_steps",
+    "stepped_over": "train/stepped_over_steps",
+    "images_per_s": "throughput/images_per_s",
+    "mfu": "throughput/mfu",
+    "checkpoint_wait": "throughput/checkpoint_wait_share",  # of the time since the last row, mean over workers
+    "slowest_rank": "throughput/slowest_rank",  # by its forward passes, which wait for nobody (but for weights at ZeRO-3)
+    "slowest_excess": "throughput/slowest_rank_excess",  # how much longer they took than the median's, as a share of it
+    "process_gib": "memory/process_gib",  # most that a worker ever had resident
+    "device_gib": "memory/device_gib",  # most that torch ever held on a worker's GPU
+    **DATA_METRICS,
+}
+"""Names in the history and in MLflow."""
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class WorkerReading(NamedTuple):
+    """What one worker measured since the last row."""
+
+    forward_s: float
+    checkpoint_s: float
+    process_bytes: float
+    device_bytes: float
+
+
+class TrainingMeter:
+    """Rows between a position and the next; all workers ask for them together. Close it before the module is used otherwise."""
+
+    def __init__(self, spec: TrainSpec, loader: Loader, module: nn.Module, world: World, global_step: int) -> None:
+        self.global_batch, self.samples = spec.recipe.global_batch, loader.order.samples_per_epoch
+        self.world, self.data = world, DataMeter(loader)
+        self.forward = ForwardClock(module, world.device)
+        self.flops = spec.task.training_flops()
+        self.peak = world.size * min(world.all_of(_peak(world.device, DTYPES[spec.recipe.precision])))
+        self.begin(global_step)
+
+    def begin(self, global_step: int) -> None:
+        """The next row is about what follows from here: at the start, and where training jumps back."""
+        self.step, self.time, self.checkpoint_s = global_step, time.monotonic(), 0.0
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around what the loop does for a checkpoint while training waits."""
+        began = time.monotonic()
+        yield
+        self.checkpoint_s += time.monotonic() - began
+
+    def row(self, position: Position, *, lr: float) -> dict[str, float]:
+        """What to log at this position; `lr`: the last step's."""
+        now, guard = time.monotonic(), position.guard
+        elapsed, steps = max(now - self.time, 1e-9), position.global_step - self.step
+        images = position.global_step * self.global_batch
+        data = self.data.row(
+            self.world,
+            elapsed=elapsed,
+            steps=steps,
+            images=images,
+            images_here=steps * self.global_batch,
+            substitutions=position.substitutions,
+            passed_over=[(first * self.global_batch, last * self.global_batch) for first, last in guard.stepped_over],
+        )
+        everyone = self.world.all_of(WorkerReading(self.forward.take(), self.checkpoint_s, *memory(self.world.device)))
+        self.begin(position.global_step)
+        images_per_s = steps * self.global_batch / elapsed
+        return {
+            "step": position.global_step,
+            "time": time.time(),
+            "images": images,
+            "epoch": images / self.samples,
+            "loss": position.loss,
+            "lr": lr,
+            "grad_norm": position.grad_norm,
+            "skipped_steps": len(guard.skipped),
+            "stepped_over": guard.missed(position.global_step),
+            "images_per_s": images_per_s,
+            "mfu": images_per_s * self.flops / self.peak,
+            **data,
+            **of_everyone(everyone, elapsed=elapsed),
+        }
+
+    def close(self) -> None:
+        """Takes the clock off the module."""
+        self.forward.close()
+
+
+def of_everyone(everyone: Sequence[WorkerReading], *, elapsed: float) -> dict[str, float]:
+    """What the workers' own measurements say together."""
+    row = {
+        "checkpoint_wait": sum(own.checkpoint_s for own in everyone) / len(everyone) / elapsed,
+        "process_gib": max(own.process_bytes for own in everyone) / 2**30,
+    }
+    if device := max(own.device_bytes for own in everyone):
+        row["device_gib"] = device / 2**30
+    seconds = [own.forward_s for own in everyone]
+    if len(everyone) > 1 and (middle := median(seconds)) > 0:
+        rank = max(range(len(seconds)), key=seconds.__getitem__)
+        row |= {"slowest_rank": rank, "slowest_excess": seconds[rank] / middle - 1}
+    return row
+
+
+def as_metrics(row: Mapping[str, float]) -> dict[str, float]:
+    """A row under MLflow's names."""
+    return {METRICS[key]: value for key, value in row.items() if key in METRICS}
+
+
+def as_points(history: Sequence[Mapping[str, float]]) -> list[Point]:
+    """Rows of a checkpoint's history as they were logged; those of old checkpoints do not know their time."""
+    now = time.time()
+    return [Point(int(row["step"]), int(1000 * row.get("time", now)), as_metrics(row)) for row in history]
+
+
+def shown(row: Mapping[str, float]) -> dict[str, float]:
+    """What of a row stands in the progress line: what may be wrong only when it is."""
+    line = {"loss": row["loss"]}
+    if row["substitutions"]:
+        line["stand-ins"] = row["substitutions"]
+    if lost := row["skipped_steps"] + row["stepped_over"]:
+        line["lost steps"] = lost
+    line |= {"wait": round(row["data_wait"], 2), "mfu": round(row["mfu"], 3)}
+    if row["checkpoint_wait"] >= 0.01:
+        line["saving"] = round(row["checkpoint_wait"], 2)
+    if row.get("slowest_excess", 0) >= 0.1:
+        line |= {"slow rank": row["slowest_rank"], "by": round(row["slowest_excess"], 2)}
+    line["GiB"] = round(row.get("device_gib", row["process_gib"]), 1)
+    return {**line, "images_per_s": row["images_per_s"]}
+
+
+class ForwardClock:
+    """Seconds that a module's forward passes took: on CUDA by events, so that the host need not wait."""
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self.device = device
+        self._spans: list[tuple[Any, Any]] = []
+        self._began: Any = None
+        self._hooks = [module.register_forward_pre_hook(self._begin), module.register_forward_hook(self._end)]
+
+    def _now(self) -> Any:
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record()
+            return event
+        return time.perf_counter()
+
+    def _begin(self, *_: object) -> None:
+        self._began = self._now()
+
+    def _end(self, *_: object) -> None:
+        self._spans.append((self._began, self._now()))
+
+    def take(self) -> float:
+        """Those since the last call."""
+        synchronise(self.device)
+        spans, self._spans = self._spans, []
+        if self.device.type == "cuda":
+            return math.fsum(began.elapsed_time(ended) for began, ended in spans) / 1000
+        return math.fsum(ended - began for began, ended in spans)
+
+    def close(self) -> None:
+        """Takes the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def memory(device: torch.device) -> tuple[float, float]:
+    """Bytes: the most this process ever had resident, and the most torch ever held on its GPU (0: none)."""
+    resident = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts KiB
+    return resident, float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else 0.0
+
+
+@functools.cache
+def _peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Measured once a process."""
+    return matmul_peak(device, dtype)

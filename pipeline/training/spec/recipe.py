@@ -1,0 +1,84 @@
+"""recipe: split from pipeline.training.spec.train_spec."""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+from mae_core.config import ADDED_LATER
+from mae_core.schedules import scaled_lr, warmup_cosine, warmup_stable_decay
+from pipeline.data.images.pictures import AugmentConfig
+from pipeline.errors import ConfigError
+from pipeline.training.guard import GuardConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a task is optimised: all of it decides results. Defaults are MAE's for pretraining (arXiv 2111.06377, table 8)."""
+
+    global_batch: int = 4096
+    """Samples of one optimiser step, over all workers: micro-batch and accumulation are derived."""
+    epochs: int = 800
+    base_lr: float = 1.5e-4
+    """Learning rate at a global batch of 256; the absolute rate is base_lr * global_batch / 256."""
+    warmup_epochs: float = 40.0
+    schedule: Literal["cosine", "warmup_stable_decay"] = field(default="cosine", metadata=ADDED_LATER)
+    """After the warmup: half a cosine, or constant and then down over the last `decay_share`."""
+    decay_share: float = field(default=0.2, metadata=ADDED_LATER)
+    """Share of the epochs over which `warmup_stable_decay` comes down; `cosine` does not read it."""
+    min_lr: float = 0.0
+    """Absolute learning rate at the end."""
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_grad_norm: float | None = field(default=None, metadata=ADDED_LATER)
+    """Gradients whose norm over all parameters is larger are scaled down to it; null, as in the paper: never."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """What the model computes in; targets, softmax and loss are float32 either way."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    guard: GuardConfig = field(default=GuardConfig(), metadata=ADDED_LATER)
+    """When a step is skipped, rolled back, or ends the training."""
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch", "epochs", "base_lr"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}={getattr(self, name)} is not positive: write a number above 0")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ConfigError(f"max_grad_norm={self.max_grad_norm} is not positive: write 1.0, or null for no clipping")
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise ConfigError(f"warmup_epochs={self.warmup_epochs} is not in [0, epochs={self.epochs}): write fewer")
+        most = 1 - self.warmup_epochs / self.epochs
+        if self.schedule == "warmup_stable_decay" and not 0 < self.decay_share <= most:
+            raise ConfigError(
+                f"decay_share={self.decay_share} is not in (0, {most:.2g}], what the warmup leaves: write less"
+            )
+
+    def learning_rate(self, global_step: int, samples_per_epoch: int) -> float:
+        """Absolute rate of a step: a pure function of images seen, so a resumed run cannot slip."""
+        total_images = self.epochs * samples_per_epoch
+        warmup_images = round(self.warmup_epochs * samples_per_epoch)
+        curve = warmup_cosine
+        if self.schedule == "warmup_stable_decay":
+            decay_images = min(round(self.decay_share * total_images), total_images - warmup_images)
+            curve = partial(warmup_stable_decay, decay_images=max(1, decay_images))
+        return curve(
+            global_step * self.global_batch,
+            peak_lr=scaled_lr(self.base_lr, self.global_batch),
+            warmup_images=warmup_images,
+            total_images=total_images,
+            min_lr=self.min_lr,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRecipe(Recipe):
+    """Fine-tuning of all weights. Defaults are MAE's (arXiv 2111.06377, table 9, ViT-B)."""
+
+    global_batch: int = 1024
+    epochs: int = 100
+    base_lr: float = 1e-3
+    warmup_epochs: float = 5.0
+    min_lr: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.999)
+    layer_decay: float = 0.75
+    """The learning rate of each layer is this times that of the layer above."""
+    drop_path: float = 0.1
+    label_smoothing: float = 0.1

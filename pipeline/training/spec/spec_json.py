@@ -1,0 +1,73 @@
+"""A training's specification as JSON and back, so that a bundle says by itself what to replay.
+
+Plain values alone: nothing in a file decides which code runs, beyond the name of a task and a recipe that are known here. A
+patch basis (target `pca`) is not written: it lies in the training step's directory.
+Errors: DataError for a task that is not known."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from typing import Any, TypeVar, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+from safetensors.torch import load
+
+from mae_core.targets import PatchBasis
+from pipeline.data.dataset.address import DatasetAddress
+from pipeline.data.feed.order import OrderConfig
+from pipeline.errors import DataError
+from pipeline.storage import Store
+from pipeline.training.spec.recipe import FinetuneRecipe, Recipe
+from pipeline.training.spec.tasks import BASIS, ClassificationTask, MAETask
+from pipeline.training.spec.train_spec import Placement, TrainSpec
+
+TASKS: Mapping[str, type[MAETask] | type[ClassificationTask]] = {
+    one.__name__: one for one in (MAETask, ClassificationTask)
+}
+RECIPES: Mapping[str, type[Recipe]] = {one.__name__: one for one in (Recipe, FinetuneRecipe)}
+Built = TypeVar("Built")
+
+
+def as_json(spec: TrainSpec) -> dict[str, Any]:
+    """JSON values, the kinds of task and recipe among them."""
+    body = asdict(replace(spec, task=_plain(spec.task)))
+    return body | {"kinds": [type(spec.task).__name__, type(spec.recipe).__name__]}
+
+
+def from_json(body: Mapping[str, Any], root: Store) -> TrainSpec:
+    """The specification; `root`: the training step's directory."""
+    task_kind, recipe_kind = body["kinds"]
+    if task_kind not in TASKS or recipe_kind not in RECIPES:
+        raise DataError(
+            f"{root.uri}: {task_kind} with {recipe_kind} is not known to this version. Use the release that trained it"
+        )
+    task = _made(TASKS[task_kind], body["task"])
+    if isinstance(task, MAETask) and task.model.target == "pca":
+        task = replace(task, basis=PatchBasis(**load(root.read(BASIS))))
+    return TrainSpec(
+        task=task,
+        recipe=_made(RECIPES[recipe_kind], body["recipe"]),
+        order=_made(OrderConfig, body["order"]),
+        image_size=tuple(body["image_size"]),
+        dataset=_made(DatasetAddress, body["dataset"]),
+        train_samples=body["train_samples"],
+        evaluation_split=body["evaluation_split"],
+        placement=_made(Placement, body["placement"]),
+    )
+
+
+def _plain(task: Any) -> Any:
+    return replace(task, basis=None) if isinstance(task, MAETask) else task
+
+
+def _made(kind: type[Built], body: Mapping[str, Any]) -> Built:
+    """A frozen dataclass from JSON values, checked field by field; a basis is put in by its reader."""
+    hints = get_type_hints(kind)
+    try:
+        values = {
+            one.name: TypeAdapter(hints[one.name]).validate_python(body[one.name])
+            for one in fields(kind)  # type: ignore[arg-type]
+            if one.name in body and one.name != "basis"
+        }
+    except ValidationError as cause:
+        raise DataError(f"a bundle's {kind.__name__} is not of this version: {cause.errors()[0]['msg']}") from cause
+    return kind(**values)

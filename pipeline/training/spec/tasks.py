@@ -1,0 +1,171 @@
+"""What the loop trains: a Task says which module, which groups, which inputs. Masked autoencoding and classification.
+
+A Task is a small frozen value (it travels to the workers); its module's forward takes what `inputs` makes of a batch and gives
+per-sample losses float32 [b]. All randomness is keyed by (seed, epoch, sample id): the same at any world size."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from mae_core.config import MAEConfig, ViTConfig
+from mae_core.cost import classifier_training_flops, training_flops
+from mae_core.heads import Classifier, drop_path_scales
+from mae_core.losses import cross_entropy_per_sample
+from mae_core.mae import MaskedAutoencoder
+from mae_core.metrics import TopK, topk_counts
+from mae_core.optim import ParameterGroup, parameter_groups
+from mae_core.patches import normalise_pixels
+from mae_core.randomness import mask_noise, uniform_rows
+from mae_core.targets import PatchBasis
+from mae_core.vit import ViTEncoder, initialise
+from pipeline.data.feed.loader import Batch
+from pipeline.storage import open_store
+from pipeline.training.world import World
+from pipeline.weights import read_weights
+
+BASIS = "basis.safetensors"
+"""Of target `pca`, in the training step's directory."""
+
+
+class Built(NamedTuple):
+    """A module ready for the engine."""
+
+    module: nn.Module
+    groups: list[ParameterGroup]
+
+
+class Task(Protocol):
+    """What the loop needs to know of what it trains."""
+
+    def build(self) -> Built:
+        """The module with its initial weights, equal on every worker, and its optimiser groups."""
+        ...
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """What the module's forward takes, first dimension b."""
+        ...
+
+    def training_flops(self) -> int:
+        """FLOPs of one image's training step, as the model needs them."""
+        ...
+
+    def evaluate(self, module: nn.Module, batches: Iterator[Batch], world: World) -> Mapping[str, float]:
+        """Scores of the trained module over all workers; empty: nothing to score."""
+        ...
+
+
+class MAELosses(nn.Module):
+    """uint8 images and mask noise in, per-sample reconstruction losses out."""
+
+    def __init__(self, model: MaskedAutoencoder) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
+        """images uint8 [b, H, W, C], noise [b, L] -> float32 [b]; pixels become float32 here, targets stay float32."""
+        encoder = self.model.config.encoder
+        pixels = normalise_pixels(images, mean=encoder.pixel_mean, std=encoder.pixel_std)
+        return cast("Tensor", self.model(pixels, noise).loss)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MAETask:
+    """Masked autoencoding (He et al. 2021, arXiv 2111.06377)."""
+
+    model: MAEConfig
+    weight_decay: float
+    seed: int
+    basis: PatchBasis | None = None
+    """What target `pca` needs; None for the other targets."""
+
+    def build(self) -> Built:
+        """The autoencoder, initialised from the seed."""
+        generator = torch.Generator().manual_seed(self.seed)
+        model = MaskedAutoencoder(self.model, generator=generator, basis=self.basis)
+        return Built(MAELosses(model), parameter_groups(model, weight_decay=self.weight_decay))
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Images and each sample's own mask noise of this epoch."""
+        noise = mask_noise(self.seed, batch.epochs.numpy(), batch.sample_ids.numpy(), self.model.encoder.num_patches)
+        return batch.images, torch.as_tensor(noise)
+
+    def training_flops(self) -> int:
+        """Encoder on visible patches, decoder, head."""
+        return training_flops(self.model)
+
+    def evaluate(self, module: nn.Module, batches: Iterator[Batch], world: World) -> Mapping[str, float]:
+        """Nothing: what an encoder is worth, the evaluation stages say."""
+        return {}
+
+
+class ClassifierLosses(nn.Module):
+    """uint8 images, labels and drop path noise in, per-sample cross entropies out; without labels: logits."""
+
+    def __init__(self, model: Classifier, config: ViTConfig, *, drop_path: float, label_smoothing: float) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        self.drop_path, self.label_smoothing = drop_path, label_smoothing
+
+    def forward(self, images: Tensor, labels: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
+        """images uint8 [b, H, W, C], labels int64 [b], noise [b, depth, 2] -> float32 [b], or logits [b, classes]."""
+        pixels = normalise_pixels(images, mean=self.config.pixel_mean, std=self.config.pixel_std)
+        if labels is None or noise is None:
+            return cast("Tensor", self.model(pixels))
+        logits = self.model(pixels, drop_path_scales(noise, drop_path=self.drop_path))
+        return cross_entropy_per_sample(logits, labels, label_smoothing=self.label_smoothing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationTask:
+    """Fine-tuning of all weights with layer-wise decay of the learning rate."""
+
+    encoder: ViTConfig
+    encoder_uri: str
+    """Folder of a pretrained `encoder.safetensors`; empty: the encoder starts from its random initialisation."""
+    num_classes: int
+    weight_decay: float
+    layer_decay: float
+    drop_path: float
+    label_smoothing: float
+    seed: int
+
+    def build(self) -> Built:
+        """Encoder (pretrained or not) and a fresh head, from the seed."""
+        generator = torch.Generator().manual_seed(self.seed)
+        encoder = ViTEncoder(self.encoder)
+        initialise(encoder, generator=generator)
+        if self.encoder_uri:
+            encoder.load_state_dict(read_weights(open_store(self.encoder_uri), "encoder.safetensors"))
+        model = Classifier(encoder, num_classes=self.num_classes, generator=generator)
+        groups = parameter_groups(
+            model, weight_decay=self.weight_decay, layer_decay=self.layer_decay, depth=self.encoder.depth
+        )
+        losses = ClassifierLosses(model, self.encoder, drop_path=self.drop_path, label_smoothing=self.label_smoothing)
+        return Built(losses, groups)
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Images, labels and each sample's own drop path noise of this epoch."""
+        depth = self.encoder.depth
+        noise = uniform_rows(self.seed, batch.epochs.numpy(), batch.sample_ids.numpy(), "drop_path", 2 * depth)
+        return batch.images, batch.labels, torch.as_tensor(noise, dtype=torch.float32).reshape(-1, depth, 2)
+
+    def training_flops(self) -> int:
+        """Encoder on all patches, head; what drop path leaves out is counted, since it is computed."""
+        return classifier_training_flops(self.encoder, num_classes=self.num_classes)
+
+    def evaluate(self, module: nn.Module, batches: Iterator[Batch], world: World) -> Mapping[str, float]:
+        """Top-1 and top-5 accuracy: counts summed over samples and workers, divided once."""
+        counts = TopK()
+        module.eval()
+        with torch.inference_mode():
+            for batch in batches:
+                counts += topk_counts(module(batch.images.to(world.device)).cpu(), batch.labels)
+        module.train()
+        totals: Any = world.total([counts.correct_top1, counts.correct_top5, counts.count, counts.loss_sum])
+        everywhere = TopK(
+            correct_top1=int(totals[0]), correct_top5=int(totals[1]), count=int(totals[2]), loss_sum=totals[3]
+        )
+        return {"top1": everywhere.top1, "top5": everywhere.top5, "loss": everywhere.loss, "images": everywhere.count}

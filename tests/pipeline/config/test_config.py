@@ -1,0 +1,371 @@
+"""The configuration at its border: what is refused and in which words, and what enters the fingerprints."""
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+from run_kit import MODEL, ROOT, document, write_config
+
+from mae_core.config import SIZES
+from pipeline.config import RunConfig, load_config
+from pipeline.errors import ConfigError
+from pipeline.graph.step import canonical
+from pipeline.runs.workflow import build
+
+JARGON = ("Input should", "Value error", "validation error", "pydantic", "type=", "dictionary", "tuple", "None")
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return write_config(tmp_path / "run.yaml", document("/data/store", "/data/images"))
+
+
+def complaint(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+def complaint_of(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "written.yaml"
+    path.write_text(text)
+    return complaint(path).replace(str(path), "FILE")
+
+
+# --- what is refused, in which words ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        # unknown keys: at the top, in sections, in mae_core's dataclasses, in lists
+        ("modle.size=tiny", "modle is not a field; did you mean model?"),
+        ("pretrain.epoch=3", "pretrain.epoch is not a field; did you mean epochs?"),
+        ("model.encoder.patchsize=4", "model.encoder.patchsize is not a field; did you mean patch_size?"),
+        ("pretrain.augment.scael=1", "pretrain.augment.scael is not a field; did you mean scale?"),
+        (
+            "evaluation.finetune.layr_decay=1",
+            "evaluation.finetune.layr_decay is not a field; did you mean layer_decay?",
+        ),
+        (
+            "evaluation.datasets=[{name: a, sorce: x}]",
+            "evaluation.datasets.0.sorce is not a field; did you mean source?",
+        ),
+        ("tracking.zzz=1", "tracking.zzz is not a field; known here: uri, experiment"),
+        # wrong types
+        ("pretrain.epochs=three", "pretrain.epochs = 'three' is not a whole number"),
+        ("pretrain.epochs=2.5", "pretrain.epochs = 2.5 is not a whole number"),
+        ("pretrain.epochs=yes", "pretrain.epochs = True is not a number: YAML reads yes, no, on, off as true or false"),
+        ("evaluation.seeds=[0, on]", "evaluation.seeds.1 = True is not a number"),
+        ("pretrain.base_lr=fast", "pretrain.base_lr = 'fast' is not a number"),
+        ("pretrain.base_lr=.inf", "pretrain.base_lr = inf is not a finite number"),
+        ("data.test_share=.nan", "data.test_share = nan is not a finite number"),
+        ("store=5", "store = 5 is not text: write it in quotes"),
+        ("resources.use_gpu=maybe", "resources.use_gpu = 'maybe' is not true or false"),
+        ("model.encoder.image_size=16", "model.encoder.image_size = 16 is not a list: write [a, b]"),
+        ("pretrain.betas=[0.9]", "pretrain.betas = [0.9] has too few values"),
+        ("pretrain.augment=3", "pretrain.augment = 3 is not a section: write its fields below it"),
+        ("evaluation.datasets=[7]", "evaluation.datasets.0 = 7 is not a section: write its fields below it"),
+        ("model=7", "model = 7 is not a section: write its fields below it"),
+        ("resources.workers=two", "resources.workers = 'two': write a number from 1, or [min, max]"),
+        ("resources.workers=[2, x]", "resources.workers = [2, 'x']: write a number from 1, or [min, max]"),
+        # nothing where something must be
+        ("data.source=", "data.source is empty: give it a value, or leave it out"),
+        ("store=''", "store is empty: write a folder or s3://bucket/prefix"),
+        ("tracking.experiment=''", "tracking.experiment = '' is empty: write a name"),
+        ("evaluation.datasets=[{}]", "evaluation.datasets.0.name is missing; add it"),
+        # impossible values
+        ("seed=-1", "seed = -1 is too small: write 0 or more"),
+        ("evaluation.seeds=[-1]", "evaluation.seeds.0 = -1 is too small: write 0 or more"),
+        ("data.test_share=1", "data.test_share = 1 is too large: write less than 1.0"),
+        ("data.bad_share_stop=2", "data.bad_share_stop = 2 is too large: write 1.0 or less"),
+        ("resources.cpus_per_worker=0", "resources.cpus_per_worker = 0 is too small: write more than 0.0"),
+        ("resources.workers=0", "resources.workers = 0: write a number from 1, or [min, max]"),
+        (
+            "resources.wall_clock_s=60",
+            "resources.wall_clock_s = 60 leaves nothing to train in: write more than grace_s=120",
+        ),
+        ("resources.workers=[4, 2]", "resources.workers = (4, 2): write a number from 1, or [min, max]"),
+        ("resources.zero_stage=4", "resources.zero_stage = 4 is unknown: write 1, 2 or 3"),
+        ("pretrain.precision=fp16", "pretrain.precision = 'fp16' is unknown: write 'bf16' or 'fp32'"),
+        (
+            "evaluation.datasets.0.protocols=[knn]",
+            "evaluation.datasets.0.protocols.0 = 'knn' is unknown: write 'linear'",
+        ),
+        ("evaluation.datasets.0.protocols=[linear, linear]", "protocols = ['linear', 'linear']: write each once"),
+        ("evaluation.datasets=[{name: a}, {name: a}]", "evaluation.datasets = ['a', 'a'] has a name twice"),
+        (
+            "evaluation.datasets.0.name=A B",
+            "evaluation.datasets.0.name = 'A B' is not usable: write 1 to 32 small letters",
+        ),
+        ("evaluation.seeds=[]", "evaluation.seeds = []: write at least one, each once"),
+        ("name=a/b", "name = 'a/b' is not usable: write 1 to 64 letters, digits, dots, _ or -"),
+        ("model.size=gigantic", "model.size = 'gigantic' is unknown: write one of tiny, small, base, large, huge"),
+        ("model.size=[base]", "model.size = ['base'] is unknown"),
+        ("model.mask_ratio=1.5", "model.mask_ratio = 1.5 of 16 patches leaves -8 visible"),
+        ("model.encoder.image_size=[15, 16]", "model.encoder.image_size = (15, 16): height 15 is not a multiple of"),
+        ("model.encoder.num_heads=0", "model.encoder.num_heads = 0 is not positive: write a number above 0"),
+        ("pretrain.warmup_epochs=5", "pretrain.warmup_epochs = 5.0 is not in [0, epochs=2): write fewer"),
+        ("evaluation.linear.warmup_epochs=2", "evaluation.linear.warmup_epochs = 2.0 is not in [0, epochs=2)"),
+        ("pretrain.weight_decay=-1", "pretrain.weight_decay = -1.0 is not 0 or more: write 0 for none"),
+        ("pretrain.betas=[0.9, 1.0]", "pretrain.betas = (0.9, 1.0) are not both in [0, 1)"),
+        ("evaluation.finetune.drop_path=1", "evaluation.finetune.drop_path = 1.0 is not in [0, 1): write 0 for none"),
+        ("evaluation.finetune.layer_decay=0", "evaluation.finetune.layer_decay = 0.0 is not in (0, 1]"),
+        ("store=ftp://x/y", "store: store address 'ftp://x/y' is not usable: write file:///absolute/folder"),
+        ("data.source=s3:/bucket", "data.source: 's3:/bucket' has one slash too few: write s3://bucket"),
+        ("data.source=s3://b/../c", "data.source: s3://b/../c: '../c' is no key"),
+    ],
+)
+def test_a_wrong_value_is_answered_with_its_field_and_the_way_out(path, override, words):
+    text = complaint(path, override)
+    assert text.startswith(f"--set: {words}" if not words.startswith("protocols") else "--set: evaluation.datasets.0.")
+    assert words in text
+    assert not [word for word in JARGON if word in text.replace("YAML reads", "")]
+
+
+def test_what_stands_in_the_file_is_answered_with_the_files_name(tmp_path):
+    content = document("/s", "/i") | {"seeds": 3}
+    content["pretrain"]["epochs"] = "many"
+    path = write_config(tmp_path / "run.yaml", content)
+    assert complaint(path).splitlines() == [
+        f"{path}: pretrain.epochs = 'many' is not a whole number",
+        f"{path}: seeds is not a field; did you mean seed?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "FILE: is empty: write a mapping of fields such as data, model, pretrain"),
+        ("- a\n", "FILE: holds a list: write a mapping"),
+        ("just words", "FILE: holds a str: write a mapping"),
+        ("model: {}\ndata: {source: [}\n", "FILE:2: not YAML"),
+        ("data:\n\tsource: x", "FILE:2: not YAML (found character '\\t'"),
+        ("a: 1\n---\nb: 2\n", "FILE:2: not YAML (but found another document)"),
+        ("model: {}\ndata: {source: x}\ndata: {source: y}\n", "FILE:3: not YAML (key 'data' is written twice)"),
+        ("model: {}\ndata:\n  source: x\n  source: y\n", "FILE:4: not YAML (key 'source' is written twice)"),
+        ("? [a]\n: 1\n", "FILE:1: not YAML (a key is not a name)"),
+        ("data: !!python/object:os.system x", "FILE:1: not YAML (could not determine a constructor"),
+        ("model: {}\ndata: {source: x}\n7: 1\n", "FILE: 7 is not a field; known here: name"),
+        ("model: {}\n", "FILE: data is missing; add it, or --set data=..."),
+        ("model: {}\ndata: {seed: 1}\n", "FILE: data.source is missing; add it, or --set data.source=..."),
+    ],
+)
+def test_what_is_no_configuration_is_answered_with_the_line(tmp_path, text, words):
+    assert words in complaint_of(tmp_path, text)
+
+
+def test_a_file_that_cannot_be_read_is_answered(tmp_path):
+    assert complaint(tmp_path / "absent.yaml").endswith(
+        "absent.yaml: cannot be read (No such file or directory). Give the path of a YAML file"
+    )
+    assert "cannot be read (Is a directory)" in complaint(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "cannot be read (it is not text)" in complaint(tmp_path / "binary.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("pretrain.epochs", "--set pretrain.epochs: write field=value"),
+        ("=3", "--set =3: write field=value"),
+        ("a..b=3", "--set a..b=3: write field=value"),
+        ("pretrain.epochs=[", "'[' is not a YAML value"),
+        ("pretrain.epochs.x=3", "epochs has no x, it holds 2; write epochs whole"),
+        ("evaluation.datasets.1.name=x", "datasets has no 1, it holds [{'name': 'toy'}]; write datasets whole"),
+    ],
+)
+def test_an_override_that_is_none_is_answered(path, override, words):
+    assert words in complaint(path, override)
+
+
+# --- what is read ----------------------------------------------------------------------------------------------------------
+
+
+def test_overrides_win_in_order_and_reach_into_lists(path):
+    config = load_config(
+        path, ["pretrain.epochs=3", "evaluation.datasets.0.name=b", "pretrain.epochs=4", "tracking.uri=http://x"]
+    )
+    assert config.pretrain.epochs == 4
+    assert config.evaluation.datasets[0].name == "b"
+    assert config.tracking.uri == "http://x"
+
+
+def test_numbers_as_people_write_them(path):
+    config = load_config(path, ["pretrain.base_lr=1e-3", "data.snapshot=2", "resources.workers=[2, 4]"])
+    assert config.pretrain.base_lr == 1e-3  # YAML 1.1 reads 1e-3 as text
+    assert config.data.snapshot == "2"
+    assert config.resources.workers == (2, 4)
+
+
+def test_merged_keys_of_yaml_work(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "data: {source: x}\nmodel: {}\npretrain: &short {epochs: 50}\nevaluation: {finetune: {<<: *short}}\n"
+    )
+    assert load_config(path).evaluation.finetune.epochs == 50
+
+
+@pytest.mark.parametrize("size", sorted(SIZES))
+def test_a_size_stands_for_its_encoder_and_what_is_said_beside_it_wins(tmp_path, size):
+    def model(**fields: Any) -> Any:
+        content = {"data": {"source": "x"}, "model": {"size": size, **fields}}
+        return load_config(write_config(tmp_path / "run.yaml", content)).model
+
+    assert model().encoder == SIZES[size]()
+    assert model(encoder={"depth": 2}).encoder == dataclasses.replace(SIZES[size](), depth=2)
+    assert model(decoder_depth=3).decoder_depth == 3
+
+
+def test_local_addresses_become_absolute_and_remote_ones_lose_the_last_slash(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(path, ["store=here", "data.source=s3://b/images/", "evaluation.datasets.0.source=~/x"])
+    assert config.store == str(tmp_path / "here")
+    assert config.data.source == "s3://b/images"
+    assert config.evaluation.datasets[0].source == str(Path.home() / "x")
+
+
+def test_a_resolved_configuration_reads_as_itself(path, tmp_path):
+    config = load_config(path, ["resources.workers=[1, 2]", "model.encoder.depth=2"])
+    again = write_config(tmp_path / "again.yaml", yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json"))))
+    assert load_config(again) == config
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "jobs/configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_loads(recipe):
+    assert load_config(recipe, ["data.source=/data/images"]).data.source == "/data/images"
+
+
+def test_the_configuration_in_the_kubernetes_manifest_loads(tmp_path):
+    manifest = (ROOT / "infra/kuberay/rayjob.yaml").read_text()
+    (text,) = (part["data"]["run.yaml"] for part in yaml.safe_load_all(manifest) if part["kind"] == "ConfigMap")
+    path = tmp_path / "run.yaml"
+    path.write_text(text.replace("BUCKET", "bucket"))
+    assert load_config(path).resources.workers == (2, 4)
+
+
+# --- what enters the fingerprints --------------------------------------------------------------------------------------------
+
+OUTSIDE = ("name", "store", "resources.", "tracking.", "data.bad_share_warn", "data.bad_share_stop")
+OTHER: dict[str, Any] = {
+    # fields for which a neighbour of the value is not valid: another valid one
+    "model.encoder.image_size.0": 32,
+    "model.encoder.image_size.1": 32,
+    "model.encoder.patch_size": 8,
+    "model.encoder.embed_dim": 24,
+    "model.encoder.num_heads": 1,
+    "model.decoder_embed_dim": 24,
+    "model.decoder_num_heads": 1,
+    "model.mask_ratio": 0.5,
+    "model.target": "raw",
+    "data.source": "/data/others",
+    "evaluation.datasets.0.source": "/data/third",
+    "evaluation.datasets.0.protocols": ["linear"],
+    "evaluation.finetune.warmup_epochs": 0.5,
+    "pretrain.augment.scale.1": 0.9,
+    "evaluation.finetune.augment.scale.1": 0.9,
+    "evaluation.train_labels": 10,
+    "tracking.uri": "http://127.0.0.1:5000",
+    "resources.use_gpu": False,
+    "resources.wall_clock_s": 3600.0,
+    "resources.zero_stage": 2,
+    "resources.profile_steps": [10, 2],
+    "resources.keep_every_steps": 100,
+    "fork": {"checkpoint": "pretrain-0/g0001/checkpoints/step-00000004", "manifest_sha256": "0" * 64},
+    "resources.offload": "optimizer",
+    "pretrain.max_grad_norm": 1.0,
+    "evaluation.finetune.max_grad_norm": 1.0,
+    "store": "/data/other",
+}
+FIXED = ("model.masking", "model.encoder.in_channels")
+"""Fields that have one valid value today."""
+
+
+def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from leaves(item, f"{prefix}.{key}" if prefix else key)
+    elif isinstance(value, list) and not all(isinstance(item, str) for item in value):
+        for index, item in enumerate(value):
+            yield from leaves(item, f"{prefix}.{index}")
+    else:
+        yield prefix, value
+
+
+def another(field: str, value: Any) -> Any:
+    if field in OTHER:
+        return OTHER[field]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float):
+        return value * 0.9 if value else 0.01
+    choices = {
+        "kind": "center",
+        "precision": "bf16",
+        "pool": "mean",
+        "schedule": "warmup_stable_decay",
+        "positions": "learned",
+        "encoder_input": "all",
+        "loss_on": "all",
+        "spikes": "skip",
+        "checkpoint_copy": "disk",
+    }
+    return choices.get(field.rpartition(".")[2], f"{value}2")
+
+
+def changed(content: dict[str, Any], field: str, value: Any) -> RunConfig:
+    content = copy.deepcopy(content)
+    *parents, last = field.split(".")
+    section: Any = content
+    for parent in parents:
+        section = section[int(parent)] if isinstance(section, list) else section[parent]
+    section[int(last) if isinstance(section, list) else last] = value
+    return RunConfig.model_validate(content)
+
+
+def whole() -> dict[str, Any]:
+    content = document("/data/store", "/data/images")
+    config = RunConfig.model_validate({**content, "model": copy.deepcopy(MODEL)})
+    full = canonical(config)
+    full["evaluation"]["datasets"][0]["source"] = "/data/labelled"  # else how it is read is the pretraining source's
+    for recipe in (full["pretrain"], full["evaluation"]["finetune"]):
+        recipe["augment"]["kind"] = "shift"
+    return full
+
+
+@pytest.mark.parametrize("field", [field for field, _ in leaves(whole())])
+def test_a_field_makes_something_anew_unless_it_only_says_where_and_how(field):
+    content = whole()
+    value = dict(leaves(content))[field]
+    if field in FIXED:
+        with pytest.raises(ValueError, match=field.rpartition(".")[2]):
+            changed(content, field, another(field, value))
+        return
+    before = {step.name: step.fingerprint for step in build(RunConfig.model_validate(content))}
+    after = {step.name: step.fingerprint for step in build(changed(content, field, another(field, value)))}
+    assert (before == after) == field.startswith(OUTSIDE), field
+
+
+def test_every_section_is_walked():
+    assert {field.partition(".")[0] for field, _ in leaves(whole())} == set(RunConfig.model_fields)
+    assert isinstance(RunConfig.model_validate(whole()), BaseModel)
+
+
+def test_another_mask_ratio_keeps_the_shards_and_the_random_encoders(path):
+    def steps(*overrides: str) -> dict[str, str]:
+        return {step.name: step.fingerprint for step in build(load_config(path, overrides))}
+
+    before, after = steps(), steps("model.mask_ratio=0.5")
+    assert {name for name in before if before[name] != after[name]} == {
+        "pretrain",
+        "linear-toy-pretrained-s0",
+        "finetune-toy-pretrained-s0",
+        "report",
+    }

@@ -1,0 +1,83 @@
+"""The footprint's arithmetic; that real processes hold it is tests/system/test_footprint_layouts.py's to say."""
+
+from dataclasses import replace
+
+import pytest
+
+from mae_core import SIZES, MAEConfig, activation_bytes, parameter_count
+from pipeline.planning.footprint import OVERHEAD, autoencoder, classifier, footprint, with_checkpoint
+from pipeline.training.engine.settings import EngineSettings
+
+HUGE = MAEConfig(encoder=SIZES["huge"]())
+WEIGHTS = parameter_count(HUGE)
+SETTINGS = EngineSettings(precision="bf16", zero_stage=1, micro_batch=1, accumulation=1, betas=(0.9, 0.95))
+
+
+def held(settings: EngineSettings = SETTINGS, *, workers: int = 8, device="cuda", model: MAEConfig = HUGE):
+    return footprint(autoencoder(model, settings), settings, workers=workers, device=device)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 8, 64])
+def test_weights_and_states_by_hand(workers):
+    whole, sharded = held(workers=workers), held(replace(SETTINGS, zero_stage=3), workers=workers)
+    assert whole.weights == 2 * WEIGHTS
+    for one in (whole, sharded):
+        assert one.optimizer == pytest.approx(12 * WEIGHTS / workers, rel=1e-6)
+        assert one.overhead == OVERHEAD["cuda"]
+        assert one.total == sum(one)
+
+
+def test_when_adamw_steps_it_has_gradients_twice_and_in_float32():
+    # one worker in bf16: 2 + 12 stand, 2 kept, 2 flat, 4 float32
+    one = held(workers=1)
+    assert one.total - one.overhead == pytest.approx(22 * WEIGHTS, rel=1e-6)
+
+
+def test_many_images_are_activations():
+    many = held(replace(SETTINGS, micro_batch=256))
+    assert many.activations >= 256 * activation_bytes(HUGE)
+    assert many.activations == pytest.approx(256 * activation_bytes(HUGE), rel=0.02)  # and the pixels
+    again = held(replace(SETTINGS, micro_batch=256, activation_checkpointing=True))
+    assert again.total < many.total / 3
+
+
+def test_more_workers_and_more_sharding_hold_no_more():
+    totals = [held(workers=workers).total for workers in (1, 2, 4, 8, 16)]
+    assert totals == sorted(totals, reverse=True)
+    stages = [held(replace(SETTINGS, zero_stage=stage), workers=8).total for stage in (1, 2, 3)]
+    assert stages == sorted(stages, reverse=True)
+
+
+def test_accumulation_holds_the_gradients_beside_the_activations():
+    once = held(replace(SETTINGS, micro_batch=256))
+    several = held(replace(SETTINGS, micro_batch=256, accumulation=2))
+    assert several.total - once.total == 2 * WEIGHTS
+
+
+def test_an_offloaded_optimiser_is_the_host_s_and_on_a_cpu_nothing_changes():
+    settings = replace(SETTINGS, offload="optimizer")
+    moved = held(settings, workers=1)
+    assert moved.optimizer == 0
+    assert moved.host == pytest.approx(18 * WEIGHTS, rel=1e-6)
+    assert moved.total < held(workers=1).total / 2
+    assert held(settings, device="cpu") == held(device="cpu")
+
+
+def test_the_copy_for_a_checkpoint_is_the_cpu_s_memory():
+    model = autoencoder(HUGE, SETTINGS)
+    on_gpu, on_cpu = (
+        (
+            held(workers=2, device=device),
+            with_checkpoint(held(workers=2, device=device), model, workers=2, device=device),
+        )
+        for device in ("cuda", "cpu")
+    )
+    assert on_gpu[1].total == on_gpu[0].total
+    assert on_gpu[1].host == on_cpu[1].total - on_cpu[0].total == pytest.approx(12 * WEIGHTS / 2, rel=1e-6)
+
+
+def test_fine_tuning_sees_whole_images():
+    settings = replace(SETTINGS, micro_batch=64)
+    one = footprint(classifier(HUGE.encoder, settings, num_classes=1000), settings, workers=8, device="cuda")
+    assert one.activations > 2 * held(settings).activations
+    assert one.weights == 2 * (parameter_count(HUGE.encoder) + 1281 * 1000)

@@ -1,0 +1,622 @@
+"""Every store keeps one contract; errors are one clear line. The bucket is moto's, and one on a real server (Swift)."""
+
+import errno
+import hashlib
+import logging
+import os
+import pickle
+import threading
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from s3_kit import Answer, Request, is_method, wire_to
+
+from infra.local.s3 import serving
+from infra.local.swift_filters import GUEST_KEY
+from pipeline.errors import ConfigError, StorageError
+from pipeline.storage import (
+    DeniedObject,
+    FileStore,
+    MissingObject,
+    ObjectInfo,
+    S3Store,
+    Traffic,
+    connection,
+    open_store,
+    probe,
+)
+
+
+@pytest.fixture(params=["file", "moto", "swift"])
+def store(request, tmp_path):
+    if request.param == "file":
+        return open_store(str(tmp_path / "a store"))
+    bucket = request.getfixturevalue("s3_bucket" if request.param == "moto" else "swift_bucket")
+    return open_store(f"s3://{bucket}/some/prefix")
+
+
+def test_what_is_written_is_read(store):
+    store.write("a/b.bin", b"first")
+    store.write("a/b.bin", b"0123456789")
+    assert store.read("a/b.bin") == b"0123456789"
+    assert store.read_range("a/b.bin", 3, 4) == b"3456"
+    assert store.read_range("a/b.bin", 3, 0) == b""
+    assert store.exists("a/b.bin")
+    assert not store.exists("a")
+    store.delete("a/b.bin")
+    store.delete("a/b.bin")
+    assert not store.exists("a/b.bin")
+
+
+def test_a_range_past_the_end_is_an_error_not_fewer_bytes(store):
+    store.write("a", b"0123456789")
+    for start in (5, 50):
+        with pytest.raises(StorageError, match="ends"):
+            store.read_range("a", start, 6)
+
+
+def test_create_is_once_only(store):
+    assert store.create("gen/0001.json", b"mine") is True
+    assert store.create("gen/0001.json", b"other") is False
+    assert store.read("gen/0001.json") == b"mine"
+
+
+def test_of_racing_creates_exactly_one_wins(store):
+    barrier = threading.Barrier(20)
+
+    def claim(number):
+        barrier.wait()
+        return store.create("gen/0001.json", b"%d" % number)
+
+    with ThreadPoolExecutor(20) as pool:
+        won = list(pool.map(claim, range(20)))
+    assert sum(won) == 1
+    assert store.read("gen/0001.json") == b"%d" % won.index(True)
+
+
+def test_listing_is_in_key_order_on_both_stores(store):
+    keys = ["a.txt", "a/x", "a-b/y", "a/b/z", "shards/ab/1", "shards/b", "é"]
+    for key in keys:
+        store.write(key, key.encode())
+    expected = [ObjectInfo(key, len(key.encode())) for key in sorted(keys)]  # code points order as UTF-8 bytes do
+    assert list(store.list()) == expected
+    assert list(store.list("shards/")) == [item for item in expected if item.key.startswith("shards/")]
+    assert list(store.list("a/b")) == [ObjectInfo("a/b/z", 5)]
+    assert list(store.list("s")) == [item for item in expected if item.key.startswith("s")]
+    assert list(store.list("none/")) == []
+
+
+def test_a_piece_of_memory_is_written_whole(store):
+    """Above 16 MiB a bucket takes it in parts."""
+    data = bytes(range(251)) * 150_000
+    store.write("big", memoryview(data))
+    assert store.read("big") == data
+    store.write("small", memoryview(data)[5:12])
+    assert store.read("small") == data[5:12]
+
+
+def test_upload_and_download_move_files(store, tmp_path):
+    source, target = tmp_path / "source", tmp_path / "new folder" / "target"
+    source.write_bytes(os.urandom(35 * 2**20))  # three parts
+    store.upload("big", source)
+    store.download("big", target)
+    assert hashlib.sha256(target.read_bytes()).digest() == hashlib.sha256(source.read_bytes()).digest()
+    assert store.read_range("big", 20 * 2**20 - 3, 7) == source.read_bytes()[20 * 2**20 - 3 :][:7]
+    assert [path.name for path in target.parent.iterdir()] == ["target"]
+    local = store.local_path("big")
+    assert local is None or local.read_bytes() == source.read_bytes()
+
+
+def test_at_goes_down_and_an_address_or_pickle_reopens(store):
+    below = store.at("step-1/g0001")
+    below.write("x", b"1")
+    assert store.read("step-1/g0001/x") == b"1"
+    assert open_store(below.uri).read("x") == b"1"
+    assert pickle.loads(pickle.dumps(below)) == below
+
+
+def test_a_missing_object_names_place_key_and_way_out(store, tmp_path):
+    for act in (store.read, lambda key: store.read_range(key, 0, 1), lambda key: store.download(key, tmp_path / "x")):
+        with pytest.raises(MissingObject, match=r"no/such\.json.*Check") as caught:
+            act("no/such.json")
+        assert store.uri in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["", "/abs", "a/../b", "..", "a//b", "a/", "./a", "a\0b"])
+def test_keys_cannot_leave_the_store(store, key):
+    for act in (store.read, store.exists, lambda key: store.write(key, b""), store.delete):
+        with pytest.raises(StorageError, match="is no key"):
+            act(key)
+
+
+def test_probe_accepts_good_stores_and_leaves_nothing(store):
+    probe(store)
+    assert list(store.list()) == []
+
+
+class _Overwriting(FileStore):
+    """A real folder whose create behaves like a store without conditional writes."""
+
+    def create(self, key, data):
+        self.write(key, data)
+        return True
+
+
+def test_probe_refuses_a_store_that_overwrites(tmp_path):
+    with pytest.raises(StorageError, match="If-None-Match"):
+        probe(_Overwriting(tmp_path))
+
+
+def test_probe_refuses_a_store_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match="failed for"):
+        probe(open_store(str(tmp_path / "file" / "store")))
+
+
+def test_addresses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert open_store("runs") == open_store(str(tmp_path / "runs")) == open_store(f"file://{tmp_path}/runs")
+    assert open_store("file:///a%20b") == FileStore(Path("/a b"))
+    assert open_store("s3://bucket") == S3Store("bucket")
+    assert open_store("s3://bucket/a/b/") == S3Store("bucket", "a/b")
+
+
+@pytest.mark.parametrize("uri", ["", "gs://bucket/x", "https://host/x", "file://host/x", "s3://", "s3:///x"])
+def test_other_addresses_are_refused_with_the_choices(uri):
+    with pytest.raises(ConfigError, match=r"file:///absolute/folder.*s3://bucket/prefix"):
+        open_store(uri)
+
+
+def test_unfinished_files_are_not_listed_and_failed_writes_leave_none(tmp_path):
+    store = open_store(str(tmp_path))
+    (tmp_path / ".tmp-dead").write_bytes(b"half")
+    with pytest.raises(MissingObject):
+        store.upload("key", tmp_path / "absent")
+    assert list(store.list()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".tmp-dead"]
+
+
+def test_a_reader_never_sees_half_a_write(tmp_path):
+    store = open_store(str(tmp_path))
+    values = [bytes([number]) * 300_000 for number in range(2)]
+    store.write("x", values[0])
+    stop = threading.Event()
+
+    def rewrite():
+        turn = 0
+        while not stop.is_set():
+            turn += 1
+            store.write("x", values[turn % 2])
+
+    writer = threading.Thread(target=rewrite)
+    writer.start()
+    seen = {store.read("x") for _ in range(300)}
+    stop.set()
+    writer.join()
+    assert seen <= set(values)
+
+
+def test_links_are_followed_and_loops_refused(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "x").write_bytes(b"12")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "linked").symlink_to(tmp_path / "real")
+    (tmp_path / "store" / "dangling").symlink_to(tmp_path / "nowhere")
+    store = open_store(str(tmp_path / "store"))
+    assert list(store.list()) == [ObjectInfo("dangling", 0), ObjectInfo("linked/x", 2)]
+    (tmp_path / "real" / "back").symlink_to(tmp_path / "store")
+    with pytest.raises(StorageError, match="leads back"):
+        list(store.list())
+
+
+def test_no_space_left_says_so(tmp_path):
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("no /dev/full here")
+    with pytest.raises(OSError, match="No space") as caught, full.open("wb", buffering=0) as file:
+        file.write(b"x")
+    assert caught.value.errno == errno.ENOSPC
+    # the errno of a real full device, through the way every store reports
+    from pipeline.storage.error_messages import explained
+
+    with pytest.raises(StorageError, match=r"no space left.*choose another store"), explained("here", "key", "write"):
+        full.write_bytes(b"x")
+
+
+# --- what goes wrong with a bucket ----------------------------------------------------------------------------------------
+
+
+ACTS = {
+    "read": lambda store, path: store.read("a"),
+    "read_range": lambda store, path: store.read_range("a", 0, 1),
+    "write": lambda store, path: store.write("a", b""),
+    "create": lambda store, path: store.create("a", b""),
+    "list": lambda store, path: list(store.list()),
+    "exists": lambda store, path: store.exists("a"),
+    "delete": lambda store, path: store.delete("a"),
+    "upload": lambda store, path: store.upload("a", path),
+    "download": lambda store, path: store.download("a", path),
+}
+
+
+@pytest.fixture
+def a_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"x")
+    return path
+
+
+@pytest.mark.parametrize("act", ["read", "write", "create", "list", "upload", "delete"])
+@pytest.mark.parametrize("endpoint", ["s3_endpoint", "swift_endpoint"])
+def test_a_missing_bucket_is_named(endpoint, act, request, a_file):
+    request.getfixturevalue(endpoint)
+    with pytest.raises(StorageError, match=r"s3://no-such-bucket-anywhere/x.*no such bucket"):
+        ACTS[act](open_store("s3://no-such-bucket-anywhere/x"), a_file)
+
+
+def test_an_endpoint_that_is_down_is_named(monkeypatch, s3_endpoint):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(StorageError, match=r"does not answer.*AWS_ENDPOINT_URL"):
+        open_store("s3://bucket").read("a")
+
+
+def test_an_endpoint_that_is_no_address_is_named_without_what_it_hides(monkeypatch, s3_endpoint):
+    for address in ("127.0.0.1:9", "user:pa55word@host", "http//host"):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        with pytest.raises(StorageError, match=r"is no address.*AWS_ENDPOINT_URL") as caught:
+            open_store("s3://bucket").read("a")
+        assert "pa55word" not in str(caught.value)
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_a_permission_that_is_missing_is_named(swift_bucket, monkeypatch, a_file, act):
+    open_store(f"s3://{swift_bucket}").write("a", b"x")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", GUEST_KEY)
+    wanted = {"write": "Put", "create": "Put", "upload": "Put", "delete": "Delete"}.get(act, "Get") + "Object"
+    words = "Grant s3:ListBucket on the bucket" if act == "list" else f"Grant s3:{wanted} on it"
+    with pytest.raises(DeniedObject, match=rf"s3://{swift_bucket}: .*access denied.*{words}") as caught:
+        ACTS[act](open_store(f"s3://{swift_bucket}"), a_file)
+    assert ("s3:ListBucket" in str(caught.value)) == (act == "list" or wanted == "GetObject")
+
+
+SECRET = "wJalrXUtnFEMI-not-to-be-seen"
+TOKEN = "FwoGZXIvYXdzE-not-to-be-seen"
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": SECRET}, r"credentials are refused \(SignatureDoesNotMatch\)"),
+        ({"AWS_ACCESS_KEY_ID": "nobody:" + SECRET}, r"credentials are refused"),
+        ({"AWS_SESSION_TOKEN": TOKEN, "AWS_SECRET_ACCESS_KEY": SECRET}, r"credentials are refused"),
+        ({"AWS_SECRET_ACCESS_KEY": SECRET, "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "does not answer"),
+        ({"AWS_PROFILE": "nobody"}, "no usable AWS credentials.*nobody.*AWS_PROFILE"),
+    ],
+)
+def test_refused_credentials_are_named_and_shown_nowhere(swift_bucket, monkeypatch, variables, words, caplog, a_file):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    caplog.set_level(logging.INFO)
+    for name, act in ACTS.items():
+        with pytest.raises(StorageError) as caught:
+            act(open_store(f"s3://{swift_bucket}"), a_file)
+        told = "".join(traceback.format_exception(caught.value)) + caplog.text + repr(caught.value)
+        for secret in (SECRET, TOKEN, os.environ["AWS_SECRET_ACCESS_KEY"]):
+            assert secret not in told, name
+        assert "\n" not in str(caught.value)
+    with pytest.raises(StorageError, match=words):
+        open_store(f"s3://{swift_bucket}").read("a")
+
+
+def test_another_region_is_followed_where_the_store_tells(swift_bucket, monkeypatch):
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")  # the server is in us-east-1, and refuses such signatures
+    store = open_store(f"s3://{swift_bucket}")
+    store.write("a", b"x")
+    assert store.read("a") == b"x"
+
+
+def test_missing_credentials_are_named(s3_endpoint, monkeypatch, tmp_path):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    started = time.monotonic()
+    with pytest.raises(StorageError, match="no AWS credentials"):
+        open_store("s3://bucket").read("a")
+    assert time.monotonic() - started < 20
+
+
+# --- a wire that loses, cuts and refuses -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one_wire(swift_server):
+    with wire_to(swift_server.endpoint) as wire:
+        yield wire
+
+
+@pytest.fixture
+def wire(one_wire, swift_bucket, monkeypatch):
+    """A wire to the real server, without faults yet; the environment leads through it."""
+    one_wire.faults.clear()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", one_wire.address)
+    return one_wire
+
+
+@pytest.fixture
+def wired(wire, swift_bucket):
+    """The store at the other end of the wire."""
+    return open_store(f"s3://{swift_bucket}/runs")
+
+
+def test_a_create_whose_answer_was_lost_knows_its_own_object(wire, wired):
+    before = wired.traffic
+    wire.lose(is_method("PUT"))
+    assert wired.create("a", b"same") is True
+    assert wired.traffic.retries - before.retries == 1
+    assert wired.create("a", b"same") is False
+    # somebody else's object, with the very same bytes, and the answer that said so was lost
+    wire.lose(is_method("PUT"))
+    assert wired.create("a", b"same") is False
+    assert wired.read("a") == b"same"
+
+
+def test_a_create_whose_object_was_deleted_meanwhile_did_not_make_it(wire, wired):
+    wire.lose(is_method("PUT"))
+    wire.answer(is_method("PUT"), Answer(412, "PreconditionFailed"))
+    wire.answer(is_method("GET"), Answer(404, "NoSuchKey"))
+    assert wired.create("a", b"x") is False
+
+
+@pytest.mark.parametrize("found", [b"mine", b"else"])
+def test_a_store_without_metadata_is_asked_for_the_bytes(wire, wired, found):
+    wire.lose(is_method("PUT"))
+    wire.answer(is_method("PUT"), Answer(412, "PreconditionFailed"))
+    wire.answer(is_method("GET"), Answer(200, body=found))
+    assert wired.create("a", b"mine") is (found == b"mine")
+
+
+def test_conflicts_of_create_are_tried_again(wire, wired, monkeypatch):
+    conflict = Answer(409, "ConditionalRequestConflict")
+    wire.answer(is_method("PUT"), conflict, times=2)
+    assert wired.create("a", b"x") is True
+    wire.answer(is_method("PUT"), conflict)
+    assert wired.create("a", b"y") is False
+    wire.answer(is_method("PUT"), conflict, times=20)
+    with pytest.raises(StorageError, match="ConditionalRequestConflict"):
+        wired.create("b", b"x")
+
+
+@pytest.mark.parametrize("size", [10, 35 * 2**20])
+def test_a_body_that_breaks_off_is_read_again(wire, wired, tmp_path, size):
+    data = os.urandom(size)
+    wired.write("a", data)
+    before = wired.traffic
+    wire.cut(is_method("GET"), at=size // 7, times=2)
+    assert wired.read("a") == data
+    assert wired.traffic.retries - before.retries == 2
+    wire.cut(is_method("GET"), at=1)
+    assert wired.read_range("a", 3, 5) == data[3:8]
+    wire.cut(is_method("GET"), at=5, times=2)
+    wired.download("a", tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == data
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_body_that_always_breaks_off_is_named(wire, wired, tmp_path):
+    wired.write("a", bytes(100))
+    for act in (wired.read, lambda key: wired.download(key, tmp_path / "a")):
+        wire.cut(is_method("GET"), at=7, times=20)
+        with pytest.raises(StorageError, match=r"failed for a: .*does not answer|IncompleteRead|ended prematurely"):
+            act("a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def completes(request: Request) -> bool:
+    return request.method == "POST" and "uploadId=" in request.path
+
+
+IN_PARTS = {
+    "upload": lambda store, path: store.upload("big", path),
+    "write": lambda store, path: store.write("big", memoryview(path.read_bytes())),
+}
+
+
+@pytest.mark.parametrize("act", IN_PARTS.values(), ids=IN_PARTS)
+@pytest.mark.parametrize("forgotten", [False, True])
+def test_an_upload_whose_completion_was_lost_ends_whole(wire, wired, tmp_path, act, forgotten):
+    (tmp_path / "source").write_bytes(os.urandom(35 * 2**20))
+    wire.lose(completes)
+    if forgotten:  # asked again, the store knows no such upload any more
+        wire.answer(completes, Answer(404, "NoSuchUpload"))
+    act(wired, tmp_path / "source")
+    wired.download("big", tmp_path / "target")
+    assert (tmp_path / "target").read_bytes() == (tmp_path / "source").read_bytes()
+    assert [info.key for info in wired.list()] == ["big"]
+
+
+@pytest.mark.parametrize("act", IN_PARTS.values(), ids=IN_PARTS)
+def test_an_upload_that_keeps_vanishing_is_no_missing_object(wire, wired, tmp_path, act):
+    (tmp_path / "source").write_bytes(bytes(35 * 2**20))
+    wire.answer(completes, Answer(404, "NoSuchUpload"), times=4)
+    with pytest.raises(StorageError, match=r"(upload of .*source|write) failed for big: NoSuchUpload") as caught:
+        act(wired, tmp_path / "source")
+    assert type(caught.value) is StorageError
+
+
+def test_a_store_under_load_is_asked_again_and_then_named(wire, wired, monkeypatch):
+    wire.answer(is_method("GET"), Answer(503, "SlowDown"))
+    wired.write("a", b"x")
+    before = wired.traffic
+    assert wired.read("a") == b"x"
+    assert (wired.traffic.requests - before.requests, wired.traffic.retries - before.retries) == (2, 1)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    for answer, word in ((Answer(503, "SlowDown"), "SlowDown"), (Answer(500), "500")):
+        wire.answer(is_method("GET"), answer, times=2)
+        with pytest.raises(StorageError, match=rf"overloaded.*\({word}\), in 2 attempts.*AWS_MAX_ATTEMPTS"):
+            wired.read("a")
+
+
+@pytest.mark.parametrize(
+    ("act", "answer", "kind", "words"),
+    [
+        ("read", Answer(403, "AccessDenied"), DeniedObject, "access denied.*s3:GetObject"),
+        ("read", Answer(403, "InvalidAccessKeyId"), StorageError, "credentials are refused.*InvalidAccessKeyId"),
+        ("read", Answer(400, "ExpiredToken"), StorageError, "credentials are refused.*ExpiredToken.*Renew"),
+        ("read", Answer(412, "PreconditionFailed"), StorageError, "replaced while it was read"),
+        ("create", Answer(501, "NotImplemented"), StorageError, "must support `If-None-Match"),
+        ("exists", Answer(403), DeniedObject, r"access denied \(HeadObject\).*s3:GetObject"),
+        ("read", Answer(400, "Strange"), StorageError, "Strange"),
+        (
+            "write",
+            Answer(301, "PermanentRedirect", headers={"x-amz-bucket-region": "eu-west-9"}),
+            StorageError,
+            r"in another region .*\(PermanentRedirect\)\. Set AWS_DEFAULT_REGION=eu-west-9",
+        ),
+    ],
+)
+def test_refusals_are_named(wire, wired, a_file, act, answer, kind, words):
+    wire.answer(lambda request: True, answer, times=9)
+    with pytest.raises(StorageError, match=words) as caught:
+        ACTS[act](wired, a_file)
+    assert type(caught.value) is kind
+
+
+def test_a_download_of_an_object_that_changes_is_refused_whole(wire, wired, tmp_path):
+    wired.write("a", bytes(35 * 2**20))
+    wire.answer(is_method("GET"), Answer(412, "PreconditionFailed"), times=9)
+    with pytest.raises(StorageError, match="replaced while it was read"):
+        wired.download("a", tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- what is counted, and what is asked of botocore ------------------------------------------------------------------------
+
+
+def test_traffic_counts_requests_and_the_bytes_of_objects(swift_bucket, tmp_path):
+    store = open_store(f"s3://{swift_bucket}")
+    (tmp_path / "source").write_bytes(bytes(2**20))
+
+    def counted(act):
+        before = store.traffic
+        act()
+        return Traffic(*(after - old for after, old in zip(store.traffic, before, strict=True)))
+
+    assert counted(lambda: store.upload("a", tmp_path / "source")) == (1, 0, 0)
+    assert counted(lambda: store.read("a")) == (1, 2**20, 0)
+    assert counted(lambda: store.at("x").exists("y")) == (1, 0, 0)
+    assert counted(lambda: store.read_range("a", 5, 100)) == (1, 100, 0)
+    assert counted(lambda: store.download("a", tmp_path / "target")) == (1, 2**20, 0)
+    assert counted(lambda: list(store.list())) == (1, 0, 0)
+    assert open_store(str(tmp_path)).traffic == (0, 0, 0)
+
+
+def test_threads_lose_no_count(swift_bucket):
+    store = open_store(f"s3://{swift_bucket}")
+    store.write("a", b"0123456789")
+    before = store.traffic
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: store.read("a"), range(64)))
+    after = store.traffic
+    assert (after.requests - before.requests, after.bytes_received - before.bytes_received) == (64, 640)
+
+
+def test_pauses_grow_and_add_up_to_the_restart_of_a_store():
+    for share, total in ((0.0, 23.75), (1.0, 47.5)):
+        pauses = [connection.pause_s(attempt, 8, share) for attempt in range(1, 9)]
+        assert pauses[-1] is None
+        assert sum(pauses[:-1]) == pytest.approx(total)
+        assert pauses[:-1] == sorted(pauses[:-1])
+    assert connection.pause_s(1, 1, 0.5) is None
+
+
+def test_waiting_for_a_store_is_said_once(wire, wired, monkeypatch, caplog):
+    monkeypatch.setattr(
+        connection, "pause_s", lambda attempt, max_attempts, share: 0.01 if attempt < max_attempts else None
+    )
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "5")
+    wire.answer(is_method("GET"), Answer(503, "SlowDown"), times=8)
+    with ThreadPoolExecutor(2) as pool:
+        assert not [future for future in [pool.submit(wired.exists, "a") for _ in range(2)] if future.result()]
+        for future in [pool.submit(wired.read, "a") for _ in range(2)]:
+            with pytest.raises(StorageError):
+                future.result()
+    assert [record.getMessage() for record in caplog.records if record.name == "pipeline.storage.connection"] == [
+        "the object store answers 503; attempt 4 of 5 follows"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("environment", "profile", "services", "endpoint"),
+    [
+        ({}, {}, {}, None),
+        ({"AWS_ENDPOINT_URL": "http://a"}, {"endpoint_url": "http://b"}, {}, "http://a"),
+        ({"AWS_ENDPOINT_URL": "http://a", "AWS_ENDPOINT_URL_S3": "http://c"}, {}, {}, "http://c"),
+        ({}, {"endpoint_url": "http://b"}, {}, "http://b"),
+        ({}, {"endpoint_url": "http://b"}, {"s3": {"endpoint_url": "http://d"}}, "http://d"),
+        ({"AWS_IGNORE_CONFIGURED_ENDPOINT_URLS": "true", "AWS_ENDPOINT_URL": "http://a"}, {}, {}, None),
+    ],
+)
+def test_the_endpoint_is_found_where_aws_says(environment, profile, services, endpoint):
+    assert connection.endpoint_of(environment, profile, services) == endpoint
+
+
+def test_what_the_person_configured_is_not_overridden():
+    on_aws = connection.client_options({}, {}, own_endpoint=False)
+    assert on_aws["retries"] == {"mode": "standard", "total_max_attempts": 8}
+    assert not {"s3", "request_checksum_calculation"} & on_aws.keys()
+    elsewhere = connection.client_options({}, {}, own_endpoint=True)
+    assert elsewhere["s3"] == {"addressing_style": "path"}
+    assert elsewhere["request_checksum_calculation"] == "when_required"
+    said = {"AWS_MAX_ATTEMPTS": "3", "AWS_RETRY_MODE": "adaptive", "AWS_REQUEST_CHECKSUM_CALCULATION": "when_supported"}
+    profile = {"s3": {"addressing_style": "virtual"}, "response_checksum_validation": "when_supported"}
+    options = connection.client_options(said, profile, own_endpoint=True)
+    assert options["retries"] == {}
+    assert not {"s3", "request_checksum_calculation", "response_checksum_validation"} & options.keys()
+
+
+@pytest.mark.parametrize(
+    ("profile", "address"),
+    [
+        ("[default]\nendpoint_url = http://store.example:9000\n", "http://store.example:9000/bucket/key"),
+        (
+            "[default]\nendpoint_url = http://store.example:9000\ns3 =\n    addressing_style = virtual\n",
+            "http://bucket.store.example:9000/key",
+        ),
+        (
+            "[default]\nservices = mine\n[services mine]\ns3 =\n    endpoint_url = https://own.example\n",
+            "https://own.example/bucket/key",
+        ),
+        ("[default]\nregion = eu-west-1\n", "https://bucket.s3.amazonaws.com/key"),
+        ("[default]\nregion = eu-west-1\ns3 =\n    addressing_style = path\n", "https://s3.amazonaws.com/bucket/key"),
+    ],
+)
+def test_a_profile_sets_endpoint_and_addressing_style(s3_endpoint, tmp_path, monkeypatch, profile, address):
+    (tmp_path / "config").write_text(profile)
+    for name in ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    url = connection.client().generate_presigned_url("get_object", Params={"Bucket": "bucket", "Key": "key"})
+    assert url.partition("?")[0].replace("s3.eu-west-1.", "s3.") == address
+
+
+def probe_often(store):
+    for _ in range(20):  # it is a race: now and then one probe sees none
+        probe(store)
+
+
+def test_probe_refuses_a_store_whose_create_is_not_atomic(tmp_path, monkeypatch):
+    with serving(tmp_path / "plain", atomic=False) as server:
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        connection.client().create_bucket(Bucket="plain")
+        with pytest.raises(StorageError, match=r"s3://plain: [2-8] of 8 simultaneous creates .* is not atomic"):
+            probe_often(open_store("s3://plain"))
+        assert list(open_store("s3://plain").list()) == []

@@ -1,0 +1,152 @@
+"""Why a worker should stop, and what becomes of a training whose workers failed: decisions, without a cluster."""
+
+import json
+import os
+import signal
+from dataclasses import asdict
+
+import pytest
+import torch
+from training_kit import Team, attempt_at, mae_spec, resources, spoiled
+
+from pipeline.graph.receipts import claim
+from pipeline.graph.runner import stop_key
+from pipeline.tracking import NullTracker
+from pipeline.training import launch
+from pipeline.training.checkpoints import format as checkpoints
+from pipeline.training.health.failures import Restarts, classify, verdict
+from pipeline.training.health.stop_reasons import StoreSupervisor, Streak, Supervision, worker_range
+from pipeline.training.launch import RESULT
+from pipeline.training.loop.loop import train
+from pipeline.training.world import enter_world
+
+# --- reasons -----------------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Stands still until it is told."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_a_question_is_asked_now_and_then_and_must_be_answered_so_many_times_in_a_row():
+    clock, answers, asked = Clock(), iter([True, False, True, True]), []
+    streak = Streak(lambda: asked.append(clock.now) or next(answers), every_s=10, length=2, clock=clock)
+    told = []
+    for clock.now in range(1, 45):
+        told.append(streak())
+    assert asked == [10, 20, 30, 40]
+    assert told.index(True) == 39
+
+
+def test_a_higher_generation_and_a_request_come_before_a_notice(tmp_path):
+    attempt = attempt_at(tmp_path)
+    clock = Clock()
+    supervision = Supervision(StoreSupervisor(attempt, clock), [(lambda: clock.now > 0, "preempted")])
+    assert supervision.should_stop() == ""
+    clock.now += 0.5
+    assert supervision.should_stop() == "preempted"
+    attempt.root.create(stop_key(1), b"{}")
+    clock.now += 1
+    assert supervision.should_stop() == "asked"
+    claim(attempt.root, continues="")
+    clock.now += 1
+    assert supervision.should_stop() == "fenced"
+
+
+class Told:
+    """Says its reason to one rank, at one step."""
+
+    def __init__(self, rank, step, reason):
+        self.rank, self.step, self.reason, self.asked = rank, step, reason, 0
+
+    def should_stop(self):
+        self.asked += 1
+        mine = torch.distributed.get_rank() == self.rank
+        return self.reason if mine and self.asked > self.step else ""
+
+
+def train_told(spec, attempt, *told):
+    supervisor = Told(*next(one for one in told if one[0] == torch.distributed.get_rank()))
+    return asdict(train(spec, attempt, world=enter_world(), tracker=NullTracker(), supervisor=supervisor))
+
+
+def test_any_rank_stops_all_at_one_step_and_the_weightier_reason_counts(teams, shards, tmp_path):
+    attempt = attempt_at(tmp_path, checkpoint_every_steps=100)
+    told = [(0, 4, "resized"), (1, 4, "preempted")]
+    results = teams(2).run(train_told, mae_spec(shards, attempt), attempt, *told)
+    assert [(one["global_step"], one["stopped"]) for one in results] == [(4, "preempted")] * 2
+    assert checkpoints.resume_point(attempt.root) == "g0001/checkpoints/step-00000004"
+
+
+def work_terminated(spec, attempt):
+    """SIGTERM to this process in its third step."""
+
+    def spoil(step, rank, batch):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch
+
+    launch.work(spoiled(spec, spoil), attempt)
+
+
+def test_sigterm_to_a_process_without_a_handler_saves_and_stops(shards, tmp_path):
+    """torchrun's workers: the loop runs in the main thread."""
+    attempt = attempt_at(tmp_path, checkpoint_every_steps=100)
+    team = Team(1, tmp_path)  # of its own: the notice lasts
+    team.run(work_terminated, mae_spec(shards, attempt), attempt)
+    team.close()
+    answer = json.loads(attempt.store.read(RESULT))
+    assert answer["stopped"] == "preempted"
+    assert 2 <= answer["global_step"] <= 3
+    assert attempt.root.exists(f"{answer['checkpoint_key']}/manifest.json")
+
+
+# --- failures ----------------------------------------------------------------------------------------------------------------
+
+
+class WorkerDied(Exception):
+    """As Ray Train wraps the death of a worker."""
+
+    def __init__(self, *, preempted):
+        self.health_check_failure = RuntimeError()
+        self.health_check_failure.preempted = preempted
+
+
+@pytest.mark.parametrize(
+    ("errors", "kind"),
+    [
+        ([RuntimeError("Connection closed by peer")], "infrastructure"),
+        ([ConnectionResetError()], "infrastructure"),
+        ([WorkerDied(preempted=False), RuntimeError()], "infrastructure"),
+        ([RuntimeError(), WorkerDied(preempted=True)], "preempted"),
+        ([RuntimeError(), torch.OutOfMemoryError()], "memory"),
+        ([RuntimeError(), KeyError("x")], "user"),
+    ],
+)
+def test_the_class_of_a_failure_is_that_of_the_worker_that_met_it(errors, kind):
+    assert classify(errors) == kind
+
+
+def test_a_training_that_goes_forward_is_never_given_up():
+    restarts, given = Restarts(), resources(max_failures=2)
+    said = [verdict("infrastructure", restarts.after(f"step-{number // 2}"), given) for number in range(20)]
+    assert set(said) == {""}
+    assert [verdict("infrastructure", restarts.after("step-9"), given) != "" for _ in range(2)] == [True, True]
+    assert verdict("infrastructure", 3, given) == (
+        "the workers failed 3 times without a new checkpoint, more often than max_failures=2 allows"
+    )
+
+
+def test_what_would_fail_again_is_not_tried_again():
+    assert "lower resources.micro_batch" in verdict("memory", 1, resources(max_failures=9))
+    assert "would fail again" in verdict("user", 1, resources(max_failures=9))
+    assert verdict("preempted", 1, resources(max_preemptions=0)).endswith("more often than max_preemptions=0 allows")
+
+
+def test_a_range_of_workers_or_a_number():
+    assert worker_range({"workers": 3}) == (3, 3)
+    assert worker_range({"workers": [1, 4]}) == (1, 4)
