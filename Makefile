@@ -47,10 +47,11 @@ test: lint  ## lint, then the tests (without the long ones)
 test-system: $(READY)  ## the long tests, on real clusters, stores and servers
 	@$(RUN) $(PY) -m pytest -m system
 
-lint: $(READY)  ## ruff and mypy
+lint: $(READY)  ## ruff, mypy, and the import contracts of pyproject.toml
 	@$(RUN) ruff check
 	@$(RUN) ruff format --check
 	@$(RUN) mypy
+	@$(RUN) lint-imports --no-logo --cache-dir .mypy_cache/import-linter
 
 bench: $(READY)  ## every benchmark in its quick shape
 	@set -e; found=; for file in benchmarks/[a-z]*.py; do \

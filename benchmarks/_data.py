@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from pipeline.cluster.resources import Resources
 from pipeline.cluster.tasks import Executor
 from pipeline.data.dataset.manifest import Manifest
 from pipeline.data.images.photos import Photos, photos
@@ -23,7 +24,7 @@ from pipeline.stages.snapshot import SnapshotConfig, snapshot
 from pipeline.storage import open_store
 
 _CLASSES = 8
-_RESOURCES = {"bad_share_stop": 0.05, "bad_share_warn": 0.01}
+_OPTIONS = {"bad_share_stop": 0.05, "bad_share_warn": 0.01}
 
 
 class Spread(NamedTuple):
@@ -97,7 +98,7 @@ class _Silent:
 
 def attempt(root: Path, *, executor: Executor = "in_process") -> Attempt:
     """Where a stage may write. Errors: none. Source: none."""
-    return Attempt(str(root), 1, "", "benchmark", "0" * 64, _RESOURCES, executor, _Silent())
+    return Attempt(str(root), 1, "", "benchmark", "0" * 64, Resources(), executor, _Silent(), options=_OPTIONS)
 
 
 def listed(source: Path, root: Path) -> StageInput:

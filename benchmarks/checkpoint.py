@@ -32,7 +32,7 @@ import torch
 from benchmarks import _data
 from benchmarks import _timing as timing
 from mae_core.config import MAEConfig, ViTConfig, small
-from pipeline.config import Resources
+from pipeline.cluster.resources import Resources
 from pipeline.graph.step import Attempt
 from pipeline.storage import open_store
 from pipeline.training.checkpoints.format import CheckpointManifest
@@ -83,7 +83,7 @@ class Training:
             continues="",
             step_name="benchmark",
             fingerprint="0" * 64,
-            resources={},
+            resources=Resources(),
             executor="in_process",
             progress=Silent(),
         )

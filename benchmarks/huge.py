@@ -30,7 +30,7 @@ import torch
 from benchmarks import _data
 from benchmarks import _timing as timing
 from mae_core import SIZES, MAEConfig, parameter_count
-from pipeline.config import Resources
+from pipeline.cluster.resources import Resources
 from pipeline.data.dataset.address import dataset_address
 from pipeline.data.feed.order import OrderConfig
 from pipeline.graph.receipts import claim
@@ -41,7 +41,7 @@ from pipeline.training.health.stop_reasons import StopReason
 from pipeline.training.loop.loop import train
 from pipeline.training.spec.recipe import Recipe
 from pipeline.training.spec.tasks import MAETask
-from pipeline.training.spec.train_spec import Placement, TrainSpec
+from pipeline.training.spec.train_spec import TrainSpec
 from pipeline.training.world import enter_world
 
 _SAMPLED_EVERY_S = 0.05
@@ -88,7 +88,7 @@ def part(spec: TrainSpec, attempt: Attempt, *, workers: int, steps: int) -> Part
         peak = memory.ended()
     with open_checkpoint(attempt.root, resume_point(attempt.root)) as checkpoint:
         row = checkpoint.history()[-1]
-    layout = f"{workers} x ZeRO-{spec.placement.zero_stage}, {spec.recipe.precision}"
+    layout = f"{workers} x ZeRO-{spec.resources.zero_stage}, {spec.recipe.precision}"
     return Part(layout=layout, seconds=time.perf_counter() - began, peak_gib=peak / 2**30, row=row)
 
 
@@ -130,14 +130,12 @@ def measure(asked: argparse.Namespace) -> dict[str, object]:
     model = MAEConfig(encoder=SIZES["tiny" if asked.quick else "huge"]())
     total = asked.steps + 1
     recipe = Recipe(global_batch=asked.batch, epochs=1, warmup_epochs=0.0, precision=asked.precision)
-    placement = Placement.from_resources(
-        Resources(
-            zero_stage=3,
-            micro_batch=asked.micro_batch,
-            log_every_steps=1,
-            checkpoint_every_steps=total,
-            checkpoint_copy=asked.copy,
-        ).model_dump()
+    resources = Resources(
+        zero_stage=3,
+        micro_batch=asked.micro_batch,
+        log_every_steps=1,
+        checkpoint_every_steps=total,
+        checkpoint_copy=asked.copy,
     )
     found = _data.chosen_photos(asked, count=min(64, total * asked.batch))
     with TemporaryDirectory(prefix="mae-benchmark-") as name:
@@ -152,13 +150,15 @@ def measure(asked: argparse.Namespace) -> dict[str, object]:
             dataset=dataset_address(_data.dataset(source, root, shards=1)),
             train_samples="all",
             evaluation_split="",
-            placement=replace(placement, cache_directory=str(root / "cache")),
+            resources=resources.model_copy(update={"cache_directory": str(root / "cache")}),
         )
         attempt = _data.attempt(root / "pretrain-huge")
         claim(attempt.root, continues="")
         first = part(spec, attempt, workers=asked.workers, steps=asked.steps)
         size = sum(info.size for info in attempt.store.list("checkpoints/"))
-        second = part(replace(spec, placement=replace(spec.placement, zero_stage=1)), attempt, workers=1, steps=1)
+        second = part(
+            replace(spec, resources=spec.resources.model_copy(update={"zero_stage": 1})), attempt, workers=1, steps=1
+        )
     parameters = parameter_count(model) / 1e6
     print(
         f"{parameters:.0f} million parameters, global batch {asked.batch}; "

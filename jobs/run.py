@@ -25,7 +25,6 @@ from pipeline.planning.estimate import (
     proposal,
     trainings,
     worker_layout,
-    workers_of,
 )
 from pipeline.planning.hardware import Hardware, here, measured, prices
 from pipeline.planning.hardware import hardware as hardware_named
@@ -37,6 +36,7 @@ from pipeline.runs.hooks import detail_of
 from pipeline.runs.refresh import refresh as refresh_sources
 from pipeline.runs.run import plan_run, run_pipeline
 from pipeline.runs.summary import EXIT_CODES, RunSummary
+from pipeline.runs.workflow import build
 from pipeline.storage import open_store
 from pipeline.tracking import resolve_tracking_uri, serve
 
@@ -99,6 +99,7 @@ def as_line(summary: RunSummary) -> dict[str, Any]:
         "steps": [
             {
                 "name": outcome.step.name,
+                "kind": outcome.step.kind,
                 "fingerprint": outcome.step.fingerprint,
                 "state": outcome.state,
                 "uri": outcome.uri,
@@ -154,10 +155,10 @@ def _hardware(config: RunConfig, foreseen: Foreseen) -> Hardware:
     chosen = (
         hardware_named(foreseen.hardware)
         if foreseen.hardware
-        else here(workers=workers_of(resources), use_gpu=resources.use_gpu)
+        else here(workers=resources.worker_range[0], use_gpu=resources.use_gpu)
     )
     chosen = chosen.as_measured(tflops=foreseen.tflops, mfu=foreseen.mfu)
-    for precision in (config.pretrain.precision, config.evaluation.finetune.precision):
+    for precision in {training.recipe.precision for training in trainings(build(config)).values()}:
         chosen = measured(chosen, precision)
     return chosen
 
@@ -168,7 +169,7 @@ def _forecast(
     training, resources = trainings([row.step])[row.step.name], config.resources
     images = images_in_epoch(row.step, open_store(config.store)) or foreseen.images
     took = effort(training, resources, hardware, images=images) if images else None
-    devices = 1 if hardware.kind == "cpu" else workers_of(resources)
+    devices = 1 if hardware.kind == "cpu" else resources.worker_range[0]
     return Forecast(
         name=row.step.name,
         layout=worker_layout(training, resources, hardware),
@@ -189,6 +190,7 @@ def _told_apart(forecasts: Iterable[Forecast]) -> list[Forecast]:
 def _plan_json(row: GraphRow, forecast: Forecast | None) -> dict[str, Any]:
     return {
         "name": row.step.name,
+        "kind": row.step.kind,
         "fingerprint": row.step.fingerprint,
         "state": row.state,
         "differs": list(row.differs),
@@ -250,7 +252,7 @@ def _show_reconstruction(console: Console, summary: RunSummary) -> None:
     """The first held-out image: original, what the encoder sees, the model's guess."""
     if not sys.stderr.isatty():
         return
-    pretrained = next((o for o in summary.outcomes if o.step.name == "pretrain" and o.receipt), None)
+    pretrained = next((o for o in summary.outcomes if o.step.kind == "pretrain" and o.receipt), None)
     if pretrained is None or pretrained.receipt is None:
         return
     import numpy as np

@@ -12,13 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from pipeline.cluster.resources import Resources
 from pipeline.data.dataset.manifest import Manifest, locate
 from pipeline.graph.step import Attempt, StageInput
 from pipeline.stages.shard import ShardStageConfig, shard
 from pipeline.stages.snapshot import SnapshotConfig, snapshot
 from pipeline.storage import open_store
 
-RESOURCES = {"bad_share_stop": 0.05, "bad_share_warn": 0.01}
+OPTIONS = {"bad_share_stop": 0.05, "bad_share_warn": 0.01}
 
 
 class Bar:
@@ -75,9 +76,9 @@ def write_table(path: Path, columns: Mapping[str, Any], *, rows_per_group: int =
     return str(path.parent)
 
 
-def attempt(root: Path | str, *, generation: int = 1, executor: Any = "in_process", **resources: float) -> Attempt:
-    given = RESOURCES | resources
-    return Attempt(str(root), generation, "", "step", "f", given, executor, Bar())
+def attempt(root: Path | str, *, generation: int = 1, executor: Any = "in_process", **options: float) -> Attempt:
+    given = OPTIONS | options
+    return Attempt(str(root), generation, "", "step", "f", Resources(), executor, Bar(), options=given)
 
 
 def listed(source: str, root: Path | str, *earlier: StageInput, **options: Any) -> StageInput:
@@ -98,7 +99,7 @@ def sharded(
     **options: Any,
 ) -> StageInput:
     """The shards of a snapshot, as later stages see them."""
-    stop = options.pop("bad_share_stop", RESOURCES["bad_share_stop"])
+    stop = options.pop("bad_share_stop", OPTIONS["bad_share_stop"])
     handed = attempt(root, executor=executor, generation=generation, bad_share_stop=stop)
     config = ShardStageConfig(source=source, **{"seed": 0, "shard_max_bytes": 20_000, "min_shards": 4} | options)
     result = shard(config, {"snapshot": listing}, handed)

@@ -32,7 +32,7 @@ from torch import nn
 
 from mae_core.config import MAEConfig, ViTConfig
 from pipeline import cluster
-from pipeline.config import Resources
+from pipeline.cluster.resources import Resources
 from pipeline.data.dataset.address import dataset_address
 from pipeline.data.feed.loader import Batch
 from pipeline.data.feed.order import OrderConfig, SampleOrder, ids_digest
@@ -40,13 +40,13 @@ from pipeline.data.feed.selection import Selection
 from pipeline.data.images.pictures import AugmentConfig
 from pipeline.graph.receipts import claim, claims
 from pipeline.graph.step import Attempt, StageInput, StageResult
-from pipeline.stages.pretrain import PretrainConfig, pretrain
+from pipeline.stages.pretrain import pretrain
 from pipeline.stages.shard import ShardStageConfig, shard
 from pipeline.stages.snapshot import SnapshotConfig, snapshot
 from pipeline.storage import FileStore, open_store
 from pipeline.training.spec.recipe import FinetuneRecipe, Recipe
 from pipeline.training.spec.tasks import Built, ClassificationTask, MAETask
-from pipeline.training.spec.train_spec import Placement, TrainSpec
+from pipeline.training.spec.train_spec import PretrainConfig, TrainSpec
 from pipeline.training.world import enter_world
 
 CLASSES = ("circle", "stripe", "noise")
@@ -83,7 +83,7 @@ def finetune_recipe(**changes: Any) -> FinetuneRecipe:
     return FinetuneRecipe(**values | changes)
 
 
-def resources(**changes: Any) -> dict[str, Any]:
+def resources(**changes: Any) -> Resources:
     """Everything outside the fingerprint that a training stage asks for."""
     chosen = {
         "use_gpu": False,
@@ -100,7 +100,7 @@ def resources(**changes: Any) -> dict[str, Any]:
         "collective_timeout_s": 60,
         "watchdog_s": 60.0,
     }
-    return Resources(**chosen).model_dump() | {"bad_share_stop": 0.0} | changes
+    return Resources(**chosen | changes)
 
 
 def attempt_at(folder: Path, *, continues: str | None = None, executor="in_process", **changes: Any) -> Attempt:
@@ -118,13 +118,14 @@ def attempt_at(folder: Path, *, continues: str | None = None, executor="in_proce
         resources=resources(**changes),
         executor=executor,
         progress=Silent(),
+        options={"bad_share_stop": 0.0},
     )
 
 
 def same_attempt(attempt: Attempt, **changes: Any) -> Attempt:
     """The same generation at work again, as after a worker's death, with other resources."""
     assert claims(attempt.root)[-1] == attempt.generation
-    return replace(attempt, resources=dict(attempt.resources) | changes)
+    return replace(attempt, resources=attempt.resources.model_copy(update=changes))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,7 +190,7 @@ def mae_spec(shards: StageInput, attempt: Attempt, **changes: Any) -> TrainSpec:
         dataset=dataset_address(shards),
         train_samples="all",
         evaluation_split="",
-        placement=Placement.from_resources(attempt.resources),
+        resources=attempt.resources,
     )
 
 

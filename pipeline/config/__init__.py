@@ -1,7 +1,5 @@
 """A run's configuration: what its fields are (fields), and how a file and --set become one (reading)."""
 
-from pipeline.config.fields import LinearConfig as LinearConfig
-from pipeline.config.fields import Resources as Resources
 from pipeline.config.fields import RunConfig as RunConfig
 from pipeline.config.fields import SourceConfig as SourceConfig
 from pipeline.config.reading import absolute as absolute

@@ -6,7 +6,7 @@ mae_core's own dataclasses and the recipes are validated in place: no field is d
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -14,18 +14,18 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    create_model,
     field_validator,
     model_validator,
 )
 
 from mae_core.config import SIZES, MAEConfig
+from pipeline.cluster.resources import Resources
 from pipeline.errors import StorageError
+from pipeline.evaluation.protocols import PROTOCOL_NAMES, ProtocolName, protocol_named
 from pipeline.storage import open_store
 from pipeline.training.checkpoints.resume import StartPoint
-from pipeline.training.engine.settings import Offload
-from pipeline.training.spec.recipe import FinetuneRecipe, Recipe
-
-AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
+from pipeline.training.spec.recipe import Recipe
 
 
 def _usable_address(address: str) -> str:
@@ -40,24 +40,6 @@ def _usable_address(address: str) -> str:
     return address
 
 
-def _possible(recipe: AnyRecipe) -> AnyRecipe:
-    """Refuses what would fail, or train nothing, hours later."""
-    fractions = ("drop_path", "label_smoothing")
-    for name in ("weight_decay", "min_lr", *fractions):
-        value = getattr(recipe, name, 0.0)
-        if value < 0 or (name in fractions and value >= 1):
-            raise ValueError(
-                f"{name}={value} is not {'in [0, 1)' if name in fractions else '0 or more'}: write 0 for none"
-            )
-    if not all(0 <= beta < 1 for beta in recipe.betas):
-        raise ValueError(f"betas={recipe.betas} are not both in [0, 1): write [0.9, 0.95]")
-    decay = getattr(recipe, "layer_decay", 1.0)
-    if not 0 < decay <= 1:
-        raise ValueError(f"layer_decay={decay} is not in (0, 1]: write 1 for the same rate in all layers")
-    return recipe
-
-
-Protocol = Literal["linear", "finetune"]
 Address = Annotated[str, AfterValidator(_usable_address)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 NAME = r"^[A-Za-z0-9._-]{1,64}$"
@@ -127,31 +109,13 @@ class DataConfig(SourceConfig):
     """Above this share it stops. Both only judge: changing them makes nothing anew."""
 
 
-class LinearConfig(Section):
-    """A linear classifier on frozen features, standardised as by BatchNorm without affine (arXiv 2111.06377, A.1)."""
-
-    pool: Literal["cls", "mean"] = "cls"
-    """Feature: the class token or the mean of the patch tokens, both after the encoder's final norm."""
-    epochs: int = Field(90, ge=1)
-    batch: int = Field(16384, ge=1)
-    base_lr: float = Field(0.1, gt=0)
-    """At a batch of 256; SGD with momentum 0.9, cosine."""
-    warmup_epochs: float = Field(10.0, ge=0)
-
-    @model_validator(mode="after")
-    def _warm_before_the_end(self) -> "LinearConfig":
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs={self.warmup_epochs} is not in [0, epochs={self.epochs}): write fewer")
-        return self
-
-
 class DatasetConfig(SourceConfig):
     """A labelled dataset to evaluate on."""
 
     name: ShortName
     source: Address | None = None
     """As data.source; left out: data.source itself, read as `data` says."""
-    protocols: tuple[Protocol, ...] = ("linear", "finetune")
+    protocols: tuple[ProtocolName, ...] = ("linear", "finetune")
 
     @model_validator(mode="after")
     def _read_as_data_says(self) -> "DatasetConfig":
@@ -162,12 +126,20 @@ class DatasetConfig(SourceConfig):
 
     @field_validator("protocols")
     @classmethod
-    def _each_once(cls, value: tuple[Protocol, ...]) -> tuple[Protocol, ...]:
+    def _each_once(cls, value: tuple[ProtocolName, ...]) -> tuple[ProtocolName, ...]:
         if len(set(value)) < len(value):
             raise ValueError(f"protocols={list(value)}: write each once")
         return value
 
 
+def _with_protocol_settings(section: type[Section]) -> type[Section]:
+    """Give the section a field for the settings of every protocol, so that only the protocol's own file declares them."""
+    settings: dict[str, Any] = {name: protocol_named(name).settings for name in PROTOCOL_NAMES}
+    fields: dict[str, Any] = {name: (kind, kind()) for name, kind in settings.items()}
+    return create_model("EvaluationConfig", __base__=section, __module__=__name__, __doc__=section.__doc__, **fields)
+
+
+@_with_protocol_settings
 class EvaluationConfig(Section):
     """What the encoder is put to, beside the same encoder with random weights."""
 
@@ -177,8 +149,6 @@ class EvaluationConfig(Section):
     """Every protocol is run once a seed; tables show mean and standard deviation."""
     train_labels: int | None = Field(None, ge=1)
     """Learn from so many labelled images only, equally many of each class; left out: from all."""
-    linear: LinearConfig = LinearConfig()
-    finetune: Annotated[FinetuneRecipe, AfterValidator(_possible)] = FinetuneRecipe()
 
     @model_validator(mode="after")
     def _unique(self) -> "EvaluationConfig":
@@ -189,76 +159,9 @@ class EvaluationConfig(Section):
             raise ValueError(f"seeds={list(self.seeds)}: write at least one, each once")
         return self
 
-
-ProfileSteps = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1, le=20)]]
-WORKERS = "write a number from 1, or [min, max]"
-
-
-class Resources(Section):
-    """Where and how it runs: changing any of this makes nothing anew."""
-
-    workers: int | tuple[int, int] = 1
-    """Training workers, or [min, max] for an elastic range."""
-    cpus_per_worker: float = Field(1.0, gt=0)
-    use_gpu: bool | None = None
-    """One GPU a worker; left out: when the cluster has as many."""
-    zero_stage: Literal[1, 2, 3] = 1
-    micro_batch: int = Field(64, ge=1)
-    """Most samples in one forward pass of a worker; accumulation is derived."""
-    offload: Offload = "none"
-    """`optimizer`: its state and its step are the CPU's, 12 bytes a weight less on the GPUs together; on CPU workers no change."""
-    activation_checkpointing: bool = False
-    """Blocks keep their input alone and are computed again in the backward pass: a third more work, far less memory."""
-    checkpoint_every_steps: int = Field(500, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
-    """The newest; what a receipt, a later generation or a fork names is kept beside them."""
-    keep_every_steps: int | None = Field(None, ge=1)
-    """Keeps those of every so many steps, too; left out: none."""
-    keep_best: int = Field(1, ge=0)
-    """Keeps so many of the lowest loss, too."""
-    checkpoint_copy: Literal["memory", "disk"] = "memory"
-    """Where a worker's state, 12 bytes a weight over all workers, is copied to before it is written: training waits for the copy.
-    `disk`, a file in cache_directory, takes no memory and the disk's time."""
-    log_every_steps: int = Field(20, ge=1)
-    profile_steps: ProfileSteps | None = None
-    """[first, count] of the steps, counted from 1, that torch's profiler watches on rank 0: `profile/` in the step's generation
-    and in MLflow holds a trace and a table. At most 20."""
-    decode_threads: int = Field(1, ge=1)
-    cache_directory: str = "~/.cache/mae-pipeline/shards"
-    """Node-local cache for shards of a remote store."""
-    cache_max_bytes: int = Field(50 * 2**30, ge=2**20)
-    parallel_steps: int = Field(1, ge=1)
-    """Steps of the graph at work at once."""
-    max_failures: int = Field(3, ge=0)
-    """Worker failures in a row, without a new checkpoint in between, that a training step survives by itself."""
-    max_preemptions: int = Field(100, ge=0)
-    """The same for workers whose nodes were taken away."""
-    node_wait_s: float = Field(1800.0, ge=0)
-    """After nodes were taken away, how long a training step waits until its fewest workers fit; then it stops, exit code 3."""
-    wall_clock_s: float | None = Field(None, gt=0)
-    """The run is asked to stop `grace_s` before it has taken so long; left out: it may take for ever."""
-    grace_s: float = Field(120.0, ge=0)
-    """Time for the last checkpoint, under wall_clock_s."""
-    collective_timeout_s: int = Field(600, ge=10)
-    watchdog_s: float = Field(300, gt=0)
-    """When a phase of a training step lasts longer, every worker writes its stacks to the store; after twice that, workers that Ray
-    Train restarts end themselves."""
-
-    @field_validator("workers")
-    @classmethod
-    def _workers(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
-        low, high = (value, value) if isinstance(value, int) else value
-        if not 1 <= low <= high:
-            raise ValueError(f"workers={value}: {WORKERS}")
-        return value
-
-    @model_validator(mode="after")
-    def _time_to_save(self) -> "Resources":
-        if self.wall_clock_s is not None and self.wall_clock_s <= self.grace_s:
-            raise ValueError(
-                f"wall_clock_s={self.wall_clock_s:g} leaves nothing to train in: write more than grace_s={self.grace_s:g}"
-            )
-        return self
+    def settings(self, protocol: ProtocolName) -> Any:
+        """Return what the configuration says of a protocol."""
+        return getattr(self, protocol)
 
 
 class TrackingConfig(Section):
@@ -279,7 +182,7 @@ class RunConfig(Section):
     """Of initial weights, order, crops and masks of pretraining."""
     data: DataConfig
     model: MAEConfig
-    pretrain: Annotated[Recipe, AfterValidator(_possible)] = Recipe()
+    pretrain: Recipe = Recipe()
     evaluation: EvaluationConfig = EvaluationConfig()
     resources: Resources = Resources()
     tracking: TrackingConfig = TrackingConfig()

@@ -13,7 +13,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mae_core.config import MAEConfig
-from pipeline.config.fields import NAMING, WORKERS, DatasetConfig, RunConfig, Section
+from pipeline.cluster.resources import WORKERS_HINT
+from pipeline.config.fields import NAMING, DatasetConfig, RunConfig, Section
 from pipeline.errors import ConfigError
 
 
@@ -134,7 +135,7 @@ def _explain(problem: Any) -> tuple[str, str]:
     location = [str(part) for part in problem["loc"][:union] if not str(part).startswith("function-")]
     field, kind = ".".join(location), problem["type"]
     if union is not None:
-        return field, f" = {problem['input']!r}: {WORKERS}"
+        return field, f" = {problem['input']!r}: {WORKERS_HINT}"
     if kind in ("extra_forbidden", "unexpected_keyword_argument", "invalid_key"):
         known = _known_fields(problem["loc"][:-1])
         near = difflib.get_close_matches(location[-1], known, n=1)

@@ -10,15 +10,16 @@ place that nobody reads. Errors: Fenced; StorageError; DataError when a receipt 
 import hashlib
 import json
 import platform
+import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
 from pipeline.errors import DataError, Fenced
-from pipeline.graph.step import StageInput, StageResult, Step, generation_key
+from pipeline.graph.step import StageInput, StageResult, Step, StepKind, generation_key
 from pipeline.storage import MissingObject, Store
 
 RECEIPT = "receipt.json"
@@ -48,6 +49,7 @@ class Receipt:
     generation: int
     made: Mapping[str, Any]
     """When, where, with which versions, in how many seconds."""
+    kind: StepKind
 
     def as_input(self, root_uri: str) -> StageInput:
         """The step as the stages that read it see it."""
@@ -59,6 +61,7 @@ def read_receipt(root: Store) -> Receipt | None:
     try:
         body = json.loads(root.read(RECEIPT))
         body["files"] = tuple(OutputFile(**file) for file in body["files"])
+        body.setdefault("kind", _kind_before_it_was_recorded(body["step"]))
         return Receipt(**body)
     except MissingObject:
         return None
@@ -66,6 +69,14 @@ def read_receipt(root: Store) -> Receipt | None:
         raise DataError(
             f"{root.uri}/{RECEIPT} is not a receipt ({cause}). Delete it, and the same command makes the step again"
         ) from cause
+
+
+def finished_steps(store: Store) -> Iterator[tuple[str, Receipt]]:
+    """Yield directory and receipt of every finished step of a run's store. Lists the whole store."""
+    for info in store.list():
+        directory, _, name = info.key.rpartition("/")
+        if name == RECEIPT and directory and "/" not in directory and (receipt := read_receipt(store.at(directory))):
+            yield directory, receipt
 
 
 def claims(root: Store) -> list[int]:
@@ -103,6 +114,7 @@ def write_receipt(root: Store, step: Step, generation: int, result: StageResult,
     What is returned is read back, so that readers of the step see the same whether it was made in this run or in an earlier one."""
     store = root.at(generation_key(generation))
     receipt = Receipt(
+        kind=step.kind,
         step=step.name,
         fingerprint=step.fingerprint,
         identity=step.identity(),
@@ -126,6 +138,13 @@ def write_receipt(root: Store, step: Step, generation: int, result: StageResult,
     if standing is None:
         raise DataError(f"{root.uri}/{RECEIPT} vanished while it was read. Run the same command again")
     return standing
+
+
+def _kind_before_it_was_recorded(step_name: str) -> StepKind:
+    """Receipts written before version 0.2 lack the kind; step names were derived from it then."""
+    kinds: dict[str, StepKind] = {"snapshot": "snapshot", "shard": "shard", "join": "join"}
+    kinds |= {"pretrain": "pretrain", "report": "report"}
+    return kinds.get(re.split("[.-]", step_name)[0], "evaluate")
 
 
 def versions() -> dict[str, str]:

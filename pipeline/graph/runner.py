@@ -145,6 +145,7 @@ class GraphRun:
             step_name=step.name,
             fingerprint=step.fingerprint,
             resources=step.resources,
+            options=step.options,
             executor=self.executor,
             progress=self.board.writer(step.name) if self.board else _Direct(self.hooks, step.name),
             tracking_uri=self.hooks.tracking_uri,

@@ -13,13 +13,17 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from mae_core.config import ADDED_LATER as ADDED_LATER
 from mae_core.errors import ConfigError
 from pipeline.cluster.progress import Progress
+from pipeline.cluster.resources import Resources
 from pipeline.cluster.tasks import Executor
 from pipeline.storage import Store, open_store
+
+StepKind = Literal["snapshot", "shard", "join", "pretrain", "evaluate", "report"]
+"""What a step does. Its name is for people and for the store; nothing reads meaning out of a name."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,14 @@ class Attempt(StepGeneration):
     """What this generation was claimed to continue from, a key in the step's directory (a checkpoint); empty: from nothing."""
     step_name: str
     fingerprint: str
-    resources: Mapping[str, Any]
-    """Everything outside the fingerprint that the stage needs: workers, ZeRO stage, thresholds."""
+    resources: Resources
     executor: Executor
     progress: Progress
     tracking_uri: str = ""
     """MLflow's address; empty: no tracking."""
     mlflow_run_id: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """As in the step."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,8 @@ class StageResult:
 class Step:
     """A node of the graph."""
 
+    kind: StepKind
+    """Outside the fingerprint."""
     name: str
     """Unique in a workflow; also the directory's name (`pretrain`, `finetune-digits-pretrained-s0`)."""
     function: Callable[[Any, Mapping[str, StageInput], Attempt], StageResult]
@@ -93,8 +100,10 @@ class Step:
     config: Any
     """A frozen dataclass or pydantic model; all of it enters the fingerprint."""
     inputs: Mapping[str, "Step"] = field(default_factory=dict)
-    resources: Mapping[str, Any] = field(default_factory=dict)
+    resources: Resources = Resources()
     """Where and how it runs; outside the fingerprint."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of this stage alone that change no result (`bad_share_stop`); outside the fingerprint."""
     resume_point: Callable[[Store], str] | None = None
     """Finds in the step's directory what a new generation continues from (a checkpoint's key, or nothing). A step that has it
     also stops gently when asked; the others are cut off, and their work is taken up again from what they left."""

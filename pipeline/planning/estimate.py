@@ -11,19 +11,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mae_core.cost import encoder_flops, forward_flops, training_flops
-from pipeline.config import Resources
+from pipeline.cluster.resources import Resources
+from pipeline.data.dataset.facts import Counts, DatasetFacts, SnapshotFacts
 from pipeline.data.feed.order import steps_total
 from pipeline.errors import ConfigError
+from pipeline.evaluation.protocols.finetune import FinetuneConfig
 from pipeline.graph.receipts import read_receipt
 from pipeline.graph.step import Step
 from pipeline.planning.footprint import MARGIN, Footprint, Model, autoencoder, classifier, footprint, with_checkpoint
 from pipeline.planning.hardware import Hardware
-from pipeline.stages.finetune import FinetuneConfig
-from pipeline.stages.pretrain import PretrainConfig
 from pipeline.storage import Store
 from pipeline.training.engine.settings import EngineSettings
 from pipeline.training.spec.recipe import Recipe
-from pipeline.training.spec.train_spec import Placement, engine_settings
+from pipeline.training.spec.train_spec import PretrainConfig, engine_settings
 
 GIB = 2**30
 CLASSES = 1000
@@ -73,15 +73,10 @@ class Effort:
         return low / 3600 * devices * price, high / 3600 * devices * price
 
 
-def workers_of(resources: Resources) -> int:
-    """The fewest that a run starts with: each holds the most then."""
-    return resources.workers if isinstance(resources.workers, int) else resources.workers[0]
-
-
 def worker_layout(training: Training, resources: Resources, hardware: Hardware) -> WorkerLayout:
     """What a worker of this step holds."""
-    workers = workers_of(resources)
-    settings = engine_settings(training.recipe, Placement.from_resources(resources.model_dump()), workers=workers)
+    workers = resources.worker_range[0]
+    settings = engine_settings(training.recipe, resources, workers=workers)
     model = _model(training, settings)
     held = footprint(model, settings, workers=workers, device=hardware.kind)
     if resources.checkpoint_copy == "memory":
@@ -97,7 +92,7 @@ def by_stage(training: Training, resources: Resources, hardware: Hardware) -> li
 
 def proposal(steps: Sequence[Training], resources: Resources, hardware: Hardware) -> Resources | None:
     """The lowest stage at which a worthwhile micro-batch fits in every step, with the largest that does; None: nothing fits."""
-    slice_ = math.ceil(max(step.recipe.global_batch for step in steps) / workers_of(resources))
+    slice_ = math.ceil(max(step.recipe.global_batch for step in steps) / resources.worker_range[0])
     found: list[Resources] = []
     for way in _ways(resources, hardware):
         best = _largest(steps, way, hardware, slice_)
@@ -125,7 +120,7 @@ def effort(training: Training, resources: Resources, hardware: Hardware, *, imag
     steps = steps_total(images, recipe.global_batch, recipe.epochs)
     seen, peak = steps * recipe.global_batch, hardware.peaks.get(recipe.precision)
     # a CPU's peak is that of all its cores together, whatever the number of workers
-    devices = 1 if hardware.kind == "cpu" else workers_of(resources)
+    devices = 1 if hardware.kind == "cpu" else resources.worker_range[0]
     flops = seen * _flops(training, again=resources.activation_checkpointing)
     seconds = None
     if peak:
@@ -144,9 +139,9 @@ def images_in_epoch(step: Step, store: Store) -> int | None:
     limit = getattr(step.config, "train_labels", None)
     shards = step.inputs["shards"]
     if receipt := read_receipt(store.at(shards.directory)):
-        there = receipt.facts["counts"]["splits"].get("train", {}).get("served", 0)
+        there = DatasetFacts.read(receipt.facts).counts.splits.get("train", Counts()).served
     elif (listing := shards.inputs.get("snapshot")) and (receipt := read_receipt(store.at(listing.directory))):
-        there = receipt.facts.get("splits", {}).get("train", 0)
+        there = SnapshotFacts.read(receipt.facts).splits.get("train", 0)
     else:
         there = 0
     return min(limit or there, there) or None
@@ -163,7 +158,7 @@ def refuse_what_cannot_fit(steps: Iterable[Step], resources: Resources, hardware
 
 
 def _shortage(asked: WorkerLayout, hardware: Hardware) -> str:
-    workers, chosen = workers_of(asked.resources), asked.resources
+    workers, chosen = asked.resources.worker_range[0], asked.resources
     shared = f" for {workers} workers" if hardware.kind == "cpu" and workers > 1 else ""
     return (
         f"resources.micro_batch={chosen.micro_batch} at zero_stage={chosen.zero_stage} needs about "
@@ -180,7 +175,7 @@ def _way_out(way: Resources | None) -> str:
 
 def _ways(resources: Resources, hardware: Hardware) -> Iterator[Resources]:
     """What is tried, the cheapest in time first. What somebody has turned on stays on."""
-    workers = workers_of(resources)
+    workers = resources.worker_range[0]
     stages = (1, 2, 3) if workers > 1 else (1,)
     for recomputed in (False, True) if not resources.activation_checkpointing else (True,):
         for stage in stages:

@@ -9,8 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.config import Resources
-from pipeline.planning.estimate import GIB, Effort, WorkerLayout, as_set, workers_of
+from pipeline.cluster.resources import Resources
+from pipeline.planning.estimate import GIB, Effort, WorkerLayout, as_set
 from pipeline.planning.footprint import MARGIN
 from pipeline.planning.hardware import Hardware
 from pipeline.reporting.format import clock, count
@@ -63,7 +63,7 @@ def forecast_text(forecasts: Sequence[Forecast], hardware: Hardware, proposed: R
 
 
 def _devices(one: Forecast, hardware: Hardware) -> str:
-    workers, shares = workers_of(one.layout.resources), hardware.mfu
+    workers, shares = one.layout.resources.worker_range[0], hardware.mfu
     on = f"{workers} x {hardware.name}" if hardware.kind == "cuda" else f"{workers} workers of this CPU"
     peak = hardware.peaks.get(one.layout.settings.precision)
     use = f"{shares[0]:.0%}" if shares[0] == shares[1] else f"{shares[0]:.0%} to {shares[1]:.0%}"

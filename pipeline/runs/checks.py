@@ -11,7 +11,7 @@ from pipeline.data.sources.listing import list_source
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.graph.runner import plan_graph
 from pipeline.graph.step import Step
-from pipeline.planning.estimate import refuse_what_cannot_fit, workers_of
+from pipeline.planning.estimate import refuse_what_cannot_fit
 from pipeline.planning.hardware import here, of_cluster
 from pipeline.storage import Store, open_store, probe
 
@@ -24,7 +24,7 @@ def check_before(config: RunConfig, steps: Sequence[Step], store: Store, executo
     for step in waiting:
         if problem := source_problem(step):
             raise problem
-    low = workers_of(config.resources)
+    low = config.resources.worker_range[0]
     needed, there = low * config.resources.cpus_per_worker, os.cpu_count() or 1
     if executor == "ray" and "RAY_ADDRESS" not in os.environ and needed > there:
         raise ConfigError(
@@ -33,7 +33,7 @@ def check_before(config: RunConfig, steps: Sequence[Step], store: Store, executo
         )
     if executor == "in_process" or "RAY_ADDRESS" not in os.environ:
         alone = config.resources.model_copy(update={"workers": 1}) if executor == "in_process" else config.resources
-        refuse_what_cannot_fit(waiting, alone, here(workers=workers_of(alone), use_gpu=alone.use_gpu))
+        refuse_what_cannot_fit(waiting, alone, here(workers=alone.worker_range[0], use_gpu=alone.use_gpu))
     probe(store)
 
 
@@ -46,7 +46,7 @@ def check_fits_cluster(config: RunConfig, waiting: Sequence[Step]) -> None:
     """Refuses what the cluster's GPUs cannot hold, by what Ray calls them; a cluster of CPUs, or of others, is not judged."""
     count, kinds = cluster.gpus()
     resources = config.resources
-    if resources.use_gpu is not False and count >= workers_of(resources) and (device := of_cluster(kinds)):
+    if resources.use_gpu is not False and count >= resources.worker_range[0] and (device := of_cluster(kinds)):
         refuse_what_cannot_fit(waiting, resources, device)
 
 
@@ -67,7 +67,7 @@ def warn_of_folders(store: Store, tracking_uri: str) -> None:
 
 
 def source_problem(step: Step) -> PipelineError | ConfigError | None:
-    if not step.name.startswith("snapshot"):
+    if step.kind != "snapshot":
         return None
     try:
         labels = step.config.labels

@@ -14,9 +14,6 @@ from pipeline.errors import DataError
 from pipeline.graph.receipts import Receipt, read_receipt
 from pipeline.graph.runner import GraphRun, Hooks, Outcome
 from pipeline.runs.workflow import build
-from pipeline.stages.join import join
-from pipeline.stages.shard import shard
-from pipeline.stages.snapshot import snapshot
 from pipeline.storage import open_store, probe
 
 
@@ -41,24 +38,25 @@ class FinishedDataset:
 def datasets_of(config: RunConfig) -> list[FinishedDataset]:
     """The datasets of a run, that of pretraining first; those that are not made yet are left out."""
     steps = build(config)
-    parts = {part.name for step in steps if step.function is join for part in step.inputs.values()}
+    parts = {part.name for step in steps if step.kind == "join" for part in step.inputs.values()}
     store = open_store(config.store)
     made = []
     for step in steps:
-        if step.function in {shard, join} and step.name not in parts:
+        if step.kind in {"shard", "join"} and step.name not in parts:
             root = store.at(step.directory)
             receipt = read_receipt(root)
             made += [FinishedDataset(root.uri, receipt)] if receipt else []
     if not made:
         raise DataError(f"{store.uri}: this configuration's shards are not made yet. `mae run` makes them")
-    return sorted(made, key=lambda dataset: dataset.receipt.step not in {"shard", "join"})
+    pretraining = next(step.inputs["shards"].name for step in steps if step.kind == "pretrain")
+    return sorted(made, key=lambda dataset: dataset.receipt.step != pretraining)
 
 
 def dataset_in(uri: str) -> FinishedDataset:
     """The dataset of the step whose directory this is."""
     root = open_store(uri)
     receipt = read_receipt(root)
-    if receipt is None or "digest" not in receipt.facts:
+    if receipt is None or receipt.kind not in {"shard", "join"}:
         found = f"the receipt of {receipt.step}" if receipt else "no receipt"
         raise DataError(
             f"{root.uri}: {found}, so this is no finished shard or join step. Give the directory of one (`mae plan CONFIG --json` "
@@ -69,7 +67,7 @@ def dataset_in(uri: str) -> FinishedDataset:
 
 def make_datasets(config: RunConfig, *, executor: Executor, hooks: Hooks) -> list[Outcome]:
     """Runs the steps up to the datasets, as `mae run` would, and no other."""
-    steps = [step for step in build(config) if step.function in {snapshot, shard, join}]
+    steps = [step for step in build(config) if step.kind in {"snapshot", "shard", "join"}]
     store = open_store(config.store)
     probe(store)
     return GraphRun(steps, store=store, executor=executor, hooks=hooks, parallel=config.resources.parallel_steps).walk()

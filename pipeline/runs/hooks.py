@@ -11,14 +11,17 @@ from typing import Any, Protocol
 
 from pipeline import tracking
 from pipeline.config import RunConfig
+from pipeline.data.dataset.facts import DatasetFacts
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.graph.receipts import versions
+from pipeline.evaluation.protocol import ScoreFacts
+from pipeline.graph.receipts import Receipt, versions
 from pipeline.graph.runner import Outcome
 from pipeline.graph.step import Step
 from pipeline.reporting.summaries import as_metrics
 from pipeline.runs.summary import RunSummary
 from pipeline.stages.report import PAGE, PICTURES
 from pipeline.storage import Store
+from pipeline.training.facts import IncidentFacts, PretrainFacts
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +78,7 @@ class RunFamily:
                 self._tell(outcome)
         with warned("tracking of the run"):
             tracking.log_scores(self.tracking_uri, self.run_id, as_metrics(summary.scores))
-            page = next((o for o in summary.outcomes if o.step.name == "report" and o.receipt), None)
+            page = next((o for o in summary.outcomes if o.step.kind == "report" and o.receipt), None)
             if page and page.receipt:
                 files = page.receipt.as_input(page.uri).store
                 for name in (PAGE, *PICTURES):
@@ -97,7 +100,7 @@ class RunFamily:
             parent_run_id=self.run_id,
             name=step.name,
             fingerprint=step.fingerprint,
-            tags={"mae.step": step.name},
+            tags={"mae.step": step.name, "mae.kind": step.kind},
             params=step.identity()["config"],
         )
 
@@ -126,19 +129,18 @@ class RunFamily:
     def _log_result(self, outcome: Outcome, run_id: str) -> None:
         if outcome.receipt is None:
             return
-        facts = outcome.receipt.facts
+        step, facts = outcome.step, outcome.receipt.facts
         numbers = {f"result/{key}": float(value) for key, value in facts.items() if isinstance(value, int | float)}
         tracking.log_scores(self.tracking_uri, run_id, numbers)
-        datasets = (s for s in (outcome.step, *outcome.step.inputs.values()) if s.name.startswith(("shard", "join")))
-        shards = next(datasets, None)
-        digest = facts.get("dataset_digest") or facts.get("digest")
-        if shards and digest:
+        dataset = next((s for s in (step, *step.inputs.values()) if s.kind in {"shard", "join"}), None)
+        digest = _dataset_digest(outcome.receipt)
+        if dataset and digest:
             tracking.log_dataset(
                 self.tracking_uri,
                 run_id,
-                name=shards.name,
-                digest=str(digest),
-                source=str(shards.config.source),
+                name=dataset.name,
+                digest=digest,
+                source=str(dataset.config.source),
                 context="training",
             )
 
@@ -152,30 +154,40 @@ def detail_of(outcome: Outcome) -> str:
             if isinstance(outcome.error, PipelineError | ConfigError)
             else f"{type(outcome.error).__name__}: {text}"
         )
-    if outcome.receipt is not None and outcome.receipt.facts.get("skipped"):
-        return f"not evaluated: {outcome.receipt.facts['skipped']}"
-    if outcome.receipt is not None and (found := _found_in_images(outcome.receipt.facts)):
-        return found
-    if outcome.receipt is not None and outcome.receipt.facts.get("substituted"):
-        facts = outcome.receipt.facts
-        worst = ", ".join(source for _, source, _ in facts["substituted"][:3])
-        return f"{facts['substitutions']} times another image stood in for one that could not be read: {worst}" + (
-            f" and {len(facts['substituted']) - 3} more" if len(facts["substituted"]) > 3 else ""
-        )
-    if outcome.state == "blocked":
-        return "an input is missing"
-    return ""
+    if outcome.receipt is not None:
+        return _remark(outcome.receipt)
+    return "an input is missing" if outcome.state == "blocked" else ""
 
 
-def _found_in_images(facts: Mapping[str, Any]) -> str:
-    """What a shard or join step says of the images that a person should know."""
-    said = [f"{facts['quarantined']} images quarantined"] if facts.get("quarantined") else []
-    near = facts.get("near_duplicates_across_splits")
-    if near and near["held_out"]:
-        said.append(
-            f"{near['held_out']} of {near['compared']} images of val and test look like one of train (mae shards inspect shows)"
+def _remark(receipt: Receipt) -> str:
+    """What a person should know of a finished step."""
+    if receipt.kind in {"shard", "join"}:
+        return _remark_on_images(DatasetFacts.read(receipt.facts))
+    if receipt.kind == "evaluate" and (reason := ScoreFacts.read(receipt.facts).skipped):
+        return f"not evaluated: {reason}"
+    incidents = IncidentFacts.read(receipt.facts)
+    if not incidents.substituted:
+        return ""
+    more = len(incidents.substituted) - 3
+    worst = ", ".join(source for _, source, _ in incidents.substituted[:3]) + (f" and {more} more" if more > 0 else "")
+    return f"{incidents.substitutions} times another image was used in place of an unreadable one: {worst}"
+
+
+def _remark_on_images(facts: DatasetFacts) -> str:
+    remarks = [f"{facts.quarantined} images quarantined"] if facts.quarantined else []
+    near = facts.near_duplicates_across_splits
+    if near and near.held_out:
+        remarks.append(
+            f"{near.held_out} of {near.compared} images of val and test look like one of train (mae shards inspect shows)"
         )
-    return "; ".join(said)
+    return "; ".join(remarks)
+
+
+def _dataset_digest(receipt: Receipt) -> str:
+    """The digest of the dataset that a step made or was pretrained on, or an empty string."""
+    if receipt.kind in {"shard", "join"}:
+        return DatasetFacts.read(receipt.facts).digest
+    return PretrainFacts.read(receipt.facts).dataset_digest if receipt.kind == "pretrain" else ""
 
 
 def git_revision() -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from mae_core.config import MAEConfig
 from pipeline.config import RunConfig
 from pipeline.errors import CheckpointError, ConfigError, DataError
-from pipeline.graph.receipts import claims, read_receipt
+from pipeline.graph.receipts import claims, finished_steps, read_receipt
 from pipeline.graph.step import Step
 from pipeline.runs.workflow import build
 from pipeline.storage import Store, open_store
@@ -41,7 +41,7 @@ class Pretraining:
 
 def pretrain_step(config: RunConfig) -> Step:
     """The pretraining of a run."""
-    return next(step for step in build(config) if step.name == "pretrain")
+    return next(step for step in build(config) if step.kind == "pretrain")
 
 
 def pretraining_of(config: RunConfig) -> Pretraining:
@@ -53,13 +53,13 @@ def pretraining_at(address: str) -> Pretraining:
     """The one in a step's directory, or the only finished one of a store."""
     store = open_store(address)
     if not claims(store):
-        folders = {info.key.split("/")[0] for info in store.list("pretrain-") if info.key.endswith("/receipt.json")}
+        folders = {directory for directory, receipt in finished_steps(store) if receipt.kind == "pretrain"}
         if len(folders) != 1:
             found = f"several: {', '.join(sorted(folders))}" if folders else "no finished pretraining"
             raise DataError(f"{store.uri} holds {found}. Give the YAML file of a run, or one step's directory")
         store = store.at(folders.pop())
     receipt = read_receipt(store)
-    if receipt is None or receipt.step != "pretrain":
+    if receipt is None or receipt.kind != "pretrain":
         what = f"a {receipt.step} step" if receipt else "a step that is not finished, so its model is not known"
         raise DataError(f"{store.uri} is {what}. Give the YAML file of the run instead")
     return Pretraining(store, TypeAdapter(MAEConfig).validate_python(receipt.identity["config"]["model"]))

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from pipeline import cluster, tracking
+from pipeline.cluster.resources import Resources
 from pipeline.cluster.tasks import Executor
-from pipeline.config import Resources, RunConfig
+from pipeline.config import RunConfig
 from pipeline.graph.runner import GraphRun, PlannedStep, plan_graph
 from pipeline.runs.checks import check_before, check_fits_cluster, source_problem, steps_to_run, warn_of_folders
 from pipeline.runs.hooks import Display, RunFamily

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.config import RunConfig
+from pipeline.data.dataset.facts import DatasetFacts
 from pipeline.graph.runner import Outcome
 from pipeline.reporting.summaries import Score
 from pipeline.stages.report import PAGE, ReportConfig, collect_scores
+from pipeline.weights import ENCODER
 
 EXIT_CODES: Mapping[str, int] = {"done": 0, "failed": 1, "stopped": 3, "warned": 4}
 
@@ -37,8 +39,8 @@ def summarise(
     page = next(outcome for outcome in outcomes if outcome.step.name == "report")
     scored = page.step.config.scored if isinstance(page.step.config, ReportConfig) else ()
     finished = {o.step.name: o.receipt.as_input(o.uri) for o in outcomes if o.receipt}
-    shares = [float(o.receipt.facts["bad_share"]) for o in outcomes if o.receipt and "bad_share" in o.receipt.facts]
-    bad_share = max(shares, default=0.0)
+    made = [o.receipt for o in outcomes if o.receipt and o.receipt.kind in {"shard", "join"}]
+    bad_share = max((DatasetFacts.read(receipt.facts).bad_share for receipt in made), default=0.0)
     states = {outcome.state for outcome in outcomes}
     verdict: Literal["done", "failed", "stopped", "warned"] = "done"
     if "failed" in states:
@@ -51,9 +53,9 @@ def summarise(
     if page.receipt:
         files = page.receipt.as_input(page.uri).store
         where["report"] = str(files.local_path(PAGE) or f"{files.uri}/{PAGE}")
-    pretrained = finished.get("pretrain")
+    pretrained = next((o for o in outcomes if o.step.kind == "pretrain" and o.receipt), None)
     if pretrained:
-        where["encoder"] = f"{pretrained.store.uri}/encoder.safetensors"
+        where["encoder"] = f"{finished[pretrained.step.name].store.uri}/{ENCODER}"
     return RunSummary(
         run_id=run_id,
         outcomes=outcomes,

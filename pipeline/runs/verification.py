@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.cluster.progress import Progress
 from pipeline.cluster.tasks import Executor, map_tasks
 from pipeline.data.dataset.address import DatasetAddress
+from pipeline.data.dataset.facts import DatasetFacts
 from pipeline.data.dataset.manifest import Manifest
 from pipeline.data.dataset.shard_writer import file_sha256, rows_of
 from pipeline.data.dataset.verify import Finding, ShardReport, Verification, check_shard, check_totals, name_swapped
@@ -24,7 +25,9 @@ SHARDS_FOLDER = "shards/"
 
 def verify(dataset: FinishedDataset, *, executor: Executor, progress: Progress) -> Verification:
     """Reads everything; damaged tables are told alone, for shards cannot be judged by them."""
-    said = partial(Verification, dataset.receipt.step, dataset.step_uri, str(dataset.receipt.facts["digest"]))
+    said = partial(
+        Verification, dataset.receipt.step, dataset.step_uri, DatasetFacts.read(dataset.receipt.facts).digest
+    )
     if findings := list(_table_findings(dataset)):
         return said(0, 0, 0, tuple(findings))
     try:

@@ -7,36 +7,35 @@ not depend on pretraining, so another mask ratio does not run them again."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 from pipeline.config import RunConfig, SourceConfig
+from pipeline.evaluation.protocol import EncoderOrigin, Subject
+from pipeline.evaluation.protocols import ProtocolName, protocol_named
 from pipeline.graph.step import Step, canonical
-from pipeline.stages.finetune import FinetuneConfig, finetune
 from pipeline.stages.join import JoinConfig, join
-from pipeline.stages.linear import LinearStageConfig, linear
-from pipeline.stages.pretrain import PretrainConfig, pretrain
+from pipeline.stages.pretrain import pretrain
 from pipeline.stages.report import ReportConfig, Scored, report
 from pipeline.stages.shard import ShardStageConfig, shard
 from pipeline.stages.snapshot import SnapshotConfig, snapshot
 from pipeline.training.checkpoints.format import resume_point
+from pipeline.training.spec.train_spec import PretrainConfig
 
 OUTSIDE = ("name", "store", "resources", "tracking")
 """Sections of the configuration that decide no result."""
-Encoder = Literal["pretrained", "random"]
-ENCODERS: tuple[Encoder, ...] = ("pretrained", "random")
+ORIGINS: tuple[EncoderOrigin, ...] = ("pretrained", "random")
 
 
 def build(config: RunConfig) -> list[Step]:
     """Every step of the run, inputs before what reads them."""
-    resources = config.resources.model_dump()
     here = _Source.of(config.data.source, config.data)
     shards = {here: _dataset(config, here, snapshot_names(config), suffix="")}
     pretrained = Step(
+        kind="pretrain",
         name="pretrain",
         function=pretrain,
         config=PretrainConfig(model=config.model, recipe=config.pretrain, seed=config.seed, start=config.fork),
         inputs={"shards": shards[here]},
-        resources=resources,
+        resources=config.resources,
         resume_point=resume_point,
     )
     evaluations: dict[str, Step] = {}
@@ -46,17 +45,18 @@ def build(config: RunConfig) -> list[Step]:
         if source not in shards:
             shards[source] = _dataset(config, source, snapshot_names(config)[:1], suffix=f"-{dataset.name}")
         for protocol in dataset.protocols:
-            for encoder in ENCODERS:
+            for encoder in ORIGINS:
                 for seed in config.evaluation.seeds:
                     name = f"{protocol}-{dataset.name}-{encoder}-s{seed}"
                     inputs = {"shards": shards[source]} | ({"pretrain": pretrained} if encoder == "pretrained" else {})
-                    evaluations[name] = _evaluation(config, name, protocol, encoder, seed, inputs, resources)
+                    evaluations[name] = _evaluation(config, name, protocol, encoder, seed, inputs)
                     scored.append(Scored(input=name, protocol=protocol, dataset=dataset.name, encoder=encoder))
     # a join takes the place that a single part's shards have
     datasets = {f"shard{s.name.removeprefix('join').removeprefix('shard')}": s for s in shards.values()}
     inside = {key: value for key, value in config.model_dump().items() if key not in OUTSIDE}
     inside["data"] = {key: value for key, value in inside["data"].items() if not key.startswith("bad_share")}
     page = Step(
+        kind="report",
         name="report",
         function=report,
         config=ReportConfig(
@@ -67,9 +67,9 @@ def build(config: RunConfig) -> list[Step]:
         ),
         inputs={**datasets, "pretrain": pretrained, **evaluations},
     )
-    parts = [part for step in shards.values() for part in (step.inputs.values() if step.function is join else [step])]
+    parts = [part for step in shards.values() for part in (step.inputs.values() if step.kind == "join" else [step])]
     snapshots = [step.inputs["snapshot"] for step in parts]
-    joins = [step for step in shards.values() if step.function is join]
+    joins = [step for step in shards.values() if step.kind == "join"]
     return [*snapshots, *parts, *joins, pretrained, *evaluations.values(), page]
 
 
@@ -105,6 +105,7 @@ def _dataset(config: RunConfig, source: _Source, names: Sequence[str], *, suffix
     if len(parts) == 1:
         return parts[0]
     return Step(
+        kind="join",
         name=f"join{suffix}",
         function=join,
         config=JoinConfig(source=source.uri, snapshots=tuple(names)),
@@ -127,7 +128,15 @@ def _listings(config: RunConfig, source: _Source, names: Sequence[str], *, suffi
             split_column=source.split_column,
         )
         part = f".{number}" if steps else ""  # the first is the same step whether parts follow or not
-        steps.append(Step(name=f"snapshot{part}{suffix}", function=snapshot, config=taken, inputs=_numbered(steps)))
+        steps.append(
+            Step(
+                kind="snapshot",
+                name=f"snapshot{part}{suffix}",
+                function=snapshot,
+                config=taken,
+                inputs=_numbered(steps),
+            )
+        )
     return steps
 
 
@@ -139,6 +148,7 @@ def _shards(config: RunConfig, source: _Source, listing: Step) -> Step:
     """The shards of a snapshot."""
     data = config.data
     return Step(
+        kind="shard",
         name=listing.name.replace("snapshot", "shard", 1),
         function=shard,
         config=ShardStageConfig(
@@ -152,28 +162,21 @@ def _shards(config: RunConfig, source: _Source, listing: Step) -> Step:
             label_column=source.label_column,
         ),
         inputs={"snapshot": listing},
-        resources={"bad_share_warn": data.bad_share_warn, "bad_share_stop": data.bad_share_stop},
+        options={"bad_share_stop": data.bad_share_stop},
     )
 
 
 def _evaluation(
-    config: RunConfig,
-    name: str,
-    protocol: Literal["linear", "finetune"],
-    encoder: Encoder,
-    seed: int,
-    inputs: Mapping[str, Step],
-    resources: Mapping[str, Any],
+    config: RunConfig, name: str, protocol: ProtocolName, origin: EncoderOrigin, seed: int, inputs: Mapping[str, Step]
 ) -> Step:
-    evaluation, shape = config.evaluation, config.model.encoder
-    if protocol == "linear":
-        probe = LinearStageConfig(
-            encoder=shape, weights=encoder, probe=evaluation.linear, train_labels=evaluation.train_labels, seed=seed
-        )
-        return Step(name=name, function=linear, config=probe, inputs=inputs, resources=resources)
-    tuning = FinetuneConfig(
-        encoder=shape, weights=encoder, recipe=evaluation.finetune, train_labels=evaluation.train_labels, seed=seed
-    )
+    evaluation, chosen = config.evaluation, protocol_named(protocol)
+    subject = Subject(encoder=config.model.encoder, weights=origin, train_labels=evaluation.train_labels, seed=seed)
     return Step(
-        name=name, function=finetune, config=tuning, inputs=inputs, resources=resources, resume_point=resume_point
+        kind="evaluate",
+        name=name,
+        function=chosen.evaluate,
+        config=chosen.step_config(subject, evaluation.settings(protocol)),
+        inputs=inputs,
+        resources=config.resources,
+        resume_point=chosen.resume_point,
     )

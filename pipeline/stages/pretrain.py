@@ -8,7 +8,7 @@ import io
 import json
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -21,15 +21,14 @@ from mae_core.patches import denormalise_pixels, normalise_pixels, patchify, unp
 from mae_core.randomness import mask_noise
 from mae_core.targets import PatchBasis, patch_basis
 from pipeline.data.dataset.address import dataset_address
+from pipeline.data.dataset.facts import DatasetFacts
 from pipeline.data.feed.order import OrderConfig
-from pipeline.data.feed.substitution import substitution_facts
-from pipeline.graph.step import ADDED_LATER, Attempt, StageInput, StageResult
+from pipeline.graph.step import Attempt, StageInput, StageResult
 from pipeline.training.checkpoints.format import open_checkpoint
-from pipeline.training.checkpoints.resume import StartPoint
+from pipeline.training.facts import PretrainFacts, incident_fields
 from pipeline.training.launch import run_training
-from pipeline.training.spec.recipe import Recipe
 from pipeline.training.spec.tasks import BASIS, MAETask
-from pipeline.training.spec.train_spec import Placement, TrainSpec
+from pipeline.training.spec.train_spec import PretrainConfig, TrainSpec
 from pipeline.training.world import World
 from pipeline.weights import write_weights
 
@@ -39,17 +38,6 @@ BASIS_IMAGES = 512
 """Images whose patches give target `pca` its components: 100,352 patches at 224 px, for 768 numbers a patch."""
 HISTORY = "history.jsonl"
 RECONSTRUCTIONS = "reconstructions.npz"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """What decides the encoder."""
-
-    model: MAEConfig
-    recipe: Recipe
-    seed: int
-    start: StartPoint | None = field(default=None, metadata=ADDED_LATER)
-    """A checkpoint to go on from; None: initial weights."""
 
 
 def pretrain(config: PretrainConfig, inputs: Mapping[str, StageInput], attempt: Attempt) -> StageResult:
@@ -64,7 +52,7 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, StageInput], attempt: 
         dataset=dataset,
         train_samples="all",
         evaluation_split="",
-        placement=Placement.from_resources(attempt.resources),
+        resources=attempt.resources,
         start=config.start,
     )
     if config.model.target == "pca":
@@ -84,15 +72,14 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, StageInput], attempt: 
     np.savez(packed, images=_panel(config, spec, inputs["shards"], task.basis, weights))
     attempt.store.write(RECONSTRUCTIONS, packed.getvalue())
     return StageResult(
-        facts={
-            "global_step": trained.global_step,
-            "loss": trained.loss,
-            "ids_digest": str(trained.ids_digest),
-            "images_seen": (trained.global_step - guard.missed(trained.global_step)) * config.recipe.global_batch,
-            "dataset_digest": dataset.digest,
-            **substitution_facts(substitutions),
-            **guard.as_facts(),
-        },
+        facts=PretrainFacts(
+            global_step=trained.global_step,
+            loss=trained.loss,
+            ids_digest=str(trained.ids_digest),
+            images_seen=(trained.global_step - guard.missed(trained.global_step)) * config.recipe.global_batch,
+            dataset_digest=dataset.digest,
+            **incident_fields(substitutions, guard),
+        ).as_json(),
         files=(*files, RECONSTRUCTIONS),
         notes={"checkpoint": trained.checkpoint_key},
     )
@@ -116,7 +103,7 @@ def _panel(
     config: PretrainConfig, spec: TrainSpec, shards: StageInput, basis: PatchBasis | None, weights: Mapping[str, Tensor]
 ) -> "np.typing.NDArray[np.uint8]":
     """uint8 [N, 4, H, W, 3]: held-out images, what the encoder sees of them, and the model's guess before and after."""
-    split = "test" if "test" in shards.facts["splits"] else "train"
+    split = "test" if "test" in DatasetFacts.read(shards.facts).splits else "train"
     alone = World(0, 1, torch.device("cpu"), None)
     with closing(
         spec.loader(spec.dataset.open(), split, alone).evaluation_batches(PANEL_IMAGES, unreadable="substitute")

@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pipeline.data.dataset.facts import DatasetFacts
+from pipeline.evaluation.protocol import ScoreFacts
 from pipeline.graph.receipts import versions
 from pipeline.graph.step import Attempt, StageInput, StageResult
 from pipeline.reporting.figures import Curves, curve_png, scores_png
@@ -22,6 +24,7 @@ from pipeline.reporting.format import count
 from pipeline.reporting.page import Card, DatasetCard, ReportData, render_page
 from pipeline.reporting.reconstructions import reconstruction_grid_png
 from pipeline.reporting.summaries import Score, StepRow
+from pipeline.training.facts import PretrainFacts
 
 VERSION = 1
 PAGE = "index.html"
@@ -74,7 +77,9 @@ def report(config: ReportConfig, inputs: Mapping[str, StageInput], attempt: Atte
             scores=scores,
             cards=(
                 Card(
-                    label="final loss", value=f"{pretrained.facts['loss']:.3f}", note=f"on {model['loss_on']} patches"
+                    label="final loss",
+                    value=f"{PretrainFacts.read(pretrained.facts).loss:.3f}",
+                    note=f"on {model['loss_on']} patches",
                 ),
                 _speed(rows),
             ),
@@ -104,9 +109,9 @@ def collect_scores(scored: tuple[Scored, ...], inputs: Mapping[str, StageInput])
     """Scores over their seeds, in order of first appearance; skipped evaluations have none."""
     values: dict[tuple[str, str, str], list[float]] = {}
     for one in scored:
-        top1 = inputs[one.input].facts.get("top1")
+        top1 = ScoreFacts.read(inputs[one.input].facts).top1
         if top1 is not None:
-            values.setdefault((one.protocol, one.dataset, one.encoder), []).append(float(top1))
+            values.setdefault((one.protocol, one.dataset, one.encoder), []).append(top1)
     return [Score(protocol=p, dataset=d, encoder=e, values=tuple(found)) for (p, d, e), found in values.items()]
 
 
@@ -131,7 +136,7 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> Curves:
 
 def _summary(config: ReportConfig, inputs: Mapping[str, StageInput]) -> str:
     encoder, recipe = config.config["model"]["encoder"], config.config["pretrain"]
-    served = inputs["shard"].facts["counts"]["splits"]["train"]["served"]
+    served = DatasetFacts.read(inputs["shard"].facts).counts.splits["train"].served
     height, width = encoder["image_size"]
     return (
         f"ViT {encoder['embed_dim']} wide, {encoder['depth']} deep, patch {encoder['patch_size']}, {height} x {width} px; "
@@ -140,18 +145,18 @@ def _summary(config: ReportConfig, inputs: Mapping[str, StageInput]) -> str:
 
 
 def _dataset_card(name: str, config: ReportConfig, inputs: Mapping[str, StageInput]) -> DatasetCard:
-    facts = inputs[name].facts
-    total = facts["counts"]["total"]
+    facts = DatasetFacts.read(inputs[name].facts)
+    total = facts.counts.total
     return DatasetCard(
         name=name,
         source=config.sources[name],
-        listed=total["listed"],
-        stored=total["stored"],
-        served=total["served"],
-        duplicates=total["duplicates"],
-        quarantined=total["quarantined"],
-        reasons=tuple((bad["source"], bad["reason"]) for bad in facts["quarantine_examples"]),
-        digest=facts["digest"],
+        listed=total.listed,
+        stored=total.stored,
+        served=total.served,
+        duplicates=total.duplicates,
+        quarantined=total.quarantined,
+        reasons=tuple((bad.source, bad.reason) for bad in facts.quarantine_examples),
+        digest=facts.digest,
     )
 
 

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from pipeline.cluster.tasks import map_tasks
 from pipeline.data.dataset.dataset_writer import StoredShard, publish, relabelled
+from pipeline.data.dataset.facts import SnapshotFacts
 from pipeline.data.dataset.manifest import MANIFEST_FILES, NO_LABEL, QUARANTINE, SHARDS
 from pipeline.data.dataset.shard_plan import IntakePolicy, ShardPlan, ShardPlans, opened_snapshot, plan_shards
 from pipeline.data.dataset.shard_writer import ShardRow, check_bad_share, read_samples, write_shard
@@ -62,14 +63,15 @@ def shard(config: ShardStageConfig, inputs: Mapping[str, StageInput], attempt: A
     """Plans, writes or indexes what is missing, marks duplicates, writes the manifest."""
     listing = inputs["snapshot"]
     policy = IntakePolicy(image_max_short_side=config.image_max_short_side, image_max_pixels=config.image_max_pixels)
-    indexes = listing.facts.get("kind") == "tars"
+    listed_facts = SnapshotFacts.read(listing.facts)
+    indexes = listed_facts.kind == "tars"
     with opened_snapshot(listing.store, "snapshot.parquet") as snapshot:
         rows = _write_all(config, listing, snapshot, policy, attempt)
-    classes = _classes(rows) if indexes else tuple(listing.facts["classes"])
+    classes = _classes(rows) if indexes else listed_facts.classes
     parts = _parts(rows, classes)
-    listed = _listed(rows) if indexes else listing.facts["splits"]
+    listed = _listed(rows) if indexes else listed_facts.splits
     bad = sorted((line for part in parts for line in part.quarantine), key=lambda line: (line["split"], line["source"]))
-    check_bad_share(sum(listed.values()), bad, bad_share_stop=attempt.resources["bad_share_stop"])
+    check_bad_share(sum(listed.values()), bad, bad_share_stop=attempt.options["bad_share_stop"])
     facts = publish(
         attempt.store,
         [StoredShard(_shard_line(part.row), partial(part.samples, attempt.root)) for part in parts if part.row.samples],
@@ -143,7 +145,7 @@ def _write_all(
     config: ShardStageConfig, listing: StageInput, snapshot: Any, policy: IntakePolicy, attempt: Attempt
 ) -> list[ShardRow]:
     """The one line of Ray; stops as soon as too many images are bad for any rest to mend it."""
-    plans, write, unit = _work(config, str(listing.facts.get("kind", "images")), snapshot, policy, attempt.root_uri)
+    plans, write, unit = _work(config, SnapshotFacts.read(listing.facts).kind, snapshot, policy, attempt.root_uri)
     listed = snapshot.num_rows
     done = 0
     bad: list[Mapping[str, Any]] = []
@@ -154,7 +156,7 @@ def _write_all(
         bad.extend(row.quarantine)
         attempt.progress.update(done, listed, unit=unit, quarantined=len(bad))
         if row.classes is None:  # how many samples the other tars hold is not known yet
-            check_bad_share(listed, bad, bad_share_stop=attempt.resources["bad_share_stop"])
+            check_bad_share(listed, bad, bad_share_stop=attempt.options["bad_share_stop"])
 
     return map_tasks(write, plans, executor=attempt.executor, on_done=on_done)
 

@@ -22,6 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.data.dataset.facts import SnapshotFacts
 from pipeline.data.dataset.manifest import NO_LABEL
 from pipeline.data.sources.labels import CLASSES_MAX, Labels
 from pipeline.data.sources.listing import KINDS, Role, SourceItem, list_source
@@ -293,7 +294,7 @@ def _read_batches(path: Path) -> Iterator[dict[str, list[Any]]]:
 
 def _entries(part: StageInput, scratch: Path) -> Iterator[tuple[str, int]]:
     """(path, size) of the files that a part lists, in path order."""
-    name = FILES_FILE if part.facts.get("kind") == "Parquet tables" else SNAPSHOT_FILE
+    name = FILES_FILE if SnapshotFacts.read(part.facts).kind == "Parquet tables" else SNAPSHOT_FILE
     with pq.ParquetFile(local_copy(part.store, name, scratch)) as table:
         for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=["path", "size"]):
             yield from zip(batch.column("path").to_pylist(), batch.column("size").to_pylist(), strict=True)

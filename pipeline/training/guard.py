@@ -89,11 +89,6 @@ class GuardState:
         """How many steps before this one were stepped over."""
         return sum(max(0, min(last, step) - first) for first, last in self.stepped_over)
 
-    def as_facts(self) -> dict[str, Any]:
-        """What a receipt says."""
-        facts: dict[str, Any] = {"skipped_steps": len(self.skipped)}
-        return facts | ({"stepped_over": [list(one) for one in self.stepped_over]} if self.stepped_over else {})
-
 
 FRESH = GuardState()
 """Of the first step."""

@@ -22,7 +22,7 @@ from pipeline.errors import PipelineError, StorageError
 from pipeline.graph.step import Attempt
 from pipeline.training.checkpoints.format import committed
 from pipeline.training.health.failures import Restarts, classify, verdict
-from pipeline.training.health.stop_reasons import StoreSupervisor, listen, need_of_worker, worker_range
+from pipeline.training.health.stop_reasons import StoreSupervisor, listen
 from pipeline.training.health.watchdog import stacks_left
 from pipeline.training.spec.train_spec import TrainSpec
 
@@ -49,21 +49,21 @@ GOES_ON = "The same command goes on from the last checkpoint"
 
 def decided(attempt: Attempt) -> Attempt:
     """The attempt with `use_gpu` decided, once: workers whose GPU nodes are taken away must not go on without."""
-    use_gpu = attempt.resources["use_gpu"]
+    use_gpu = attempt.resources.use_gpu
     if use_gpu is None:
-        use_gpu = ray.cluster_resources().get("GPU", 0) >= worker_range(attempt.resources)[0]
-    return replace(attempt, resources={**attempt.resources, "use_gpu": use_gpu})
+        use_gpu = ray.cluster_resources().get("GPU", 0) >= attempt.resources.worker_range[0]
+    return replace(attempt, resources=attempt.resources.model_copy(update={"use_gpu": use_gpu}))
 
 
 def await_room(attempt: Attempt) -> str:
     """Waits until the fewest workers fit on the nodes that stay; returns why it did not wait longer, empty: they fit."""
-    need, (least, _) = need_of_worker(attempt.resources), worker_range(attempt.resources)
-    store, until = StoreSupervisor(attempt), time.monotonic() + float(attempt.resources["node_wait_s"])
+    need, (least, _) = attempt.resources.per_worker, attempt.resources.worker_range
+    store, until = StoreSupervisor(attempt), time.monotonic() + attempt.resources.node_wait_s
     while cluster.room(need, of="all") < least:
         if reason := store.should_stop():
             return "asked to stop" if reason == "asked" else "another run has claimed a higher generation"
         if time.monotonic() >= until:
-            return f"the nodes that stay have no room for {least} workers, after {attempt.resources['node_wait_s']:g} s"
+            return f"the nodes that stay have no room for {least} workers, after {attempt.resources.node_wait_s:g} s"
         time.sleep(1.0)
     return ""
 
@@ -71,15 +71,15 @@ def await_room(attempt: Attempt) -> str:
 def _trainer(work: Work, spec: TrainSpec, attempt: Attempt, notes: str) -> TorchTrainer:
     """`notes`: a folder for what Ray Train writes down for itself."""
     resources = attempt.resources
-    use_gpu, need = resources["use_gpu"], need_of_worker(resources)
-    least, most = worker_range(resources)
+    use_gpu, need = resources.use_gpu, resources.per_worker
+    least, most = resources.worker_range
     # Ray Train counts a draining node as room until it is dead, and would wait for it: it is told what stays. When there is
     # more, the loop stops for it (`resized`) with a checkpoint, where Ray Train itself would cut the workers off.
     most = max(least, min(most, cluster.room(need, of="all")))
     return TorchTrainer(
         _on_worker,
-        train_loop_config={"work": work, "spec": spec, "attempt": attempt, "cpus": resources["cpus_per_worker"]},
-        torch_config=_Config(backend="nccl" if use_gpu else "gloo", timeout_s=int(resources["collective_timeout_s"])),
+        train_loop_config={"work": work, "spec": spec, "attempt": attempt, "cpus": resources.cpus_per_worker},
+        torch_config=_Config(backend="nccl" if use_gpu else "gloo", timeout_s=resources.collective_timeout_s),
         scaling_config=ScalingConfig(
             num_workers=least if least == most else (least, most),
             use_gpu=use_gpu,
@@ -91,7 +91,7 @@ def _trainer(work: Work, spec: TrainSpec, attempt: Attempt, notes: str) -> Torch
             name=f"{attempt.step_name}-{attempt.fingerprint[:12]}-{attempt.generation:04d}",
             storage_path=notes,
             # Of failures in all there may be any number: _GiveUp counts those in a row.
-            failure_config=FailureConfig(max_failures=-1, max_preemption_failures=int(resources["max_preemptions"])),
+            failure_config=FailureConfig(max_failures=-1, max_preemption_failures=resources.max_preemptions),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             callbacks=[_GiveUp(attempt)],
         ),

@@ -47,11 +47,15 @@ def read_weights(store: Store, key: str) -> dict[str, Tensor]:
         raise DataError(f"{store.uri}/{key} is damaged ({cause}): delete the step's folder and run it again") from cause
 
 
-def read_encoder(store: Store) -> tuple[ViTConfig, dict[str, Tensor]]:
-    """The encoder and its config, of a finished pretraining or of an export as safetensors."""
+def read_encoder_config(store: Store) -> ViTConfig:
+    """Return the encoder's config, of a finished pretraining or of an export as safetensors."""
     try:
-        config = _Described(encoder=json.loads(store.read(CONFIG))["encoder"]).encoder
+        return _Described(encoder=json.loads(store.read(CONFIG))["encoder"]).encoder
     except (ValueError, KeyError, TypeError, ConfigError) as cause:
         why = "; ".join(str(cause).splitlines()[1:3]) if isinstance(cause, ValidationError) else str(cause)
         raise DataError(f"{store.uri}/{CONFIG} describes no encoder ({why}): write it again") from cause
-    return config, read_weights(store, ENCODER)
+
+
+def read_encoder(store: Store) -> tuple[ViTConfig, dict[str, Tensor]]:
+    """Return the encoder's config and weights, of a finished pretraining or of an export as safetensors."""
+    return read_encoder_config(store), read_weights(store, ENCODER)

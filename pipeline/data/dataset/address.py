@@ -1,7 +1,8 @@
-"""address: split from pipeline.training.spec.train_spec."""
+"""Where a finished dataset is: the one thing that a worker needs to open it."""
 
 from dataclasses import dataclass
 
+from pipeline.data.dataset.facts import DatasetFacts
 from pipeline.data.dataset.manifest import Manifest
 from pipeline.graph.step import StageInput
 from pipeline.storage import open_store
@@ -23,15 +24,6 @@ class DatasetAddress:
 
 def dataset_address(shards: StageInput) -> DatasetAddress:
     """Where a finished shard step left its dataset; a join's shards lie in the steps of its parts, beside its own."""
-    joined = shards.facts.get("keys_from") == "store"
-    root_uri = shards.root_uri.rpartition("/")[0] if joined else shards.root_uri
-    return DatasetAddress(manifest_uri=shards.store.uri, root_uri=root_uri, digest=str(shards.facts["digest"]))
-
-
-def unsuited(shards: StageInput) -> str:
-    """Why a dataset cannot be evaluated on; empty: it can."""
-    if not shards.facts["classes"]:
-        return "no labels"
-    if "test" not in shards.facts["splits"]:
-        return "no test split"
-    return ""
+    facts = DatasetFacts.read(shards.facts)
+    root_uri = shards.root_uri.rpartition("/")[0] if facts.keys_from == "store" else shards.root_uri
+    return DatasetAddress(manifest_uri=shards.store.uri, root_uri=root_uri, digest=facts.digest)

@@ -7,7 +7,7 @@ Nothing is substituted in evaluation: a score must be of the images it says it i
 Errors: DataError when an epoch has more substitutions than SUBSTITUTED_STOP_SHARE allows."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -74,12 +74,3 @@ def check_limit(substitutions: Sequence[Substitution], samples_per_epoch: int, w
                 "the shard step again. undecodable: take those images out of the source and shard it anew. Then the same "
                 "command goes on from the last checkpoint"
             )
-
-
-def substitution_facts(substitutions: Sequence[Substitution]) -> dict[str, Any]:
-    """What a receipt says: how often, and for which images; small however often an image came round."""
-    facts: dict[str, Any] = {"substitutions": len(substitutions)}
-    if substitutions:
-        images = {one.sample_id: (one.source, one.reason) for one in substitutions}
-        facts["substituted"] = [[id_, *images[id_]] for id_ in sorted(images)]
-    return facts

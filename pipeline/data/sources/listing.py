@@ -19,7 +19,8 @@ from pipeline.storage import FileStore, open_store
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
 Role = Literal["image", "tar", "table", "ignored"]
-KINDS: dict[Role, str] = {"image": "images", "tar": "tars", "table": "Parquet tables"}
+SourceKind = Literal["images", "tars", "Parquet tables"]
+KINDS: dict[Role, SourceKind] = {"image": "images", "tar": "tars", "table": "Parquet tables"}
 """What a source can hold, in words."""
 
 

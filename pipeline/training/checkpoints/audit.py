@@ -5,9 +5,9 @@ committed checkpoint, DataError when the dataset cannot be found or is another o
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 
 from pipeline.data.dataset.address import DatasetAddress, dataset_address
+from pipeline.data.dataset.facts import DatasetFacts
 from pipeline.data.feed.expected_ids import (
     Ids,
     all_ids,
@@ -20,9 +20,10 @@ from pipeline.data.feed.expected_ids import (
 from pipeline.data.feed.order import ORDER_VERSION, OrderConfig, SampleOrder
 from pipeline.data.feed.selection import Selection, select
 from pipeline.errors import CheckpointError, DataError
-from pipeline.graph.receipts import RECEIPT, read_receipt
+from pipeline.graph.receipts import finished_steps, read_receipt
 from pipeline.storage import Store, open_store
 from pipeline.training.checkpoints.format import FOLDER, MANIFEST, CheckpointManifest, committed, read_manifest
+from pipeline.training.facts import TrainingFacts
 from pipeline.training.guard import Range
 
 
@@ -76,8 +77,8 @@ def audit(root: Store, *, dataset: DatasetAddress | None = None) -> AuditResult:
     line = _ExpectedLine(newest, dataset or find_dataset(_above(root), str(newest.cursor["dataset"])))
     problems = list(line.problems(newest))
     receipt = read_receipt(root)
-    if receipt and str(receipt.facts.get("ids_digest", newest.ids_digest)) != str(newest.ids_digest):
-        problems.append(f"the receipt says digest {receipt.facts['ids_digest']}, {keys[0]} says {newest.ids_digest}")
+    if receipt and (digest := TrainingFacts.read(receipt.facts).ids_digest) != str(newest.ids_digest):
+        problems.append(f"the receipt says digest {digest}, {keys[0]} says {newest.ids_digest}")
     if line.excess(newest).digest:
         agreeing = (m for m in (read_manifest(root, key) for key in keys[1:]) if not line.excess(m).digest)
         problems.insert(0, line.difference(next(agreeing, None), newest))
@@ -104,12 +105,9 @@ def training_steps(store: Store) -> list[str]:
 
 def find_dataset(store: Store, digest: str) -> DatasetAddress:
     """The finished step of a run's store that made the dataset with this digest."""
-    for info in chain.from_iterable(store.list(name) for name in ("shard", "join")):
-        folder, _, name = info.key.rpartition("/")
-        if name == RECEIPT and "/" not in folder:
-            receipt = read_receipt(store.at(folder))
-            if receipt and receipt.facts.get("digest") == digest:
-                return dataset_address(receipt.as_input(store.at(folder).uri))
+    for directory, receipt in finished_steps(store):
+        if receipt.kind in {"shard", "join"} and DatasetFacts.read(receipt.facts).digest == digest:
+            return dataset_address(receipt.as_input(store.at(directory).uri))
     raise DataError(
         f"{store.uri}: no finished shard or join step made the dataset {digest[:12]} that was trained on. Name the directory "
         "of the step that did with --dataset"

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.cluster.resources import Resources
 from pipeline.errors import StorageError
 from pipeline.training.engine.deepspeed_engine import Fragment
 
@@ -60,6 +61,13 @@ def on_disk(directory: Path) -> Room:
             ) from error
 
     return room
+
+
+def room_for_copy(resources: Resources, device: torch.device) -> Room:
+    """Return where a worker's state is copied to before it is written: pinned memory for CUDA, memory, or a file on disk."""
+    if resources.checkpoint_copy == "disk":
+        return on_disk(Path(resources.cache_directory).expanduser() / "copies")
+    return pinned if device.type == "cuda" else in_memory
 
 
 def _touched(memory: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from pipeline.cluster.resources import Resources
 from pipeline.errors import CheckpointError, PipelineError
 from pipeline.graph.receipts import claims, read_claim, read_receipt
 from pipeline.graph.step import generation_key
@@ -31,6 +32,11 @@ class Retention:
     """Those whose step this divides; None: none for that."""
     best: int
     """The n of the lowest loss."""
+
+    @classmethod
+    def of(cls, resources: Resources) -> "Retention":
+        """Return what `resources` asks to keep."""
+        return cls(last=resources.keep_checkpoints, every_steps=resources.keep_every_steps, best=resources.keep_best)
 
 
 class StoredCheckpoint(NamedTuple):

@@ -10,11 +10,10 @@ from typing import Any, Literal
 
 import torch
 
+from pipeline.cluster.resources import Offload, ZeroStage
 from pipeline.errors import ConfigError
 from pipeline.training.world import World
 
-Offload = Literal["none", "optimizer"]
-"""What lives, and is computed, on the CPU beside a GPU."""
 EPS = 1e-8
 REDUCE_BUCKET_ELEMENTS = 50_000_000
 """Gradients that are reduced together. DeepSpeed's 5e8 is a buffer of 1 GiB, and more than most models: nothing would be cut up
@@ -30,7 +29,7 @@ class EngineSettings:
     """What the engine needs beside the model."""
 
     precision: Literal["bf16", "fp32"]
-    zero_stage: Literal[1, 2, 3]
+    zero_stage: ZeroStage
     micro_batch: int
     accumulation: int
     """Micro-steps of one optimiser step, equal on all ranks."""

@@ -7,10 +7,12 @@
     numeric, data   a PipelineError that the loop raised on all workers      not again; they never come here
 In a row: without a new committed checkpoint in between. A run that goes forward is never given up."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Literal
 
 import torch
+
+from pipeline.cluster.resources import Resources
 
 FailureClass = Literal["preempted", "infrastructure", "memory", "user"]
 FAULTS = (
@@ -45,18 +47,19 @@ class Restarts:
         return self.count
 
 
-def verdict(kind: FailureClass, in_a_row: int, resources: Mapping[str, Any]) -> str:
+def verdict(kind: FailureClass, in_a_row: int, resources: Resources) -> str:
     """Why the step is given up, with the way out; empty: it is tried again."""
     if kind == "memory":
         return (
-            f"a worker ran out of GPU memory at micro_batch={resources['micro_batch']}, zero_stage={resources['zero_stage']}: "
+            f"a worker ran out of GPU memory at micro_batch={resources.micro_batch}, zero_stage={resources.zero_stage}: "
             f"lower resources.micro_batch (the result is the same) or raise resources.zero_stage"
         )
     if kind == "user":
         return "the code of a worker failed, and would fail again"
     name = "max_preemptions" if kind == "preempted" else "max_failures"
-    if in_a_row <= resources[name]:
+    allowed = resources.max_preemptions if kind == "preempted" else resources.max_failures
+    if in_a_row <= allowed:
         return ""
     since = f"{in_a_row} times without a new checkpoint, " if in_a_row > 1 else ""
     what = "were taken away" if kind == "preempted" else "failed"
-    return f"the workers {what} {since}more often than {name}={resources[name]} allows"
+    return f"the workers {what} {since}more often than {name}={allowed} allows"

@@ -59,7 +59,7 @@ class Replayed:
 
 def replay(bundle: Bundle, root: Store, spec: TrainSpec, *, most_steps: int, tell: Callable[[str], None]) -> Replayed:
     """Replays a bundle's step; `most_steps`: between the checkpoint and it."""
-    spec = replace(spec, placement=replace(spec.placement, zero_stage=1, offload="none"))
+    spec = replace(spec, resources=spec.resources.model_copy(update={"zero_stage": 1, "offload": "none"}))
     world = enter_world()
     if world.size > 1:
         raise DataError(
@@ -78,7 +78,7 @@ def replay(bundle: Bundle, root: Store, spec: TrainSpec, *, most_steps: int, tel
     if checkpoint:
         check_cursor(checkpoint, spec.cursor(loader.order))
         built.module.load_state_dict(checkpoint.weights())
-    settings = engine_settings(spec.recipe, spec.placement, workers=world.size)
+    settings = engine_settings(spec.recipe, spec.resources, workers=world.size)
     with closing(Engine(built.module, built.groups, settings, world)) as engine:
         _load(engine, checkpoint)
         tell(f"from {key or 'the initial weights'}, {bundle.step - began_at} steps to go")

@@ -6,8 +6,8 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
 
 from pipeline import cluster
 from pipeline.errors import Fenced, StorageError
@@ -109,21 +109,9 @@ def supervise(attempt: Attempt, world: World) -> Supervision:
     notices: list[tuple[Callable[[], bool], StopReason]] = [(_terminated.is_set, "preempted")]
     if attempt.executor == "ray":
         notices.append((Streak(cluster.here_drains, every_s=DRAIN_EVERY_S, length=1), "preempted"))
-        most = worker_range(attempt.resources)[1]
+        _, most = attempt.resources.worker_range
         if world.is_first and world.size < most:
-            need = need_of_worker(attempt.resources)
+            need = attempt.resources.per_worker
             grown = Streak(lambda: cluster.room(need, of="free") > 0, every_s=GROW_EVERY_S, length=2)
             notices.append((grown, "resized"))
     return Supervision(StoreSupervisor(attempt) if world.is_first else None, notices)
-
-
-def worker_range(resources: Mapping[str, Any]) -> tuple[int, int]:
-    """Fewest and most workers."""
-    workers = resources["workers"]
-    low, high = (workers, workers) if isinstance(workers, int) else workers
-    return low, high
-
-
-def need_of_worker(resources: Mapping[str, Any]) -> dict[str, float]:
-    """What one worker reserves of a node; `use_gpu` must have been decided."""
-    return {"CPU": float(resources["cpus_per_worker"]), **({"GPU": 1.0} if resources["use_gpu"] else {})}

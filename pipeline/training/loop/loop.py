@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.data.feed.loader import Batch, Loader
 from pipeline.data.feed.order import steps_total
@@ -22,8 +22,10 @@ from pipeline.graph.step import Attempt
 from pipeline.tracking import Tracker
 from pipeline.training.checkpoints import format as checkpoints
 from pipeline.training.checkpoints.format import Checkpoint, CheckpointManifest
+from pipeline.training.checkpoints.host_copy import room_for_copy
 from pipeline.training.checkpoints.position import Position, found, position_at
 from pipeline.training.checkpoints.resume import beginning, forked
+from pipeline.training.checkpoints.retention import Retention
 from pipeline.training.checkpoints.saver import Saver, saving
 from pipeline.training.engine.deepspeed_engine import Engine, initial_state
 from pipeline.training.engine.micro_batches import split
@@ -54,7 +56,7 @@ class Trained:
     """Over every (epoch, sample) of the committed line."""
     loss: float
     """Mean over the last global batch."""
-    scores: Mapping[str, float]
+    scores: Mapping[str, Any]
 
 
 def train(spec: TrainSpec, attempt: Attempt, *, world: World, tracker: Tracker, supervisor: Supervisor) -> Trained:
@@ -67,7 +69,7 @@ def train(spec: TrainSpec, attempt: Attempt, *, world: World, tracker: Tracker, 
     total_steps = steps_total(loader.order.samples_per_epoch, spec.recipe.global_batch, spec.recipe.epochs)
     with ExitStack() as held:
         held.enter_context(closing(engine))
-        watchdog = held.enter_context(Watchdog(attempt.store, world, limit_s=spec.placement.watchdog_s, then=then))
+        watchdog = held.enter_context(Watchdog(attempt.store, world, limit_s=spec.resources.watchdog_s, then=then))
         engine.phase = watchdog.phase
         return _Training(
             spec=spec,
@@ -95,7 +97,7 @@ def _start(spec: TrainSpec, attempt: Attempt, world: World, loader: Loader) -> t
             if checkpoint:
                 checkpoints.check_cursor(checkpoint, spec.cursor(loader.order))
                 checkpoint.load_into(built.module)
-        settings = engine_settings(spec.recipe, spec.placement, workers=world.size)
+        settings = engine_settings(spec.recipe, spec.resources, workers=world.size)
         engine = Engine(built.module, built.groups, settings, world)
         if not checkpoint:
             return engine, Position()
@@ -108,8 +110,8 @@ def _start(spec: TrainSpec, attempt: Attempt, world: World, loader: Loader) -> t
 
 
 def _saver(spec: TrainSpec, attempt: Attempt, world: World, engine: Engine) -> Saver:
-    placement = spec.placement
-    return Saver(engine.fragments, world, attempt, placement.retention, placement.room(world.device))
+    retention, room = Retention.of(spec.resources), room_for_copy(spec.resources, world.device)
+    return Saver(engine.fragments, world, attempt, retention, room)
 
 
 @dataclass(kw_only=True)
@@ -156,8 +158,8 @@ class _Training:
 
     def _steps(self) -> StopReason:
         """Step after step; why they ended."""
-        placement, phase = self.spec.placement, self.watchdog.phase
-        window = placement.profile_steps if self.world.is_first else None
+        resources, phase = self.spec.resources, self.watchdog.phase
+        window = resources.profile_steps if self.world.is_first else None
         with closing(Profiler(window, self.attempt.store, self.tracker)) as profiler:
             while self.position.global_step < self.total_steps:
                 self.watchdog.step = self.position.global_step
@@ -171,10 +173,10 @@ class _Training:
                     return stopped
                 if self._step(batch).verdict == "roll_back":
                     continue
-                if self._due(placement.log_every_steps):
+                if self._due(resources.log_every_steps):
                     with phase("log"):
                         self._log()
-                if self.position.global_step % placement.checkpoint_every_steps == 0:
+                if self.position.global_step % resources.checkpoint_every_steps == 0:
                     with phase("save"):
                         self._save()
         return ""

@@ -45,6 +45,11 @@ class Recipe:
             raise ConfigError(f"max_grad_norm={self.max_grad_norm} is not positive: write 1.0, or null for no clipping")
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ConfigError(f"warmup_epochs={self.warmup_epochs} is not in [0, epochs={self.epochs}): write fewer")
+        for name in ("weight_decay", "min_lr"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} is not 0 or more: write 0 for none")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas={self.betas} are not both in [0, 1): write [0.9, 0.95]")
         most = 1 - self.warmup_epochs / self.epochs
         if self.schedule == "warmup_stable_decay" and not 0 < self.decay_share <= most:
             raise ConfigError(
@@ -82,3 +87,13 @@ class FinetuneRecipe(Recipe):
     """The learning rate of each layer is this times that of the layer above."""
     drop_path: float = 0.1
     label_smoothing: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("drop_path", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} is not in [0, 1): write 0 for none")
+        if not 0 < self.layer_decay <= 1:
+            raise ConfigError(
+                f"layer_decay={self.layer_decay} is not in (0, 1]: write 1 for the same rate in all layers"
+            )

@@ -12,13 +12,14 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load
 
 from mae_core.targets import PatchBasis
+from pipeline.cluster.resources import Resources
 from pipeline.data.dataset.address import DatasetAddress
 from pipeline.data.feed.order import OrderConfig
 from pipeline.errors import DataError
 from pipeline.storage import Store
 from pipeline.training.spec.recipe import FinetuneRecipe, Recipe
 from pipeline.training.spec.tasks import BASIS, ClassificationTask, MAETask
-from pipeline.training.spec.train_spec import Placement, TrainSpec
+from pipeline.training.spec.train_spec import TrainSpec
 
 TASKS: Mapping[str, type[MAETask] | type[ClassificationTask]] = {
     one.__name__: one for one in (MAETask, ClassificationTask)
@@ -29,7 +30,7 @@ Built = TypeVar("Built")
 
 def as_json(spec: TrainSpec) -> dict[str, Any]:
     """JSON values, the kinds of task and recipe among them."""
-    body = asdict(replace(spec, task=_plain(spec.task)))
+    body = asdict(replace(spec, task=_plain(spec.task))) | {"resources": spec.resources.model_dump(mode="json")}
     return body | {"kinds": [type(spec.task).__name__, type(spec.recipe).__name__]}
 
 
@@ -51,8 +52,16 @@ def from_json(body: Mapping[str, Any], root: Store) -> TrainSpec:
         dataset=_made(DatasetAddress, body["dataset"]),
         train_samples=body["train_samples"],
         evaluation_split=body["evaluation_split"],
-        placement=_made(Placement, body["placement"]),
+        resources=_resources(body),
     )
+
+
+def _resources(body: Mapping[str, Any]) -> Resources:
+    """Resources of a bundle; bundles written before 0.2 call them `placement` and hold those that the loop reads."""
+    try:
+        return Resources.model_validate(body["resources"] if "resources" in body else body["placement"])
+    except ValidationError as cause:
+        raise DataError(f"a bundle's resources are not of this version: {cause.errors()[0]['msg']}") from cause
 
 
 def _plain(task: Any) -> Any:

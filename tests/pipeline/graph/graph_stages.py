@@ -1,6 +1,6 @@
 """Tiny real stages for the tests of the graph: they write files and tell a log, line by line, what they did.
 
-The log's path and a tick's length come with the resources, so that they are outside every fingerprint."""
+The log's path and a tick's length come with the options, so that they are outside every fingerprint."""
 
 import hashlib
 import json
@@ -30,12 +30,12 @@ class Work:
 
 def tell(attempt: Attempt, line: str) -> None:
     """Appends a line; short appends of several processes do not mix."""
-    with Path(attempt.resources["log"]).open("a") as file:
+    with Path(attempt.options["log"]).open("a") as file:
         file.write(line + "\n")
 
 
 def tick(attempt: Attempt) -> None:
-    time.sleep(attempt.resources.get("tick_s", 0.0))
+    time.sleep(attempt.options.get("tick_s", 0.0))
     check_fence(attempt.root, attempt.generation)
 
 
@@ -95,9 +95,9 @@ def newest_link(root: Any) -> str:
 
 
 def fails(config: Work, inputs: Mapping[str, StageInput], attempt: Attempt) -> StageResult:
-    """Raises, as long as the resources say so, an error of the pipeline's (by name) or one of Python's."""
+    """Raises, as long as the options say so, an error of the pipeline's (by name) or one of Python's."""
     tell(attempt, attempt.step_name)
-    if broken := attempt.resources["broken"]:
+    if broken := attempt.options["broken"]:
         raise getattr(errors, broken, ZeroDivisionError)("images/7.jpg is not an image. Remove it")
     return finished(attempt, "mended")
 
@@ -113,7 +113,7 @@ def dies_once(config: Work, inputs: Mapping[str, StageInput], attempt: Attempt) 
 
 def meets(config: Work, inputs: Mapping[str, StageInput], attempt: Attempt) -> StageResult:
     """Ends only when two steps are at work at the same time."""
-    meeting = Path(attempt.resources["meeting"])
+    meeting = Path(attempt.options["meeting"])
     (meeting / attempt.step_name).touch()
     for _ in range(600):
         if len(list(meeting.iterdir())) == 2:
@@ -122,23 +122,38 @@ def meets(config: Work, inputs: Mapping[str, StageInput], attempt: Attempt) -> S
     raise TimeoutError("nobody came")
 
 
-def small_graph(resources: Mapping[str, Any], *, ticks: int = 4) -> list[Step]:
+def small_graph(options: Mapping[str, Any], *, ticks: int = 4) -> list[Step]:
     """A graph in the pipeline's shape: listing -> shards -> training -> two probes -> page."""
-    listing = Step(name="listing", function=write, config=Work(1, ticks), resources=resources)
+    listing = Step(kind="report", name="listing", function=write, config=Work(1, ticks), options=options)
     shards = Step(
-        name="shards", function=objects, config=Work(2, ticks), inputs={"listing": listing}, resources=resources
+        kind="report",
+        name="shards",
+        function=objects,
+        config=Work(2, ticks),
+        inputs={"listing": listing},
+        options=options,
     )
     training = Step(
+        kind="report",
         name="training",
         function=count,
         config=Work(3, 2 * ticks),
         inputs={"shards": shards},
-        resources=resources,
+        options=options,
         resume_point=newest_link,
     )
-    near = Step(name="near", function=write, config=Work(4, ticks), inputs={"shards": shards}, resources=resources)
-    far = Step(name="far", function=write, config=Work(5, ticks), inputs={"training": training}, resources=resources)
+    near = Step(
+        kind="report", name="near", function=write, config=Work(4, ticks), inputs={"shards": shards}, options=options
+    )
+    far = Step(
+        kind="report", name="far", function=write, config=Work(5, ticks), inputs={"training": training}, options=options
+    )
     page = Step(
-        name="page", function=write, config=Work(6, ticks), inputs={"near": near, "far": far}, resources=resources
+        kind="report",
+        name="page",
+        function=write,
+        config=Work(6, ticks),
+        inputs={"near": near, "far": far},
+        options=options,
     )
     return [listing, shards, training, near, far, page]

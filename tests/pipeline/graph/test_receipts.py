@@ -13,7 +13,7 @@ from pipeline.graph.receipts import RECEIPT, check_fence, claim, claims, read_cl
 from pipeline.graph.step import StageResult, Step
 from pipeline.storage import FileStore, S3Store
 
-STEP = Step(name="listing", function=write, config=Work(1))
+STEP = Step(kind="shard", name="listing", function=write, config=Work(1))
 
 
 @pytest.fixture(params=["folder", "s3"])

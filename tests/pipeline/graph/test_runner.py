@@ -11,6 +11,7 @@ from graph_drivers import HERE, Driver, Silent, check_like_undisturbed, kill_and
 from graph_stages import OUT, Work, count, dies_once, fails, meets, newest_link, small_graph, write
 
 from pipeline import cluster
+from pipeline.cluster.resources import Resources
 from pipeline.errors import DataError, Fenced, PipelineError, Stopped, StorageError
 from pipeline.graph.plan import dotted_fields, nearest_difference, plan_graph
 from pipeline.graph.receipts import RECEIPT, claim, claims, read_receipt
@@ -25,7 +26,7 @@ def store(tmp_path) -> FileStore:
 
 
 @pytest.fixture
-def resources(tmp_path) -> dict[str, object]:
+def options(tmp_path) -> dict[str, object]:
     return {"log": str(tmp_path / "log")}
 
 
@@ -41,9 +42,9 @@ def ray():
         cluster.disconnect()
 
 
-def told(resources) -> list[str]:
+def told(options) -> list[str]:
     """What the stages said since the last look."""
-    log = Path(resources["log"])
+    log = Path(options["log"])
     lines = log.read_text().splitlines() if log.exists() else []
     log.write_text("")
     return lines
@@ -61,61 +62,61 @@ def walk(steps, store, *, executor="in_process", parallel=1, hooks=None):
     return GraphRun(steps, store=store, executor=executor, hooks=hooks or Silent(), parallel=parallel).walk()
 
 
-def alone(function, resources, name="alone", **more) -> Step:
-    return Step(name=name, function=function, config=Work(), resources=resources, **more)
+def alone(function, options, name="alone", **more) -> Step:
+    return Step(kind="report", name=name, function=function, config=Work(), options=options, **more)
 
 
 # --- what is done stays done
 
 
-def test_second_run_computes_nothing(store, resources):
-    steps = small_graph(resources)
+def test_second_run_computes_nothing(store, options):
+    steps = small_graph(options)
     first, second = walk(steps, store), walk(steps, store)
-    assert names(told(resources)) == ["listing", "shards", "training", "near", "far", "page"]
+    assert names(told(options)) == ["listing", "shards", "training", "near", "far", "page"]
     assert set(states(first).values()) == {"done"}
     assert set(states(second).values()) == {"cached"}
     assert [outcome.receipt for outcome in second] == [outcome.receipt for outcome in first]
 
 
-def test_steps_given_out_of_order_run_in_order(store, resources):
-    steps = small_graph(resources)
+def test_steps_given_out_of_order_run_in_order(store, options):
+    steps = small_graph(options)
     assert [outcome.step.name for outcome in walk([steps[-1]], store)] == [
         "listing", "shards", "near", "training", "far", "page",
     ]  # fmt: skip
 
 
-def test_a_changed_field_runs_again_exactly_what_depends_on_it(store, resources):
-    listing, shards, training, near, far, page = small_graph(resources)
+def test_a_changed_field_runs_again_exactly_what_depends_on_it(store, options):
+    listing, shards, training, near, far, page = small_graph(options)
     walk([page], store)
-    told(resources)
+    told(options)
     other = dataclasses.replace(training, config=Work(30, 8))
     far = dataclasses.replace(far, inputs={"training": other})
     page = dataclasses.replace(page, inputs={"near": near, "far": far})
     outcomes = walk([listing, shards, other, near, far, page], store)
-    assert names(told(resources)) == ["training", "far", "page"]
+    assert names(told(options)) == ["training", "far", "page"]
     assert [name for name, state in states(outcomes).items() if state == "cached"] == ["listing", "shards", "near"]
-    assert set(states(walk(small_graph(resources), store)).values()) == {"cached"}  # the old ones are still there
+    assert set(states(walk(small_graph(options), store)).values()) == {"cached"}  # the old ones are still there
 
 
-def test_changed_resources_run_nothing_again(store, resources, tmp_path):
-    walk(small_graph(resources), store)
-    told(resources)
-    moved = resources | {"tick_s": 1.0, "workers": 64, "zero_stage": 3}
+def test_changed_resources_run_nothing_again(store, options, tmp_path):
+    walk(small_graph(options), store)
+    told(options)
+    moved = options | {"tick_s": 1.0, "workers": 64, "zero_stage": 3}
     assert set(states(walk(small_graph(moved), store, parallel=4)).values()) == {"cached"}
-    assert told(resources) == []
+    assert told(options) == []
 
 
-def test_a_step_whose_receipt_was_deleted_runs_again_from_what_it_left(store, resources):
-    steps = small_graph(resources)
+def test_a_step_whose_receipt_was_deleted_runs_again_from_what_it_left(store, options):
+    steps = small_graph(options)
     walk(steps, store)
-    told(resources)
+    told(options)
     store.at(steps[1].directory).delete(RECEIPT)
     assert states(walk(steps, store))["shards"] == "done"
-    assert told(resources) == []  # its objects were all there
+    assert told(options) == []  # its objects were all there
 
 
-def test_two_different_steps_of_one_name_are_refused(store, resources):
-    twice = [alone(write, resources), dataclasses.replace(alone(write, resources), config=Work(9))]
+def test_two_different_steps_of_one_name_are_refused(store, options):
+    twice = [alone(write, options), dataclasses.replace(alone(write, options), config=Work(9))]
     with pytest.raises(PipelineError, match="two different steps are named alone"):
         walk(twice, store)
     with pytest.raises(PipelineError, match="two different steps are named alone"):
@@ -126,8 +127,8 @@ def test_two_different_steps_of_one_name_are_refused(store, resources):
 # --- the plan
 
 
-def test_the_plan_names_what_would_run_and_why_and_writes_nothing(store, resources):
-    listing, shards, _, near, _, page = small_graph(resources)
+def test_the_plan_names_what_would_run_and_why_and_writes_nothing(store, options):
+    listing, shards, _, near, _, page = small_graph(options)
     assert {row.state for row in plan_graph([page], store=store)} == {"to_run"}
     assert list(store.list()) == []
     walk([page], store)
@@ -161,8 +162,8 @@ def test_the_plan_compares_with_the_most_similar_step_done_before():
     assert dotted_fields(identity)["config.deep.sizes"] == [1, 2]
 
 
-def test_a_step_whose_driver_died_right_after_the_receipt_is_remembered_too(store, resources):
-    steps = small_graph(resources)
+def test_a_step_whose_driver_died_right_after_the_receipt_is_remembered_too(store, options):
+    steps = small_graph(options)
     walk(steps, store)
     for info in list(store.list("history/")):
         store.delete(info.key)
@@ -174,15 +175,15 @@ def test_a_step_whose_driver_died_right_after_the_receipt_is_remembered_too(stor
 # --- failures
 
 
-def test_a_failing_step_blocks_only_what_needs_it(store, resources):
-    bad = alone(fails, resources | {"broken": "DataError"}, "bad")
-    needs = alone(write, resources, "needs", inputs={"bad": bad})
-    last = alone(write, resources, "last", inputs={"needs": needs})
-    free = alone(write, resources, "free")
+def test_a_failing_step_blocks_only_what_needs_it(store, options):
+    bad = alone(fails, options | {"broken": "DataError"}, "bad")
+    needs = alone(write, options, "needs", inputs={"bad": bad})
+    last = alone(write, options, "last", inputs={"needs": needs})
+    free = alone(write, options, "free")
     outcomes = walk([bad, needs, last, free], store)
     assert states(outcomes) == {"bad": "failed", "needs": "blocked", "last": "blocked", "free": "done"}
     assert isinstance(outcomes[0].error, DataError)
-    mended = dataclasses.replace(bad, resources=resources | {"broken": ""})
+    mended = dataclasses.replace(bad, options=options | {"broken": ""})
     inputs = {"bad": mended}
     needs = dataclasses.replace(needs, inputs=inputs)
     last = dataclasses.replace(last, inputs={"needs": needs})
@@ -191,34 +192,34 @@ def test_a_failing_step_blocks_only_what_needs_it(store, resources):
     }  # fmt: skip
 
 
-def test_an_unexpected_error_leaves_its_traceback_in_the_store(store, resources):
-    bad = alone(fails, resources | {"broken": "ZeroDivisionError"})
+def test_an_unexpected_error_leaves_its_traceback_in_the_store(store, options):
+    bad = alone(fails, options | {"broken": "ZeroDivisionError"})
     [outcome] = walk([bad], store)
     assert (outcome.state, type(outcome.error)) == ("failed", ZeroDivisionError)
     assert b"ZeroDivisionError: images/7.jpg" in store.at(bad.directory).read("failure/0001.txt")
 
 
-def test_a_done_step_is_cached_though_its_input_cannot_be_made_again(store, resources):
-    bad = alone(fails, resources | {"broken": ""}, "bad")
-    needs = alone(write, resources, "needs", inputs={"bad": bad})
+def test_a_done_step_is_cached_though_its_input_cannot_be_made_again(store, options):
+    bad = alone(fails, options | {"broken": ""}, "bad")
+    needs = alone(write, options, "needs", inputs={"bad": bad})
     walk([bad, needs], store)
     store.at(bad.directory).delete(RECEIPT)
-    bad = dataclasses.replace(bad, resources=resources | {"broken": "DataError"})
+    bad = dataclasses.replace(bad, options=options | {"broken": "DataError"})
     needs = dataclasses.replace(needs, inputs={"bad": bad})
     assert states(walk([needs], store)) == {"bad": "failed", "needs": "cached"}
 
 
-def test_a_damaged_receipt_fails_its_step_and_lets_the_others_go_on(store, resources):
-    damaged, free = alone(write, resources, "damaged"), alone(write, resources, "free")
+def test_a_damaged_receipt_fails_its_step_and_lets_the_others_go_on(store, options):
+    damaged, free = alone(write, options, "damaged"), alone(write, options, "free")
     store.at(damaged.directory).write(RECEIPT, b"{")
-    needs = alone(write, resources, "needs", inputs={"damaged": damaged})
+    needs = alone(write, options, "needs", inputs={"damaged": damaged})
     outcomes = walk([damaged, needs, free], store)
     assert states(outcomes) == {"damaged": "failed", "needs": "blocked", "free": "done"}
     assert RECEIPT in str(outcomes[0].error)
 
 
-def test_a_store_that_refuses_a_claim_fails_that_step_alone(store, resources):
-    shut, free = alone(write, resources, "shut"), alone(write, resources, "free")
+def test_a_store_that_refuses_a_claim_fails_that_step_alone(store, options):
+    shut, free = alone(write, options, "shut"), alone(write, options, "free")
     store.root.mkdir()
     (store.root / shut.directory).write_text("a file where the step's folder should be")
     hooks = Silent()
@@ -228,13 +229,13 @@ def test_a_store_that_refuses_a_claim_fails_that_step_alone(store, resources):
     assert hooks.begun == ["free"]  # no run in MLflow is left open for a step that never began
 
 
-def test_code_that_differs_from_the_drivers_is_refused(store, resources):
-    step = alone(write, resources)
+def test_code_that_differs_from_the_drivers_is_refused(store, options):
+    step = alone(write, options)
     root = store.at(step.directory)
-    attempt = Attempt(root.uri, 1, "", step.name, "0" * 64, resources, "in_process", progress=None)
+    attempt = Attempt(root.uri, 1, "", step.name, "0" * 64, Resources(), "in_process", progress=None, options=options)
     with pytest.raises(PipelineError, match="Install the same version of mae-pipeline on every machine"):
         execute(step, {}, attempt)
-    assert told(resources) == []
+    assert told(options) == []
 
 
 # --- stopping
@@ -258,8 +259,8 @@ def stopped_walk(steps, store, step_name, *, executor="in_process", parallel=1):
     return hooks.run.walk()
 
 
-def test_a_stop_lets_a_step_save_and_the_next_run_goes_on_from_there(store, resources):
-    steps = small_graph(resources | {"tick_s": 0.1})
+def test_a_stop_lets_a_step_save_and_the_next_run_goes_on_from_there(store, options):
+    steps = small_graph(options | {"tick_s": 0.1})
     outcomes = stopped_walk(steps, store, "training")
     assert states(outcomes) == {
         "listing": "done", "shards": "done", "training": "stopped", "near": "stopped", "far": "stopped", "page": "stopped",
@@ -267,12 +268,12 @@ def test_a_stop_lets_a_step_save_and_the_next_run_goes_on_from_there(store, reso
     assert isinstance(outcomes[2].error, Stopped)
     assert store.at(steps[2].directory).exists(stop_key(1))
     walk(steps, store)  # the old request is to the first generation: it stops no other
-    lines = told(resources)
+    lines = told(options)
     assert sorted(line for line in lines if line.startswith("training ")) == [f"training {link}" for link in range(8)]
 
 
-def test_a_stop_cuts_off_a_step_that_cannot_save(store, resources):
-    steps = small_graph(resources)
+def test_a_stop_cuts_off_a_step_that_cannot_save(store, options):
+    steps = small_graph(options)
     outcomes = stopped_walk(steps, store, "near")
     assert states(outcomes)["near"] == "stopped"
     assert "the same command runs it again" in str(outcomes[3].error)
@@ -280,24 +281,24 @@ def test_a_stop_cuts_off_a_step_that_cannot_save(store, resources):
     assert set(states(walk(steps, store)).values()) == {"done", "cached"}
 
 
-def test_what_is_done_is_told_so_in_a_stopped_run(store, resources):
-    steps = small_graph(resources)
+def test_what_is_done_is_told_so_in_a_stopped_run(store, options):
+    steps = small_graph(options)
     walk(steps[:2], store)
     run = GraphRun([steps[0], steps[3]], store=store, executor="in_process", hooks=Silent())
     run.request_stop()
     assert states(run.walk()) == {"listing": "cached", "shards": "cached", "near": "stopped"}
 
 
-def test_an_interrupt_without_a_request_stops_the_whole_run(store, resources):
+def test_an_interrupt_without_a_request_stops_the_whole_run(store, options):
     class Interrupted(Silent):
         def progress(self, step_name, done, total, unit, fields):
             raise KeyboardInterrupt
 
-    outcomes = walk([alone(write, resources, "a"), alone(write, resources, "b")], store, hooks=Interrupted())
+    outcomes = walk([alone(write, options, "a"), alone(write, options, "b")], store, hooks=Interrupted())
     assert states(outcomes) == {"a": "stopped", "b": "stopped"}
 
 
-def test_a_failure_while_stopping_is_still_a_failure(store, resources):
+def test_a_failure_while_stopping_is_still_a_failure(store, options):
     class Stopping(Silent):
         def begin(self, step):
             with contextlib.suppress(KeyboardInterrupt):
@@ -305,7 +306,7 @@ def test_a_failure_while_stopping_is_still_a_failure(store, resources):
             return ""
 
     hooks = Stopping()
-    bad = alone(fails, resources | {"broken": "DataError"}, resume_point=newest_link)
+    bad = alone(fails, options | {"broken": "DataError"}, resume_point=newest_link)
     hooks.run = GraphRun([bad], store=store, executor="in_process", hooks=hooks)
     assert states(hooks.run.walk()) == {"alone": "failed"}
 
@@ -325,8 +326,8 @@ class ClaimsToo(Silent):
             claim(self.root, continues=newest_link(self.root))
 
 
-def test_a_fenced_driver_stops_and_never_claims_again(store, resources):
-    steps = small_graph(resources)
+def test_a_fenced_driver_stops_and_never_claims_again(store, options):
+    steps = small_graph(options)
     root = store.at(steps[2].directory)
     outcomes = walk(steps, store, hooks=ClaimsToo(root))
     assert states(outcomes) == {
@@ -337,7 +338,7 @@ def test_a_fenced_driver_stops_and_never_claims_again(store, resources):
     assert claims(store.at(steps[3].directory)) == []
 
 
-def test_two_drivers_at_once_end_in_one_result(tmp_path, store, resources):
+def test_two_drivers_at_once_end_in_one_result(tmp_path, store, options):
     walk_to_the_end(tmp_path / "alone", tick_s=0)
     together = tmp_path / "together"
     drivers = [Driver(together, tick_s=0.2), Driver(together, tick_s=0.2)]
@@ -364,8 +365,8 @@ def test_a_killed_driver_goes_on_to_the_same_results(seed, tmp_path):
 # --- on Ray
 
 
-def test_the_graph_on_ray_is_the_graph_in_process(ray, store, resources, tmp_path):
-    steps = small_graph(resources)
+def test_the_graph_on_ray_is_the_graph_in_process(ray, store, options, tmp_path):
+    steps = small_graph(options)
     hooks = Silent()
     assert set(states(walk(steps, store, executor="ray", hooks=hooks)).values()) == {"done"}
     assert (
@@ -387,17 +388,17 @@ def test_independent_steps_run_at_once(ray, store, tmp_path):
     assert states(walk(steps, store, executor="ray", parallel=2)) == {"a": "done", "b": "done"}
 
 
-def test_errors_on_ray_arrive_as_themselves(ray, store, resources):
+def test_errors_on_ray_arrive_as_themselves(ray, store, options):
     kinds = ["PipelineError", "DataError", "CheckpointError", "ZeroDivisionError"]
-    steps = [alone(fails, resources | {"broken": kind}, f"bad-{kind}") for kind in kinds]
+    steps = [alone(fails, options | {"broken": kind}, f"bad-{kind}") for kind in kinds]
     for outcome, kind in zip(walk(steps, store, executor="ray"), kinds, strict=True):
         assert (outcome.state, type(outcome.error).__name__) == ("failed", kind)
         assert str(outcome.error) == "images/7.jpg is not an image. Remove it"
 
 
-def test_a_step_whose_process_dies_is_failed_and_done_the_next_time(ray, store, resources):
-    dying = alone(dies_once, resources, "dying")
-    needs, free = alone(write, resources, "needs", inputs={"dying": dying}), alone(write, resources, "free")
+def test_a_step_whose_process_dies_is_failed_and_done_the_next_time(ray, store, options):
+    dying = alone(dies_once, options, "dying")
+    needs, free = alone(write, options, "needs", inputs={"dying": dying}), alone(write, options, "free")
     outcomes = walk([dying, needs, free], store, executor="ray")
     assert states(outcomes) == {"dying": "failed", "needs": "blocked", "free": "done"}
     assert isinstance(outcomes[0].error, PipelineError)
@@ -415,10 +416,12 @@ def test_a_step_whose_process_dies_is_failed_and_done_the_next_time(ray, store, 
     assert receipt.generation == 2
 
 
-def test_a_stop_on_ray_saves_what_can_save_and_cuts_off_the_rest(ray, store, resources):
-    slow = resources | {"tick_s": 0.2}
-    saves = Step(name="saves", function=count, config=Work(1, 200), resources=slow, resume_point=newest_link)
-    cannot = Step(name="cannot", function=write, config=Work(2, 200), resources=slow)
+def test_a_stop_on_ray_saves_what_can_save_and_cuts_off_the_rest(ray, store, options):
+    slow = options | {"tick_s": 0.2}
+    saves = Step(
+        kind="report", name="saves", function=count, config=Work(1, 200), options=slow, resume_point=newest_link
+    )
+    cannot = Step(kind="report", name="cannot", function=write, config=Work(2, 200), options=slow)
     outcomes = stopped_walk([saves, cannot], store, "saves", executor="ray", parallel=2)
     assert states(outcomes) == {"saves": "stopped", "cannot": "stopped"}
     assert "saved" in str(outcomes[0].error)
@@ -426,10 +429,12 @@ def test_a_stop_on_ray_saves_what_can_save_and_cuts_off_the_rest(ray, store, res
     assert read_receipt(store.at(cannot.directory)) is None
 
 
-def test_a_fence_on_ray_stops_what_else_is_at_work(ray, store, resources):
-    slow = resources | {"tick_s": 0.2}
-    fenced = Step(name="training", function=write, config=Work(1, 200), resources=slow)
-    saves = Step(name="saves", function=count, config=Work(1, 200), resources=slow, resume_point=newest_link)
+def test_a_fence_on_ray_stops_what_else_is_at_work(ray, store, options):
+    slow = options | {"tick_s": 0.2}
+    fenced = Step(kind="report", name="training", function=write, config=Work(1, 200), options=slow)
+    saves = Step(
+        kind="report", name="saves", function=count, config=Work(1, 200), options=slow, resume_point=newest_link
+    )
     hooks = ClaimsToo(store.at(fenced.directory))
     outcomes = walk([fenced, saves], store, executor="ray", parallel=2, hooks=hooks)
     assert [type(outcome.error) for outcome in outcomes] == [Fenced, Stopped]

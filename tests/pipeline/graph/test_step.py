@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from mae_core.errors import ConfigError
+from pipeline.cluster.resources import Resources
 from pipeline.graph.step import ADDED_LATER, Step, canonical
 
 
@@ -27,8 +28,15 @@ class Model(BaseModel):
     sizes: tuple[int, ...] = (1, 2)
 
 
-LISTING = Step(name="listing", function=write, config=Work(1))
-STEP = Step(name="shard", function=write, config=Config(), inputs={"listing": LISTING}, resources={"workers": 1})
+LISTING = Step(kind="shard", name="listing", function=write, config=Work(1))
+STEP = Step(
+    kind="shard",
+    name="shard",
+    function=write,
+    config=Config(),
+    inputs={"listing": LISTING},
+    resources=Resources(workers=1),
+)
 
 
 def test_the_fingerprint_of_a_fixed_step_stays(monkeypatch):
@@ -69,7 +77,15 @@ def test_version_changes_the_fingerprint_of_the_step_and_of_what_reads_it(monkey
     assert LISTING.fingerprint != before[1]
 
 
-@pytest.mark.parametrize("change", [{"resources": {"workers": 64}}, {"resume_point": lambda root: ""}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"resources": Resources(workers=64)},
+        {"options": {"limit": 1}},
+        {"kind": "report"},
+        {"resume_point": lambda root: ""},
+    ],
+)
 def test_where_and_how_it_runs_does_not(change):
     source = dataclasses.replace(LISTING, **change)
     assert dataclasses.replace(STEP, inputs={"listing": source}, **change).fingerprint == STEP.fingerprint

@@ -20,9 +20,10 @@ from run_kit import document, migrated_database, store, write_config, write_imag
 
 from jobs.run import as_line, verdict_line
 from pipeline import cluster, tracking
+from pipeline.cluster.resources import Resources
 from pipeline.cluster.tasks import Executor
-from pipeline.config import Resources, RunConfig, load_config
-from pipeline.data.feed.substitution import Substitution, substitution_facts
+from pipeline.config import RunConfig, load_config
+from pipeline.data.feed.substitution import Substitution
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.graph.receipts import Receipt
 from pipeline.graph.runner import Outcome
@@ -32,6 +33,8 @@ from pipeline.runs.run import _stop_when_told, plan_run, run_pipeline
 from pipeline.runs.summary import RunSummary
 from pipeline.runs.workflow import build
 from pipeline.storage import open_store
+from pipeline.training.facts import IncidentFacts, incident_fields
+from pipeline.training.guard import FRESH
 
 __all__ = ["migrated_database", "store"]
 STEPS = [
@@ -498,11 +501,13 @@ def test_the_closing_table_names_images_that_others_stood_in_for():
 
     def said(count: int) -> str:
         made = [Substitution(id_, 9, epoch, 0, "crc32", f"{id_}.jpg") for id_ in range(count) for epoch in (0, 1)]
-        receipt = Receipt("pretrain", "f" * 64, {}, substitution_facts(made), (), 1, {})
+        receipt = Receipt(
+            "pretrain", "f" * 64, {}, IncidentFacts(**incident_fields(made, FRESH)).as_json(), (), 1, {}, "pretrain"
+        )
         return detail_of(Outcome(step, "done", "file:///x", receipt=receipt))
 
     assert said(0) == ""
-    assert said(2) == "4 times another image stood in for one that could not be read: 0.jpg, 1.jpg"
+    assert said(2) == "4 times another image was used in place of an unreadable one: 0.jpg, 1.jpg"
     assert said(5).endswith("0.jpg, 1.jpg, 2.jpg and 2 more")
 
 

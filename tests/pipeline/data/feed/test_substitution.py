@@ -11,7 +11,6 @@ from pipeline.data.feed.substitution import (
     candidates,
     check_limit,
     most_allowed,
-    substitution_facts,
 )
 from pipeline.errors import DataError
 
@@ -51,9 +50,3 @@ def test_three_or_one_in_ten_thousand_are_borne_in_an_epoch():
             check_limit([*made(7, 6), *rest], 1000, "here")
         assert "0.jpg (id 0, crc32)" in str(caught.value)
         assert "5.jpg" not in str(caught.value)
-
-
-def test_a_receipt_says_how_often_and_which():
-    assert substitution_facts([]) == {"substitutions": 0}
-    facts = substitution_facts([*made(2, 0), *made(2, 1)])
-    assert facts == {"substitutions": 4, "substituted": [[0, "0.jpg", "crc32"], [1, "1.jpg", "crc32"]]}

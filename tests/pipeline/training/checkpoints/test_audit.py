@@ -197,9 +197,9 @@ def test_substitutions_are_excused_and_forged_ones_are_not(teams, shards, tmp_pa
 # Where the dataset is
 
 
-def finish(root, facts, generation) -> None:
+def finish(root, facts, generation, kind="shard") -> None:
     """A receipt as the runner writes it, as far as the audit reads it."""
-    receipt = Receipt("x", "f" * 64, {}, facts, (), generation, {})
+    receipt = Receipt("x", "f" * 64, {}, facts, (), generation, {}, kind)
     assert root.create("receipt.json", json.dumps(asdict(receipt)).encode())
 
 
@@ -221,11 +221,11 @@ def test_the_command_finds_steps_and_dataset_in_a_run_s_store(teams, shards, tmp
     finish(copied.root, dict(copied.facts), copied.generation)
     assert find_dataset(FileStore(run), str(shards.facts["digest"])).root_uri == copied.root_uri
     joined = FileStore(tmp_path / "other" / "join-0123456789ab")
-    finish(joined, {"digest": "d" * 64, "keys_from": "store"}, 1)
+    finish(joined, {**shards.facts, "digest": "d" * 64, "keys_from": "store"}, 1, "join")
     assert find_dataset(FileStore(tmp_path / "other"), "d" * 64).root_uri == (tmp_path / "other").as_uri()
     assert training_steps(FileStore(run)) == ["pretrain-0123456789ab"]
     assert not audit(attempt.root).agrees
-    finish(attempt.root, {"ids_digest": str(trained["ids_digest"] + 1)}, 1)
+    finish(attempt.root, {"global_step": 10, "ids_digest": str(trained["ids_digest"] + 1)}, 1, "pretrain")
     assert "the receipt says digest" in audit(attempt.root).line
 
     good = attempt_at(run / "finetune-0123456789ab")

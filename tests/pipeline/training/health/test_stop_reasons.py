@@ -9,13 +9,14 @@ import pytest
 import torch
 from training_kit import Team, attempt_at, mae_spec, resources, spoiled
 
+from pipeline.cluster.resources import Resources
 from pipeline.graph.receipts import claim
 from pipeline.graph.runner import stop_key
 from pipeline.tracking import NullTracker
 from pipeline.training import launch
 from pipeline.training.checkpoints import format as checkpoints
 from pipeline.training.health.failures import Restarts, classify, verdict
-from pipeline.training.health.stop_reasons import StoreSupervisor, Streak, Supervision, worker_range
+from pipeline.training.health.stop_reasons import StoreSupervisor, Streak, Supervision
 from pipeline.training.launch import RESULT
 from pipeline.training.loop.loop import train
 from pipeline.training.world import enter_world
@@ -148,5 +149,5 @@ def test_what_would_fail_again_is_not_tried_again():
 
 
 def test_a_range_of_workers_or_a_number():
-    assert worker_range({"workers": 3}) == (3, 3)
-    assert worker_range({"workers": [1, 4]}) == (1, 4)
+    assert Resources(workers=3).worker_range == (3, 3)
+    assert Resources(workers=[1, 4]).worker_range == (1, 4)

@@ -16,8 +16,8 @@ from pipeline.data.dataset.address import dataset_address
 from pipeline.data.dataset.manifest import NO_LABEL
 from pipeline.data.feed.selection import Selection, select
 from pipeline.data.images.pictures import AugmentConfig, augment, decode
+from pipeline.evaluation.protocols.finetune import CLASSIFIER, FinetuneConfig, finetune
 from pipeline.graph.step import Attempt, StageInput
-from pipeline.stages.finetune import CLASSIFIER, FinetuneConfig, finetune
 from pipeline.tracking import NullTracker
 from pipeline.training.health.stop_reasons import StoreSupervisor
 from pipeline.training.loop.loop import train

@@ -1,0 +1,117 @@
+"""What a receipt says of a listing (snapshot step) and of a dataset (shard and join steps).
+
+Units: numbers are of images; shares are fractions in [0, 1]."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.data.sources.listing import SourceKind
+from pipeline.graph.facts import Facts
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotFacts(Facts):
+    """What a snapshot lists."""
+
+    kind: SourceKind = "images"
+    """What the source holds."""
+    listed: int
+    """Images; of tars, the tars themselves, whose images are counted when they are indexed."""
+    ignored: int
+    """Files that are none of these."""
+    classes: tuple[str, ...]
+    splits: Mapping[str, int]
+    source: str
+    unlabelled: int | None = None
+    """Images without a label, where a labels file or a table says the labels."""
+    known: int | None = None
+    """Of a later part: files that an earlier part lists."""
+    changed: int | None = None
+    """Of a later part: files whose size has changed since an earlier part listed them. They are listed again."""
+    gone: int | None = None
+    """Of a later part: files that an earlier part lists and the source no longer holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What became of the images of a split: listed = stored + quarantined, stored = served + duplicates."""
+
+    listed: int = 0
+    stored: int = 0
+    served: int = 0
+    """Those that training reads."""
+    duplicates: int = 0
+    """Stored and not served: the bytes equal those of another sample of the split."""
+    quarantined: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetCounts:
+    """Counts of a whole dataset."""
+
+    total: Counts
+    splits: Mapping[str, Counts]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuarantinedImage:
+    """An example from quarantine.parquet."""
+
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearPair:
+    """Sources of two images that look alike."""
+
+    held_out: str
+    train: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearDuplicateFacts:
+    """Images of val and test that look like one of train (`pipeline.data.dataset.near_duplicates`)."""
+
+    pairs: int
+    held_out: int
+    compared: int
+    flat: int
+    distance: int
+    examples: tuple[NearPair, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetFacts(Facts):
+    """What a shard or join step made."""
+
+    digest: str
+    """The manifest's: the identity of the dataset."""
+    counts: DatasetCounts
+    classes: tuple[str, ...]
+    shards: int
+    splits: tuple[str, ...]
+    quarantined: int = 0
+    bad_share: float = 0.0
+    """Share of the listed images that are in quarantine."""
+    quarantine_examples: tuple[QuarantinedImage, ...] = ()
+    duplicates_across_splits: int = 0
+    near_duplicates_across_splits: NearDuplicateFacts | None = None
+    other_members: int | None = None
+    """Of indexed tars: files that belong to no sample."""
+    duplicates_across_parts: int | None = None
+    """Of a join: images of one part whose bytes another part holds too."""
+    parts: Mapping[str, Counts] | None = None
+    """Of a join: the counts of each part, by snapshot name."""
+    keys_from: Literal["store"] | None = None
+    """Of a join: shard keys are relative to the run's store rather than to the step's directory."""
+
+    @property
+    def unsuited(self) -> str:
+        """Why nothing can be evaluated on this dataset, or an empty string if it can."""
+        if not self.classes:
+            return "no labels"
+        if "test" not in self.splits:
+            return "no test split"
+        return ""

@@ -1,0 +1,152 @@
+"""Features of a frozen encoder, computed once per set of weights and shared by every protocol, seed and run of a store.
+
+    <store>/features/<key>/part-0000-of-0012.safetensors    values float32 [n, D], labels int64 [n], sample_ids int64 [n]
+
+The key covers the weights, the dataset, the split, the chosen samples and the pool. It is a cache, not an input of a step: it
+changes no fingerprint, and deleting the folder costs time only. Each part is written by the task that computed it, so that an
+interrupted evaluation goes on where it was.
+Images are read as in any evaluation: centre crop, no augmentation, each once.
+Errors: DataError for a sample or a part that cannot be read."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from mae_core.patches import normalise_pixels
+from pipeline.cluster.resources import Resources
+from pipeline.cluster.tasks import map_tasks
+from pipeline.data.dataset.address import DatasetAddress
+from pipeline.data.dataset.manifest import json_digest
+from pipeline.data.feed.loader import Loader
+from pipeline.data.feed.order import OrderConfig, SampleOrder
+from pipeline.data.feed.selection import Samples, Selection, select
+from pipeline.data.images.pictures import AugmentConfig
+from pipeline.errors import DataError
+from pipeline.evaluation.encoders import EncoderSource
+from pipeline.graph.step import Attempt
+from pipeline.storage import MissingObject, Store, open_store
+from pipeline.training.spec.train_spec import node_cache
+
+FEATURES_VERSION = 1
+"""Part of every key; raise it when features change (another crop, another kind of input)."""
+FOLDER = "features/"
+IMAGES_PER_TASK = 2048
+
+
+class Features(NamedTuple):
+    """Features of some images, in the plain order of the split."""
+
+    values: Tensor  # [n, D] float32
+    labels: Tensor  # [n] int64, index into the dataset's classes
+    sample_ids: Tensor  # [n] int64
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureRequest:
+    """Whose features, of which images."""
+
+    encoder: EncoderSource
+    dataset: DatasetAddress
+    split: str
+    samples: Samples
+    seed: int
+    """Chooses the samples where `samples` is a number."""
+    pool: Literal["cls", "mean"]
+
+    def selection(self) -> Selection:
+        """Open the chosen samples."""
+        return select(self.dataset.open(), self.split, self.samples, seed=self.seed)
+
+
+def take_features(request: FeatureRequest, attempt: Attempt) -> Features:
+    """Return the features, computing the parts that the store lacks as tasks."""
+    selection = request.selection()
+    total = int(selection.counts.sum())
+    parts = max(1, -(-total // IMAGES_PER_TASK))
+    store = open_store(attempt.root_uri.rpartition("/")[0]).at(f"{FOLDER}{_key(request, selection)}")
+    task = partial(_write_part, request, parts, store.uri, attempt.resources)
+    done = 0
+
+    def on_done(_: int, images: int) -> None:
+        nonlocal done
+        done += images
+        attempt.progress.update(done, total, unit=f"{request.split} images")
+
+    map_tasks(task, range(parts), executor=attempt.executor, on_done=on_done)
+    read = [_read_part(store, _part_name(index, parts)) for index in range(parts)]
+    return Features(*(torch.cat(columns) for columns in zip(*read, strict=True)))
+
+
+def _key(request: FeatureRequest, selection: Selection) -> str:
+    encoder = request.encoder.load()
+    ids = [selection.rows(shard).sample_ids.tolist() for shard in range(len(selection.shards))]
+    return json_digest(
+        {
+            "version": FEATURES_VERSION,
+            "weights": encoder.digest,
+            "pixels": [encoder.config.image_size, encoder.config.pixel_mean, encoder.config.pixel_std],
+            "dataset": request.dataset.digest,
+            "split": request.split,
+            "samples": json_digest(ids),
+            "pool": request.pool,
+        }
+    )
+
+
+def _write_part(request: FeatureRequest, parts: int, store_uri: str, resources: Resources, index: int) -> int:
+    """Compute one part unless the store has it; return its number of images."""
+    store, name = open_store(store_uri), _part_name(index, parts)
+    try:
+        return len(_read_part(store, name).labels)
+    except MissingObject:
+        features = _compute(request, resources, index=index, parts=parts)
+    store.write(name, save({key: value.contiguous() for key, value in features._asdict().items()}))
+    return len(features.labels)
+
+
+def _compute(request: FeatureRequest, resources: Resources, *, index: int, parts: int) -> Features:
+    encoder, selection = request.encoder.load(), request.selection()
+    module, config = encoder.build(), encoder.config
+    loader = Loader(
+        selection,
+        SampleOrder(selection.counts, OrderConfig(seed=request.seed)),
+        global_batch=1,
+        rank=index,
+        world_size=parts,
+        augment=AugmentConfig(kind="center", flip=False),
+        image_size=config.image_size,
+        seed=request.seed,
+        cache=node_cache(request.dataset, resources),
+        decode_threads=resources.decode_threads,
+    )
+
+    def batches() -> Iterator[Features]:
+        with closing(loader.evaluation_batches(resources.micro_batch)) as read:
+            for batch in read:
+                pixels = normalise_pixels(batch.images, mean=config.pixel_mean, std=config.pixel_std)
+                yield Features(module.encode(pixels, pool=request.pool), batch.labels.clone(), batch.sample_ids.clone())
+
+    nothing = Features(torch.empty(0, config.embed_dim), *(torch.empty(0, dtype=torch.int64) for _ in range(2)))
+    with torch.inference_mode():
+        return Features(*(torch.cat(columns) for columns in zip(nothing, *batches(), strict=True)))
+
+
+def _part_name(index: int, parts: int) -> str:
+    return f"part-{index:04d}-of-{parts:04d}.safetensors"
+
+
+def _read_part(store: Store, name: str) -> Features:
+    data = store.read(name)
+    try:
+        return Features(**load(data))
+    except (SafetensorError, TypeError) as error:
+        raise DataError(
+            f"{store.uri}/{name}: cached features are damaged ({error}). Delete the file and run again"
+        ) from error

@@ -1,0 +1,89 @@
+"""Fine-tuning of all weights with layer-wise decay of the learning rate, through the same loop as pretraining.
+
+Output: classifier.safetensors, history.jsonl. Facts: FinetuneFacts. Errors: those of training."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from safetensors.torch import save
+
+from pipeline.data.dataset.address import dataset_address
+from pipeline.data.dataset.facts import DatasetFacts
+from pipeline.data.feed.order import OrderConfig
+from pipeline.evaluation.encoders import Pretrained, encoder_source
+from pipeline.evaluation.protocol import EvaluationProtocol, ScoreFacts, Subject, skipped
+from pipeline.graph.step import Attempt, StageInput, StageResult
+from pipeline.training.checkpoints.format import open_checkpoint, resume_point
+from pipeline.training.facts import TrainingFacts, incident_fields
+from pipeline.training.launch import run_training
+from pipeline.training.spec.recipe import FinetuneRecipe
+from pipeline.training.spec.tasks import ClassificationTask
+from pipeline.training.spec.train_spec import TrainSpec
+
+VERSION = 1
+HISTORY = "history.jsonl"
+CLASSIFIER = "classifier.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(Subject):
+    """What decides the score."""
+
+    recipe: FinetuneRecipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneFacts(ScoreFacts, TrainingFacts):
+    """The scores, and how the training went."""
+
+
+def step_config(subject: Subject, settings: FinetuneRecipe) -> FinetuneConfig:
+    """Return the config of the step."""
+    return FinetuneConfig(**vars(subject), recipe=settings)
+
+
+def finetune(config: FinetuneConfig, inputs: Mapping[str, StageInput], attempt: Attempt) -> StageResult:
+    """Train encoder and head on the labelled training split and score them on the test split."""
+    shards = inputs["shards"]
+    if result := skipped(shards):
+        return result
+    recipe, source = config.recipe, encoder_source(config, inputs)
+    encoder = source.shape()
+    spec = TrainSpec(
+        task=ClassificationTask(
+            encoder=encoder,
+            encoder_uri=source.uri if isinstance(source, Pretrained) else "",
+            num_classes=len(DatasetFacts.read(shards.facts).classes),
+            weight_decay=recipe.weight_decay,
+            layer_decay=recipe.layer_decay,
+            drop_path=recipe.drop_path,
+            label_smoothing=recipe.label_smoothing,
+            seed=config.seed,
+        ),
+        recipe=recipe,
+        order=OrderConfig(seed=config.seed),
+        image_size=encoder.image_size,
+        dataset=dataset_address(shards),
+        train_samples=config.train_labels or "labelled",
+        evaluation_split="test",
+        resources=attempt.resources,
+    )
+    trained = run_training(spec, attempt)
+    with open_checkpoint(attempt.root, trained.checkpoint_key) as checkpoint:
+        weights = {name.removeprefix("model."): value for name, value in checkpoint.weights().items()}
+        history, manifest = checkpoint.history(), checkpoint.manifest
+    attempt.store.write(CLASSIFIER, save(weights))
+    attempt.store.write(HISTORY, "".join(json.dumps(row) + "\n" for row in history).encode())
+    facts = FinetuneFacts(
+        global_step=trained.global_step,
+        ids_digest=str(trained.ids_digest),
+        **incident_fields(manifest.substitutions, manifest.guard),
+        **trained.scores,
+    )
+    return StageResult(facts.as_json(), files=(CLASSIFIER,))
+
+
+PROTOCOL = EvaluationProtocol(
+    settings=FinetuneRecipe, step_config=step_config, evaluate=finetune, resume_point=resume_point
+)

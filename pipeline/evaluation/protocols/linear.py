@@ -1,0 +1,124 @@
+"""Linear probe on frozen features: standardise, then one linear layer (He et al. 2021, arXiv 2111.06377, A.1).
+
+Features are standardised by the training split's mean and deviation. The paper's BatchNorm without affine converges to the same
+statistics; taking them once lets the encoder run once per image instead of once per epoch. The classifier is trained with SGD, all in
+float32. Output: probe.safetensors. Facts: ScoreFacts. Errors: those of reading the shards."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from safetensors.torch import save
+from torch import nn
+from torch.nn import functional as F
+
+from mae_core.metrics import topk_counts
+from mae_core.schedules import scaled_lr, warmup_cosine
+from pipeline.data.dataset.address import dataset_address
+from pipeline.data.dataset.facts import DatasetFacts
+from pipeline.data.feed.selection import Samples
+from pipeline.evaluation.encoders import encoder_source
+from pipeline.evaluation.features import FeatureRequest, Features, take_features
+from pipeline.evaluation.protocol import EvaluationProtocol, ScoreFacts, Subject, skipped
+from pipeline.graph.step import Attempt, StageInput, StageResult
+
+VERSION = 1
+PROBE = "probe.safetensors"
+MOMENTUM = 0.9
+
+
+class LinearSettings(BaseModel):
+    """A linear classifier on frozen features, standardised as by BatchNorm without affine (arXiv 2111.06377, A.1)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    pool: Literal["cls", "mean"] = "cls"
+    """Feature: the class token or the mean of the patch tokens, both after the encoder's final norm."""
+    epochs: int = Field(90, ge=1)
+    batch: int = Field(16384, ge=1)
+    base_lr: float = Field(0.1, gt=0)
+    """Learning rate at a batch of 256; SGD with momentum 0.9, cosine decay."""
+    warmup_epochs: float = Field(10.0, ge=0)
+
+    @model_validator(mode="after")
+    def _warm_before_the_end(self) -> "LinearSettings":
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs={self.warmup_epochs} is not in [0, epochs={self.epochs}): write fewer")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearConfig(Subject):
+    """What decides the score."""
+
+    probe: LinearSettings
+
+
+def step_config(subject: Subject, settings: LinearSettings) -> LinearConfig:
+    """Return the config of the step."""
+    return LinearConfig(**vars(subject), probe=settings)
+
+
+def linear(config: LinearConfig, inputs: Mapping[str, StageInput], attempt: Attempt) -> StageResult:
+    """Train the probe on features of the training split and score it on those of the test split."""
+    shards = inputs["shards"]
+    if result := skipped(shards):
+        return result
+
+    def features(split: str, samples: Samples) -> Features:
+        request = FeatureRequest(
+            encoder=encoder_source(config, inputs),
+            dataset=dataset_address(shards),
+            split=split,
+            samples=samples,
+            seed=config.seed,
+            pool=config.probe.pool,
+        )
+        return take_features(request, attempt)
+
+    train, test = features("train", config.train_labels or "labelled"), features("test", "all")
+    mean, deviation = train.values.mean(dim=0), train.values.std(dim=0, correction=0).clamp_min(1e-6)
+    head = fit(
+        train._replace(values=(train.values - mean) / deviation),
+        config.probe,
+        num_classes=len(DatasetFacts.read(shards.facts).classes),
+        seed=config.seed,
+    )
+    with torch.inference_mode():
+        score = topk_counts(head((test.values - mean) / deviation), test.labels)
+    attempt.store.write(PROBE, save({"mean": mean, "deviation": deviation, **head.state_dict()}))
+    facts = ScoreFacts(top1=score.top1, top5=score.top5, loss=score.loss, images=score.count)
+    return StageResult(facts.as_json(), files=(PROBE,))
+
+
+def fit(train: Features, settings: LinearSettings, *, num_classes: int, seed: int) -> nn.Linear:
+    """Train the head with SGD and cosine decay. The seed decides its initial weights and the order of the samples."""
+    count = len(train.labels)
+    batch = min(settings.batch, count)
+    generator = torch.Generator().manual_seed(seed)
+    head = nn.Linear(train.values.shape[1], num_classes)
+    nn.init.normal_(head.weight, std=0.01, generator=generator)
+    nn.init.zeros_(head.bias)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.0, momentum=MOMENTUM)
+    seen, total = 0, settings.epochs * count
+    while seen < total:
+        for indices in torch.split(torch.randperm(count, generator=generator), batch):
+            lr = warmup_cosine(
+                seen,
+                peak_lr=scaled_lr(settings.base_lr, batch),
+                warmup_images=round(settings.warmup_epochs * count),
+                total_images=total,
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.zero_grad()
+            loss = F.cross_entropy(head(train.values[indices]), train.labels[indices])
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            seen += len(indices)
+    return head
+
+
+PROTOCOL = EvaluationProtocol(settings=LinearSettings, step_config=step_config, evaluate=linear)
