@@ -1,10 +1,14 @@
-"""Shapes of the encoder and of the autoencoder, as frozen dataclasses; named sizes are functions.
+"""Configuration of the encoder and of the autoencoder: frozen dataclasses, and a function per named size.
 
-Shapes: grid = (rows, columns) of patches, L = rows * columns = num_patches.
-Units:  image and patch sizes in pixels, ratios as fractions, pixel_mean and pixel_std on the 0..1 scale.
-Errors: ConfigError naming field, value and what to write instead.
-Source: He et al. 2022, arXiv 2111.06377, tables 1 and 8; sizes: Dosovitskiy et al. 2021, arXiv 2010.11929, table 1
-(tiny and small: Touvron et al. 2021, arXiv 2012.12877, table 1)."""
+Shapes: grid is (rows, columns) of patches; L = rows * columns = num_patches.
+
+Units: image and patch sizes are in pixels, ratios are fractions, and pixel_mean and pixel_std are on the 0..1 scale.
+
+Errors: every config checks itself on construction and raises a ConfigError that names the field, its value and what to
+write instead.
+
+Source: He et al. 2022, arXiv 2111.06377, tables 1 and 8. The sizes are those of Dosovitskiy et al. 2021, arXiv 2010.11929,
+table 1; tiny and small come from Touvron et al. 2021, arXiv 2012.12877, table 1."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,8 +22,10 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 ADDED_LATER: Mapping[str, Any] = {"added_later": True}
-"""Metadata of a field that a config gained later, and whose default is what was done before: who makes an identity of a config
-leaves it out at its default. Such a default never changes."""
+"""Metadata for a field that was added after configs were first fingerprinted, and whose default keeps the old behaviour.
+
+A fingerprint leaves such a field out while it holds its default, so that adding the field does not change the identity of
+existing runs. The default must therefore never change."""
 
 Positions = Literal["sine_cosine", "learned"]
 Target = Literal["raw", "normalised", "pca"]
@@ -42,46 +48,52 @@ def _check_choice(config: object, name: str, choices: object) -> None:
 
 def _check_width(width_field: str, width: int, heads_field: str, heads: int) -> None:
     if width % heads:
-        raise ConfigError(f"{width_field}={width} is not divisible by {heads_field}={heads}: every head needs as many")
+        raise ConfigError(
+            f"{width_field}={width} is not divisible by {heads_field}={heads}: all heads have the same width, so write a "
+            f"multiple of {heads}"
+        )
     if width % 4:
         raise ConfigError(
-            f"{width_field}={width} is not divisible by 4: sine-cosine positions need a sine and a cosine for each "
-            f"axis; write {width // 4 * 4 + 4}"
+            f"{width_field}={width} is not divisible by 4: sine-cosine positions need a sine and a cosine for each of the "
+            f"two axes; write {width // 4 * 4 + 4}"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig:
-    """Shape of a Vision Transformer encoder and the scale of the pixels it reads.
+    """Describe a Vision Transformer encoder: its sizes, and the scale of the pixels it reads.
 
-    Shapes: images [B, in_channels, *image_size]. Units and source: the module's. Errors: ConfigError.
+    The encoder takes images of shape [B, in_channels, *image_size].
+
+    Raises:
+        ConfigError: A size is not positive, or two sizes do not fit together.
     """
 
     image_size: tuple[int, int] = (224, 224)
-    """(height, width) of an image in pixels; each side a multiple of patch_size."""
+    """(height, width) of an image in pixels; each side must be a multiple of patch_size."""
     patch_size: int = 16
     """Side of a square patch in pixels."""
     in_channels: int = 3
-    """Channels of an image."""
+    """Number of channels in an image."""
     embed_dim: int
-    """Width of a token; a multiple of num_heads and of 4."""
+    """Width of a token; must be a multiple of num_heads and of 4."""
     depth: int
-    """Number of blocks."""
+    """Number of Transformer blocks."""
     num_heads: int
-    """Attention heads in a block."""
+    """Number of attention heads per block."""
     mlp_ratio: float = 4.0
     """Width of a block's hidden MLP layer, in multiples of embed_dim."""
     layer_norm_eps: float = 1e-6
     """Added to the variance in every LayerNorm."""
     cls_tokens: int = field(default=1, metadata=ADDED_LATER)
-    """Class tokens in front of the patches; the paper has one, Pixio eight."""
+    """Number of class tokens in front of the patch tokens. The paper uses one, Pixio eight."""
     positions: Positions = field(default="sine_cosine", metadata=ADDED_LATER)
-    """`sine_cosine`, a fixed table recomputed for any grid; or `learned`, a parameter that starts as that table (fine-tuned
-    encoders of the official code, supervised ones of others)."""
+    """`sine_cosine` is a fixed table, recomputed for any grid. `learned` is a parameter that starts as that table; encoders
+    fine-tuned with the official code and most supervised encoders need it."""
     pixel_mean: tuple[float, ...] = IMAGENET_MEAN
-    """Mean of each channel on the 0..1 scale, subtracted from the pixels; ImageNet's by default."""
+    """Mean of each channel on the 0..1 scale, subtracted from the pixels. The default is ImageNet's."""
     pixel_std: tuple[float, ...] = IMAGENET_STD
-    """Standard deviation of each channel on the 0..1 scale, dividing the pixels; ImageNet's by default."""
+    """Standard deviation of each channel on the 0..1 scale, by which the pixels are divided. The default is ImageNet's."""
 
     def __post_init__(self) -> None:
         _check_positive(self, "patch_size", "in_channels", "embed_dim", "depth", "num_heads", "mlp_ratio")
@@ -99,10 +111,12 @@ class ViTConfig:
             values = getattr(self, name)
             if len(values) != self.in_channels:
                 raise ConfigError(
-                    f"{name}={values} has {len(values)} values for in_channels={self.in_channels}: write one a channel"
+                    f"{name}={values} has {len(values)} values for in_channels={self.in_channels}: write one per channel"
                 )
         if not all(std > 0 for std in self.pixel_std):
-            raise ConfigError(f"pixel_std={self.pixel_std} is not positive throughout: write 1.0 to leave a channel")
+            raise ConfigError(
+                f"pixel_std={self.pixel_std} holds a value that is not positive: write 1.0 to leave a channel unscaled"
+            )
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -111,54 +125,57 @@ class ViTConfig:
 
     @property
     def num_patches(self) -> int:
-        """L, patches in an image."""
+        """L, the number of patches in an image."""
         return self.grid[0] * self.grid[1]
 
     @property
     def patch_dim(self) -> int:
-        """P * P * C, numbers in a patch."""
+        """P * P * C, the number of values in a patch."""
         return self.patch_size**2 * self.in_channels
 
     @property
     def mlp_dim(self) -> int:
-        """Width of the hidden MLP layer."""
+        """Width of a block's hidden MLP layer."""
         return int(self.embed_dim * self.mlp_ratio)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MAEConfig:
-    """An encoder, the decoder that serves its pretraining, and the task: what is hidden and what is predicted.
+    """Describe a Masked Autoencoder: the encoder, the decoder that serves its pretraining, and the task.
 
-    Units and source: the module's. Errors: ConfigError.
+    The task is which patches are hidden and what is predicted for them. The defaults are the paper's.
+
+    Raises:
+        ConfigError: A value is unknown or out of range, or no patch would stay visible or be hidden.
     """
 
     encoder: ViTConfig
-    """The encoder; the decoder shares its grid, pixels and layer_norm_eps."""
+    """The encoder. The decoder shares its grid, its pixel scale and its layer_norm_eps."""
     decoder_embed_dim: int = 512
-    """Width of a token in the decoder; a multiple of decoder_num_heads and of 4."""
+    """Width of a token in the decoder; must be a multiple of decoder_num_heads and of 4."""
     decoder_depth: int = 8
     """Number of decoder blocks."""
     decoder_num_heads: int = 16
-    """Attention heads in a decoder block."""
+    """Number of attention heads per decoder block."""
     decoder_mlp_ratio: float = field(default=4.0, metadata=ADDED_LATER)
     """Width of a decoder block's hidden MLP layer, in multiples of decoder_embed_dim."""
     mask_ratio: float = 0.75
-    """Fraction of patches hidden from the encoder; at least one patch stays visible and one hidden."""
+    """Fraction of patches hidden from the encoder. At least one patch must stay visible and at least one must be hidden."""
     masking: Masking = "random"
-    """How hidden patches are chosen: `random` (each patch alike), `block` (few large rectangles), `grid` (visible ones regularly
-    spaced), `cell` (whole cells of mask_cell x mask_cell patches)."""
+    """How hidden patches are chosen: `random` (every patch is equally likely), `block` (a few large rectangles), `grid` (the
+    visible patches are regularly spaced) or `cell` (whole cells of mask_cell x mask_cell patches)."""
     mask_cell: int = field(default=2, metadata=ADDED_LATER)
-    """Side of a cell in patches; read by masking `cell` alone."""
+    """Side of a cell in patches; only masking `cell` reads it."""
     target: Target = "normalised"
-    """What the decoder predicts: `raw` pixels, pixels `normalised` by each patch's own mean and deviation, or the first
-    pca_components coefficients of a `pca` in patch space."""
+    """What the decoder predicts: `raw` pixels, pixels `normalised` by each patch's own mean and standard deviation, or the
+    first pca_components coefficients of a `pca` in patch space."""
     pca_components: int = field(default=96, metadata=ADDED_LATER)
-    """Coefficients a patch; read by target `pca` alone."""
+    """Number of coefficients per patch; only target `pca` reads it."""
     encoder_input: EncoderInput = field(default="visible", metadata=ADDED_LATER)
-    """`visible`: the encoder sees visible patches alone. `all`: it also sees mask tokens for the hidden ones, and the decoder
-    adds none (the paper's ablation, at 3.3 times the operations)."""
+    """`visible` gives the encoder the visible patches only. `all` also gives it mask tokens in place of the hidden patches,
+    and the decoder then adds none (the paper's ablation, at 3.3 times the operations)."""
     loss_on: LossOn = field(default="hidden", metadata=ADDED_LATER)
-    """Patches that are predicted and judged: the `hidden` ones, or `all` (an ablation: 0.5 % worse in the paper)."""
+    """Which patches are predicted and enter the loss: the `hidden` ones, or `all` (an ablation, 0.5 % worse in the paper)."""
 
     def __post_init__(self) -> None:
         _check_positive(self, "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "decoder_mlp_ratio")
@@ -169,62 +186,64 @@ class MAEConfig:
         _check_choice(self, "loss_on", LossOn)
         if not 1 <= self.mask_cell <= max(self.encoder.grid):
             raise ConfigError(
-                f"mask_cell={self.mask_cell} is not in [1, {max(self.encoder.grid)}]: write 2 for 2 x 2 patches"
+                f"mask_cell={self.mask_cell} is not in [1, {max(self.encoder.grid)}]: write 2 for cells of 2 x 2 patches"
             )
         if self.target == "pca" and not 1 <= self.pca_components <= self.encoder.patch_dim:
             raise ConfigError(
-                f"pca_components={self.pca_components} is not in [1, {self.encoder.patch_dim}], the numbers of a patch: write fewer"
+                f"pca_components={self.pca_components} is not in [1, {self.encoder.patch_dim}], the number of values in a "
+                f"patch: write a number in that range"
             )
+        # the count itself is not needed here: a mask_ratio that cannot work is refused now rather than at the first batch
         visible_count(self.encoder.num_patches, self.mask_ratio)
 
     @property
     def visible_patches(self) -> int:
-        """K, patches the encoder sees of each image."""
+        """K, the number of patches per image that the encoder sees."""
         return visible_count(self.encoder.num_patches, self.mask_ratio)
 
     @property
     def predicted_patches(self) -> int:
-        """M, patches of each image that are predicted and judged."""
+        """M, the number of patches per image that are predicted and enter the loss."""
         hidden = self.encoder.num_patches - self.visible_patches
         return hidden if self.loss_on == "hidden" else self.encoder.num_patches
 
     @property
     def target_dim(self) -> int:
-        """Numbers the decoder predicts for a patch."""
+        """Number of values the decoder predicts per patch."""
         return self.pca_components if self.target == "pca" else self.encoder.patch_dim
 
     @property
     def decoder_mlp_dim(self) -> int:
-        """Width of the decoder's hidden MLP layer."""
+        """Width of a decoder block's hidden MLP layer."""
         return int(self.decoder_embed_dim * self.decoder_mlp_ratio)
 
 
 def tiny(**overrides: Any) -> ViTConfig:
-    """ViT-Tiny/16, 5.5 M parameters; `overrides` are fields of ViTConfig. Errors and source: the module's."""
+    """Return ViT-Tiny/16 (5.5 M parameters), with any field of ViTConfig overridden."""
     return ViTConfig(**{"embed_dim": 192, "depth": 12, "num_heads": 3, **overrides})
 
 
 def small(**overrides: Any) -> ViTConfig:
-    """ViT-Small/16, 21.6 M parameters; `overrides` are fields of ViTConfig. Errors and source: the module's."""
+    """Return ViT-Small/16 (21.6 M parameters), with any field of ViTConfig overridden."""
     return ViTConfig(**{"embed_dim": 384, "depth": 12, "num_heads": 6, **overrides})
 
 
 def base(**overrides: Any) -> ViTConfig:
-    """ViT-Base/16, 85.6 M parameters; `overrides` are fields of ViTConfig. Errors and source: the module's."""
+    """Return ViT-Base/16 (85.6 M parameters), with any field of ViTConfig overridden."""
     return ViTConfig(**{"embed_dim": 768, "depth": 12, "num_heads": 12, **overrides})
 
 
 def large(**overrides: Any) -> ViTConfig:
-    """ViT-Large/16, 303 M parameters; `overrides` are fields of ViTConfig. Errors and source: the module's."""
+    """Return ViT-Large/16 (303 M parameters), with any field of ViTConfig overridden."""
     return ViTConfig(**{"embed_dim": 1024, "depth": 24, "num_heads": 16, **overrides})
 
 
 def huge(**overrides: Any) -> ViTConfig:
-    """ViT-Huge/14, 630 M parameters; `overrides` are fields of ViTConfig. Errors and source: the module's."""
+    """Return ViT-Huge/14 (630 M parameters), with any field of ViTConfig overridden."""
     return ViTConfig(**{"embed_dim": 1280, "depth": 32, "num_heads": 16, "patch_size": 14, **overrides})
 
 
 SIZES: Mapping[str, Callable[..., ViTConfig]] = MappingProxyType(
     {"tiny": tiny, "small": small, "base": base, "large": large, "huge": huge}
 )
-"""Named sizes, for configs that say `model.size: base`."""
+"""The named sizes, for configs that say `model.size: base`."""

@@ -1,9 +1,11 @@
-"""What a model costs: parameters, floating-point operations and memory, from its config alone.
+"""The cost of a model in parameters, floating-point operations and memory, computed from its config alone.
 
-Units:  parameters are counts; operations are FLOPs an image, 2 a multiply-add; matrix products alone are counted (norms,
-        softmax, GELU and the loss are below 1 %); memory is bytes an image.
-Errors: none.       Source: arithmetic over arXiv 2010.11929, section 3.1; backward as twice forward: arXiv 2001.08361, 2.1;
-        what a block keeps for backward: arXiv 2205.05198, section 4.1; its attention: arXiv 2205.14135."""
+Units: parameters are counts. Operations are FLOPs per image, 2 FLOPs per multiply-add; only matrix products are counted,
+because norms, softmax, GELU and the loss add less than 1 %. Memory is in bytes per image.
+
+Source: the operations of a block, arXiv 2010.11929, section 3.1; a backward pass costs twice the forward pass,
+arXiv 2001.08361, section 2.1; the tensors a block saves for backward, arXiv 2205.05198, section 4.1, with the attention of
+arXiv 2205.14135."""
 
 from typing import Literal, NamedTuple
 
@@ -15,9 +17,9 @@ from mae_core.vit import ViTEncoder
 
 
 def parameter_count(config: MAEConfig | ViTConfig) -> int:
-    """Trainable parameters of the autoencoder (MAEConfig) or the encoder alone (ViTConfig); takes no memory.
+    """Count the trainable parameters of an autoencoder (MAEConfig) or of an encoder alone (ViTConfig).
 
-    The fixed position tables are no parameters. Errors: none. Source: the modules themselves, on the meta device.
+    The model is built on the meta device, so counting takes no memory. Fixed position tables are not parameters.
     """
     with torch.device("meta"):
         model = (
@@ -29,8 +31,8 @@ def parameter_count(config: MAEConfig | ViTConfig) -> int:
 
 
 def _block_flops(*, tokens: int, dim: int, mlp_dim: int) -> int:
-    projections = 4 * dim * dim + 2 * dim * mlp_dim  # multiply-adds a token: qkv, proj, fc1, fc2
-    attention = 2 * tokens * dim  # multiply-adds a token: scores, weighted sum
+    projections = 4 * dim * dim + 2 * dim * mlp_dim  # multiply-adds per token: qkv, proj, fc1, fc2
+    attention = 2 * tokens * dim  # multiply-adds per token: scores, weighted sum
     return 2 * tokens * (projections + attention)
 
 
@@ -39,9 +41,9 @@ def _embedding_flops(config: ViTConfig, visible_patches: int) -> int:
 
 
 def encoder_flops(config: ViTConfig, *, visible_patches: int) -> int:
-    """FLOPs of one image through the encoder: `visible_patches` patches and the class tokens (num_patches: nothing hidden).
+    """Return the FLOPs of one image's forward pass through the encoder.
 
-    Errors: none. Source: see the module.
+    The encoder sees the class tokens and `visible_patches` patches; pass config.num_patches when nothing is hidden.
     """
     tokens = config.cls_tokens + visible_patches
     block = _block_flops(tokens=tokens, dim=config.embed_dim, mlp_dim=config.mlp_dim)
@@ -49,9 +51,9 @@ def encoder_flops(config: ViTConfig, *, visible_patches: int) -> int:
 
 
 def decoder_flops(config: MAEConfig) -> int:
-    """FLOPs of one image through the decoder: every patch and class token, the head on predicted patches alone.
+    """Return the FLOPs of one image's forward pass through the decoder.
 
-    Errors: none. Source: see the module.
+    The blocks run on every patch and class token, the head on predicted patches only.
     """
     encoder, dim = config.encoder, config.decoder_embed_dim
     tokens = encoder.cls_tokens + encoder.num_patches
@@ -63,7 +65,7 @@ def decoder_flops(config: MAEConfig) -> int:
 
 
 def forward_flops(config: MAEConfig) -> int:
-    """FLOPs of one image through encoder and decoder. Errors: none. Source: see the module."""
+    """Return the FLOPs of one image's forward pass through encoder and decoder."""
     encoder = config.encoder
     if config.encoder_input == "visible":
         return encoder_flops(encoder, visible_patches=config.visible_patches) + decoder_flops(config)
@@ -72,17 +74,18 @@ def forward_flops(config: MAEConfig) -> int:
 
 
 def training_flops(config: MAEConfig) -> int:
-    """FLOPs of one image's training step: backward costs twice forward, but for pixels, which need no gradient.
+    """Return the FLOPs per image of a training step: three times the forward pass, less the gradient of the pixels.
 
-    Recomputation (activation checkpointing) is not counted. Errors: none. Source: see the module.
+    Pixels need no gradient, so the patch embedding is charged twice instead of three times. Operations repeated by
+    activation checkpointing are not counted.
     """
     return 3 * forward_flops(config) - _embedding_flops(config.encoder, config.visible_patches)
 
 
 def classifier_training_flops(config: ViTConfig, *, num_classes: int) -> int:
-    """FLOPs of one image's training step of a classifier on the whole image, all weights trained; as `training_flops`.
+    """Return the FLOPs per image of a fine-tuning step: every patch is visible and every weight is trained.
 
-    Errors: none. Source: see the module.
+    Counted as in `training_flops`.
     """
     head = 2 * config.embed_dim * num_classes
     forward = encoder_flops(config, visible_patches=config.num_patches) + head
@@ -92,29 +95,31 @@ def classifier_training_flops(config: ViTConfig, *, num_classes: int) -> int:
 Recompute = Literal["none", "blocks"]
 
 
-class _Kept(NamedTuple):
-    """Bytes of one image in a stack of blocks, kept from forward to backward."""
+class _Saved(NamedTuple):
+    """Bytes per image that part of a model saves in its forward pass for the backward pass."""
 
-    stays: int
-    recomputed: int  # on top of that while backward goes through one block, when blocks are recomputed
+    held: int
+    recomputed: int  # added while backward recomputes one block; 0 when nothing is recomputed
 
 
-def _blocks_kept(
+def _saved_by_blocks(
     *, depth: int, tokens: int, dim: int, mlp_dim: int, num_heads: int, bytes_per_value: int, recompute: Recompute
-) -> _Kept:
-    values = 8 * dim + 2 * mlp_dim  # a token: both norms in and out, q, k, v, attention's output; GELU in and out
-    statistics = 2 * 2 + num_heads  # a token, float32: mean and deviation of both norms, a log-sum-exp a head
+) -> _Saved:
+    values = (
+        8 * dim + 2 * mlp_dim
+    )  # per token: input and output of both norms, q, k, v, attention output; GELU in and out
+    statistics = 2 * 2 + num_heads  # per token, float32: mean and deviation of both norms, one log-sum-exp per head
     block = tokens * (values * bytes_per_value + statistics * 4)
     if recompute == "none":
-        return _Kept(depth * block, 0)
+        return _Saved(depth * block, 0)
     block_input = tokens * dim * bytes_per_value
-    return _Kept(depth * block_input, block - block_input)
+    return _Saved(depth * block_input, block - block_input)
 
 
-def _encoder_kept(
+def _saved_by_encoder(
     config: ViTConfig, *, embedded: int, tokens: int, bytes_per_value: int, recompute: Recompute
-) -> _Kept:
-    blocks = _blocks_kept(
+) -> _Saved:
+    blocks = _saved_by_blocks(
         depth=config.depth,
         tokens=tokens,
         dim=config.embed_dim,
@@ -125,13 +130,13 @@ def _encoder_kept(
     )
     patches = embedded * config.patch_dim * bytes_per_value
     norm = tokens * (config.embed_dim * bytes_per_value + 2 * 4)  # its input, mean and deviation
-    return _Kept(patches + blocks.stays + norm, blocks.recomputed)
+    return _Saved(patches + blocks.held + norm, blocks.recomputed)
 
 
-def _decoder_kept(config: MAEConfig, *, encoded: int, bytes_per_value: int, recompute: Recompute) -> _Kept:
+def _saved_by_decoder(config: MAEConfig, *, encoded: int, bytes_per_value: int, recompute: Recompute) -> _Saved:
     encoder, dim, predicted = config.encoder, config.decoder_embed_dim, config.predicted_patches
     tokens = encoder.cls_tokens + encoder.num_patches
-    blocks = _blocks_kept(
+    blocks = _saved_by_blocks(
         depth=config.decoder_depth,
         tokens=tokens,
         dim=dim,
@@ -141,45 +146,48 @@ def _decoder_kept(config: MAEConfig, *, encoded: int, bytes_per_value: int, reco
         recompute=recompute,
     )
     embedding = encoded * encoder.embed_dim * bytes_per_value
-    norm = tokens * dim * bytes_per_value + predicted * 2 * 4  # all of its input is kept, though it reads a part
+    # the norm reads a slice of the last block's output, and autograd keeps the whole tensor behind that slice
+    norm = tokens * dim * bytes_per_value + predicted * 2 * 4
     head = predicted * (dim * bytes_per_value + config.target_dim * 4)  # its input, and the error in float32
-    return _Kept(embedding + blocks.stays + norm + head, blocks.recomputed)
+    return _Saved(embedding + blocks.held + norm + head, blocks.recomputed)
 
 
 def activation_bytes(config: MAEConfig, *, bytes_per_value: int = 2, recompute: Recompute = "none") -> int:
-    """Bytes of one image that autograd holds in the autoencoder when backward needs most.
+    """Return the bytes per image that autograd holds in the autoencoder at the peak of a training step.
 
-    Counted for the eager model with fused attention and parameters of `bytes_per_value` bytes (2 bf16, 4 float32). Not counted:
-    what a kernel needs while it runs, and gradients. Under autocast more is held (norms and the residual stream stay float32).
-    recompute "blocks" (activation checkpointing) holds each block's input, and all of the one block that is recomputed.
-    Errors: none. Source: see the module.
+    The count is for the eager model with fused attention and parameters of `bytes_per_value` bytes (2 for bfloat16, 4 for
+    float32). With `recompute="blocks"` (activation checkpointing) autograd holds the input of every block, and all
+    activations of the one block it is recomputing.
+
+    Gradients and the scratch memory of kernels are not counted. Autocast holds more than this, because it keeps norms and
+    the residual stream in float32.
     """
     visible = config.encoder.cls_tokens + config.visible_patches
     encoded = visible if config.encoder_input == "visible" else config.encoder.cls_tokens + config.encoder.num_patches
-    encoder = _encoder_kept(
+    encoder = _saved_by_encoder(
         config.encoder,
         embedded=config.visible_patches,
         tokens=encoded,
         bytes_per_value=bytes_per_value,
         recompute=recompute,
     )
-    decoder = _decoder_kept(config, encoded=encoded, bytes_per_value=bytes_per_value, recompute=recompute)
-    # backward frees the decoder before it reaches the encoder
-    return encoder.stays + max(decoder.stays + decoder.recomputed, encoder.recomputed)
+    decoder = _saved_by_decoder(config, encoded=encoded, bytes_per_value=bytes_per_value, recompute=recompute)
+    # Backward frees the decoder's activations before it reaches the encoder, so only one of the two recomputes at a time.
+    return encoder.held + max(decoder.held + decoder.recomputed, encoder.recomputed)
 
 
 def encoder_activation_bytes(
     config: ViTConfig, *, visible_patches: int, bytes_per_value: int = 2, recompute: Recompute = "none"
 ) -> int:
-    """Bytes of one image that autograd holds in the encoder, up to its final norm; see `activation_bytes`.
+    """Return the bytes per image that autograd holds in the encoder, up to and including its final norm.
 
-    `visible_patches` as for encoder_flops. Errors: none. Source: see the module.
+    `visible_patches` is as in `encoder_flops`; what is counted is as in `activation_bytes`.
     """
-    kept = _encoder_kept(
+    saved = _saved_by_encoder(
         config,
         embedded=visible_patches,
         tokens=config.cls_tokens + visible_patches,
         bytes_per_value=bytes_per_value,
         recompute=recompute,
     )
-    return kept.stays + kept.recomputed
+    return saved.held + saved.recomputed

@@ -1,5 +1,5 @@
-"""The one error of mae_core: a configuration that cannot work, answered with the value and the way out."""
+"""The one error that mae_core defines: a configuration that cannot work."""
 
 
 class ConfigError(ValueError):
-    """A field holds a value that cannot work; the message names field, value and what to write instead."""
+    """A field holds a value that cannot work. The message names the field, its value and what to write instead."""

@@ -1,7 +1,10 @@
-"""What sits on an encoder when it is evaluated: the classifier of fine-tuning, and its drop path.
+"""The classifier for fine-tuning, and the drop path that regularises it.
 
-Shapes: pixels [B, C, H, W] -> logits [B, num_classes]; drop scales [B, depth, 2], a number for each branch of each block.
-Units:  drop_path is a probability in [0, 1).       Errors: ConfigError for another pool, norm or probability.
+Shapes: pixels [B, C, H, W] -> logits [B, num_classes]. Drop scales are [B, depth, 2], one factor for each of a block's two
+branches.
+
+Units: drop_path is a probability in [0, 1).
+
 Source: He et al. 2022, arXiv 2111.06377, A.1 and table 9; Huang et al. 2016, arXiv 1603.09382 (drop path)."""
 
 import copy
@@ -15,15 +18,21 @@ from mae_core.vit import Linear, ViTEncoder, fill, pooled
 
 
 class Classifier(nn.Module):
-    """An encoder with a linear head, for fine-tuning.
+    """Classify images with an encoder and a linear head, for fine-tuning.
 
-    Its feature is the last block's tokens under two choices, kept as `pool` and `norm`:
-    pool "mean": the mean of the patch tokens, class tokens left out; "cls": the mean of the class tokens.
-    norm "fresh": a new norm behind the pooling, fc_norm; the pretrained final norm has no part in it, so this classifier's
-    own copy of the encoder has an Identity in its place and no parameter lies idle. "pretrained": the encoder's final norm
-    on every token before the pooling, as ViTEncoder.encode. None: the usual one, fresh for "mean", pretrained for "cls".
-    A fresh norm must be trained: frozen as it starts, it is no probe of what was learnt (mae_core.probes is).
-    The encoder is copied: the one given is left as it was. Shapes, errors and source: the module's.
+    Two choices decide how the last block's tokens become the feature that the head reads:
+
+    - `pool="mean"` averages the patch tokens and leaves the class tokens out; `pool="cls"` averages the class tokens.
+    - `norm="fresh"` normalises the pooled feature with a new LayerNorm, `fc_norm`. The pretrained final norm is then
+      unused, and an Identity replaces it so that no parameter goes without a gradient. `norm="pretrained"` applies the
+      encoder's final norm to every token before pooling, as `ViTEncoder.encode` does. `None` picks the usual partner:
+      fresh for "mean", pretrained for "cls".
+
+    A fresh norm has to be trained. To measure what a frozen encoder has learnt, use `LinearProbe` or `AttentiveProbe`.
+    The classifier works on a copy of the encoder and leaves the original untouched.
+
+    Raises:
+        ConfigError: pool or norm is unknown, or num_classes is not positive.
     """
 
     def __init__(
@@ -56,9 +65,10 @@ class Classifier(nn.Module):
         self.to(device=encoder.cls_token.device, dtype=encoder.cls_token.dtype)
 
     def forward(self, pixels: Tensor, drop_scales: Tensor | None = None) -> Tensor:
-        """Score every class: pixels float32 [B, C, H, W], drop_scales [B, depth, 2] or None -> float32 [B, num_classes].
+        """Return the logits of a batch.
 
-        Errors and source: the module's.
+        Shapes: pixels float32 [B, C, H, W]; drop_scales [B, depth, 2] from `drop_path_scales`, or None to drop nothing
+        -> float32 [B, num_classes].
         """
         tokens = self.encoder(pixels, None, drop_scales)  # [B, n + L, D], before the final norm when norm is "fresh"
         feature = pooled(tokens, pool=self.pool, cls_tokens=self.encoder.config.cls_tokens)  # [B, D]
@@ -67,15 +77,20 @@ class Classifier(nn.Module):
 
 
 def drop_path_scales(noise: Tensor, *, drop_path: float) -> Tensor:
-    """How much of each branch each sample keeps: 0 where dropped, 1 / (share kept) elsewhere, so that the mean is 1.
+    """Return the factor of each branch of each sample: 0 where it is dropped, 1 / (probability of keeping it) elsewhere.
 
-    The probability grows linearly over the blocks, from 0 at the first to drop_path at the last.
-    Shapes: noise uniform in [0, 1) [B, depth, 2] -> [B, depth, 2]. Errors: ConfigError outside [0, 1).
+    The expected factor is therefore 1. The probability of dropping grows linearly over the blocks, from 0 at the first to
+    drop_path at the last.
+
+    Shapes: noise [B, depth, 2], uniform in [0, 1) -> [B, depth, 2].
+
     Source: arXiv 1603.09382, section 3.
+
+    Raises:
+        ConfigError: drop_path is not in [0, 1).
     """
     if not 0.0 <= drop_path < 1.0:
         raise ConfigError(f"drop_path={drop_path} is not in [0, 1): write 0.1 to drop 10 % in the last block")
-    rates = torch.linspace(0.0, drop_path, noise.shape[1], dtype=noise.dtype, device=noise.device)[
-        :, None
-    ]  # [depth, 1]
+    rates = torch.linspace(0.0, drop_path, noise.shape[1], dtype=noise.dtype, device=noise.device)  # [depth]
+    rates = rates[:, None]  # [depth, 1]
     return (noise >= rates).to(noise.dtype) / (1.0 - rates)

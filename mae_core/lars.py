@@ -1,16 +1,21 @@
-"""LARS: momentum SGD whose matrices each take a step in proportion to their own norm, for very large batches.
+"""LARS, an optimiser for very large batches: momentum SGD in which every matrix steps in proportion to its own norm.
 
-Shapes: any; a tensor of more than one dimension is scaled as a whole, vectors and scalars are not scaled.
-Units:  lr absolute (mae_core.schedules.scaled_lr), the others plain factors.       Errors: ConfigError for a wrong factor.
-Source: You et al. 2017, arXiv 1708.03888; He et al. 2022, arXiv 2111.06377, table 10 (linear probe).
+Several algorithms share this name, and one learning rate gives a different run in each. This one computes, for a weight w
+with gradient g:
 
-Several algorithms share the name, and the same rate means another run in each. This one:
-  u = g + weight_decay * w                            matrices; vectors: u = g
-  t = trust_coefficient * |w| / |u|                   matrices, 1 where a norm is 0; vectors: t = 1
-  m = momentum * m + t * u
-  w = w - lr * m
-Algorithm 1 of the first paper multiplies by lr before the momentum, so that a large rate lingers after the schedule has
-lowered it, and its ratio is |w| / (|g| + weight_decay * |w|), the same without weight decay."""
+    u = g + weight_decay * w               matrices;  vectors: u = g
+    t = trust_coefficient * |w| / |u|      matrices (1 where a norm is 0);  vectors: t = 1
+    m = momentum * m + t * u
+    w = w - lr * m
+
+Algorithm 1 of You et al. differs in two ways. It multiplies by lr before the momentum, so a large rate lingers after the
+schedule has lowered it; and its ratio is |w| / (|g| + weight_decay * |w|), which is the same only without weight decay.
+
+Shapes: any. A tensor of two or more dimensions counts as one matrix; vectors and scalars are not scaled.
+
+Units: lr is the absolute rate (see `scaled_lr`); the other options are plain factors.
+
+Source: You et al. 2017, arXiv 1708.03888; He et al. 2022, arXiv 2111.06377, table 10 (linear probe)."""
 
 from collections.abc import Callable
 from typing import Any, overload
@@ -23,11 +28,16 @@ from mae_core.errors import ConfigError
 
 
 class LARS(torch.optim.Optimizer):
-    """The algorithm of the module, for whole parameters: an engine that splits or flattens them (ZeRO) breaks it, because
-    neither the number of dimensions nor the norms are those of the parameter any more.
+    """Optimise with LARS: SGD with momentum, where each matrix's step is scaled by a trust ratio.
 
-    `params` as in torch.optim.SGD: parameters, or groups with their own lr, weight_decay and so on. The momentum is kept
-    in the parameter's dtype. Nothing is read back from the device. Shapes, units, errors and source: the module's.
+    `params` is what torch.optim.SGD takes: parameters, or groups with their own lr, weight_decay and so on. The momentum
+    is stored in the parameter's dtype, and a step never waits for the device.
+
+    The parameters must be whole. An engine that splits or flattens them, as ZeRO does, changes their norms and their
+    number of dimensions, and with them the algorithm.
+
+    Raises:
+        ConfigError: An option of the constructor or of a group is out of range.
     """
 
     def __init__(
@@ -48,7 +58,11 @@ class LARS(torch.optim.Optimizer):
         super().__init__(params, options)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Take one more group; what it leaves out has the constructor's value. Errors: the module's. Source: none."""
+        """Add a group of parameters; options it does not set keep the constructor's values.
+
+        Raises:
+            ConfigError: An option of the group is out of range.
+        """
         group = {**self.defaults, **param_group}
         if not group["lr"] >= 0.0:
             raise ConfigError(f"lr={group['lr']} is negative: write 0 or more")
@@ -68,9 +82,9 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient; a closure is called first, with gradients, and its loss returned.
+        """Update every parameter that has a gradient.
 
-        Shapes, errors and source: the module's.
+        A closure is called first, with gradients enabled, and its loss is returned.
         """
         loss = None
         if closure is not None:
@@ -93,14 +107,17 @@ class LARS(torch.optim.Optimizer):
 
 
 def trust_ratio(parameter: Tensor, update: Tensor, *, coefficient: float) -> Tensor:
-    """coefficient * |parameter| / |update|, or 1 where either norm is zero: a parameter at zero could never leave it.
+    """Return coefficient * |parameter| / |update|, or 1 where either norm is zero.
 
-    Shapes: two of one shape -> a scalar on their device, of float32 or wider. Errors: none. Source: arXiv 1708.03888,
-    section 4.
+    Without that exception a parameter at zero could never leave it.
+
+    Shapes: two tensors of one shape -> a scalar on their device, float32 or wider.
+
+    Source: arXiv 1708.03888, section 4.
     """
     dtype = torch.promote_types(parameter.dtype, torch.float32)  # half-precision norms would lose all but 2 or 3 digits
     weight_norm = torch.linalg.vector_norm(parameter, dtype=dtype)
     update_norm = torch.linalg.vector_norm(update, dtype=dtype)
-    # `usable` stays a tensor: an `if` would make the host wait for the device
+    # a tensor rather than an `if`, which would make the host wait for the device
     usable = (weight_norm > 0) & (update_norm > 0)
     return torch.where(usable, coefficient * weight_norm / update_norm, torch.ones_like(weight_norm))

@@ -1,14 +1,17 @@
-"""The Masked Autoencoder: visible patches in, pixels of the hidden ones out.
+"""The Masked Autoencoder: it encodes the visible patches of an image and predicts the hidden ones.
 
-Shapes: pixels [B, C, H, W], noise [B, L] -> loss [B], prediction [B, L - K, T], T = target_dim; n class tokens; Dd width of
-        the decoder; M = predicted_patches.
-Units:  pixels are normalised float32; the loss is in squared target units, float32 whatever the model computes in.
-Errors: ConfigError where shapes do not fit the config; TypeError for half-precision pixels.
-Source: He et al. 2022, arXiv 2111.06377, section 3.
+Attention does not depend on the order of its tokens, because positions tell them apart. The decoder therefore takes the
+visible tokens first and the hidden ones after them, each with its position, and nothing is put back into image order; its
+head runs on predicted tokens only. `reference_forward` computes the same in the paper's order, and the tests compare the
+two.
 
-Attention does not mind the order of tokens, positions tell them apart: the decoder takes visible tokens, then hidden ones,
-each with its position, and nothing is put back into image order. Its head runs on predicted tokens alone. The same in the
-paper's own order is mae_core.reference, against which this is tested."""
+Shapes: pixels [B, C, H, W], noise [B, L] -> loss [B], prediction [B, L - K, T]. B images, L patches each, K of them
+visible, M predicted; n class tokens; D is the width of the encoder, Dd that of the decoder; T = target_dim.
+
+Units: pixels are normalised float32. The loss is in squared units of the target, and float32 whatever dtype the model
+computes in.
+
+Source: He et al. 2022, arXiv 2111.06377, section 3."""
 
 import math
 from typing import NamedTuple, cast
@@ -27,21 +30,24 @@ from mae_core.vit import Block, Linear, MaskTokens, ViTEncoder, initialise
 
 
 class MAEOutput(NamedTuple):
-    """What one pass says about every sample."""
+    """The result of one forward pass, per sample."""
 
-    loss: Tensor  # [B]            float32, mean over the predicted patches of the sample
-    prediction: Tensor  # [B, L - K, T]  float32, hidden patches alone, in the order of masked.ids_hidden
-    masked: Masked  # which patches were visible and which hidden
+    loss: Tensor
+    """float32 [B], the mean over the sample's predicted patches."""
+    prediction: Tensor
+    """float32 [B, L - K, T], the hidden patches only, in the order of `masked.ids_hidden`."""
+    masked: Masked
+    """Which patches were visible and which were hidden."""
 
 
 class Decoder(nn.Module):
-    """Predicts patches from tokens; used in pretraining only.
+    """Predict patches from the encoder's tokens; used in pretraining only.
 
-    Its mask token stands for every hidden patch, unless the encoder has seen one already (encoder_input "all").
-    Shapes: tokens [B, n + K, D] (or [B, n + L, D]), masked -> [B, M, T]. Errors: none. Source: arXiv 2111.06377, section 3.
+    The decoder puts its learnt mask token in the place of every hidden patch, unless the encoder has seen mask tokens
+    already (`encoder_input="all"`).
     """
 
-    positions: Tensor  # [L, Dd], recomputed and never stored
+    positions: Tensor  # [L, Dd], recomputed from the config and never stored
 
     def __init__(self, config: MAEConfig) -> None:
         super().__init__()
@@ -59,9 +65,11 @@ class Decoder(nn.Module):
         self.head = Linear(dim, config.target_dim)
 
     def forward(self, tokens: Tensor, masked: Masked) -> Tensor:
-        """Predict patches: hidden ones in the order of masked.ids_hidden, after all visible ones when these are predicted too.
+        """Return the predicted patches: the hidden ones, after the visible ones where those are predicted too.
 
-        Shapes, errors and source: the class's.
+        Each part is in the order of its ids in `masked`.
+
+        Shapes: tokens [B, n + K, D], or [B, n + L, D] when the encoder saw mask tokens -> [B, M, T].
         """
         x = self.embed(tokens)  # [B, n + K, Dd] or [B, n + L, Dd]
         classes, patches = x[:, : self.cls_tokens], x[:, self.cls_tokens :]
@@ -70,16 +78,19 @@ class Decoder(nn.Module):
         if len(ids[0]) > patches.shape[1]:
             hidden = self.mask_token.to(x.dtype).expand(len(x), masked.ids_hidden.shape[1], -1)  # [B, L - K, Dd]
             patches = torch.cat([patches, hidden], dim=1)  # [B, L, Dd]
-        x = torch.cat([classes, patches + gather_patches(positions, ids)], dim=1)  # class tokens: position zero
+        x = torch.cat(
+            [classes, patches + gather_patches(positions, ids)], dim=1
+        )  # the position of class tokens is zero
         for block in self.blocks:
             x = block(x)
         return cast("Tensor", self.head(self.norm(x[:, -self.predicted :])))  # [B, M, T]
 
 
 class MaskedAutoencoder(nn.Module):
-    """Encoder and decoder with their loss. `basis` is needed for target "pca" alone; it is no weight and stays float32.
+    """Pretrain an encoder: hide patches, predict them with a decoder, and return the loss per sample.
 
-    Shapes, units, errors and source: the module's.
+    `generator` draws the initial weights. `basis` is needed for `target="pca"` only. It is neither a parameter nor a
+    buffer, so casting the model leaves it in float32, and a state dict does not hold it.
     """
 
     def __init__(self, config: MAEConfig, *, generator: torch.Generator, basis: PatchBasis | None = None) -> None:
@@ -92,10 +103,13 @@ class MaskedAutoencoder(nn.Module):
         initialise(self, generator=generator)
 
     def forward(self, pixels: Tensor, noise: Tensor) -> MAEOutput:
-        """Hide patches by the noise, predict them, and say how far off each sample is.
+        """Hide the patches that the noise selects, predict them, and return the loss of every sample.
 
-        Shapes: pixels float32 [B, C, H, W]; noise uniform [B, L], which decides what is hidden -> MAEOutput.
-        Errors and source: the module's.
+        Shapes: pixels float32 [B, C, H, W]; noise [B, L], uniform in [0, 1) -> MAEOutput.
+
+        Raises:
+            ConfigError: The shape of pixels or noise does not fit the config, or `target="pca"` has no basis.
+            TypeError: The pixels are in half precision.
         """
         config = self.config
         masked = self.mask(pixels, noise)
@@ -112,12 +126,16 @@ class MaskedAutoencoder(nn.Module):
         return MAEOutput(loss, prediction[:, -masked.ids_hidden.shape[1] :], masked)
 
     def mask(self, pixels: Tensor, noise: Tensor) -> Masked:
-        """What `forward` hides by this noise. Shapes, errors and source: as `forward`."""
+        """Return the mask that `forward` applies for this noise. Only the batch size of `pixels` is used.
+
+        Raises:
+            ConfigError: The noise is not [B, L].
+        """
         config = self.config
         if tuple(noise.shape) != (len(pixels), config.encoder.num_patches):
             raise ConfigError(
                 f"noise of shape {tuple(noise.shape)} does not fit {len(pixels)} images of "
-                f"{config.encoder.num_patches} patches: draw one number a patch"
+                f"{config.encoder.num_patches} patches: draw one number per patch"
             )
         return mask_patches(
             noise,
@@ -128,15 +146,19 @@ class MaskedAutoencoder(nn.Module):
         )
 
     def basis_on(self, device: torch.device) -> PatchBasis | None:
-        """The basis of target "pca" on a device. Shapes: PatchBasis. Errors: none. Source: none."""
+        """Return the basis of target "pca" on a device, or None if there is none."""
         return None if self.basis is None else PatchBasis(*(part.to(device) for part in self.basis))
 
     def reconstruct(self, pixels: Tensor, output: MAEOutput) -> Tensor:
-        """Images for display: hidden patches show the prediction, visible ones the original.
+        """Return images for display: predictions in place of the hidden patches, the original pixels elsewhere.
 
-        With target "normalised" each predicted patch takes mean and deviation of the true one, which leaks its brightness
-        and contrast: label such pictures. Shapes: pixels [B, C, H, W] -> float32 [B, C, H, W], still normalised by channel
-        (denormalise_pixels undoes that). Errors: as patchify. Source: arXiv 2111.06377, figure 2.
+        With target "normalised" each prediction is rescaled by the true patch's mean and standard deviation. That leaks
+        the brightness and contrast of the original, so say so next to such a picture.
+
+        Shapes: pixels [B, C, H, W] -> float32 [B, C, H, W], still normalised per channel; `denormalise_pixels` undoes
+        that.
+
+        Source: arXiv 2111.06377, figure 2.
         """
         encoder = self.config.encoder
         patches = patchify(pixels.float(), encoder.patch_size)  # [B, L, N]

@@ -1,14 +1,16 @@
 """Which patches the encoder sees: noise in, indices out.
 
-Shapes: noise [B, L] -> ids_visible [B, K], ids_hidden [B, L - K], mask [B, L]; K = visible_count(L, mask_ratio), the same for
-        every image and every way of masking; grid = (rows, columns), L = rows * columns; R rectangles.
-Units:  mask_ratio is a fraction, rounded to whole patches; noise is uniform in [0, 1), drawn by the caller.
-Errors: ConfigError when no patch would stay visible or none would be hidden.
-Source: He et al. 2022, arXiv 2111.06377, section 3 ("Simple implementation") and figure 6 (block, grid); blocks: Bao et al.
-2022, arXiv 2106.08254, algorithm 1; cells: Hu et al. 2022, arXiv 2210.07224 (2 x 2), and Pixio (4 x 4).
+Every masking strategy computes a rank per patch. The K patches with the lowest rank stay visible, and ties go to the
+earlier patch. The counts are therefore exact for any ratio and grid, and the mask of a sample depends on nothing but its
+own noise.
 
-Every way of masking is a rank [B, L]: the K patches of lowest rank stay visible, ties go to the earlier patch. So counts are
-exact for any ratio and grid, and the mask of a sample depends on nothing but its own noise."""
+Shapes: noise [B, L] -> ids_visible [B, K], ids_hidden [B, L - K], mask [B, L]. K = visible_count(L, mask_ratio) is the
+same for every image and every strategy; grid is (rows, columns) with L = rows * columns; R rectangles in block masking.
+
+Units: mask_ratio is a fraction, rounded to whole patches. The caller draws the noise, uniform in [0, 1).
+
+Source: He et al. 2022, arXiv 2111.06377, section 3 ("Simple implementation") and figure 6 (block, grid). Blocks follow
+Bao et al. 2022, arXiv 2106.08254, algorithm 1; cells follow Hu et al. 2022, arXiv 2210.07224 (2 x 2), and Pixio (4 x 4)."""
 
 # ruff: noqa: N806 (sizes carry the letters of the legend above)
 
@@ -22,28 +24,32 @@ from mae_core.errors import ConfigError
 
 Masking = Literal["random", "block", "grid", "cell"]
 
-MOST_RECTANGLES = 16
-"""Rectangles that block masking draws: at 75 % of 14 x 14 the first four cover what is to be hidden, on average."""
-SMALLEST_RECTANGLE = 16 / 196
-"""Smallest rectangle as a share of the grid: 16 of 14 x 14 patches."""
-WIDEST_ASPECT = 1 / 0.3
-"""Rectangles are at most so much wider than high, or higher than wide."""
+MAX_RECTANGLES = 16
+"""Most rectangles that block masking draws per image. At 75 % of 14 x 14 patches the first four suffice on average."""
+MIN_RECTANGLE_SHARE = 16 / 196
+"""Area of the smallest rectangle as a share of the grid: 16 of 14 x 14 patches."""
+MAX_ASPECT = 1 / 0.3
+"""Largest ratio of a rectangle's longer side to its shorter one."""
 
 
 class Masked(NamedTuple):
-    """The two halves of every image's patches; each index is in 0..L-1, in the order of rank."""
+    """The patches of every image, split into visible and hidden ones. Indices are in 0..L-1, in order of rank."""
 
-    ids_visible: Tensor  # [B, K]      int64, patches the encoder sees
-    ids_hidden: Tensor  # [B, L - K]  int64, patches to predict
-    mask: Tensor  # [B, L]      float32, 1.0 = hidden
+    ids_visible: Tensor
+    """int64 [B, K], the patches the encoder sees."""
+    ids_hidden: Tensor
+    """int64 [B, L - K], the patches to predict."""
+    mask: Tensor
+    """float32 [B, L], 1.0 where a patch is hidden."""
 
 
 def visible_count(num_patches: int, mask_ratio: float) -> int:
-    """K, the patches that stay visible: L * (1 - mask_ratio) rounded to the nearest, halves up.
+    """Return K, the number of visible patches: L * (1 - mask_ratio), rounded half up.
 
-    The small term absorbs the error of binary fractions: 400 * (1 - 0.8) is 79.99... and means 80.
-    Errors: ConfigError when that leaves no visible or no hidden patch. Source: arXiv 2111.06377 (the ratio alone).
+    Raises:
+        ConfigError: The count would leave no patch visible or none hidden.
     """
+    # 1e-9 absorbs the error of binary fractions: 400 * (1 - 0.8) is 79.99... and means 80
     count = math.floor(num_patches * (1.0 - mask_ratio) + 0.5 + 1e-9) if math.isfinite(mask_ratio) else -1
     if not 1 <= count < num_patches:
         raise ConfigError(
@@ -56,9 +62,15 @@ def visible_count(num_patches: int, mask_ratio: float) -> int:
 def mask_patches(
     noise: Tensor, *, grid: tuple[int, int], mask_ratio: float, masking: Masking, mask_cell: int = 1
 ) -> Masked:
-    """Hide patches of every image in the way that `masking` names; `mask_cell` is read by "cell" alone.
+    """Hide patches of every image by the strategy that `masking` names.
 
-    Shapes: noise [B, rows * columns] -> Masked. Errors: ConfigError, see visible_count. Source: see the module.
+    The strategies are `random` (every patch is equally likely), `block` (a few large rectangles), `grid` (the visible
+    patches are regularly spaced) and `cell` (whole cells of mask_cell x mask_cell patches; only `cell` reads mask_cell).
+
+    Shapes: noise [B, rows * columns], uniform in [0, 1) -> Masked.
+
+    Raises:
+        ConfigError: mask_ratio would leave no patch visible or none hidden.
     """
     match masking:
         case "random":
@@ -73,37 +85,51 @@ def mask_patches(
 
 
 def random_mask(noise: Tensor, *, mask_ratio: float) -> Masked:
-    """Hide a random part of every image's patches: the K patches of least noise stay visible.
+    """Hide a random subset of every image's patches: the K patches with the lowest noise stay visible.
 
-    Shapes: noise [B, L] -> Masked. Equal noise gives equal masks; ties go to the earlier patch.
-    Errors: ConfigError, see visible_count. Source: arXiv 2111.06377, section 3.
+    Equal noise gives equal masks; ties go to the earlier patch.
+
+    Shapes: noise [B, L] -> Masked.
+
+    Source: arXiv 2111.06377, section 3.
+
+    Raises:
+        ConfigError: mask_ratio would leave no patch visible or none hidden.
     """
     return _lowest_visible(noise, mask_ratio)
 
 
 def _lowest_visible(rank: Tensor, mask_ratio: float) -> Masked:
     count = visible_count(rank.shape[1], mask_ratio)
-    ids = torch.argsort(rank, dim=1, stable=True)  # [B, L]
+    ids = torch.argsort(rank, dim=1, stable=True)  # [B, L]; stable, so that ties give one mask on every device
     ids_visible, ids_hidden = ids[:, :count], ids[:, count:]
     mask = torch.ones(rank.shape, dtype=torch.float32, device=rank.device).scatter(1, ids_visible, 0.0)
     return Masked(ids_visible, ids_hidden, mask)
 
 
 def _cell_rank(noise: Tensor, grid: tuple[int, int], side: int) -> Tensor:
-    """[B, L]: the patches of a cell share the noise of its first one. Cells at the edges of a grid may be smaller."""
+    """Rank [B, L] for cell masking: all patches of a cell share the noise of its first patch.
+
+    Cells at the far edges are smaller where `side` does not divide the grid.
+    """
     rows, columns = (torch.arange(length, device=noise.device) // side * side for length in grid)
     first = (rows[:, None] * grid[1] + columns).flatten()  # [L]
     return noise[:, first]
 
 
 def _grid_rank(noise: Tensor, grid: tuple[int, int]) -> Tensor:
-    """[B, L]: an ordered dither, so that the lowest quarter is every second patch of every second row, the lowest half a
-    chequerboard, and any other share as even as can be; moved by two random offsets an image."""
+    """Rank [B, L] for grid masking: an ordered dither, shifted by two random offsets per image.
+
+    The lowest quarter is every second patch of every second row, the lowest half is a chequerboard, and any other share
+    is spread as evenly as possible.
+    """
     bits = max(1, (max(grid) - 1).bit_length())
     side = 1 << bits
     places = torch.arange(side, device=noise.device)
     table = torch.zeros(side, side, dtype=torch.int64, device=noise.device)
-    for bit in range(bits):  # the lowest bits of row and column weigh most: neighbours lie far apart in rank
+    for bit in range(
+        bits
+    ):  # the lowest bits of row and column get the highest weight, so neighbours differ most in rank
         row, column = (places >> bit & 1)[:, None], (places >> bit & 1)[None, :]
         table = table * 4 + 2 * (row ^ column) + row
     offset = (noise[:, :2] * side).long()  # [B, 2]
@@ -113,26 +139,31 @@ def _grid_rank(noise: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _block_rank(noise: Tensor, grid: tuple[int, int], hidden: int) -> Tensor:
-    """[B, L]: patches outside all rectangles first, by noise; then those of the last rectangle, ..., the first rectangle last.
+    """Rank [B, L] for block masking: patches outside every rectangle come first, in order of noise.
 
-    Each rectangle takes four numbers of the noise: area (up to all that is to be hidden), shape, row and column.
+    Those of the last rectangle follow, and so on up to those of the first rectangle, which are hidden first. A rectangle
+    takes four numbers of the noise: its area (at most all that is to be hidden), its aspect ratio, its row and its column.
     """
     B, L = noise.shape
-    R = max(1, min(MOST_RECTANGLES, L // 4))
+    R = max(1, min(MAX_RECTANGLES, L // 4))
     drawn = torch.nn.functional.pad(noise, (0, max(0, 4 - L)), value=0.5)[:, : 4 * R].reshape(B, R, 4)
     area, shape, top, left = drawn.unbind(-1)  # each [B, R]
-    smallest = min(float(hidden), SMALLEST_RECTANGLE * L)
+    smallest = min(float(hidden), MIN_RECTANGLE_SHARE * L)
     area = smallest + area * (hidden - smallest)
-    aspect = (math.log(WIDEST_ASPECT) * (2 * shape - 1)).exp()  # height / width
+    aspect = (math.log(MAX_ASPECT) * (2 * shape - 1)).exp()  # height / width, log-uniform
     rows = _covered(top, (area * aspect).sqrt(), grid[0])  # [B, R, rows]
     columns = _covered(left, (area / aspect).sqrt(), grid[1])  # [B, R, columns]
     inside = (rows[..., None] & columns[..., None, :]).flatten(2)  # [B, R, L]
     first = inside.int().argmax(dim=1)  # [B, L], the first rectangle that covers a patch
+    # noise - 1 is negative, so patches outside every rectangle rank below the ranks 1..R of those inside
     return torch.where(inside.any(dim=1), (R - first).to(noise.dtype), noise - 1.0)
 
 
 def _covered(start: Tensor, extent: Tensor, length: int) -> Tensor:
-    """[B, R, length] bool: the places on an axis that a stretch covers; start is a fraction of where it can begin."""
+    """Mask [B, R, length] of the places along an axis that each rectangle covers.
+
+    `start` in [0, 1) picks one of the places where a rectangle of that extent still fits.
+    """
     size = extent.round().clamp(1, length)
     begin = (start * (length - size + 1)).floor()
     places = torch.arange(length, device=start.device)

@@ -1,7 +1,10 @@
-"""Accuracy as sums and counts, divided once: parts add up over batches and ranks to the exact whole.
+"""Accuracy and loss as sums and counts, which add up over batches and ranks and are divided once, at the end.
 
-Shapes: logits [B, classes], labels [B] -> TopK.       Units: counts of images; loss in nats.
-Errors: ValueError when a share of no images is asked for.       Source: arXiv 1409.0575, section 4.1 (top-1 and top-5)."""
+Shapes: logits [B, classes], labels [B] -> TopK.
+
+Units: counts are in images, losses in nats.
+
+Source: arXiv 1409.0575, section 4.1 (top-1 and top-5)."""
 
 from dataclasses import dataclass
 
@@ -11,16 +14,16 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, kw_only=True)
 class TopK:
-    """Sums over the images counted so far. Units: images and nats. Errors, source: the module's."""
+    """Accumulate accuracy and loss over images; add two of them with `+`."""
 
     correct_top1: int = 0
-    """Images whose highest logit is their label's."""
+    """Images whose label has the highest logit."""
     correct_top5: int = 0
-    """Images whose label is among the five highest logits (all of them with fewer classes)."""
+    """Images whose label is among the five highest logits; with fewer than five classes, every image."""
     count: int = 0
     """Images counted."""
     loss_sum: float = 0.0
-    """Sum of the cross entropy without label smoothing, in nats."""
+    """Sum of the images' cross entropies without label smoothing, in nats."""
 
     def __add__(self, other: "TopK") -> "TopK":
         return TopK(
@@ -32,35 +35,37 @@ class TopK:
 
     @property
     def top1(self) -> float:
-        """Share of images in 0..1 that are right. Errors: ValueError when none was counted."""
-        return self._share(self.correct_top1)
+        """Top-1 accuracy, in 0..1. Raises ValueError if no image was counted."""
+        return self._per_image(self.correct_top1)
 
     @property
     def top5(self) -> float:
-        """Share of images in 0..1 with the label among the best five. Errors: ValueError when none was counted."""
-        return self._share(self.correct_top5)
+        """Top-5 accuracy, in 0..1. Raises ValueError if no image was counted."""
+        return self._per_image(self.correct_top5)
 
     @property
     def loss(self) -> float:
-        """Mean cross entropy in nats. Errors: ValueError when no image was counted."""
-        return self._share(self.loss_sum)
+        """Mean cross entropy, in nats. Raises ValueError if no image was counted."""
+        return self._per_image(self.loss_sum)
 
-    def _share(self, total: float) -> float:
+    def _per_image(self, total: float) -> float:
         if self.count == 0:
-            raise ValueError("no image was counted: the evaluation set is empty or every label is negative (padding)")
+            raise ValueError("no image was counted: the evaluation set is empty, or every label is negative (padding)")
         return total / self.count
 
 
 def topk_counts(logits: Tensor, labels: Tensor) -> TopK:
-    """Count one batch; a negative label marks padding and is left out.
+    """Count the hits and sum the losses of a batch. A negative label marks padding and is not counted.
 
-    Shapes: logits [B, classes], labels int64 [B] -> TopK (brings the sums to the host). Units: images, nats. Errors:
-    torch's on labels >= classes. Source: see the module.
+    The sums are read back to the host, which waits for the device.
+
+    Shapes: logits [B, classes], labels int64 [B], each below the number of classes -> TopK.
     """
     counted = labels >= 0
     logits, labels = logits[counted].float(), labels[counted]
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [B, 5]
     hits = best == labels[:, None]  # [B, 5]
+    # summed in float64, so that the cut into batches changes the mean by no more than float64 rounding
     loss = nn.functional.cross_entropy(logits, labels, reduction="none").sum(dtype=torch.float64)
     return TopK(
         correct_top1=int(hits[:, 0].sum()),

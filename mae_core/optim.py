@@ -1,7 +1,7 @@
-"""Which parameters decay, and how fast each layer learns.
+"""Parameter groups for the optimiser: which parameters decay, and how fast each layer learns.
 
-Units:  weight_decay and lr_scale are plain factors; layers count from 0 (patch embedding) to depth + 1 (head).
-Errors: ConfigError for a layer decay without depth, or a depth that does not fit.
+Units: weight_decay and lr_scale are plain factors. Layers count from 0 (patch embedding) to depth + 1 (head).
+
 Source: He et al. 2022, arXiv 2111.06377, tables 8 and 9; Clark et al. 2020, arXiv 2003.10555 (layer-wise decay)."""
 
 import re
@@ -12,25 +12,36 @@ from torch import nn
 from mae_core.errors import ConfigError
 
 NEVER_DECAYED = ("cls_token", "mask_token", "positions", "queries")
-"""Learnt tokens and what is added to tokens: of two or three dimensions, yet no matrices that map one space to another."""
+"""Names of learnt tokens and positions. They have two or three dimensions, yet they are not matrices that map one space to
+another, so weight decay does not apply to them."""
 
 
 class ParameterGroup(TypedDict):
-    """One optimiser group. The learning rate of its parameters is the schedule's times lr_scale."""
+    """One group of parameters for a torch optimiser. Its learning rate is the schedule's, multiplied by `lr_scale`."""
 
     params: list[nn.Parameter]
+    """The parameters of the group."""
     names: list[str]
+    """Their names, in the same order."""
     weight_decay: float
+    """Weight decay of the group; 0 for vectors, scalars and `NEVER_DECAYED`."""
     lr_scale: float
+    """Factor on the schedule's learning rate; 1 without layer decay."""
     name: str
+    """`decay` or `no_decay`, after `layer_<index>/` where there is a layer decay."""
 
 
 def layer_index(name: str, *, depth: int) -> int:
-    """The layer a parameter belongs to: what makes the encoder's first tokens (patch embedding, class and mask tokens,
-    positions) 0, block i of the encoder i + 1, others (norm, head, the decoder with its own) depth + 1.
+    """Return the layer that a parameter belongs to.
 
-    `name` as in named_parameters of a ViTEncoder, Classifier or MaskedAutoencoder. Errors: ConfigError when the block's
-    number is not below depth. Source: arXiv 2003.10555.
+    Layer 0 makes the encoder's first tokens: patch embedding, class and mask tokens, positions. Block i of the encoder is
+    layer i + 1. Everything else (final norm, head, and the whole decoder with its mask token) is layer depth + 1.
+    `name` is as in named_parameters of a ViTEncoder, Classifier or MaskedAutoencoder.
+
+    Source: arXiv 2003.10555.
+
+    Raises:
+        ConfigError: The name is of a block that an encoder of this depth does not have.
     """
     local = name.removeprefix("encoder.")
     if local.startswith("patch_embed.") or local in ("cls_token", "mask_token", "positions"):
@@ -39,23 +50,30 @@ def layer_index(name: str, *, depth: int) -> int:
     if block is None:
         return depth + 1
     if int(block[1]) >= depth:
-        raise ConfigError(f"depth={depth}, yet there is a parameter {name}: write the encoder's depth")
+        raise ConfigError(f"depth={depth} is too small, because there is a parameter {name}: write the encoder's depth")
     return int(block[1]) + 1
 
 
 def parameter_groups(
     module: nn.Module, *, weight_decay: float, layer_decay: float | None = None, depth: int | None = None
 ) -> list[ParameterGroup]:
-    """Sort the trainable parameters into at most 2 (or, with layer_decay, 2 * (depth + 2)) groups, none of them empty.
+    """Sort the trainable parameters of a module into optimiser groups.
 
-    Vectors, scalars and NEVER_DECAYED do not decay. With layer_decay the scale of layer l is
-    layer_decay ** (depth + 1 - l); without, 1. Call it before ZeRO-3 splits the parameters: their rank decides.
-    Errors: ConfigError unless layer_decay in (0, 1] and depth come together. Source: see the module.
+    There are at most 2 groups, or 2 * (depth + 2) with a layer decay, and none is empty. Vectors, scalars and
+    `NEVER_DECAYED` get no weight decay. With a layer decay, the learning rate of layer l is scaled by
+    layer_decay ** (depth + 1 - l).
+
+    Call this before ZeRO-3 partitions the parameters: the number of dimensions decides, and partitioning flattens them.
+
+    Raises:
+        ConfigError: layer_decay is not in (0, 1], or only one of layer_decay and depth is given.
     """
     if (layer_decay is None) != (depth is None):
         raise ConfigError(f"layer_decay={layer_decay}, depth={depth}: give both or neither")
     if layer_decay is not None and not 0.0 < layer_decay <= 1.0:
-        raise ConfigError(f"layer_decay={layer_decay} is not in (0, 1]: write 0.75, or leave it out for equal rates")
+        raise ConfigError(
+            f"layer_decay={layer_decay} is not in (0, 1]: write 0.75, or omit it for equal learning rates"
+        )
     groups: dict[tuple[int, str], ParameterGroup] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:

@@ -1,9 +1,11 @@
-"""Images to patches and back, and pixel scales.
+"""Images to patches and back, bytes to pixels and back.
 
-Shapes: B images, C channels, H x W pixels, P patch side, L = (H/P) * (W/P) patches in rows, N = P * P * C numbers in a
-        patch, ordered (row in patch, column in patch, channel).
-Units:  images are uint8 0..255, "pixels" are normalised by each channel's mean and deviation (given on the 0..1 scale).
-Errors: ConfigError where sizes do not fit; TypeError where pixels would be normalised twice.
+Shapes: B images, C channels, H x W pixels, patches of side P. An image has L = (H/P) * (W/P) patches, row by row. A patch
+has N = P * P * C values, ordered by row in the patch, column in the patch, channel.
+
+Units: "images" are bytes, uint8 0..255. "Pixels" are normalised by the mean and standard deviation of each channel, which
+are given on the 0..1 scale.
+
 Source: Dosovitskiy et al. 2021, arXiv 2010.11929, section 3.1; He et al. 2022, arXiv 2111.06377, A.1."""
 
 # ruff: noqa: N806 (sizes carry the letters of the legend above)
@@ -19,8 +21,10 @@ from mae_core.errors import ConfigError
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """Cut images into square patches, row by row.
 
-    Shapes: [B, C, H, W] -> [B, L, P * P * C], any dtype. Errors: ConfigError when P does not divide H and W.
-    Source: arXiv 2010.11929, section 3.1.
+    Shapes: [B, C, H, W] -> [B, L, P * P * C], any dtype.
+
+    Raises:
+        ConfigError: patch_size does not divide the height and the width.
     """
     B, C, H, W = images.shape
     P = patch_size
@@ -34,16 +38,18 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 
 
 def unpatchify(patches: Tensor, *, grid: tuple[int, int], patch_size: int) -> Tensor:
-    """Put patches back into images; the inverse of patchify.
+    """Put patches back together into images; the inverse of `patchify`.
 
-    Shapes: [B, L, P * P * C] -> [B, C, rows * P, columns * P]. Errors: ConfigError when L is not rows * columns or
-    P * P does not divide N. Source: arXiv 2010.11929, section 3.1.
+    Shapes: [B, L, P * P * C] -> [B, C, rows * P, columns * P], with grid = (rows, columns).
+
+    Raises:
+        ConfigError: The patches do not fill the grid, or their size does not fit patch_size.
     """
     B, L, N = patches.shape
     (h, w), P = grid, patch_size
     if h * w != L or N % (P * P):
         raise ConfigError(
-            f"patches of shape {(B, L, N)} do not fill grid={grid} with patch_size={P}: give their own grid"
+            f"patches of shape {(B, L, N)} do not fill grid={grid} with patch_size={P}: pass the grid they were cut from"
         )
     x = patches.reshape(B, h, w, P, P, -1)  # [B, h, w, p, q, C]
     x = x.permute(0, 5, 1, 3, 2, 4)  # [B, C, h, p, w, q]
@@ -51,18 +57,22 @@ def unpatchify(patches: Tensor, *, grid: tuple[int, int], patch_size: int) -> Te
 
 
 def gather_patches(patches: Tensor, ids: Tensor) -> Tensor:
-    """Pick patches (or tokens) by index: patches [B, L, N], ids [B, K] int64 in 0..L-1 -> [B, K, N].
+    """Select patches, or tokens, by index.
 
-    Errors: those of torch.gather. Source: none, plain indexing.
+    Shapes: patches [B, L, N], ids int64 [B, K] in 0..L-1 -> [B, K, N].
     """
     return patches.gather(1, ids.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
 
 
 def normalise_pixels(images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Turn image bytes into the pixels a model reads: (x / 255 - mean) / std by channel.
+    """Turn image bytes into the pixels that a model reads: (x / 255 - mean) / std, per channel.
 
-    Shapes: uint8 [B, H, W, C] -> float32 [B, C, H, W]; mean and std: C numbers on the 0..1 scale. Errors: TypeError when
-    images are not uint8, so that nothing is normalised twice. Source: arXiv 2111.06377, appendix A.1.
+    Shapes: uint8 [B, H, W, C] -> float32 [B, C, H, W]; mean and std hold C numbers on the 0..1 scale.
+
+    Source: arXiv 2111.06377, A.1.
+
+    Raises:
+        TypeError: The images are not uint8; this keeps pixels from being normalised twice.
     """
     if images.dtype != torch.uint8:
         raise TypeError(f"images are {images.dtype}, not uint8: normalise_pixels takes bytes 0..255, channels last")
@@ -71,9 +81,11 @@ def normalise_pixels(images: Tensor, *, mean: Sequence[float], std: Sequence[flo
 
 
 def denormalise_pixels(pixels: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Turn pixels back into the 0..1 scale for display; what lies outside is clipped.
+    """Map pixels back to the 0..1 scale for display, clipping what lies outside.
 
-    Shapes: [B, C, H, W] -> float32 [B, C, H, W]; mean and std as in normalise_pixels. Errors: none. Source: its inverse.
+    This inverts `normalise_pixels` except for its division by 255 and the move of the channels.
+
+    Shapes: [B, C, H, W] -> float32 [B, C, H, W]; mean and std are those given to `normalise_pixels`.
     """
     x = pixels.to(torch.float32)
     return x.mul(_by_channel(std, x)).add(_by_channel(mean, x)).clamp(0.0, 1.0)

@@ -1,9 +1,10 @@
-"""Two-dimensional positions for any grid of patches: the fixed sine-cosine table, and learned tables at another grid.
+"""Two-dimensional position embeddings: the fixed sine-cosine table, and learned tables resized to another grid.
 
-Shapes: grid (rows, columns) -> table [L, D], L = rows * columns in rows; D a multiple of 4 for the fixed one.
-Units:  positions count patches from 0; wavelengths run geometrically from 2 pi towards 10000 * 2 pi patches.
-Errors: ConfigError when D is not a multiple of 4, or when a table does not have its grid's rows.
-Source: Vaswani et al. 2017, arXiv 1706.03762, section 3.5, an axis each; He et al. 2022, arXiv 2111.06377, A.1."""
+Shapes: grid (rows, columns) -> table [L, D] with L = rows * columns, row by row. D is a multiple of 4 for the fixed table.
+
+Units: positions count patches from 0. Wavelengths grow geometrically from 2 pi towards 10000 * 2 pi patches.
+
+Source: Vaswani et al. 2017, arXiv 1706.03762, section 3.5, applied to each axis; He et al. 2022, arXiv 2111.06377, A.1."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,11 +17,16 @@ from mae_core.errors import ConfigError
 
 
 def sine_cosine_2d(grid: tuple[int, int], embed_dim: int) -> Tensor:
-    """The position of each patch: the first half of the width says its column, the second half its row.
+    """Return the fixed position table of a grid.
 
-    Shapes: grid (rows, columns) -> float32 [rows * columns, embed_dim]; each half is sines, then cosines. Computed for the
-    grid at hand, so another image size needs no interpolation. The class token has no row here: its position is zero.
-    Errors: ConfigError when embed_dim is not a multiple of 4. Source: see the module.
+    The first half of each row encodes the patch's column and the second half its row; each half holds sines, then
+    cosines. The table is computed for the grid at hand, so another image size needs no interpolation. The class token has
+    no entry, because its position is zero.
+
+    Shapes: grid (rows, columns) -> float32 [rows * columns, embed_dim].
+
+    Raises:
+        ConfigError: embed_dim is not a multiple of 4.
     """
     if embed_dim % 4:
         raise ConfigError(f"embed_dim={embed_dim} is not divisible by 4: write a multiple of 4")
@@ -36,14 +42,21 @@ def sine_cosine_2d(grid: tuple[int, int], embed_dim: int) -> Tensor:
 
 
 def interpolate_positions(table: Tensor, *, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """A learned table at another grid: bicubic in both directions, antialiased. The fixed table is computed instead.
+    """Resize a learned position table to another grid, by antialiased bicubic interpolation.
 
-    Shapes: [rows * columns, D] of old_grid -> the same of new_grid, in the table's dtype (computed in float32); the same grid
-    gives the table itself. Errors: ConfigError when the table has other than old_grid's rows. Source: timm resizes so too.
+    An unchanged grid returns the table itself. The fixed table needs no interpolation: call `sine_cosine_2d` for the new
+    grid. timm resizes learned tables in the same way.
+
+    Shapes: [rows * columns, D] of old_grid -> the same of new_grid, computed in float32 and returned in the table's dtype.
+
+    Raises:
+        ConfigError: The number of positions is not that of old_grid.
     """
     rows, columns = old_grid
     if table.shape[0] != rows * columns:
-        raise ConfigError(f"a table of {table.shape[0]} positions is not of old_grid={old_grid}: give its own grid")
+        raise ConfigError(
+            f"a table of {table.shape[0]} positions does not fit old_grid={old_grid}: pass the grid it was made for"
+        )
     if old_grid == new_grid:
         return table
     image = table.float().reshape(1, rows, columns, -1).permute(0, 3, 1, 2)  # [1, D, rows, columns]
@@ -54,10 +67,15 @@ def interpolate_positions(table: Tensor, *, old_grid: tuple[int, int], new_grid:
 def resized_encoder(
     state_dict: Mapping[str, Tensor], config: ViTConfig, *, image_size: tuple[int, int]
 ) -> tuple[dict[str, Tensor], ViTConfig]:
-    """An encoder for images of another size: learned positions are interpolated, all else stays.
+    """Return an encoder's weights and config for images of another size.
 
-    Shapes: state_dict of ViTEncoder(config); image_size (height, width) in pixels -> its weights and config at that size.
-    Errors: ConfigError when patch_size does not divide image_size. Source: arXiv 2010.11929, section 3.2.
+    Learned positions are interpolated, everything else is unchanged. `state_dict` is that of ViTEncoder(config), and
+    image_size is (height, width) in pixels.
+
+    Source: arXiv 2010.11929, section 3.2.
+
+    Raises:
+        ConfigError: patch_size does not divide image_size.
     """
     weights, resized = dict(state_dict), replace(config, image_size=image_size)
     if config.positions == "learned":

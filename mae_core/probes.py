@@ -1,19 +1,22 @@
 """Probes: small classifiers on the features of a frozen encoder.
 
-Shapes: features [B, D] or tokens [B, T, D] -> logits float32 [B, num_classes]; h heads, Q queries.
-Units:  none; features may have any scale, because they are standardised first.
-Errors: ConfigError for sizes that do not fit; torch's ValueError for a training batch of one value a feature.
-Source: He et al. 2022, arXiv 2111.06377, A.1 (linear); El-Nouby et al. 2024, arXiv 2401.08541, section 4 (attentive).
+Both probes standardise their input with a BatchNorm that has no scale and no shift, so that one learning rate serves
+encoders whose features differ in scale. In train mode a batch is standardised by its own statistics, and the running
+statistics, which eval mode uses, are updated. Train mode is for the probe alone: keep the encoder in eval mode, without
+drop path.
 
-Both standardise features with BatchNorm without scale and shift, so that one learning rate serves encoders whose features
-differ in scale. In train mode a batch is standardised by its own statistics, and the running ones, which eval mode uses,
-are updated: on purpose. Train mode is for the probe alone; the encoder stays in eval mode and is given no drop path.
+The batch statistics are those of one rank. With few images per rank they are noisy, the running statistics differ between
+ranks, and a checkpoint holds those of the rank that wrote it. In that case convert the probe to SyncBatchNorm, or
+standardise once by the statistics of the whole split, to which the running statistics converge. The pipeline's linear
+stage does the latter.
 
-The statistics are those of a rank's own batch. With few images a rank they are noisy, the running ones differ between
-ranks, and a checkpoint holds those of the rank that wrote it. Convert the probe to SyncBatchNorm then, or standardise once
-by the statistics of the whole split, towards which the running ones converge: the pipeline's linear stage does that.
+Shapes: features [B, D] or tokens [B, T, D] -> logits float32 [B, num_classes]; h heads, Q queries. Features are cast to
+the dtype of the probe's weights, which is float32 unless the caller casts the probe.
 
-Features go through in the dtype of the probe's weights, float32 unless the caller casts it."""
+Errors: ConfigError for sizes that do not fit. In train mode torch raises a ValueError for a batch with a single value per
+feature, because its variance is undefined.
+
+Source: He et al. 2022, arXiv 2111.06377, A.1 (linear); El-Nouby et al. 2024, arXiv 2401.08541, section 4 (attentive)."""
 
 # ruff: noqa: N806 (sizes carry the letters of the legend above)
 
@@ -26,14 +29,19 @@ from mae_core.errors import ConfigError
 from mae_core.vit import Linear, fill
 
 BATCH_NORM_EPS = 1e-6
-"""Added to the variance of a feature; torch's 1e-5 would already shrink features of deviation 0.01 by 5 %."""
+"""Added to the variance of a feature. torch's 1e-5 would shrink features with a standard deviation of 0.01 by 5 %."""
 
 
 class LinearProbe(nn.Module):
-    """BatchNorm without affine, then one linear layer: weight normal with deviation 0.01, bias zero.
+    """Classify pooled features with one linear layer, after a BatchNorm without scale and shift.
 
-    The feature (which tokens, pooled how, through which norm) is the caller's: ViTEncoder.encode gives both of its pools
-    after the pretrained final norm. Shapes, units, errors, statistics and source: the module's.
+    The weight starts normal with standard deviation 0.01 and the bias at zero; `generator` draws them. The caller chooses
+    the feature, that is, which tokens are pooled and how; `ViTEncoder.encode` offers two pools, both after the pretrained
+    final norm. In train mode the BatchNorm uses the statistics of the rank's own batch; the module's documentation says
+    when that is a problem.
+
+    Raises:
+        ConfigError: dim or num_classes is not positive.
     """
 
     def __init__(self, dim: int, num_classes: int, *, generator: torch.Generator) -> None:
@@ -44,7 +52,13 @@ class LinearProbe(nn.Module):
         self.head = _head(dim, num_classes, generator=generator)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Score every class: features [B, D] -> float32 [B, num_classes]. Errors and source: the module's."""
+        """Return the logits of a batch.
+
+        Shapes: features [B, D] -> float32 [B, num_classes].
+
+        Raises:
+            ConfigError: The features have another shape.
+        """
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise ConfigError(f"features of shape {tuple(features.shape)} are not [B, dim={self.dim}]: pool the tokens")
         logits: Tensor = self.head(self.norm(features.to(self.head.weight.dtype)))
@@ -52,11 +66,15 @@ class LinearProbe(nn.Module):
 
 
 class AttentiveProbe(nn.Module):
-    """Multi-head cross attention of learnt queries over standardised tokens, their mean, and one linear layer.
+    """Classify tokens by attention pooling: learnt queries attend to the tokens, and a linear layer reads their mean.
 
-    A feature's statistics are taken over all tokens of the batch. Key and value maps are xavier uniform, the queries
-    normal with deviation 0.02, the head as in LinearProbe. Which tokens it reads (patches, class tokens or both; after
-    the final norm or before) is the caller's choice. Shapes, units, errors, statistics and source: the module's.
+    The tokens first pass a BatchNorm without scale and shift, whose statistics are taken over all tokens of the batch.
+    Key and value projections start xavier uniform, the queries normal with standard deviation 0.02, and the head as in
+    `LinearProbe`; `generator` draws them. The caller chooses the tokens: patches, class tokens or both, before or after
+    the encoder's final norm.
+
+    Raises:
+        ConfigError: A size is not positive, or num_heads does not divide dim.
     """
 
     def __init__(
@@ -71,13 +89,16 @@ class AttentiveProbe(nn.Module):
         super().__init__()
         _check_positive(dim=dim, num_classes=num_classes, num_heads=num_heads, num_queries=num_queries)
         if dim % num_heads:
-            raise ConfigError(f"dim={dim} is not divisible by num_heads={num_heads}: every head needs as many")
+            raise ConfigError(
+                f"dim={dim} is not divisible by num_heads={num_heads}: all heads have the same width, so write a divisor of "
+                f"{dim}"
+            )
         self.dim = dim
         self.num_heads = num_heads
         self.norm = nn.BatchNorm1d(dim, affine=False, eps=BATCH_NORM_EPS)
         self.queries = nn.Parameter(torch.full((num_queries, dim), math.nan))
-        # No biases: one of the keys adds the same to every score of a query, which softmax ignores, and one of the values
-        # adds the same to every image, which the head's bias does already.
+        # No biases. A bias of the keys would add the same number to all scores of a query, which softmax ignores; a bias
+        # of the values would add the same vector to every image, which the head's bias does already.
         self.keys = Linear(dim, dim, bias=False)
         self.values = Linear(dim, dim, bias=False)
         self.head = _head(dim, num_classes, generator=generator)
@@ -86,12 +107,18 @@ class AttentiveProbe(nn.Module):
             fill(part.weight, lambda w: nn.init.xavier_uniform_(w, generator=generator), generator=generator)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Score every class: tokens [B, T, D] -> float32 [B, num_classes]. Errors and source: the module's."""
+        """Return the logits of a batch.
+
+        Shapes: tokens [B, T, D] -> float32 [B, num_classes].
+
+        Raises:
+            ConfigError: The tokens have another shape.
+        """
         if tokens.ndim != 3 or tokens.shape[2] != self.dim:
             raise ConfigError(f"tokens of shape {tuple(tokens.shape)} are not [B, T, dim={self.dim}]: do not pool them")
         B, T, D = tokens.shape
         h = self.num_heads
-        x = self.norm(tokens.reshape(B * T, D).to(self.queries.dtype))  # [B * T, D], a statistic is over all tokens
+        x = self.norm(tokens.reshape(B * T, D).to(self.queries.dtype))  # [B * T, D]: statistics over all tokens
         q = self.queries.reshape(-1, h, D // h).transpose(0, 1).expand(B, -1, -1, -1)  # [B, h, Q, D/h]
         k = self.keys(x).reshape(B, T, h, D // h).transpose(1, 2)  # [B, h, T, D/h]
         v = self.values(x).reshape(B, T, h, D // h).transpose(1, 2)  # [B, h, T, D/h]

@@ -1,9 +1,17 @@
-"""Counter-based randomness: what is drawn for a sample depends on its key alone, never on what was drawn before.
+"""Counter-based random numbers: what is drawn for a sample depends on its key alone, never on earlier draws.
 
-Key:    128 bits of blake2b over purpose and numbers (seed, epoch, sample id); it drives Philox-4x64.
-Units:  uniforms in [0, 1); raw words are uint64.
-Source: Salmon et al. 2011 (Philox). Only `random_raw` is used: numpy keeps bit generators' streams, and may change
-what Generator's methods make of them. Golden tests hold every stream, since a changed one is another run."""
+A key is a 128-bit blake2b hash of a purpose ("mask", "augment", ...) and of integers such as seed, epoch and sample id. It
+keys a Philox-4x64 generator. Any worker can therefore draw any sample's numbers in any order, and a resumed run draws what
+an uninterrupted one would have drawn.
+
+Only the generator's raw words are used. numpy guarantees the stream of a bit generator, but may change how the methods of
+`Generator` turn it into numbers. Golden tests pin every stream, because a changed stream is a different run.
+
+Shapes: B samples, L patches.
+
+Units: uniforms are in [0, 1); raw words are uint64.
+
+Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox)."""
 
 import hashlib
 import struct
@@ -13,38 +21,61 @@ import numpy as np
 import numpy.typing as npt
 
 Words = npt.NDArray[np.uint64]
+"""Raw 64-bit words of a random stream."""
 Ids = Sequence[int] | npt.NDArray[np.int64]
+"""Epochs or sample ids, one per sample of a batch."""
 
 
 def uniforms(seed: int, epoch: int, sample_id: int, purpose: str, count: int) -> npt.NDArray[np.float64]:
-    """[count] uniforms of one sample; a longer draw begins with the shorter one."""
+    """Draw `count` uniforms for one sample. A longer draw begins with the numbers of a shorter one.
+
+    Shapes: float64 [count].
+    """
     row: npt.NDArray[np.float64] = uniform_rows(seed, (epoch,), (sample_id,), purpose, count)[0]
     return row
 
 
 def uniform_rows(seed: int, epochs: Ids, sample_ids: Ids, purpose: str, count: int) -> npt.NDArray[np.float64]:
-    """[B, count] uniforms, row by row what `uniforms` gives for that sample."""
+    """Draw `count` uniforms for each sample of a batch; each row is what `uniforms` returns for that sample.
+
+    Shapes: epochs [B], sample_ids [B] -> float64 [B, count].
+    """
     words = _words(_sample_keys(purpose, seed, epochs, sample_ids), count)
-    return (words >> np.uint64(11)).astype(np.float64) * np.float64(2.0**-53)
+    return (words >> np.uint64(11)).astype(np.float64) * np.float64(
+        2.0**-53
+    )  # the top 53 bits, which float64 holds exactly
 
 
 def mask_noise(seed: int, epochs: Ids, sample_ids: Ids, num_patches: int) -> npt.NDArray[np.float32]:
-    """[B, L] noise that decides which patches stay visible.
+    """Draw the noise that decides which patches of each sample stay visible (see `mask_patches`).
 
-    float32 from the top 24 bits, so exact and below 1; ties (one pair in 800 images of 196 patches) need a stable sort.
+    Each number is made of the top 24 bits of a word, so it is exact in float32 and below 1. About one image of
+    196 patches in 900 has two patches with equal noise, which is why masking sorts stably.
+
+    Shapes: epochs [B], sample_ids [B] -> float32 [B, L] with L = num_patches.
     """
     words = _words(_sample_keys("mask", seed, epochs, sample_ids), num_patches)
     return (words >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
 
 
 def permutation(count: int, purpose: str, *numbers: int) -> npt.NDArray[np.int64]:
-    """[count] a permutation of 0..count-1: the stable order of raw words."""
+    """Return a random permutation of 0..count-1 for a purpose and some numbers: the stable order of `count` raw words.
+
+    Shapes: int64 [count].
+    """
     return np.argsort(_words([_key(purpose, *numbers)], count)[0], kind="stable")
 
 
 def hash64(values: npt.NDArray[np.int64], key: int | Words) -> Words:
-    """[n] well mixed 64-bit words, one a value; `key` is one number or one a value. Source: splitmix64 (Vigna)."""
-    with np.errstate(over="ignore"):
+    """Hash each value to a well-mixed 64-bit word with splitmix64; `key` selects one of 2**64 such hashes.
+
+    `key` is a single number or one number per value; see `key64`. It is a cheap hash for bulk use, not a cryptographic one.
+
+    Shapes: values int64 [n], key a number or uint64 [n] -> uint64 [n].
+
+    Source: Vigna's splitmix64, after Steele et al. 2014.
+    """
+    with np.errstate(over="ignore"):  # the arithmetic is modulo 2**64
         mixed = values.astype(np.uint64) + np.asarray(key, dtype=np.uint64)
         mixed += np.uint64(0x9E3779B97F4A7C15)
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -54,7 +85,7 @@ def hash64(values: npt.NDArray[np.int64], key: int | Words) -> Words:
 
 
 def key64(purpose: str, *numbers: int) -> int:
-    """A 64-bit key for `hash64`."""
+    """Return the 64-bit key of a purpose and some numbers, for `hash64`."""
     return int(_key(purpose, *numbers)[0])
 
 
@@ -68,16 +99,17 @@ def _sample_keys(purpose: str, seed: int, epochs: Ids, sample_ids: Ids) -> list[
 
 
 def _words(keys: Sequence[Words], count: int) -> Words:
-    """[len(keys), count] raw words. Setting the state costs 2 us a key where a new Philox, which asks the system for
-    entropy first, costs 13."""
+    """Return `count` raw words per key, [len(keys), count]."""
     words = np.empty((len(keys), count), np.uint64)
+    # One generator is re-keyed for every row: setting its state takes 2 us, while constructing a Philox takes 13 us because
+    # it asks the system for entropy first.
     philox = np.random.Philox(key=0)
-    nothing = np.zeros(4, np.uint64)
+    zeros = np.zeros(4, np.uint64)
     for row, key in zip(words, keys, strict=True):
         philox.state = {
             "bit_generator": "Philox",
-            "state": {"counter": nothing, "key": key},
-            "buffer": nothing,
+            "state": {"counter": zeros, "key": key},
+            "buffer": zeros,
             "buffer_pos": 4,
             "has_uint32": 0,
             "uinteger": 0,

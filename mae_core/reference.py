@@ -1,9 +1,11 @@
-"""The autoencoder in the words of the paper's "simple implementation": slow, short, and what the fast path is measured by.
+"""The autoencoder as the paper's "simple implementation" describes it: slow, short, and the reference for the fast path.
 
-Shapes: pixels [B, C, H, W], noise [B, L] -> MAEOutput; L patches, K visible, n class tokens.
-Units:  as mae_core.mae.       Errors: as mae_core.mae.
-Source: He et al. 2022, arXiv 2111.06377, section 3 ("Simple implementation"): embed every patch, shuffle and drop the tail,
-append mask tokens and unshuffle, decode; the loss weighs every patch by the mask."""
+It embeds every patch, shuffles them and drops the tail, encodes, appends mask tokens and unshuffles, decodes every patch,
+and weights the error of every patch by the mask.
+
+Shapes: pixels [B, C, H, W], noise [B, L] -> MAEOutput; L patches, K visible, n class tokens, widths D and Dd.
+
+Source: He et al. 2022, arXiv 2111.06377, section 3 ("Simple implementation")."""
 
 import torch
 from torch import Tensor
@@ -14,9 +16,10 @@ from mae_core.targets import target_of
 
 
 def reference_forward(model: MaskedAutoencoder, pixels: Tensor, noise: Tensor) -> MAEOutput:
-    """What `model(pixels, noise)` says, computed the paper's way with the same weights.
+    """Compute `model(pixels, noise)` in the paper's order of operations, with the same weights.
 
-    Shapes, units, errors and source: the module's.
+    The result is the same up to rounding. It exists to test the fast path and to measure what the fast path saves.
+    Arguments, result and errors are those of `MaskedAutoencoder.forward`.
     """
     config, encoder, decoder = model.config, model.encoder, model.decoder
     n, count = config.encoder.cls_tokens, config.visible_patches
@@ -38,10 +41,8 @@ def reference_forward(model: MaskedAutoencoder, pixels: Tensor, noise: Tensor) -
 
     classes, x = x[:, :n], x[:, n:]
     if config.encoder_input == "visible":
-        appended = torch.cat(
-            [x, decoder.mask_token.expand(len(x), masked.ids_hidden.shape[1], -1)], dim=1
-        )  # [B, L, Dd]
-        x = gather_patches(appended, unshuffle)
+        hidden = decoder.mask_token.expand(len(x), masked.ids_hidden.shape[1], -1)  # [B, L - K, Dd]
+        x = gather_patches(torch.cat([x, hidden], dim=1), unshuffle)  # [B, L, Dd]
     x = torch.cat([classes, x + decoder.positions], dim=1)
     for block in decoder.blocks:
         x = block(x)

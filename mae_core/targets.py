@@ -1,10 +1,11 @@
-"""The numbers the decoder has to predict for a patch, in float32 whatever the model computes in.
+"""Reconstruction targets: what the decoder has to predict for a patch, in float32 whatever dtype the model computes in.
 
-Shapes: patches [..., N], N = P * P * C, of normalised pixels -> targets [..., N], or [..., k] coefficients.
-Units:  normalised pixels; or the deviations of each patch.
-Errors: TypeError where half precision would spoil a target; ConfigError where a basis is missing or cannot be found.
-Source: He et al. 2022, arXiv 2111.06377, section 3 ("Reconstruction target") and table 1d; variance unbiased, 1e-6 added to
-it, as in the weights the authors released."""
+Shapes: patches [..., N] of normalised pixels, N = P * P * C -> targets [..., N], or [..., k] coefficients.
+
+Units: "raw" and "pca" targets are in normalised pixels, "normalised" targets in standard deviations of their own patch.
+
+Source: He et al. 2022, arXiv 2111.06377, section 3 ("Reconstruction target") and table 1d. The variance is unbiased and has
+1e-6 added to it, which is what the released weights were trained with."""
 
 from typing import Literal, NamedTuple
 
@@ -14,26 +15,37 @@ from torch import Tensor
 from mae_core.errors import ConfigError
 
 VARIANCE_EPS = 1e-6
+"""Added to the variance of a patch before the square root, so that flat patches do not divide by zero."""
 
 
 class PatchBasis(NamedTuple):
-    """The directions in patch space along which patches differ most."""
+    """The directions in patch space along which patches differ most: their principal components."""
 
-    mean: Tensor  # [N]     float32
-    components: Tensor  # [k, N]  float32, orthonormal rows, of falling variance
+    mean: Tensor
+    """float32 [N], the mean patch."""
+    components: Tensor
+    """float32 [k, N], orthonormal rows in order of decreasing variance."""
 
 
 def target_of(
     patches: Tensor, *, target: Literal["raw", "normalised", "pca"], basis: PatchBasis | None = None
 ) -> Tensor:
-    """What the decoder has to predict for each of these patches.
+    """Return what the decoder has to predict for each of these patches.
 
-    Shapes: [..., N] -> float32 [..., N], or [..., k] for "pca". Errors: TypeError for half-precision patches, whose rounding
-    would be magnified in flat ones (bf16: off by 0.05 of a patch's deviation); ConfigError for "pca" without a basis.
-    Source: see the module.
+    The target is the patch itself ("raw"), the patch standardised by its own mean and standard deviation ("normalised"),
+    or its first k principal components ("pca", which needs `basis`).
+
+    Half-precision patches are refused because normalisation magnifies their rounding in flat patches: bfloat16 is off by
+    0.05 of a patch's standard deviation.
+
+    Shapes: [..., N] -> float32 [..., N], or [..., k] for "pca".
+
+    Raises:
+        TypeError: The patches are in half precision.
+        ConfigError: The target is "pca" and there is no basis.
     """
     if patches.dtype in (torch.float16, torch.bfloat16):
-        raise TypeError(f"patches are {patches.dtype}: hand pixels over as float32, the model casts its own input")
+        raise TypeError(f"patches are {patches.dtype}: pass pixels as float32, the model casts its own input")
     patches = patches.to(torch.float32)
     if target == "raw":
         return patches
@@ -41,37 +53,46 @@ def target_of(
         mean, deviation = patch_statistics(patches)
         return (patches - mean) / deviation
     if basis is None:
-        raise ConfigError("target='pca' needs the basis of the training images' patches: give patch_basis(patches)")
-    with torch.autocast(patches.device.type, enabled=False):
+        raise ConfigError(
+            "target='pca' needs a basis: pass patch_basis(patches), taken over patches of training images"
+        )
+    with torch.autocast(patches.device.type, enabled=False):  # autocast would run this product in half precision
         return (patches - basis.mean) @ basis.components.T
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each patch over all its numbers, channels together.
+    """Return the mean and the standard deviation of each patch, over all its values and all channels together.
 
-    A patch of one colour is not zero when normalised by them, unless its channels are equal.
-    Shapes: [..., N] -> two float32 [..., 1]; the deviation is sqrt(unbiased variance + 1e-6). Errors: none.
-    Source: arXiv 2111.06377, section 3.
+    A patch of a single colour is therefore not zero once normalised, unless its channels are equal. The standard
+    deviation is sqrt(unbiased variance + 1e-6).
+
+    Shapes: [..., N] -> two float32 [..., 1].
     """
     variance, mean = torch.var_mean(patches.to(torch.float32), dim=-1, correction=1, keepdim=True)
     return mean, (variance + VARIANCE_EPS).sqrt()
 
 
 def patch_basis(patches: Tensor, *, components: int) -> PatchBasis:
-    """The first principal components of a sample of patches, computed in float64.
+    """Return the first principal components of a sample of patches, computed in float64.
 
-    The sign of each component is fixed (its largest entry is positive), so that equal patches give equal targets.
-    Shapes: [M, N] -> PatchBasis. Errors: ConfigError when there are not more patches than components.
+    The sign of each component is fixed by making its largest entry positive, so that equal patches give equal targets.
+
+    Shapes: [M, N] -> PatchBasis with k = components.
+
     Source: arXiv 2111.06377, table 1d (96 coefficients).
+
+    Raises:
+        ConfigError: There are not more patches than components, or fewer values per patch than components.
     """
     count, numbers = patches.shape
     if not 1 <= components <= min(count - 1, numbers):
         raise ConfigError(
-            f"components={components} of {count} patches with {numbers} numbers each: give more patches, or ask for fewer"
+            f"components={components} of {count} patches with {numbers} values each cannot be computed: pass more patches, or "
+            f"ask for fewer components"
         )
     wide = patches.to(torch.float64)
     mean = wide.mean(dim=0)
-    _, vectors = torch.linalg.eigh((wide - mean).T @ (wide - mean))  # columns, of rising variance
+    _, vectors = torch.linalg.eigh((wide - mean).T @ (wide - mean))  # columns, in order of increasing variance
     rows = vectors.T.flip(0)[:components]  # [k, N]
     largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
     return PatchBasis(mean.float(), (rows * largest.sign()).float())
@@ -84,11 +105,17 @@ def patches_of(
     target: Literal["raw", "normalised", "pca"],
     basis: PatchBasis | None = None,
 ) -> Tensor:
-    """Predicted targets as patches of normalised pixels, for display.
+    """Turn predicted targets back into patches of normalised pixels, for display; the inverse of `target_of`.
 
-    Normalised targets take each true patch's own mean and deviation: that leaks its brightness and contrast, so label such
-    pictures. Shapes: prediction [..., N or k], true_patches [..., N] -> float32 [..., N].
-    Errors: ConfigError for "pca" without a basis. Source: arXiv 2111.06377, figure 2.
+    A "normalised" prediction is rescaled by the true patch's mean and standard deviation. That leaks the brightness and
+    contrast of the original, so say so next to such a picture.
+
+    Shapes: prediction [..., N], or [..., k] for "pca"; true_patches [..., N] -> float32 [..., N].
+
+    Source: arXiv 2111.06377, figure 2.
+
+    Raises:
+        ConfigError: The target is "pca" and there is no basis.
     """
     prediction = prediction.float()
     if target == "raw":
@@ -97,5 +124,5 @@ def patches_of(
         mean, deviation = patch_statistics(true_patches)
         return prediction * deviation + mean
     if basis is None:
-        raise ConfigError("target='pca' needs the basis it was trained with")
+        raise ConfigError("target='pca' needs the basis that the model was trained with: pass basis")
     return prediction @ basis.components + basis.mean

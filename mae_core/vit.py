@@ -1,13 +1,14 @@
-"""The Vision Transformer encoder: pixels in, tokens out, of visible patches alone when told which are visible.
+"""The Vision Transformer encoder: pixels in, tokens out, for all patches or for the visible ones only.
 
-Shapes: pixels [B, C, H, W], patches [B, L, N], ids_visible [B, K] -> tokens [B, n + K, D], the n class tokens first; T tokens
-        and h heads inside a block.
-Units:  pixels are normalised float32 (mae_core.patches.normalise_pixels); they are cast to the parameters' dtype here.
-Errors: ConfigError when an image does not have the size the encoder was made for.
-Source: Dosovitskiy et al. 2021, arXiv 2010.11929, section 3.1; He et al. 2022, arXiv 2111.06377, section 3 and A.1.
+Weights are NaN until `initialise` or `load_state_dict` fills them. Constructing a module therefore leaves torch's global
+random generator untouched, and a model whose weights were never filled cannot be mistaken for a trained one.
 
-Weights are NaN until `initialise` or `load_state_dict` fills them: constructing a module leaves torch's global generator
-alone, and a forgotten fill cannot pass for a trained model."""
+Shapes: pixels [B, C, H, W], patches [B, L, N], ids_visible [B, K] -> tokens [B, n + K, D], the n class tokens first.
+T tokens and h heads inside a block; M hidden patches that have a mask token.
+
+Units: pixels are normalised float32 (see `normalise_pixels`); the encoder casts them to the dtype of its parameters.
+
+Source: Dosovitskiy et al. 2021, arXiv 2010.11929, section 3.1; He et al. 2022, arXiv 2111.06377, section 3 and A.1."""
 
 # ruff: noqa: N806 (sizes carry the letters of the legend above)
 
@@ -25,18 +26,18 @@ from mae_core.positions import sine_cosine_2d
 
 
 class Linear(nn.Linear):
-    """nn.Linear whose weights start as NaN, see the module. Shapes, errors and source: those of nn.Linear."""
+    """An nn.Linear whose weights start as NaN, so that construction draws no random numbers."""
 
     def reset_parameters(self) -> None:
-        """Fill weight and bias with NaN, drawing nothing. Shapes: theirs. Errors: none. Source: none."""
+        """Fill weight and bias with NaN."""
         for parameter in self.parameters():
             nn.init.constant_(parameter, math.nan)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one projection for queries, keys and values.
+    """Multi-head self-attention with one fused projection for queries, keys and values.
 
-    Shapes: [B, T, D] -> [B, T, D]. Errors: none beyond ViTConfig's. Source: arXiv 1706.03762, section 3.2.
+    Source: arXiv 1706.03762, section 3.2.
     """
 
     def __init__(self, dim: int, *, num_heads: int) -> None:
@@ -46,7 +47,7 @@ class Attention(nn.Module):
         self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Let every token read every other. Shapes, errors and source: the class's."""
+        """Let every token attend to all tokens of its image: [B, T, D] -> [B, T, D]."""
         B, T, D = x.shape
         qkv = self.qkv(x).reshape(B, T, 3, self.num_heads, D // self.num_heads)  # [B, T, 3, h, D/h]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, h, T, D/h]
@@ -57,7 +58,7 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """Two linear layers with an exact GELU between them.
 
-    Shapes: [..., D] -> [..., D]. Errors: none. Source: arXiv 2010.11929, section 3.1; arXiv 1606.08415 (GELU).
+    Source: arXiv 2010.11929, section 3.1; arXiv 1606.08415 (GELU).
     """
 
     def __init__(self, dim: int, *, hidden_dim: int) -> None:
@@ -66,14 +67,14 @@ class Mlp(nn.Module):
         self.fc2 = Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Transform every token alone. Shapes, errors and source: the class's."""
+        """Transform each token independently: [..., D] -> [..., D]."""
         return cast("Tensor", self.fc2(nn.functional.gelu(self.fc1(x))))
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block.
+    """A pre-norm Transformer block: attention and an MLP, each behind a LayerNorm and added to its input.
 
-    Shapes: [B, T, D] -> [B, T, D]. Errors: none. Source: arXiv 2010.11929, equations 2 and 3.
+    Source: arXiv 2010.11929, equations 2 and 3.
     """
 
     def __init__(self, dim: int, *, num_heads: int, mlp_dim: int, layer_norm_eps: float) -> None:
@@ -84,10 +85,13 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, hidden_dim=mlp_dim)
 
     def forward(self, x: Tensor, drop_scale: Tensor | None = None) -> Tensor:
-        """Add what attention and the MLP say to every token.
+        """Add the output of attention, then that of the MLP, to every token.
 
-        Shapes: x [B, T, D]; drop_scale [B, 2] multiplies the two branches of each sample (0 drops one), None drops
-        nothing -> [B, T, D]. Errors: none. Source: arXiv 1603.09382 for dropped branches.
+        `drop_scale` multiplies each sample's two branches: 0 drops a branch, and None leaves both as they are.
+
+        Shapes: x [B, T, D], drop_scale [B, 2] -> [B, T, D].
+
+        Source: arXiv 1603.09382 for dropping branches.
         """
         if drop_scale is None:
             x = x + self.attn(self.norm1(x))
@@ -98,28 +102,31 @@ class Block(nn.Module):
 
 
 class PatchEmbed(Linear):
-    """Linear embedding of flattened patches: [B, L, P * P * C] -> [B, L, D]; equals a convolution of stride P.
+    """Linear embedding of flattened patches: [B, L, P * P * C] -> [B, L, D]. Equals a convolution of stride P.
 
-    Errors: none. Source: arXiv 2010.11929, equation 1.
+    Source: arXiv 2010.11929, equation 1.
     """
 
 
 class MaskTokens(NamedTuple):
-    """A learnt token that stands in the encoder for every hidden patch (MAEConfig.encoder_input "all")."""
+    """The learnt token that replaces every hidden patch in the encoder when `MAEConfig.encoder_input` is "all"."""
 
-    token: Tensor  # [1, 1, D]
-    ids: Tensor  # [B, M]  int64, the hidden patches
+    token: Tensor
+    """[1, 1, D], a parameter of the autoencoder."""
+    ids: Tensor
+    """int64 [B, M], the hidden patches."""
 
 
 class ViTEncoder(nn.Module):
-    """The encoder: patch embedding, class tokens, positions, blocks, final norm.
+    """Encode images into tokens: patch embedding, class tokens, positions, blocks, final norm.
 
-    Weights are NaN until loaded, unless `generator` is given: then `initialise` fills them. With fixed positions the weights
-    of one image size serve every other: build the encoder with that size and load them.
-    Shapes, units, errors and source: the module's.
+    With a `generator` the weights are initialised from it; without one they are NaN until they are loaded.
+
+    With fixed positions, the weights of one image size serve every other: build the encoder for the new size and load
+    them. `resized_encoder` handles learned positions too.
     """
 
-    positions: Tensor  # [L, D], a parameter when learned; else recomputed and never stored
+    positions: Tensor  # [L, D]: a parameter when learned, otherwise recomputed from the config and never stored
 
     def __init__(self, config: ViTConfig, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -144,7 +151,10 @@ class ViTEncoder(nn.Module):
             initialise(self, generator=generator)
 
     def embed(self, pixels: Tensor, ids_visible: Tensor | None, mask_tokens: MaskTokens | None) -> Tensor:
-        """Patches as tokens with their positions, [B, K (+ M), D]; arguments, errors and source as `forward`."""
+        """Return patches as tokens with their positions, before class tokens are added: [B, K (+ M), D].
+
+        Arguments and errors are those of `forward`.
+        """
         if tuple(pixels.shape[1:]) != (self.config.in_channels, *self.config.image_size):
             raise ConfigError(
                 f"pixels of shape {tuple(pixels.shape)} do not fit in_channels={self.config.in_channels}, "
@@ -155,7 +165,9 @@ class ViTEncoder(nn.Module):
         positions = self.positions.to(dtype).expand(len(patches), -1, -1)  # [B, L, D]
         if ids_visible is None:
             return cast("Tensor", self.patch_embed(patches.to(dtype)) + positions)  # [B, L, D]
-        patches = gather_patches(patches, ids_visible)  # [B, K, N]: hidden patches are not even embedded
+        patches = gather_patches(
+            patches, ids_visible
+        )  # [B, K, N]: gathered first, so hidden patches are never embedded
         x = self.patch_embed(patches.to(dtype)) + gather_patches(positions, ids_visible)  # [B, K, D]
         if mask_tokens is None:
             return cast("Tensor", x)
@@ -169,9 +181,13 @@ class ViTEncoder(nn.Module):
         drop_scales: Tensor | None = None,
         mask_tokens: MaskTokens | None = None,
     ) -> Tensor:
-        """Tokens of the last block, before the final norm; arguments, shapes, errors and source as `forward`."""
+        """Return the tokens of the last block, before the final norm.
+
+        Arguments, shapes and errors are those of `forward`.
+        """
         x = self.embed(pixels, ids_visible, mask_tokens)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)  # class tokens: position 0
+        # class tokens are added after the positions, because theirs is zero
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)  # [B, n + K (+ M), D]
         for index, block in enumerate(self.blocks):
             x = block(x, None if drop_scales is None else drop_scales[:, index])
         return x
@@ -183,30 +199,41 @@ class ViTEncoder(nn.Module):
         drop_scales: Tensor | None = None,
         mask_tokens: MaskTokens | None = None,
     ) -> Tensor:
-        """Encode images, or their visible patches alone.
+        """Encode images, or only their visible patches, into tokens after the final norm.
 
-        Shapes: pixels float32 [B, C, H, W]; ids_visible int64 [B, K] or None for all patches; drop_scales [B, depth, 2]
-        (see mae_core.heads.drop_path_scales) or None; mask_tokens for M hidden patches or None -> tokens [B, n + K (+ M), D]
-        after the final norm, the n class tokens first, then patches in the order of ids_visible, then hidden ones in the
-        order of mask_tokens.ids, in the parameters' dtype. Errors and source: the module's.
+        The result is in the dtype of the parameters. Class tokens come first, then patches in the order of ids_visible,
+        then hidden patches in the order of mask_tokens.ids.
+
+        Shapes: pixels float32 [B, C, H, W]; ids_visible int64 [B, K], or None for all patches; drop_scales
+        [B, depth, 2] (see `drop_path_scales`), or None to drop nothing; mask_tokens for M hidden patches, or None
+        -> [B, n + K (+ M), D].
+
+        Raises:
+            ConfigError: The images do not have the size that the encoder was built for.
         """
         return cast("Tensor", self.norm(self.tokens(pixels, ids_visible, drop_scales, mask_tokens)))
 
     def encode(self, pixels: Tensor, *, pool: Literal["cls", "mean", "none"]) -> Tensor:
-        """Features of whole images after the final norm; nothing is ever hidden or dropped here.
+        """Return the features of whole images after the final norm. Nothing is hidden or dropped.
 
-        Shapes: pixels float32 [B, C, H, W] -> "cls" the mean of the class tokens [B, D], "mean" the mean of the patch tokens
-        [B, D], "none" all tokens [B, n + L, D]. Errors: the module's; ConfigError for another pool. Source: arXiv
-        2111.06377, A.1.
+        Shapes: pixels float32 [B, C, H, W] -> [B, D] for pool "cls" (the mean of the class tokens) and "mean" (the mean
+        of the patch tokens), [B, n + L, D] for "none" (all tokens).
+
+        Source: arXiv 2111.06377, A.1.
+
+        Raises:
+            ConfigError: The images do not have the size that the encoder was built for, or pool is unknown.
         """
         return pooled(cast("Tensor", self(pixels)), pool=pool, cls_tokens=self.config.cls_tokens)
 
 
 def pooled(tokens: Tensor, *, pool: Literal["cls", "mean", "none"], cls_tokens: int) -> Tensor:
-    """Tokens of an image as one feature.
+    """Pool the tokens of each image into one feature, as `ViTEncoder.encode` does.
 
-    Shapes: tokens [B, n + L, D], n = cls_tokens -> "cls" the mean of the class tokens [B, D], "mean" the mean of the patch
-    tokens [B, D], "none" the tokens as they are. Errors: ConfigError for another pool. Source: arXiv 2111.06377, A.1.
+    Shapes: tokens [B, n + L, D] with n = cls_tokens -> [B, D], or the tokens as they are for pool "none".
+
+    Raises:
+        ConfigError: pool is unknown.
     """
     match pool:
         case "none":
@@ -219,10 +246,10 @@ def pooled(tokens: Tensor, *, pool: Literal["cls", "mean", "none"], cls_tokens: 
 
 
 def fill(parameter: Tensor, init: Callable[[Tensor], Tensor], *, generator: torch.Generator) -> None:
-    """Draw in float32 on the generator's device and copy: the same numbers whatever the parameter's dtype and device.
+    """Fill a parameter with numbers that do not depend on its dtype or device.
 
-    Shapes: any; `init` fills a tensor in place from `generator`. Parameters on the meta device are left alone.
-    Errors: those of `init`. Source: none.
+    `init` fills a float32 tensor in place from the generator, on the generator's device; the result is then copied.
+    Parameters on the meta device are left alone.
     """
     if parameter.is_meta:
         return
@@ -232,11 +259,16 @@ def fill(parameter: Tensor, init: Callable[[Tensor], Tensor], *, generator: torc
 
 
 def initialise(module: nn.Module, *, generator: torch.Generator) -> None:
-    """Fill every parameter of encoder, decoder or both from the generator, in the order of `named_modules`.
+    """Initialise every parameter of an encoder, a decoder or an autoencoder from the generator.
 
-    Linear layers xavier uniform with zero bias (the patch embedding on its flattened patch, queries, keys and values as
-    one matrix), norms one and zero, cls_token and mask_token normal with deviation 0.02, learned positions the fixed table.
-    Shapes: the module's. Errors: ConfigError for a parameter of another kind. Source: arXiv 2111.06377, A.1.
+    Linear layers are xavier uniform with zero bias, where the patch embedding counts as a matrix over the flattened patch,
+    and queries, keys and values as one matrix. Norms start at one and zero, class and mask tokens normal with standard
+    deviation 0.02, and learned positions as the fixed table. Parameters are drawn in the order of `named_modules`.
+
+    Source: arXiv 2111.06377, A.1.
+
+    Raises:
+        ConfigError: There is a parameter of another kind.
     """
 
     def normal(tensor: Tensor) -> Tensor:
@@ -260,4 +292,6 @@ def initialise(module: nn.Module, *, generator: torch.Generator) -> None:
             elif isinstance(part, nn.Linear) and name == "bias":
                 nn.init.zeros_(parameter)
             else:
-                raise ConfigError(f"parameter {path}.{name}: no rule says how it starts; add one to initialise")
+                raise ConfigError(
+                    f"parameter {path}.{name}: there is no rule for its initial value; add one to initialise"
+                )

@@ -1,6 +1,7 @@
-"""Names and shapes of other people's weights, and ours: pure mappings from state dict to state dict.
+"""Conversion between our weights and those of other projects: pure mappings from state dict to state dict.
 
-`layouts` declares the names, `infer` reads a config off the shapes, `mapping` carries weights over and back."""
+`layouts` declares what other projects call their tensors, `infer` reads a config off the shapes, and `mapping` converts
+weights in both directions."""
 
 from mae_core.interop.infer import infer_autoencoder_config as infer_autoencoder_config
 from mae_core.interop.infer import infer_encoder_config as infer_encoder_config

@@ -1,13 +1,17 @@
-"""What four kinds of weight files call their tensors: tables, and the names of a file brought into a table's spelling.
+"""The tensor names of four kinds of weight files, as tables, and the renaming of a file's tensors to match its table.
 
-    official_mae  facebookresearch/mae, encoder and decoder           hf_vitmae  transformers ViTMAEForPreTraining
-    timm          timm VisionTransformer; the official encoder alone  hf_vit     transformers ViTModel, ViTMAEModel
-                  (pretrained or fine-tuned) has these very names                and what holds one as `vit.`
-Shapes: a `name.*` of a table stands for name.weight and name.bias. A fused qkv [3D, D] here is q, k and v [D, D] at Hugging
-        Face. A position table is [1, 1 + L, D], the class token's row first.
-Errors: ConfigError for names that fit no layout, or that mean one tensor twice.
-Source: the names found in files of each kind; Hugging Face: parameter names of transformers 5 in memory, of 5 on disk,
-and of the released facebook/vit-mae-* files (4.x)."""
+- `official_mae`: facebookresearch/mae, encoder and decoder.
+- `timm`: timm's VisionTransformer. The official encoder alone, pretrained or fine-tuned, has the same names.
+- `hf_vitmae`: transformers' ViTMAEForPreTraining.
+- `hf_vit`: transformers' ViTModel and ViTMAEModel, and any model that holds one as `vit.`.
+
+"Ours" are the names of this project, "theirs" those of a layout. In a table, `name.*` means name.weight and name.bias.
+
+Shapes: our fused qkv [3D, D] is q, k and v, [D, D] each, at Hugging Face. Stored position tables are [1, 1 + L, D], the row
+of the class token first.
+
+Source: the names found in files of each kind. For Hugging Face these are the parameter names of transformers 5 in memory,
+of transformers 5 on disk, and of the released facebook/vit-mae-* files (transformers 4)."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -23,35 +27,38 @@ LayoutName = Literal["official_mae", "timm", "hf_vit", "hf_vitmae"]
 Value = TypeVar("Value")
 
 WRAPPERS = ("module.", "model.", "encoder.")
-"""Prefixes that a wrapper puts before every name (DistributedDataParallel, a training module): taken off when all carry it."""
+"""Prefixes that wrappers such as DistributedDataParallel put before every name; removed when all names carry one."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Half:
-    """Names of an encoder or of a decoder, ours -> theirs. Shapes: the module's. Errors: none. Source: the module's."""
+class NameTable:
+    """The names of an encoder's or a decoder's tensors, as a mapping from ours to theirs."""
 
     names: Mapping[str, str]
-    """Everything outside blocks."""
+    """Names outside the blocks, ours -> theirs."""
     blocks: str
-    """Where blocks are: `blocks` for blocks.0, blocks.1, ...; ours are `blocks`."""
+    """Their prefix of the blocks: `blocks` means blocks.0, blocks.1, ..., as ours do."""
     block: Mapping[str, tuple[str, ...]]
-    """A block's modules -> those whose tensors, one under the other, they hold."""
+    """Names within a block, ours -> theirs. One of ours may hold several of theirs, concatenated along the first axis."""
     positions: str
-    """The position table."""
+    """Their name of the position table."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """One kind of file. Shapes: the module's. Errors: none. Source: the module's."""
+    """The names in one kind of weight file."""
 
-    encoder: Half
-    decoder: Half | None = None
-    decoder_names: tuple[str, ...] = ()
-    """Patterns of the decoder's names: what an import of the encoder alone leaves out, and reports."""
-    optional: tuple[str, ...] = ()
-    """Patterns of names that are no part of an encoder and may stand beside it: left out, and reported."""
-    spellings: tuple[tuple[str, str], ...] = ()
-    """Patterns and what they become, in this order: turns a spelling of files into that of the table."""
+    encoder: NameTable
+    """Names of the encoder."""
+    decoder: NameTable | None = None
+    """Names of the decoder, or None for a kind of file that holds encoders only."""
+    decoder_patterns: tuple[str, ...] = ()
+    """fnmatch patterns of the decoder's names. An import of the encoder alone leaves them out and reports them."""
+    optional_patterns: tuple[str, ...] = ()
+    """fnmatch patterns of names that may accompany an encoder without being part of it, such as a head. Every import leaves
+    them out and reports them."""
+    renames: tuple[tuple[str, str], ...] = ()
+    """Regular expressions and their replacements, applied in order: they turn older spellings into that of the tables."""
 
 
 _FUSED_BLOCK = {name: (name,) for name in ("norm1.*", "attn.qkv.*", "attn.proj.*", "norm2.*", "mlp.fc1.*", "mlp.fc2.*")}
@@ -63,7 +70,7 @@ _SPLIT_BLOCK = {
     "mlp.fc1.*": ("mlp.fc1.*",),
     "mlp.fc2.*": ("mlp.fc2.*",),
 }
-_HF_BLOCK_SPELLINGS = (
+_HF_BLOCK_RENAMES = (
     (r"\.attention\.attention\.query\.", ".attention.q_proj."),
     (r"\.attention\.attention\.key\.", ".attention.k_proj."),
     (r"\.attention\.attention\.value\.", ".attention.v_proj."),
@@ -72,7 +79,7 @@ _HF_BLOCK_SPELLINGS = (
     (r"\.output\.dense\.", ".mlp.fc2."),
 )
 
-_TIMM_ENCODER = Half(
+_TIMM_ENCODER = NameTable(
     names={"cls_token": "cls_token", "patch_embed.*": "patch_embed.proj.*", "norm.*": "norm.*"},
     blocks="blocks",
     block=_FUSED_BLOCK,
@@ -80,8 +87,8 @@ _TIMM_ENCODER = Half(
 )
 
 
-def _hf_encoder(prefix: str) -> Half:
-    return Half(
+def _hf_encoder(prefix: str) -> NameTable:
+    return NameTable(
         names={
             "cls_token": f"{prefix}embeddings.cls_token",
             "patch_embed.*": f"{prefix}embeddings.patch_embeddings.projection.*",
@@ -97,7 +104,7 @@ LAYOUTS: Mapping[LayoutName, Layout] = MappingProxyType(
     {
         "official_mae": Layout(
             encoder=_TIMM_ENCODER,
-            decoder=Half(
+            decoder=NameTable(
                 names={
                     "mask_token": "mask_token",
                     "embed.*": "decoder_embed.*",
@@ -108,13 +115,13 @@ LAYOUTS: Mapping[LayoutName, Layout] = MappingProxyType(
                 block=_FUSED_BLOCK,
                 positions="decoder_pos_embed",
             ),
-            decoder_names=("decoder_*", "mask_token"),
+            decoder_patterns=("decoder_*", "mask_token"),
         ),
-        # fc_norm is a norm of the mean of tokens: it is no replacement for `norm`, which stays required
-        "timm": Layout(encoder=_TIMM_ENCODER, optional=("head.*", "fc_norm.*")),
+        # fc_norm normalises the mean of the tokens, so it cannot replace `norm`, which stays required
+        "timm": Layout(encoder=_TIMM_ENCODER, optional_patterns=("head.*", "fc_norm.*")),
         "hf_vitmae": Layout(
             encoder=_hf_encoder("vit."),
-            decoder=Half(
+            decoder=NameTable(
                 names={
                     "mask_token": "decoder.mask_token",
                     "embed.*": "decoder.decoder_embed.*",
@@ -125,23 +132,24 @@ LAYOUTS: Mapping[LayoutName, Layout] = MappingProxyType(
                 block=_SPLIT_BLOCK,
                 positions="decoder.decoder_pos_embed",
             ),
-            decoder_names=("decoder.*",),
-            spellings=(
+            decoder_patterns=("decoder.*",),
+            renames=(
                 (r"^vit\.encoder\.layer\.", "vit.layers."),
                 (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),
-                *_HF_BLOCK_SPELLINGS,
+                *_HF_BLOCK_RENAMES,
             ),
         ),
         "hf_vit": Layout(
             encoder=_hf_encoder(""),
-            optional=("pooler.dense.*", "classifier.*"),
-            spellings=((r"^vit\.", ""), (r"^encoder\.layer\.", "layers."), *_HF_BLOCK_SPELLINGS),
+            optional_patterns=("pooler.dense.*", "classifier.*"),
+            renames=((r"^vit\.", ""), (r"^encoder\.layer\.", "layers."), *_HF_BLOCK_RENAMES),
         ),
     }
 )
-"""Layouts with a decoder stand before those without, which fit their encoders too."""
+"""The known layouts. Those with a decoder come first, because `detect_layout` takes the first match and a layout without a
+decoder matches their encoders too."""
 
-_HF_FILE_SPELLINGS = (
+_HF_FILE_RENAMES = (
     (r"^(vit\.|)layers\.", r"\1encoder.layer."),
     (r"^decoder\.decoder_layers\.", "decoder.decoder_encoder.layer."),
     (r"\.attention\.q_proj\.", ".attention.attention.query."),
@@ -153,15 +161,15 @@ _HF_FILE_SPELLINGS = (
 )
 
 
-def names_of(half: Half, *, depth: int) -> dict[str, tuple[str, ...]]:
-    """Our name -> their names whose tensors, one under the other, it holds; the position table is apart.
+def tensor_names(table: NameTable, *, depth: int) -> dict[str, tuple[str, ...]]:
+    """Expand a table to `depth` blocks: our tensor name -> their names whose tensors it holds, concatenated.
 
-    Shapes: depth blocks. Errors: none. Source: the module's.
+    The position table is not among them.
     """
-    pairs: list[tuple[str, tuple[str, ...]]] = [(ours, (theirs,)) for ours, theirs in half.names.items()]
+    pairs: list[tuple[str, tuple[str, ...]]] = [(ours, (theirs,)) for ours, theirs in table.names.items()]
     for index in range(depth):
-        here, there = f"blocks.{index}.", f"{half.blocks}.{index}."
-        pairs += [(here + ours, tuple(there + name for name in theirs)) for ours, theirs in half.block.items()]
+        here, there = f"blocks.{index}.", f"{table.blocks}.{index}."
+        pairs += [(here + ours, tuple(there + name for name in theirs)) for ours, theirs in table.block.items()]
     names: dict[str, tuple[str, ...]] = {}
     for ours, theirs in pairs:
         for kind in ("weight", "bias") if ours.endswith(".*") else ("",):
@@ -169,61 +177,67 @@ def names_of(half: Half, *, depth: int) -> dict[str, tuple[str, ...]]:
     return names
 
 
-def depth_of(names: Iterable[str], half: Half) -> int:
-    """How many blocks stand there: one more than the highest number. Shapes, errors: none. Source: none."""
-    pattern = re.compile(rf"{re.escape(half.blocks)}\.(\d+)\.")
+def depth_of(names: Iterable[str], table: NameTable) -> int:
+    """Return the number of blocks among their names: one more than the highest index, or 0."""
+    pattern = re.compile(rf"{re.escape(table.blocks)}\.(\d+)\.")
     return max((int(found[1]) + 1 for name in names if (found := pattern.match(name))), default=0)
 
 
-def matching(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
-    """The names that fit one of the patterns, which are those of fnmatch. Shapes, errors: none. Source: none."""
+def names_matching(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
+    """Return the names that match at least one of the fnmatch patterns."""
     patterns = tuple(patterns)
     return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
 
 
-def spelled(state_dict: Mapping[str, Value], layout: Layout) -> dict[str, Value]:
-    """The same under the table's spelling: wrappers' prefixes are off, older spellings are turned into the current one.
+def canonical_names(state_dict: Mapping[str, Value], layout: Layout) -> dict[str, Value]:
+    """Return the same tensors under the names of the layout's tables.
 
-    Shapes: untouched. Errors: ConfigError when two names mean the same. Source: the module's.
+    Prefixes of wrappers are removed and older spellings are replaced by the current one.
+
+    Raises:
+        ConfigError: Two names mean the same tensor.
     """
     found: dict[str, Value] = {}
     for name, value in _unwrapped(state_dict).items():
         current = name
-        for pattern, new in layout.spellings:
+        for pattern, new in layout.renames:
             current = re.sub(pattern, new, current)
         if current in found:
-            raise ConfigError(f"the weights hold {current} twice, once as {name}: remove one of them")
+            raise ConfigError(f"the weights hold {current} twice, the second time as {name}: remove one of them")
         found[current] = value
     return found
 
 
 def detect_layout(names: Iterable[str]) -> LayoutName:
-    """Which layout the names of a file are in. An official MAE file without its decoder has the names of `timm`.
+    """Return the layout that the tensor names of a file belong to.
 
-    Shapes: none. Errors: ConfigError listing the known layouts. Source: the module's.
+    An official MAE file without its decoder has the names of `timm`.
+
+    Raises:
+        ConfigError: The names fit no layout; the message lists the known ones.
     """
     given = dict.fromkeys(names, None)
     for title, layout in LAYOUTS.items():
-        found = spelled(given, layout)
+        found = canonical_names(given, layout)
         patch_embed = layout.encoder.names["patch_embed.*"].replace("*", "weight")
-        if patch_embed in found and (layout.decoder is None or matching(found, layout.decoder_names)):
+        if patch_embed in found and (layout.decoder is None or names_matching(found, layout.decoder_patterns)):
             return title
     raise ConfigError(
-        f"weights named {', '.join(sorted(given)[:4]) or '(none)'} ... are in no known layout: known are "
-        f"official_mae (facebookresearch/mae), timm (VisionTransformer), hf_vit (transformers ViTModel), "
+        f"weights named {', '.join(sorted(given)[:4]) or '(none)'} ... are in no known layout. The known layouts are "
+        f"official_mae (facebookresearch/mae), timm (VisionTransformer), hf_vit (transformers ViTModel) and "
         f"hf_vitmae (transformers ViTMAEForPreTraining)"
     )
 
 
 def hf_file_names(state_dict: Mapping[str, Value]) -> dict[str, Value]:
-    """Names of transformers 5 in memory as those of its files, which transformers 4 reads as well.
+    """Rename tensors from transformers 5's names in memory to those of its files, which transformers 4 reads too.
 
-    Shapes: untouched. Errors: none. Source: what save_pretrained of 5.23 writes, and the released files.
+    Source: the files that save_pretrained of transformers 5.23 writes, and the released files.
     """
     found: dict[str, Value] = {}
     for name, value in state_dict.items():
         current = name
-        for pattern, new in _HF_FILE_SPELLINGS:
+        for pattern, new in _HF_FILE_RENAMES:
             current = re.sub(pattern, new, current)
         found[current] = value
     return found

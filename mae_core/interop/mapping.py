@@ -1,12 +1,14 @@
-"""Weights carried over from other layouts and into them: every name accounted for, no bit changed.
+"""Conversion of weights from other layouts and into them: every name is accounted for, and no bit is changed.
 
-Shapes: patch_embed.weight [D, P * P * C] here is a kernel [D, C, P, P] there; qkv [3D, D] here is q, k and v [D, D] at Hugging
-        Face; position tables [1, 1 + L, D] are stored there, computed here or, when learned, kept as [L, D].
-Errors: ConfigError listing missing and unknown names or wrong shapes, or naming a position table that is not the fixed one.
-Source: the names: mae_core.interop.layouts.
+Shapes: our patch_embed.weight [D, P * P * C] is a convolution kernel [D, C, P, P] elsewhere. Our qkv [3D, D] is q, k and v,
+[D, D] each, at Hugging Face. Other layouts store position tables as [1, 1 + L, D]; here the fixed table is computed, and a
+learned one is kept as [L, D].
 
-The class token has no position here. Its row of a learned table is added to the token, which is what the other programs do at
-every pass; exported tables have a zero row."""
+Our class token has no position. On import, its row of the position table is added to the token itself, which is what the
+other programs do in every forward pass; exported tables have a zero row.
+
+Errors: ConfigError if names are missing or unknown, if a shape does not fit the config, or if a position table is not the
+fixed one where it has to be."""
 
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -16,144 +18,171 @@ from torch import Tensor
 
 from mae_core.config import MAEConfig, ViTConfig
 from mae_core.errors import ConfigError
-from mae_core.interop.infer import decoder_of, encoder_alone_hint, is_fixed, listed, other_positions
-from mae_core.interop.layouts import LAYOUTS, Half, LayoutName, matching, names_of, spelled
+from mae_core.interop.infer import decoder_table, encoder_only_hint, format_names, is_sine_cosine, positions_error
+from mae_core.interop.layouts import LAYOUTS, LayoutName, NameTable, canonical_names, names_matching, tensor_names
 from mae_core.mae import MaskedAutoencoder
 from mae_core.positions import sine_cosine_2d
 from mae_core.vit import ViTEncoder
 
 _FROZEN_TOLERANCE = 4e-3
-"""For tables that no autoencoder trains: half a step of bfloat16 below 1 is 2e-3; one-dimensional positions differ by tenths."""
+"""How far a position table of an autoencoder, which is never trained, may be from the fixed one. bfloat16 rounds by up to 2e-3
+below 1, while a table of one-dimensional positions would differ by tenths."""
 
 
 class Imported(NamedTuple):
-    """Weights by our names, and what of the file is not among them.
-
-    Shapes, errors and source: the module's.
-    """
+    """Imported weights, and the names of what was left out."""
 
     weights: dict[str, Tensor]
-    left_out: tuple[str, ...]  # names in the layout's spelling, all of them declared in its table
+    """Tensors under our names, ready for load_state_dict."""
+    left_out: tuple[str, ...]
+    """Tensors of the file that were not imported, under the layout's names; the layout declares every one of them."""
 
 
 def encoder_from(state_dict: Mapping[str, Tensor], config: ViTConfig, *, layout: LayoutName) -> Imported:
-    """Weights of ViTEncoder(config). Values and dtypes are kept; single tensors are shared with state_dict, not copied.
+    """Convert a state dict of another layout into the weights of ViTEncoder(config).
 
-    A decoder, a pooler or a classification head is left out and reported. With config.positions "learned" the stored table
-    becomes a weight, otherwise it must be the fixed one. Shapes, errors and source: the module's.
+    Values and dtypes are kept. A tensor that is neither concatenated nor changed is shared with state_dict, not copied. A
+    decoder, a pooler or a classification head is left out and reported. When config.positions is "learned" the stored
+    position table becomes a weight; otherwise it has to be the fixed one.
+
+    Raises:
+        ConfigError: Names are missing or unknown, a shape does not fit the config, or the position table does not.
     """
-    table = LAYOUTS[layout]
-    theirs, names = spelled(state_dict, table), names_of(table.encoder, depth=config.depth)
-    may_stay = matching(theirs, (*table.decoder_names, *table.optional))
-    wanted = {table.encoder.positions, *(name for group in names.values() for name in group)}
+    known = LAYOUTS[layout]
+    theirs, names = canonical_names(state_dict, known), tensor_names(known.encoder, depth=config.depth)
+    ignored = names_matching(theirs, (*known.decoder_patterns, *known.optional_patterns))
+    wanted = {known.encoder.positions, *(name for group in names.values() for name in group)}
     pooled = "fc_norm.weight" in theirs and "norm.weight" not in theirs
-    hint = "fc_norm normalises the mean of the tokens, and these weights have no norm of tokens" if pooled else ""
-    _check_names(theirs, wanted, may_stay=may_stay, hint=hint)
-    weights = _taken(theirs, names, _encoder_shapes(config), config)
-    weights |= _positions_taken(theirs[table.encoder.positions], weights["cls_token"], table.encoder, config)
+    hint = "fc_norm normalises the mean of the tokens, and these weights have no norm for the tokens" if pooled else ""
+    _check_names(theirs, wanted, ignored=ignored, hint=hint)
+    weights = _import_tensors(theirs, names, _encoder_shapes(config), config)
+    weights |= _import_positions(theirs[known.encoder.positions], weights["cls_token"], known.encoder, config)
     return Imported(weights, tuple(sorted(set(theirs) - wanted)))
 
 
 def autoencoder_from(state_dict: Mapping[str, Tensor], config: MAEConfig, *, layout: LayoutName) -> Imported:
-    """Weights of MaskedAutoencoder(config), as `encoder_from`: a file without its decoder is refused.
+    """Convert a state dict of another layout into the weights of MaskedAutoencoder(config).
 
-    Shapes, errors and source: the module's.
+    This works as `encoder_from`, and refuses a file without a decoder. The decoder's position table has to be the fixed
+    one.
+
+    Raises:
+        ConfigError: As in `encoder_from`; also if the layout or the file has no decoder, or if the config describes a model
+            that other layouts cannot hold.
     """
     _check_expressible(config)
-    table, decoder = LAYOUTS[layout], decoder_of(layout)
-    theirs, names = spelled(state_dict, table), _autoencoder_names(config, table.encoder, decoder)
+    known, decoder = LAYOUTS[layout], decoder_table(layout)
+    theirs, names = canonical_names(state_dict, known), _autoencoder_names(config, known.encoder, decoder)
     wanted = {
-        table.encoder.positions,
+        known.encoder.positions,
         decoder.positions,
         *(name for group in names.values() for name in group),
     }
-    _check_names(theirs, wanted, may_stay=matching(theirs, table.optional), hint=encoder_alone_hint(theirs, layout))
-    weights = _taken(theirs, names, _autoencoder_shapes(config), config.encoder)
-    encoder = _positions_taken(
-        theirs[table.encoder.positions],
+    ignored = names_matching(theirs, known.optional_patterns)
+    _check_names(theirs, wanted, ignored=ignored, hint=encoder_only_hint(theirs, layout))
+    weights = _import_tensors(theirs, names, _autoencoder_shapes(config), config.encoder)
+    encoder = _import_positions(
+        theirs[known.encoder.positions],
         weights["encoder.cls_token"],
-        table.encoder,
+        known.encoder,
         config.encoder,
         tolerance=_FROZEN_TOLERANCE,
     )
     stored = theirs[decoder.positions]
     grid, width = config.encoder.grid, config.decoder_embed_dim
-    if not _fits(stored, config.encoder, width) or not (
-        is_fixed(stored[0, 1:], grid=grid, tolerance=_FROZEN_TOLERANCE)
+    if not _is_position_table(stored, config.encoder, width) or not (
+        is_sine_cosine(stored[0, 1:], grid=grid, tolerance=_FROZEN_TOLERANCE)
         and stored[0, 0].abs().max() <= _FROZEN_TOLERANCE
     ):
-        raise other_positions(decoder.positions, stored, config.encoder)
+        raise positions_error(decoder.positions, stored, config.encoder)
     weights |= {f"encoder.{name}": value for name, value in encoder.items()}
     return Imported(weights, tuple(sorted(set(theirs) - wanted)))
 
 
 def from_hf_vitmae(state_dict: Mapping[str, Tensor], config: MAEConfig) -> dict[str, Tensor]:
-    """Weights of a Hugging Face ViTMAEForPreTraining as those of MaskedAutoencoder(config), see `autoencoder_from`.
+    """Convert the weights of a Hugging Face ViTMAEForPreTraining into those of MaskedAutoencoder(config).
 
-    The released models were trained with layer_norm_eps 1e-6 and are configured with 1e-12 over there: config decides here.
-    Shapes, errors and source: the module's.
+    The released models were trained with a layer_norm_eps of 1e-6, but Hugging Face configures them with 1e-12; here the
+    config decides. Errors are those of `autoencoder_from`.
     """
     return autoencoder_from(state_dict, config, layout="hf_vitmae").weights
 
 
 def to_timm(state_dict: Mapping[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:
-    """Weights of ViTEncoder(config) as those of timm's VisionTransformer with num_classes=0; its norms must use config's eps.
+    """Convert the weights of ViTEncoder(config) into those of timm's VisionTransformer with num_classes=0.
 
-    Shapes, errors and source: the module's; also ConfigError for more than one class token.
+    Build the timm model with norms of config.layer_norm_eps.
+
+    Raises:
+        ConfigError: Names or shapes do not fit the config, or it has more than one class token.
     """
     return _encoder_to(state_dict, config, layout="timm")
 
 
 def to_hf_vit(state_dict: Mapping[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:
-    """Weights of ViTEncoder(config) as those of ViTModel(..., add_pooling_layer=False), in transformers 5's names in memory.
+    """Convert the weights of ViTEncoder(config) into those of ViTModel(..., add_pooling_layer=False).
 
-    Shapes, errors and source: as `to_timm`.
+    The names are those of transformers 5 in memory; `hf_file_names` turns them into those of files.
+
+    Raises:
+        ConfigError: Names or shapes do not fit the config, or it has more than one class token.
     """
     return _encoder_to(state_dict, config, layout="hf_vit")
 
 
 def to_hf_vitmae(state_dict: Mapping[str, Tensor], config: MAEConfig) -> dict[str, Tensor]:
-    """Weights of MaskedAutoencoder(config) as those of ViTMAEForPreTraining, in transformers 5's names, position tables added.
+    """Convert the weights of MaskedAutoencoder(config) into those of ViTMAEForPreTraining, including position tables.
 
-    Set image_size, patch_size, widths, depths, heads, layer_norm_eps, mask_ratio and norm_pix_loss over there like config.
-    Masking and what the loss is taken on are not in weights: over there patches are hidden at random and judged alone.
-    Shapes: see the module; tensors that are split are copies. Errors: the module's; also ConfigError for a config with
-    mask tokens in the encoder, a target that is no pixels, or more than one class token. Source: see the module.
+    The names are those of transformers 5 in memory; `hf_file_names` turns them into those of files. Tensors that have to
+    be split are copied.
+
+    Configure the other model with the same image_size, patch_size, widths, depths, heads, layer_norm_eps, mask_ratio and
+    norm_pix_loss. Weights do not carry `masking` and `loss_on`: that model hides patches at random, and its loss is on the
+    hidden ones.
+
+    Raises:
+        ConfigError: Names or shapes do not fit the config, or the config describes a model that other layouts cannot hold:
+            mask tokens in the encoder, a "pca" target, or more than one class token.
     """
     return _autoencoder_to(state_dict, config, layout="hf_vitmae")
 
 
 def to_official_mae(state_dict: Mapping[str, Tensor], config: MAEConfig) -> dict[str, Tensor]:
-    """Weights of MaskedAutoencoder(config) by the names of facebookresearch/mae. Shapes, errors, source: as `to_hf_vitmae`."""
+    """Convert the weights of MaskedAutoencoder(config) into those of facebookresearch/mae.
+
+    What holds for `to_hf_vitmae` holds here too, except for the names.
+    """
     return _autoencoder_to(state_dict, config, layout="official_mae")
 
 
 def _encoder_to(state_dict: Mapping[str, Tensor], config: ViTConfig, *, layout: LayoutName) -> dict[str, Tensor]:
     _check_class_tokens(config)
-    half = LAYOUTS[layout].encoder
+    names = LAYOUTS[layout].encoder
     shapes = _encoder_shapes(config)
     _check_names(state_dict, shapes)
-    theirs = _given(state_dict, names_of(half, depth=config.depth), shapes, config)
-    return theirs | {half.positions: _positions_given(state_dict["cls_token"], state_dict.get("positions"), config)}
+    theirs = _export_tensors(state_dict, tensor_names(names, depth=config.depth), shapes, config)
+    return theirs | {names.positions: _export_positions(state_dict["cls_token"], state_dict.get("positions"), config)}
 
 
 def _autoencoder_to(state_dict: Mapping[str, Tensor], config: MAEConfig, *, layout: LayoutName) -> dict[str, Tensor]:
     _check_expressible(config)
-    encoder, decoder = LAYOUTS[layout].encoder, decoder_of(layout)
+    encoder, decoder = LAYOUTS[layout].encoder, decoder_table(layout)
     shapes = _autoencoder_shapes(config)
     _check_names(state_dict, shapes)
-    theirs = _given(state_dict, _autoencoder_names(config, encoder, decoder), shapes, config.encoder)
+    theirs = _export_tensors(state_dict, _autoencoder_names(config, encoder, decoder), shapes, config.encoder)
     cls_token, mask_token = state_dict["encoder.cls_token"], state_dict["decoder.mask_token"]
     return theirs | {
-        encoder.positions: _positions_given(cls_token, state_dict.get("encoder.positions"), config.encoder),
-        decoder.positions: _positions_given(mask_token, None, config.encoder),
+        encoder.positions: _export_positions(cls_token, state_dict.get("encoder.positions"), config.encoder),
+        decoder.positions: _export_positions(mask_token, None, config.encoder),
     }
 
 
-def _autoencoder_names(config: MAEConfig, encoder: Half, decoder: Half) -> dict[str, tuple[str, ...]]:
-    halves = (("encoder", encoder, config.encoder.depth), ("decoder", decoder, config.decoder_depth))
+def _autoencoder_names(config: MAEConfig, encoder: NameTable, decoder: NameTable) -> dict[str, tuple[str, ...]]:
+    parts = (("encoder", encoder, config.encoder.depth), ("decoder", decoder, config.decoder_depth))
     return {
-        f"{part}.{ours}": theirs for part, half, depth in halves for ours, theirs in names_of(half, depth=depth).items()
+        f"{part}.{ours}": theirs
+        for part, names, depth in parts
+        for ours, theirs in tensor_names(names, depth=depth).items()
     }
 
 
@@ -163,53 +192,56 @@ def _encoder_shapes(config: ViTConfig) -> dict[str, torch.Size]:
 
 
 def _autoencoder_shapes(config: MAEConfig) -> dict[str, torch.Size]:
-    generator = torch.Generator("cpu")  # draws nothing: parameters on the meta device are left alone
+    generator = torch.Generator("cpu")  # required, but it draws nothing: parameters on the meta device are left alone
     with torch.device("meta"):
         return {
             name: tensor.shape for name, tensor in MaskedAutoencoder(config, generator=generator).state_dict().items()
         }
 
 
-def _check_names(found: Iterable[str], wanted: Iterable[str], *, may_stay: Iterable[str] = (), hint: str = "") -> None:
+def _check_names(found: Iterable[str], wanted: Iterable[str], *, ignored: Iterable[str] = (), hint: str = "") -> None:
     found, wanted = set(found), set(wanted)
-    missing, unknown = wanted - found, found - wanted - set(may_stay)
+    missing, unknown = wanted - found, found - wanted - set(ignored)
     if missing or unknown:
         raise ConfigError(
-            f"the weights do not fit the config: missing {listed(missing)}, unknown {listed(unknown)}; "
+            f"the weights do not fit the config: missing {format_names(missing)}, unknown {format_names(unknown)}; "
             f"{hint or 'give the config they were trained with'}"
         )
 
 
 def _check_class_tokens(config: ViTConfig) -> None:
     if config.cls_tokens != 1:
-        raise ConfigError(f"cls_tokens={config.cls_tokens}: the other layouts have room for one class token alone")
+        raise ConfigError(
+            f"cls_tokens={config.cls_tokens} cannot be converted: other layouts hold exactly one class token"
+        )
 
 
 def _check_expressible(config: MAEConfig) -> None:
     _check_class_tokens(config.encoder)
     if config.encoder_input != "visible":
         raise ConfigError(
-            f"encoder_input={config.encoder_input!r}: other layouts have no mask token in the encoder; carry the encoder alone"
+            f"encoder_input={config.encoder_input!r} cannot be converted: other layouts have no mask token in the encoder; "
+            f"convert only the encoder"
         )
     if config.target == "pca":
-        raise ConfigError("target='pca': other layouts predict pixels; carry the encoder alone")
+        raise ConfigError("target='pca' cannot be converted: other layouts predict pixels; convert only the encoder")
 
 
-def _their_shape(name: str, shape: torch.Size, parts: int, config: ViTConfig) -> tuple[int, ...]:
-    """Shape of each of the `parts` tensors that make up ours."""
+def _foreign_shape(name: str, shape: torch.Size, parts: int, config: ViTConfig) -> tuple[int, ...]:
+    """Return the shape of each of the `parts` foreign tensors that make up one of ours."""
     if name.endswith("patch_embed.weight"):
         return shape[0], config.in_channels, config.patch_size, config.patch_size
     return shape[0] // parts, *shape[1:]
 
 
-def _taken(
+def _import_tensors(
     theirs: Mapping[str, Tensor],
     names: Mapping[str, tuple[str, ...]],
     shapes: Mapping[str, torch.Size],
     config: ViTConfig,
 ) -> dict[str, Tensor]:
     expected = {
-        part: _their_shape(name, shapes[name], len(group), config) for name, group in names.items() for part in group
+        part: _foreign_shape(name, shapes[name], len(group), config) for name, group in names.items() for part in group
     }
     _check_shapes(theirs, expected)
     ours = {
@@ -221,7 +253,7 @@ def _taken(
     return ours
 
 
-def _given(
+def _export_tensors(
     ours: Mapping[str, Tensor],
     names: Mapping[str, tuple[str, ...]],
     shapes: Mapping[str, torch.Size],
@@ -248,28 +280,31 @@ def _check_shapes(found: Mapping[str, Tensor], expected: Mapping[str, Iterable[i
             )
         if not tensor.is_floating_point():
             raise ConfigError(
-                f"{name} is {tensor.dtype}, no floating point: take the weights before they were quantised"
+                f"{name} is {tensor.dtype}, which is not a floating-point type: use the weights from before quantisation"
             )
 
 
-def _fits(stored: Tensor, config: ViTConfig, width: int) -> bool:
+def _is_position_table(stored: Tensor, config: ViTConfig, width: int) -> bool:
     return tuple(stored.shape) == (1, 1 + config.num_patches, width) and stored.is_floating_point()
 
 
-def _positions_taken(
-    stored: Tensor, cls_token: Tensor, half: Half, config: ViTConfig, *, tolerance: float | None = None
+def _import_positions(
+    stored: Tensor, cls_token: Tensor, names: NameTable, config: ViTConfig, *, tolerance: float | None = None
 ) -> dict[str, Tensor]:
-    """The class token with its row, and the rest when it is learned."""
+    """Return the class token with its row of the table added and, if positions are learned, the rest of the table."""
     fixed = config.positions == "sine_cosine"
-    if not _fits(stored, config, config.embed_dim) or (
-        fixed and not is_fixed(stored[0, 1:], grid=config.grid, tolerance=tolerance)
+    if not _is_position_table(stored, config, config.embed_dim) or (
+        fixed and not is_sine_cosine(stored[0, 1:], grid=config.grid, tolerance=tolerance)
     ):
-        raise other_positions(half.positions, stored, config)
+        raise positions_error(names.positions, stored, config)
     token = {"cls_token": cls_token + stored[:, :1]}
     return token if fixed else token | {"positions": stored[0, 1:].clone()}
 
 
-def _positions_given(like: Tensor, learned: Tensor | None, config: ViTConfig) -> Tensor:
-    """The table that others store, [1, 1 + L, D], class token's zero row first; width, dtype and device of `like` [1, 1, D]."""
+def _export_positions(like: Tensor, learned: Tensor | None, config: ViTConfig) -> Tensor:
+    """Return the position table [1, 1 + L, D] that other layouts store, with a zero row for the class token.
+
+    Width, dtype and device are those of `like` [1, 1, D].
+    """
     table = sine_cosine_2d(config.grid, like.shape[2]) if learned is None else learned
     return torch.cat([torch.zeros_like(like[0]), table.to(like)])[None]

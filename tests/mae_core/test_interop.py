@@ -120,7 +120,7 @@ def test_a_decoder_is_never_made_up(config, peer):
         lambda: autoencoder_from(encoder, config, layout="official_mae"),
         lambda: infer_autoencoder_config(encoder, layout="official_mae", num_heads=2),
     ):
-        with pytest.raises(ConfigError, match=r"missing \['decoder_blocks.0.*a decoder is not made up"):
+        with pytest.raises(ConfigError, match=r"missing \['decoder_blocks.0.*a decoder with random weights is never added"):
             attempt()
     with pytest.raises(ConfigError, match="layout timm holds an encoder alone"):
         autoencoder_from(encoder, config, layout="timm")

@@ -218,7 +218,7 @@ def test_reconstruction_leaves_visible_patches_alone(draw, generator):
 def test_wrong_arguments_are_answered(mae_config, draw, generator):
     model = MaskedAutoencoder(mae_config, generator=generator)
     pixels, noise = draw(mae_config.encoder, 2)
-    with pytest.raises(ConfigError, match="one number a patch"):
+    with pytest.raises(ConfigError, match="one number per patch"):
         model(pixels, noise[:, :-1])
     components = MaskedAutoencoder(small(target="pca", pca_components=5), generator=generator)
     with pytest.raises(ConfigError, match="patch_basis"):

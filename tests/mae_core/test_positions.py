@@ -71,7 +71,7 @@ def test_a_coarser_grid_averages_over_what_it_covers(generator):
 
 
 def test_a_table_of_another_grid_is_answered():
-    with pytest.raises(ConfigError, match=r"15 positions is not of old_grid=\(4, 4\)"):
+    with pytest.raises(ConfigError, match=r"15 positions does not fit old_grid=\(4, 4\)"):
         interpolate_positions(torch.zeros(15, 4), old_grid=(4, 4), new_grid=(8, 8))
 
 
