@@ -1,4 +1,4 @@
-"""Shared by the tests of mae_core: one thread, tiny shapes, every number from a seeded generator."""
+"""Fixtures for the tests of mae_core: one thread, tiny shapes, every number from a seeded generator."""
 
 from collections.abc import Callable
 
@@ -40,7 +40,7 @@ def draw(generator: torch.Generator) -> Callable[[ViTConfig, int], tuple[Tensor,
 
 @pytest.fixture
 def hugging_face_peer() -> Callable[[MAEConfig], ViTMAEForPreTraining]:
-    """A ViTMAEForPreTraining of the same shape as a config, every weight moved well off its start, so that all of it shows."""
+    """A ViTMAEForPreTraining of a config's shape, with every weight moved well off its initial value so that each one counts."""
 
     def build(config: MAEConfig) -> ViTMAEForPreTraining:
         encoder = config.encoder
@@ -66,7 +66,7 @@ def hugging_face_peer() -> Callable[[MAEConfig], ViTMAEForPreTraining]:
         if encoder.grid[0] != encoder.grid[1]:
             give_tables(peer, encoder.grid)
         generator = torch.Generator().manual_seed(3)
-        # at a width of 16 each weight moves by 0.3; wider sums take smaller moves to the same size
+        # 0.3 per weight at a width of 16; wider sums need smaller moves to change by the same amount
         move = 1.2 / encoder.embed_dim**0.5
         with torch.no_grad():
             for parameter in peer.parameters():
@@ -78,7 +78,7 @@ def hugging_face_peer() -> Callable[[MAEConfig], ViTMAEForPreTraining]:
 
 
 def initialise_positions(peer: ViTMAEForPreTraining, num_patches: int) -> None:
-    """Fills the position tables of a fresh model, which transformers 5.23 leaves at zero: its own marks make it skip them."""
+    """Fill the position tables of a fresh model. transformers 5.23 leaves them at zero, because its own marks make it skip them."""
     for marked in (*peer.modules(), *peer.parameters()):
         vars(marked).pop("_is_hf_initialized", None)
     peer.vit.embeddings.initialize_weights()
@@ -86,8 +86,10 @@ def initialise_positions(peer: ViTMAEForPreTraining, num_patches: int) -> None:
 
 
 def give_tables(peer: ViTMAEForPreTraining, grid: tuple[int, int]) -> None:
-    """Position tables of a rectangular grid, which transformers can neither compute nor keep from stretching: call such a
-    model with interpolate_pos_encoding=True."""
+    """Give a model the position tables of a rectangular grid, which transformers can neither compute nor keep unstretched.
+
+    Call such a model with interpolate_pos_encoding=True.
+    """
     for module, name in ((peer.vit.embeddings, "position_embeddings"), (peer.decoder, "decoder_pos_embed")):
         width = getattr(module, name).shape[2]
         table = torch.cat([torch.zeros(1, width), sine_cosine_2d(grid, width)])[None]

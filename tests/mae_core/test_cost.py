@@ -1,4 +1,4 @@
-"""Costs: published totals, and torch's own counter and hooks as the independent references."""
+"""Costs against published totals, and against torch's FLOP counter and saved-tensor hooks as independent references."""
 
 from dataclasses import replace
 
@@ -53,7 +53,7 @@ def of_every_variant(test):
 
 
 def step_flops(config: MAEConfig, *, backward: bool) -> int:
-    """What torch counts for two images on the meta device, where nothing is computed, by image."""
+    """FLOPs per image that torch counts for two images on the meta device, where nothing is computed."""
     with torch.device("meta"):
         model = MaskedAutoencoder(config, generator=torch.Generator("cpu"))
         pixels = torch.empty(2, config.encoder.in_channels, *config.encoder.image_size)
@@ -66,14 +66,14 @@ def step_flops(config: MAEConfig, *, backward: bool) -> int:
 
 
 def kept_bytes(model: nn.Module, compute) -> int:
-    """Bytes that autograd keeps while `compute` runs: each storage once, parameters and position tables left out."""
+    """Bytes that autograd keeps while `compute` runs: each storage counts once, parameters and position tables do not."""
     weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that its address is not given out again
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept alive, so that its address is not reused
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -179,5 +179,5 @@ def test_recomputed_blocks_hold_their_inputs_and_one_block(generator, draw):
             forward, x, drop_scale, use_reentrant=False
         )
     kept = kept_bytes(model, lambda: model(pixels, noise).loss)
-    # exact: the decoder's block is the larger one, and the first to be recomputed
+    # exact, because the decoder's block is the larger one and the first to be recomputed
     assert activation_bytes(config, bytes_per_value=4, recompute="blocks") == (kept + one_block) / 2

@@ -1,4 +1,4 @@
-"""The classifier: what it pools, that no parameter lies idle, that drop path keeps the mean."""
+"""The classifier: what it pools, that every parameter gets a gradient, that drop path keeps the mean."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ def test_mean_pool_uses_a_fresh_norm_on_unnormed_patch_tokens(encoder, draw, gen
     expected = pooled @ classifier.head.weight.T + classifier.head.bias
     torch.testing.assert_close(classifier(pixels), expected, rtol=0, atol=1e-8)  # logits of 1e-4, rounded in float32
     assert not any(name.startswith("encoder.norm") for name, _ in classifier.named_parameters())
-    assert isinstance(encoder.norm, torch.nn.LayerNorm)  # the one given is left as it was
+    assert isinstance(encoder.norm, torch.nn.LayerNorm)  # the original encoder is untouched
 
 
 def test_cls_pool_uses_the_pretrained_norm(encoder, draw, generator):
@@ -42,7 +42,7 @@ def test_pool_reads_its_own_tokens_alone(vit_config, draw, generator, cls_tokens
     tokens = encoder.tokens(pixels)
     assert tokens.shape == (3, cls_tokens + 24, 16)
     for index in range(cls_tokens + 24):
-        # only attention may mix tokens: whatever the last block says of one that is not pooled changes nothing
+        # after the last block nothing mixes tokens, so a change to a token that is not pooled changes nothing
         def shift(module, arguments, output, index=index):
             return output + torch.eye(output.shape[1])[index][:, None] * torch.randn(16, generator=generator)
 
@@ -55,7 +55,7 @@ def test_pool_reads_its_own_tokens_alone(vit_config, draw, generator, cls_tokens
 def test_feature_is_pooling_and_norm(vit_config, draw, generator, cls_tokens):
     encoder = ViTEncoder(replace(vit_config, cls_tokens=cls_tokens), generator=generator)
     for part in encoder.norm.parameters():
-        torch.nn.init.normal_(part, generator=generator)  # as if trained: no longer the norm that a fresh one starts as
+        torch.nn.init.normal_(part, generator=generator)  # as if trained, so that it differs from a fresh norm
     pixels, _ = draw(encoder.config, 3)
     unnormed = encoder.tokens(pixels)
     means = {"mean": unnormed[:, cls_tokens:].mean(dim=1), "cls": unnormed[:, :cls_tokens].mean(dim=1)}
@@ -84,7 +84,7 @@ def test_head_starts_near_zero_and_deterministic(encoder, generator):
         Classifier(encoder, num_classes=1000, generator=torch.Generator().manual_seed(1)).head.weight for _ in range(2)
     ]
     assert torch.equal(*heads)
-    assert heads[0].std().item() == pytest.approx(2e-5, rel=0.03)  # 16000 draws: 0.6 % each deviation, five of them
+    assert heads[0].std().item() == pytest.approx(2e-5, rel=0.03)  # 16000 draws: standard error 0.6 %, five of them
 
 
 def test_bfloat16_encoder_gives_float32_logits(encoder, draw, generator):
@@ -104,7 +104,7 @@ def test_drop_path_grows_with_depth_and_keeps_the_mean(generator):
     assert torch.equal(drop_path_scales(torch.zeros(2, 3, 2), drop_path=0.0), torch.ones(2, 3, 2))
 
 
-def test_wrong_values_are_answered(encoder, generator):
+def test_wrong_values_are_refused(encoder, generator):
     with pytest.raises(ConfigError, match=r"drop_path=1.0"):
         drop_path_scales(torch.zeros(1, 1, 2), drop_path=1.0)
     with pytest.raises(ConfigError, match="pool='max'"):

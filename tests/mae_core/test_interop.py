@@ -1,4 +1,4 @@
-"""Weights of others: there and back without a changed bit, and strict about names."""
+"""Weights of other projects: a round trip changes no bit, and names are checked strictly."""
 
 from dataclasses import replace
 
@@ -41,7 +41,7 @@ def peer(config, hugging_face_peer):
 
 
 def released_spelling(name: str) -> str:
-    """The name as the released facebook/vit-mae-* files have it (transformers 4)."""
+    """The name that the released facebook/vit-mae-* files use (transformers 4)."""
     name = name.replace("vit.layers.", "vit.encoder.layer.")
     for new, old in (("q", "query"), ("k", "key"), ("v", "value")):
         name = name.replace(f"attention.{new}_proj", f"attention.attention.{old}")
@@ -55,7 +55,7 @@ def test_round_trip_changes_no_bit(config, peer, generator):
     back = to_hf_vitmae(ours, config)
     assert back.keys() == peer.state_dict().keys()
     for name, tensor in peer.state_dict().items():
-        # position tables are computed on both sides: one step of float32 at 1
+        # position tables are computed on both sides, so they may differ by one step of float32 at 1
         torch.testing.assert_close(back[name], tensor, rtol=0, atol=1.2e-7 if "pos" in name else 0)
     peer.load_state_dict(back, strict=True)
 
@@ -86,7 +86,7 @@ def test_other_positions_are_refused(config, peer):
         from_hf_vitmae(weights, config)
 
 
-def test_what_is_in_no_layout_is_refused_with_the_known_ones(config, peer):
+def test_an_unknown_layout_is_refused_and_the_known_ones_are_listed(config, peer):
     with pytest.raises(ConfigError, match=r"conv1.weight.*official_mae.*timm.*hf_vit .*hf_vitmae"):
         detect_layout(["conv1.weight", "layer1.0.conv1.weight"])
     ours = from_hf_vitmae(peer.state_dict(), config)
@@ -94,7 +94,7 @@ def test_what_is_in_no_layout_is_refused_with_the_known_ones(config, peer):
         detect_layout(ours)
 
 
-def test_wrappers_prefixes_are_taken_off_when_all_names_carry_them(config, peer):
+def test_prefixes_of_wrappers_are_removed_when_all_names_carry_them(config, peer):
     official = official_names(peer.state_dict())
     expected = autoencoder_from(official, config, layout="official_mae").weights
     wrapped = {f"module.model.{name}": value for name, value in official.items()}
@@ -113,14 +113,16 @@ def test_one_tensor_under_two_names_is_refused(config, peer):
         encoder_from(weights, config.encoder, layout="hf_vit")
 
 
-def test_a_decoder_is_never_made_up(config, peer):
+def test_a_missing_decoder_is_never_replaced(config, peer):
     official = official_names(peer.state_dict())
     encoder = {name: value for name, value in official.items() if not name.startswith(("decoder", "mask"))}
     for attempt in (
         lambda: autoencoder_from(encoder, config, layout="official_mae"),
         lambda: infer_autoencoder_config(encoder, layout="official_mae", num_heads=2),
     ):
-        with pytest.raises(ConfigError, match=r"missing \['decoder_blocks.0.*a decoder with random weights is never added"):
+        with pytest.raises(
+            ConfigError, match=r"missing \['decoder_blocks.0.*a decoder with random weights is never added"
+        ):
             attempt()
     with pytest.raises(ConfigError, match="layout timm holds an encoder alone"):
         autoencoder_from(encoder, config, layout="timm")
@@ -132,7 +134,7 @@ def test_a_decoder_is_never_made_up(config, peer):
 @pytest.mark.parametrize(
     ("layout", "name"), [("timm", "reg_token"), ("hf_vit", "decoder.decoder_norm.bias"), ("timm", "blocks.0.ls1.gamma")]
 )
-def test_only_declared_names_may_stand_beside_an_encoder(config, layout, name):
+def test_only_declared_names_may_accompany_an_encoder(config, layout, name):
     peer = timm_peer(config.encoder, positions="fixed") if layout == "timm" else hf_vit_peer(config.encoder)
     weights = peer.state_dict() | {name: torch.zeros(16)}
     with pytest.raises(ConfigError, match=rf"missing \[\], unknown \['{name}'\]"):
@@ -147,7 +149,7 @@ def test_heads_are_left_out_and_reported(config):
         encoder_from(pooled, config.encoder, layout="timm")
 
 
-def test_shapes_and_numbers_must_be_those_of_the_config(config):
+def test_shapes_and_dtypes_must_fit_the_config(config):
     weights = timm_peer(config.encoder, positions="fixed").state_dict()
     with pytest.raises(ConfigError, match=r"mlp.fc1.weight of shape \(64, 16\) should be \(32, 16\)"):
         encoder_from(weights, replace(config.encoder, mlp_ratio=2.0), layout="timm")
@@ -177,7 +179,7 @@ def test_trained_positions_are_kept_however_little_they_moved(config):
     assert torch.equal(encoder_from(weights, learned, layout="timm").weights["positions"], weights["pos_embed"][0, 1:])
 
 
-def test_class_tokens_row_is_added_to_the_class_token(config):
+def test_the_class_tokens_position_is_added_to_the_token(config):
     for positions in ("fixed", "trained"):
         weights = timm_peer(config.encoder, positions=positions).state_dict()
         weights["pos_embed"][0, 0] = torch.arange(16.0)
@@ -187,7 +189,7 @@ def test_class_tokens_row_is_added_to_the_class_token(config):
         assert torch.equal(to_timm(ours, encoder)["pos_embed"][0, 0], torch.zeros(16))
 
 
-def test_a_fixed_table_says_its_grid_and_a_trained_one_must_be_told(config):
+def test_a_fixed_table_reveals_its_grid_and_a_trained_one_does_not(config):
     encoder = replace(config.encoder, image_size=(8, 32))  # 2 x 8 patches, as many as 4 x 4
     weights = timm_peer(encoder, positions="fixed").state_dict()
     assert infer_encoder_config(weights, layout="timm", num_heads=2) == encoder
@@ -199,7 +201,7 @@ def test_a_fixed_table_says_its_grid_and_a_trained_one_must_be_told(config):
         infer_encoder_config(odd, layout="timm", num_heads=2)
 
 
-def test_heads_are_those_of_the_named_sizes_or_asked_for():
+def test_num_heads_come_from_the_named_sizes_or_the_caller():
     shape = {"image_size": (28, 28), "patch_size": 14, "depth": 1}
     for width, heads in ((192, 3), (1280, 16)):
         config = ViTConfig(**shape, embed_dim=width, num_heads=heads)
@@ -211,7 +213,7 @@ def test_heads_are_those_of_the_named_sizes_or_asked_for():
 
 
 @pytest.mark.parametrize(("width", "hidden"), [(384, 1536), (384, 1000), (384, 1), (44, 15), (52, 126)])
-def test_any_hidden_width_comes_back_from_its_ratio(width, hidden):
+def test_every_hidden_width_survives_the_ratio(width, hidden):
     # 44 * (15 / 44) is 14.99... in binary fractions
     config = ViTConfig(
         image_size=(8, 8), patch_size=4, embed_dim=width, depth=1, num_heads=2, mlp_ratio=(hidden + 0.5) / width
@@ -220,14 +222,14 @@ def test_any_hidden_width_comes_back_from_its_ratio(width, hidden):
     assert infer_encoder_config(weights, layout="timm", num_heads=2).mlp_dim == config.mlp_dim == hidden
 
 
-def test_pixel_scale_and_epsilon_are_the_callers(config):
+def test_pixel_scale_and_epsilon_come_from_the_caller(config):
     weights = hf_vit_peer(config.encoder, positions="fixed").state_dict()
     said = {"layer_norm_eps": 1e-12, "pixel_mean": [0.5] * 3, "pixel_std": [0.5] * 3, "num_heads": 2}
     found = infer_encoder_config(weights, layout="hf_vit", **said)
     assert found == replace(config.encoder, layer_norm_eps=1e-12, pixel_mean=(0.5,) * 3, pixel_std=(0.5,) * 3)
 
 
-def test_a_layout_without_patches_of_that_kind_is_answered(config):
+def test_other_kinds_of_patches_and_positions_are_refused(config):
     weights = timm_peer(config.encoder, positions="fixed").state_dict()
     for name, value, text in (
         ("patch_embed.proj.weight", torch.zeros(16, 3, 4, 2), r"no kernel \[D, C, P, P\] of square patches"),
@@ -258,7 +260,7 @@ def test_what_other_layouts_cannot_hold_is_refused(config, generator):
                 export({}, replace(config, **change))
 
 
-def test_learned_positions_go_there_and_back_in_an_autoencoder(config, generator):
+def test_learned_positions_of_an_autoencoder_survive_a_round_trip(config, generator):
     learned = replace(config, encoder=replace(config.encoder, positions="learned"))
     model = MaskedAutoencoder(learned, generator=generator)
     model.encoder.positions.data += 1.0

@@ -1,8 +1,8 @@
-"""Encoders and autoencoders of timm, transformers and official MAE: the same outputs here, and again there after the way back.
+"""Encoders and autoencoders of timm, transformers and official MAE give the same outputs here, and there after a round trip.
 
-Tolerance: float32 on CPU, the same sums in another order. Tokens and predictions are as large as 6; the worst difference over 20
-seeds, the layouts and sizes below was 7e-6, of the loss 2e-7. A slip to bfloat16 would show as 5e-2, a wrong epsilon, a swapped
-pair of names or a shifted position as more."""
+Tolerance: float32 on CPU, the same sums in another order. Tokens and predictions are as large as 6. Over 20 seeds and the layouts
+and sizes below, they differed by at most 7e-6 and the loss by 2e-7. A slip to bfloat16 would show as 5e-2; a wrong epsilon, a
+swapped pair of names or a shifted position would show as more."""
 
 from dataclasses import replace
 
@@ -64,7 +64,7 @@ def test_timm_encoder(positions, image_size):
     peer = timm_peer(config, positions=positions)
     theirs = peer.state_dict()
     assert detect_layout(theirs) == "timm"
-    size = None if positions == "fixed" else image_size  # the fixed table says its grid
+    size = None if positions == "fixed" else image_size  # the fixed table reveals its grid
     assert infer_encoder_config(theirs, layout="timm", num_heads=4, image_size=size) == config
 
     weights, left_out = encoder_from(theirs, config, layout="timm")
@@ -86,7 +86,7 @@ def test_timm_encoder(positions, image_size):
 @torch.no_grad()
 def test_hugging_face_encoder(kind, positions, image_size):
     learned = "sine_cosine" if positions == "fixed" else "learned"
-    config = encoder_config(image_size, positions=learned, layer_norm_eps=1e-2)  # so large that it would show
+    config = encoder_config(image_size, positions=learned, layer_norm_eps=1e-2)  # so large that a wrong one would show
     peer = hf_vit_peer(config, kind=kind, positions=positions)
     theirs = peer.state_dict()
     assert detect_layout(theirs) == "hf_vit"
@@ -135,14 +135,14 @@ def test_autoencoder(layout, target, image_size):
     back = (to_hf_vitmae if layout == "hf_vitmae" else to_official_mae)(weights, config)
     assert back.keys() == theirs.keys()
     for name, tensor in theirs.items():
-        # position tables are computed on both sides: one step of float32 at 1
+        # position tables are computed on both sides, so they may differ by one step of float32 at 1
         torch.testing.assert_close(back[name], tensor, rtol=0, atol=1.2e-7 if "pos" in name else 0)
     assert equal(autoencoder_from(back, config, layout=layout).weights, weights)
     if layout == "hf_vitmae":
         peer.load_state_dict(back, strict=True)
         torch.testing.assert_close(peer(pixels, noise=noise).logits, expected.logits, **TOLERANCE)
 
-    # the encoder alone, of the same file, whose decoder is reported
+    # importing only the encoder of the same file reports its decoder
     encoder, left_out = encoder_from(theirs, config.encoder, layout=layout)
     assert equal(encoder, {name[8:]: value for name, value in weights.items() if name.startswith("encoder.")})
     assert set(left_out) == {name for name in theirs if name.startswith(("decoder", "mask_token"))}

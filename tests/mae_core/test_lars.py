@@ -1,4 +1,4 @@
-"""LARS: the update by hand, what scales and what does not, and that it can be saved and never waits for the device."""
+"""LARS: the update computed by hand, what is scaled, that it can be saved, and that it never waits for the device."""
 
 import copy
 
@@ -30,12 +30,12 @@ def test_three_steps_by_hand_with_a_changing_rate():
     assert matrix.flatten().tolist() == pytest.approx([2.7, 3.6], abs=1e-12)  # double arithmetic, here and below
     assert bias.tolist() == pytest.approx([0.0, -3.0], abs=1e-12)
 
-    # u = (0, 9), t = 0.1 * 4.5 / 9, m = (0.15, 0.2) + (0, 0.45); a rate inside m would leave (0.15, 0.2 + 0.045) to move by
+    # u = (0, 9), t = 0.1 * 4.5 / 9, m = (0.15, 0.2) + (0, 0.45); with the rate inside m it would move by (0.15, 0.2 + 0.045)
     take_step(optimiser, [(matrix, [[-1.35, 7.2]]), (bias, [0.0, 2.0])], lr=0.1)
     assert matrix.flatten().tolist() == pytest.approx([2.685, 3.535], abs=1e-12)
     assert bias.tolist() == pytest.approx([-0.05, -3.25], abs=1e-12)
 
-    # u = 0, t = 1: the momentum moves on, halved
+    # u = 0, t = 1: the momentum continues, halved
     take_step(optimiser, [(matrix, (-matrix / 2).tolist()), (bias, [0.0, 0.0])], lr=2.0)
     assert matrix.flatten().tolist() == pytest.approx([2.535, 2.885], abs=1e-12)
     assert bias.tolist() == pytest.approx([-0.55, -5.75], abs=1e-12)
@@ -71,7 +71,7 @@ def test_ratio_of_half_precision_is_float32():
 
 
 def test_nothing_is_read_back_from_the_device():
-    # a meta tensor has no values: .item(), float() and a bool of it raise
+    # meta tensors have no values, so .item(), float() and bool() raise
     tensors = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in ((3, 4), (4,))]
     optimiser = LARS(tensors, lr=0.1, weight_decay=0.1)
     for _ in range(2):
@@ -131,7 +131,7 @@ def test_groups_closure_and_missing_gradients(generator):
         ({"trust_coefficient": 0.0}, r"trust_coefficient=0\.0"),
     ],
 )
-def test_wrong_values_are_answered(options, message):
+def test_wrong_values_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         LARS([parameter(1.0)], **{"lr": 0.1, **options})
     with pytest.raises(ConfigError, match=message):

@@ -1,4 +1,4 @@
-"""Losses by sample: the numbers by hand, float32 out."""
+"""Losses per sample: values computed by hand, float32 results."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The autoencoder: parity with Hugging Face, what the loss depends on, float32 where it matters."""
+"""The autoencoder: parity with Hugging Face, what the loss depends on, and float32 where it matters."""
 
 import copy
 from dataclasses import replace
@@ -28,7 +28,7 @@ def small(**changes):
     )
 
 
-PARITY = {  # the shapes in which the two are compared
+PARITY = {  # the shapes that are compared
     "16 patches": small(),
     "16 patches, raw": small(target="raw"),
     "25 patches, 6.25 visible": small(encoder=replace(small().encoder, image_size=(20, 20))),
@@ -66,7 +66,7 @@ def test_equals_hugging_face(*, shape, draw, generator, hugging_face_peer):
     for name, parameter in model.named_parameters():
         largest = expected[name].abs().max()
         assert largest > 1e-4, name
-        # relative to the largest entry, as gradients differ in size between layers: worst 5e-6 over 30 draws
+        # relative to the largest entry, because gradients differ in size between layers: worst 5e-6 over 30 draws
         torch.testing.assert_close(parameter.grad / largest, expected[name] / largest, rtol=0, atol=1e-5)
 
 
@@ -80,14 +80,14 @@ def test_parameter_names_are_pinned(mae_config, generator):
 
 @pytest.mark.parametrize("cls_tokens", [1, 8])
 @pytest.mark.parametrize("target", ["raw", "normalised", "pca"])
-def test_loss_sees_hidden_targets_alone(cls_tokens, target, draw, generator, monkeypatch):
+def test_loss_sees_hidden_targets_only(cls_tokens, target, draw, generator, monkeypatch):
     config = small(encoder=replace(small().encoder, cls_tokens=cls_tokens), target=target, pca_components=7)
     basis = patch_basis(torch.randn(64, 48, generator=generator), components=7)
     model = MaskedAutoencoder(config, generator=generator, basis=basis)
     pixels, noise = draw(config.encoder, 2)
     before = model(pixels, noise)
     tokens = model.encoder(pixels, before.masked.ids_visible)
-    # the encoder's view is held fixed, so that a perturbed pixel can enter through the target alone
+    # the encoder's tokens are held fixed, so that a perturbed pixel can enter through the target only
     monkeypatch.setattr(model.encoder, "forward", lambda *_: tokens)
     for patch in before.masked.ids_visible[0].tolist():
         row, column = divmod(patch, 4)
@@ -113,7 +113,7 @@ def test_loss_on_all_patches_sees_visible_targets_too(draw, generator):
     # the head is applied to more rows: another blocking of the same float32 products
     torch.testing.assert_close(all_.prediction, hidden.prediction, rtol=0, atol=1e-6)
     assert (all_.loss - hidden.loss).abs().min() > 1e-3
-    everywhere.decoder.head.weight.data.zero_()  # every prediction 0: the loss is the mean square of what is judged
+    everywhere.decoder.head.weight.data.zero_()  # every prediction is 0, so the loss is the mean square of the target
     patches = patchify(pixels, 4)
     torch.testing.assert_close(everywhere(pixels, noise).loss, patches.square().mean(dim=(1, 2)), rtol=1e-6, atol=0)
 
@@ -146,13 +146,13 @@ def test_hidden_pixels_do_not_reach_the_prediction(mae_config, draw, generator):
     assert torch.equal(model(other, noise).prediction, output.prediction)
 
 
-def test_without_decoder_positions_all_hidden_predictions_are_one(mae_config, draw, generator):
+def test_without_decoder_positions_all_hidden_predictions_are_equal(mae_config, draw, generator):
     model = MaskedAutoencoder(mae_config, generator=generator)
     pixels, noise = draw(mae_config.encoder, 2)
     assert model(pixels, noise).prediction.std(dim=1).min() > 1e-4
     model.decoder.positions.zero_()
     prediction = model(pixels, noise).prediction
-    # equal tokens through equal sums: rounding of float32 alone
+    # equal tokens through equal sums: only float32 rounding
     torch.testing.assert_close(prediction, prediction[:, :1].expand_as(prediction), rtol=0, atol=1e-6)
 
 
@@ -170,7 +170,7 @@ def test_bfloat16_module_gives_a_float32_loss(mae_config, draw, generator):
     half = copy.deepcopy(model).bfloat16()(pixels, noise)
     assert half.loss.dtype == half.prediction.dtype == torch.float32
     assert torch.equal(half.masked.mask, full.masked.mask)
-    # bfloat16 keeps 8 bits: each prediction is off by up to 1 %, with random sign, over 864 numbers a sample: worst 4e-4
+    # bfloat16 keeps 8 bits: predictions are off by up to 1 % with random signs, over 864 numbers per sample: worst 4e-4
     torch.testing.assert_close(half.loss, full.loss, rtol=2e-3, atol=0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = model(pixels, noise)
@@ -202,7 +202,7 @@ def test_a_perfect_prediction_reconstructs_the_image(target, draw, generator):
     output = model(pixels, noise)
     patches = gather_patches(patchify(pixels, 4), output.masked.ids_hidden)
     shown = model.reconstruct(pixels, output._replace(prediction=target_of(patches, target=target, basis=basis)))
-    # divided and multiplied once in float32; with components two products of 48 numbers
+    # one division and one multiplication in float32; for "pca" two products of 48 numbers
     torch.testing.assert_close(shown, pixels, rtol=0, atol=1e-5 if target == "pca" else 1e-6)
 
 
@@ -215,7 +215,7 @@ def test_reconstruction_leaves_visible_patches_alone(draw, generator):
     assert torch.equal(blank[blank != 0], pixels[blank != 0])
 
 
-def test_wrong_arguments_are_answered(mae_config, draw, generator):
+def test_wrong_arguments_are_refused(mae_config, draw, generator):
     model = MaskedAutoencoder(mae_config, generator=generator)
     pixels, noise = draw(mae_config.encoder, 2)
     with pytest.raises(ConfigError, match="one number per patch"):

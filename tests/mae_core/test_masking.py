@@ -1,4 +1,4 @@
-"""Masks: exact counts, each patch once, all alike, decided by the noise alone."""
+"""Masks: counts are exact, every patch occurs once, all patches are equally likely, and the noise alone decides."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def test_counts_are_rounded_not_cut(patches, ratio, count):
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.5, 1.5, float("nan")])
-def test_nothing_visible_or_nothing_hidden_is_answered(ratio):
+def test_nothing_visible_or_nothing_hidden_is_refused(ratio):
     with pytest.raises(ConfigError, match="mask_ratio="):
         visible_count(16, ratio)
 
@@ -103,7 +103,7 @@ def test_blocks_hide_the_middle_more_often_than_the_border():
 
 
 def test_blocks_are_few_and_large():
-    """Neighbours of a hidden patch are hidden far more often than a coin of 0.75 says."""
+    """The neighbour of a hidden patch is hidden far more often than in 75 % of cases."""
 
     def neighbours(mask):
         return (mask[:, :, :-1] * mask[:, :, 1:]).sum() / mask[:, :, :-1].sum()
@@ -115,7 +115,7 @@ def test_blocks_are_few_and_large():
 def test_a_grid_keeps_one_patch_of_every_two_by_two():
     visible = 1 - drawn("grid", draws=200)
     corners = [visible[:, row::2, column::2].sum(dim=(1, 2)) for row in (0, 1) for column in (0, 1)]
-    counts = torch.stack(corners, dim=1)  # [draws, 4]: all 49 visible patches share parity of row and of column
+    counts = torch.stack(corners, dim=1)  # [draws, 4]: all 49 visible patches share the parity of row and column
     assert torch.equal(counts.sort(dim=1).values, torch.tensor([0.0, 0.0, 0.0, 49.0]).expand(200, 4))
     assert (counts.argmax(dim=1).bincount(minlength=4) > 25).all()  # each of the four about 50 times
 
@@ -142,7 +142,7 @@ def test_cells_of_one_patch_are_random_masking(generator):
     assert torch.equal(cells.mask, random_mask(noise, mask_ratio=0.75).mask)
 
 
-def test_cells_and_grids_hide_every_position_alike():
+def test_cells_and_grids_hide_every_position_equally_often():
     for masking, more in (("cell", {"mask_cell": 2}), ("grid", {})):
         share = drawn(masking, grid=(8, 8), **more).mean(dim=0)
         # binomial deviation sqrt(0.75 * 0.25 / 4000) = 0.0069; five of them for 64 positions

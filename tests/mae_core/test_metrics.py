@@ -1,4 +1,4 @@
-"""Sums and counts: parts add up to the whole, padding does not count."""
+"""Sums and counts: parts add up to the whole, and padding does not count."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Sizes are the paper's, wrong values are answered, and YAML's plain values make the same objects."""
+"""Sizes are the paper's, wrong values are refused with a way out, and plain values from YAML make the same objects."""
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
@@ -47,7 +47,7 @@ def test_derived_numbers():
         ({"pixel_std": (1.0, 0.0, 1.0)}, ["pixel_std=", "not positive"]),
     ],
 )
-def test_wrong_encoder_is_answered(overrides, parts):
+def test_wrong_encoder_is_refused(overrides, parts):
     with pytest.raises(ConfigError) as error:
         tiny(**overrides)
     assert all(part in str(error.value) for part in parts), error.value
@@ -69,7 +69,7 @@ def test_wrong_encoder_is_answered(overrides, parts):
         ({"decoder_embed_dim": 500}, ["decoder_embed_dim=500", "decoder_num_heads=16"]),
     ],
 )
-def test_wrong_autoencoder_is_answered(overrides, parts):
+def test_wrong_autoencoder_is_refused(overrides, parts):
     with pytest.raises(ConfigError) as error:
         MAEConfig(encoder=tiny(), **overrides)
     assert all(part in str(error.value) for part in parts), error.value

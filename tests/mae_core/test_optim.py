@@ -1,4 +1,4 @@
-"""Groups: who decays and how fast each layer learns, pinned by name and on a live optimiser."""
+"""Groups: which parameters decay and how fast each layer learns, pinned by name and on a live optimiser."""
 
 from dataclasses import replace
 
@@ -60,7 +60,7 @@ def test_weight_decay_membership_of_the_autoencoder(mae_config, generator):
 
 
 def test_no_learnt_token_and_no_position_decays(mae_config, generator):
-    """The other autoencoder: learned positions, eight class tokens, mask tokens in the encoder."""
+    """Also with learned positions, eight class tokens and mask tokens in the encoder."""
     encoder = replace(mae_config.encoder, positions="learned", cls_tokens=8)
     model = MaskedAutoencoder(replace(mae_config, encoder=encoder, encoder_input="all"), generator=generator)
     decayed, exempt = parameter_groups(model, weight_decay=0.05)
@@ -134,7 +134,7 @@ def test_the_final_norm_of_a_cls_classifier_learns_like_the_head(vit_config, gen
 
 
 def test_layer_decay_moves_a_live_optimiser(vit_config, draw, generator):
-    """A group's scale is worth nothing until a rate is multiplied by it: here is the loop that does, one AdamW step long."""
+    """A group's scale has no effect until a rate is multiplied by it; this is the loop that does so, one AdamW step long."""
     decay, depth = 0.75, 2
     encoder = ViTEncoder(replace(vit_config, positions="learned"), generator=generator)
     model = Classifier(encoder, num_classes=5, generator=generator).double()
@@ -155,17 +155,17 @@ def test_layer_decay_moves_a_live_optimiser(vit_config, draw, generator):
     for index in range(depth):
         assert rates[f"encoder.blocks.{index}.attn.qkv.weight"] / head == pytest.approx(decay ** (depth - index))
 
-    # Adam's first step is rate * g / |g|, so that a parameter's move is its rate, wherever there is a gradient
+    # Adam's first step is rate * g / |g|, so a parameter moves by its rate wherever it has a gradient
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     torch.nn.functional.cross_entropy(model(draw(encoder.config, 4)[0]), torch.arange(4)).backward()
     optimiser.step()
     for name, parameter in model.named_parameters():
         moved = (parameter.detach() - before[name]).abs()[parameter.grad != 0]
         assert len(moved) > 0
-        # doubles of size 1 less their like: 2e-16 of a rate of 3e-4
+        # differences of doubles near 1: 2e-16 against a rate of 3e-4
         torch.testing.assert_close(moved, torch.full_like(moved, rates[name]), rtol=1e-10, atol=0)
 
-    # what this does at the schedule's ends: nothing moves at the start, and early layers end below min_lr
+    # at the ends of the schedule: nothing moves at the start, and early layers end below min_lr
     assert set(set_rates(images=0).values()) == {0.0}
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimiser.step()
@@ -193,7 +193,7 @@ def test_every_parameter_is_in_one_group_and_adamw_takes_them(mae_config, genera
     assert [group["lr_scale"] for group in optimiser.param_groups] == [group["lr_scale"] for group in groups]
 
 
-def test_wrong_values_are_answered(vit_config, generator):
+def test_wrong_values_are_refused(vit_config, generator):
     encoder = ViTEncoder(vit_config, generator=generator)
     with pytest.raises(ConfigError, match="give both or neither"):
         parameter_groups(encoder, weight_decay=0.0, layer_decay=0.75)

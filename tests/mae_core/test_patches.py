@@ -1,4 +1,4 @@
-"""Patches and pixel scales: exact inverses, the order inside a patch."""
+"""Patches and pixel scales: exact inverses, and the order of values in a patch."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_pixel_scales_are_inverse():
         normalise_pixels(pixels, mean=mean, std=std)
 
 
-def test_sizes_that_do_not_fit_are_answered():
+def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError, match="patch_size=4 does not divide an image of 8 x 6"):
         patchify(torch.zeros(1, 3, 8, 6), 4)
     with pytest.raises(ConfigError, match=r"grid=\(2, 2\)"):

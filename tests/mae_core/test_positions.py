@@ -1,4 +1,4 @@
-"""Positions: Hugging Face's table, axes not swapped, rectangles their own."""
+"""Positions: they equal Hugging Face's table, the axes are not swapped, and rectangular grids work."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_a_larger_grid_holds_the_smaller():
     assert torch.equal(large[:2, :3], small)
 
 
-def test_odd_widths_are_answered():
+def test_odd_widths_are_refused():
     with pytest.raises(ConfigError, match="embed_dim=10"):
         sine_cosine_2d((2, 2), 10)
 
@@ -48,12 +48,12 @@ def test_the_same_grid_changes_nothing(grid, generator):
 def test_a_finer_grid_keeps_rows_and_columns_in_order(grid, factor):
     rows, columns = grid
     row, column = (part.flatten() for part in torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"))
-    table = torch.stack([row, column], dim=1).float()  # [L, 2]: each position says its row and column
+    table = torch.stack([row, column], dim=1).float()  # [L, 2]: each position holds its row and its column
     new = (rows * factor, columns * factor)
     found = interpolate_positions(table, old_grid=grid, new_grid=new).reshape(*new, 2)
     assert (found[1:, :, 0] > found[:-1, :, 0]).all()
     assert (found[:, 1:, 1] > found[:, :-1, 1]).all()
-    # a row is the same in all its columns, but for rounding: weights of a bicubic sum to 1 within a step of float32
+    # a row is the same in all its columns up to rounding: bicubic weights sum to 1 within one step of float32
     torch.testing.assert_close(found[:, :, 0], found[:, :1, 0].expand(new), rtol=0, atol=2e-6)
     torch.testing.assert_close(found[:, :, 1], found[:1, :, 1].expand(new), rtol=0, atol=2e-6)
 
@@ -65,12 +65,12 @@ def test_a_coarser_grid_averages_over_what_it_covers(generator):
     for index in range(6):
         row, column = divmod(index, 3)
         changed = image.clone()
-        changed[4 * row, 4 * column] += 1.0  # the corner of the region: without antialiasing nothing would read it
+        changed[4 * row, 4 * column] += 1.0  # the corner of the region, which would not be read without antialiasing
         other = interpolate_positions(changed.reshape(96, 4), old_grid=grid, new_grid=(2, 3))
         assert (other[index] - found[index]).abs().min() > 1e-3
 
 
-def test_a_table_of_another_grid_is_answered():
+def test_a_table_of_another_grid_is_refused():
     with pytest.raises(ConfigError, match=r"15 positions does not fit old_grid=\(4, 4\)"):
         interpolate_positions(torch.zeros(15, 4), old_grid=(4, 4), new_grid=(8, 8))
 

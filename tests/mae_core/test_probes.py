@@ -1,4 +1,4 @@
-"""Probes: what they compute, whose statistics standardise, how they start."""
+"""Probes: what they compute, whose statistics they standardise by, how they are initialised."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def attentive(generator, *, dim=12, num_classes=5, num_heads=3, num_queries=2):
 
 
 def features(generator, *shape):
-    """Features of deviation 0.003 around 0.1: a variance of nine times the 1e-6 that is added to it."""
+    """Features around 0.1 with standard deviation 0.003, so a variance of nine times the 1e-6 that is added to it."""
     return 0.1 + 0.003 * torch.randn(shape, generator=generator)
 
 
@@ -41,14 +41,14 @@ def test_linear_probe_in_eval_mode_uses_the_running_statistics_alone(generator):
     mean, variance = probe.norm.running_mean.clone(), probe.norm.running_var.clone()
     expected = standardised(x, mean=mean, variance=variance) @ probe.head.weight.T
     torch.testing.assert_close(probe(x), expected, rtol=0, atol=1e-7)  # logits of 1e-3, rounded in float32
-    torch.testing.assert_close(probe(x[:1]), expected[:1], rtol=0, atol=1e-7)  # one image alone, whoever is with it
+    torch.testing.assert_close(probe(x[:1]), expected[:1], rtol=0, atol=1e-7)  # an image does not depend on its batch
     assert torch.equal(probe.norm.running_mean, mean)
     assert torch.equal(probe.norm.running_var, variance)
 
 
 def test_running_statistics_converge_to_those_of_the_split(generator):
     probe, split = LinearProbe(8, 5, generator=generator), features(generator, 64, 8)
-    for _ in range(200):  # 0.9 ** 200 = 7e-10 of the start is left
+    for _ in range(200):  # 0.9 ** 200 = 7e-10 of the initial value remains
         probe(split)
     torch.testing.assert_close(probe.norm.running_mean, split.mean(0))
     torch.testing.assert_close(probe.norm.running_var, split.var(0), rtol=1e-3, atol=0)
@@ -59,17 +59,17 @@ def test_linear_probe_starts_normal_and_trains_the_linear_layer_alone(generator)
     assert {name for name, _ in probe.named_parameters()} == {"head.weight", "head.bias"}
     assert {name for name, _ in probe.named_buffers()} == BATCH_NORM_BUFFERS
     weight = probe.head.weight
-    # 40000 draws: the deviation of mean and of deviation are 5e-5 and 3.5e-5; four of them
+    # 40000 draws: standard errors of the mean and of the deviation are 5e-5 and 3.5e-5; four of them
     assert weight.mean().item() == pytest.approx(0.0, abs=2e-4)
     assert weight.std().item() == pytest.approx(0.01, abs=1.4e-4)
-    assert weight.abs().max().item() > 0.035  # a normal's tail, 3.5 deviations: a uniform one ends at 1.73
+    assert weight.abs().max().item() > 0.035  # the tail of a normal at 3.5 deviations; a uniform would end at 1.73
     assert torch.equal(probe.head.bias, torch.zeros(100))
 
 
 def test_attentive_probe_equals_attention_written_out(generator):
     probe = attentive(generator).double()
     for part in probe.parameters():
-        torch.nn.init.normal_(part, generator=generator)  # scores and values of size 1, so that all of it shows
+        torch.nn.init.normal_(part, generator=generator)  # scores and values of size 1, so that every part counts
     x = features(generator, 4, 7, 12).double()
     flat = x.reshape(-1, 12)
     normed = standardised(x, mean=flat.mean(0), variance=flat.var(0, correction=0))  # over images and tokens
@@ -95,7 +95,7 @@ def test_attentive_probe_reads_a_set_of_tokens_of_each_image_alone_in_eval_mode(
     assert torch.equal(probe.norm.running_mean, torch.zeros(12))
 
 
-def test_attentive_probe_starts_as_said_and_every_parameter_gets_a_gradient(generator):
+def test_attentive_probe_is_initialised_as_documented_and_every_parameter_gets_a_gradient(generator):
     probe = attentive(generator, dim=256, num_classes=100, num_heads=4, num_queries=64)
     shapes = {name: tuple(parameter.shape) for name, parameter in probe.named_parameters()}
     assert shapes == {
@@ -105,7 +105,7 @@ def test_attentive_probe_starts_as_said_and_every_parameter_gets_a_gradient(gene
         "head.weight": (100, 256),
         "head.bias": (100,),
     }
-    # n draws of a normal: mean and deviation are off by s / sqrt(n) and s / sqrt(2 n); five of them
+    # n draws of a normal: standard errors of mean and deviation are s / sqrt(n) and s / sqrt(2 n); five of them
     for weight, deviation in ((probe.queries, 0.02), (probe.head.weight, 0.01)):
         assert weight.mean().item() == pytest.approx(0.0, abs=5 * deviation / weight.numel() ** 0.5)
         assert weight.std().item() == pytest.approx(deviation, rel=5 / (2 * weight.numel()) ** 0.5)
@@ -121,7 +121,7 @@ def test_attentive_probe_starts_as_said_and_every_parameter_gets_a_gradient(gene
 
 
 @pytest.mark.parametrize("build", [lambda g: LinearProbe(12, 5, generator=g), attentive])
-def test_start_comes_from_the_generator_alone(build):
+def test_initial_weights_come_from_the_generator_alone(build):
     before = torch.get_rng_state()
     first, again, other = (build(torch.Generator().manual_seed(seed)).state_dict() for seed in (1, 1, 2))
     assert torch.equal(before, torch.get_rng_state())
@@ -144,7 +144,7 @@ def test_batch_norm_can_be_made_synchronous(generator):
         assert isinstance(torch.nn.SyncBatchNorm.convert_sync_batchnorm(probe).norm, torch.nn.SyncBatchNorm)
 
 
-def test_wrong_values_are_answered(generator):
+def test_wrong_values_are_refused(generator):
     with pytest.raises(ConfigError, match="dim=12 is not divisible by num_heads=5"):
         attentive(generator, num_heads=5)
     with pytest.raises(ConfigError, match="num_queries=0"):
@@ -155,7 +155,7 @@ def test_wrong_values_are_answered(generator):
         LinearProbe(12, 0, generator=generator)
     with pytest.raises(ConfigError, match="dim=0"):
         LinearProbe(0, 5, generator=generator)
-    # as many tokens as dimensions: BatchNorm alone would take tokens for features without a word
+    # as many tokens as dimensions: BatchNorm by itself would silently take tokens for features
     with pytest.raises(ConfigError, match=r"\(2, 12, 12\).*pool the tokens"):
         LinearProbe(12, 5, generator=generator)(torch.zeros(2, 12, 12))
     with pytest.raises(ConfigError, match=r"\(2, 12\).*do not pool"):

@@ -1,4 +1,4 @@
-"""Streams are a contract: an upgrade that changes one changes every run, so their first values are written down here."""
+"""The random streams are a contract: changing one would change every run, so their first values are pinned here."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def test_hash_is_splitmix64():
 
 
 def test_words_are_those_of_a_fresh_philox():
-    """Re-keying one generator instead of making one a key must not let a row see another's state."""
+    """Re-keying one generator, rather than making one per key, must not leak state from one row to the next."""
     rows = uniform_rows(5, [0, 0, 1], [7, 8, 7], "augment", 6)
     for row, (epoch, id_) in zip(rows, [(0, 7), (0, 8), (1, 7)], strict=True):
         np.testing.assert_array_equal(row, uniforms(5, epoch, id_, "augment", 6))

@@ -1,4 +1,4 @@
-"""The fast path says what the paper's simple implementation says, in every variant."""
+"""The fast path equals the paper's simple implementation in every variant."""
 
 from dataclasses import replace
 from itertools import product
@@ -13,7 +13,7 @@ SMALL = MAEConfig(encoder=ENCODER, decoder_embed_dim=8, decoder_depth=2, decoder
 
 
 def both(config, generator, *, dtype):
-    """(output, gradients by name) of the fast path and of the reference, with the same weights, images and noise."""
+    """Yield (output, gradients by name) of the fast path, then of the reference, with the same weights, images and noise."""
     count = config.encoder.num_patches
     pixels = torch.randn(3, 3, *config.encoder.image_size, generator=generator).to(dtype)
     noise = torch.rand(3, count, generator=generator)
@@ -27,7 +27,7 @@ def both(config, generator, *, dtype):
 
 
 def error(gradients, expected):
-    """Distance of two lists of gradients as a share of their length."""
+    """Distance of two lists of gradients relative to the norm of the second."""
     ours, theirs = (torch.cat([gradient.flatten() for gradient in some]) for some in (gradients, expected))
     return (ours - theirs).norm() / theirs.norm()
 
@@ -45,7 +45,7 @@ def test_the_fast_path_equals_the_reference(encoder_input, loss_on, target, posi
     torch.testing.assert_close(fast.loss, slow.loss, rtol=0, atol=1e-6)
     torch.testing.assert_close(fast.prediction, slow.prediction, rtol=0, atol=2e-6)
     assert error(fast_gradients.values(), slow_gradients.values()) < 1e-6
-    # with weights in float64 only prediction and loss are float32: each parameter's gradient can be held alone
+    # with float64 weights only prediction and loss are float32, so each parameter's gradient can be compared by itself
     (fast, fast_gradients), (slow, slow_gradients) = both(config, generator, dtype=torch.float64)
     assert fast_gradients.keys() == slow_gradients.keys()
     for name, gradient in fast_gradients.items():
@@ -53,7 +53,7 @@ def test_the_fast_path_equals_the_reference(encoder_input, loss_on, target, posi
 
 
 @pytest.mark.parametrize("masking", ["block", "grid", "cell"])
-def test_whatever_hides_the_patches(masking, generator):
+def test_the_fast_path_equals_the_reference_for_every_masking(masking, generator):
     (fast, _), (slow, _) = both(replace(SMALL, masking=masking), generator, dtype=torch.float32)
     torch.testing.assert_close(fast.loss, slow.loss, rtol=0, atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""The learning rate: its ends, its shape, its refusals."""
+"""The learning rate: its ends, its shape, and the schedules it refuses."""
 
 import pytest
 from hypothesis import given
@@ -29,7 +29,7 @@ def test_without_warmup_starts_at_the_peak_and_ends_at_zero():
 
 @pytest.mark.parametrize(
     ("images", "rate"),
-    # of the decay 1/16, 1/4 and 9/16: 1 - sqrt is 3/4, 1/2 and 1/4 of the way from 0.5 to 2
+    # after 1/16, 1/4 and 9/16 of the decay, 1 - sqrt is 3/4, 1/2 and 1/4 of the way from 0.5 to 2
     [(0, 0.0), (50, 1.0), (100, 2.0), (699, 2.0), (700, 2.0), (725, 1.625), (800, 1.25), (925, 0.875), (1100, 0.5)],
 )
 def test_stable_decay_values_at_the_ends_and_between(images, rate):
@@ -40,7 +40,7 @@ def test_stable_decay_values_at_the_ends_and_between(images, rate):
 def test_stable_decay_has_no_jumps(first, second):
     early, late = sorted((first, second))
     step = late - early
-    # over `step` images warmup rises by 2 * step / 100 at most, and 1.5 * sqrt falls by 1.5 * sqrt(step / 400) at most
+    # over `step` images the warmup rises by at most 2 * step / 100, and the decay falls by at most 1.5 * sqrt(step / 400)
     change = warmup_stable_decay(late, **STABLE) - warmup_stable_decay(early, **STABLE)
     assert -1.5 * (step / 400) ** 0.5 - 1e-12 <= change <= 0.02 * step + 1e-12
     if early >= 100:
@@ -77,12 +77,12 @@ def test_linear_scaling():
     ],
 )
 @pytest.mark.parametrize(("schedule", "options"), [(warmup_cosine, OPTIONS), (warmup_stable_decay, STABLE)])
-def test_wrong_schedules_are_answered(schedule, options, images, changed, message):
+def test_wrong_schedules_are_refused(schedule, options, images, changed, message):
     with pytest.raises(ConfigError, match=message):
         schedule(images, **{**options, **changed})
 
 
 @pytest.mark.parametrize("decay_images", [0, -1, 1001])
-def test_a_decay_that_does_not_fit_is_answered(decay_images):
+def test_a_decay_that_does_not_fit_is_refused(decay_images):
     with pytest.raises(ConfigError, match=rf"decay_images={decay_images} is not in \[1, 1000\].*write 200 for a fifth"):
         warmup_stable_decay(0, **{**STABLE, "decay_images": decay_images})

@@ -1,4 +1,4 @@
-"""What is predicted: by hand, in float32, and back to patches."""
+"""Reconstruction targets: computed by hand, kept in float32, and turned back into patches."""
 
 import pytest
 import torch
@@ -11,7 +11,9 @@ def test_normalised_target_by_hand():
     # mean 2.5, unbiased variance (2.25 + 0.25 + 0.25 + 2.25) / 3 = 5 / 3; the biased one, 5 / 4, would give 1.34 at the end
     patches = torch.tensor([[[1.0, 2.0, 3.0, 4.0], [7.0, 7.0, 7.0, 7.0], [0.0, 0.001, 0.002, 0.003]]])
     deviation = (5 / 3 + 1e-6) ** 0.5
-    small = (5e-6 / 3 + 1e-6) ** 0.5  # 1.633e-3: here 1e-6 on the variance weighs; on the deviation it would not
+    small = (
+        5e-6 / 3 + 1e-6
+    ) ** 0.5  # 1.633e-3: adding 1e-6 to the variance matters here; adding it to the deviation would not
     expected = torch.tensor(
         [
             [-1.5 / deviation, -0.5 / deviation, 0.5 / deviation, 1.5 / deviation],
@@ -35,7 +37,7 @@ def test_golden_target_from_image_bytes():
 
 
 def test_a_flat_colour_is_not_a_zero_target():
-    # grey 124 in all channels: after ImageNet's means the channels lie 0.28 apart, so the patch has a deviation of its own
+    # grey 124 in all channels: ImageNet's means put the channels 0.28 apart, so the patch has a deviation of its own
     images = torch.full((1, 16, 16, 3), 124, dtype=torch.uint8)
     patches = patchify(normalise_pixels(images, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)), 16)
     _, deviation = patch_statistics(patches)
@@ -57,7 +59,7 @@ def test_float32_is_kept_and_half_is_refused(generator):
 
 
 def test_why_half_is_refused():
-    # bright and nearly flat: bfloat16 steps of 1/64 at 2 against a deviation of 0.15 (channels) and noise of 0.01
+    # bright and nearly flat: bfloat16 has steps of 1/64 at 2, against a deviation of 0.15 (channels) and noise of 0.01
     generator = torch.Generator().manual_seed(1)
     patches = torch.tensor([2.0, 2.1, 2.3]).repeat(256) + 0.01 * torch.randn(8, 768, generator=generator)
     exact = target_of(patches, target="normalised")
@@ -81,13 +83,13 @@ def test_principal_components_against_an_independent_svd(generator):
 @pytest.mark.parametrize("target", ["raw", "normalised", "pca"])
 def test_a_perfect_prediction_gives_the_patch_back(target, generator):
     patches = torch.randn(2, 7, 12, generator=generator)
-    basis = patch_basis(torch.randn(64, 12, generator=generator), components=12)  # all directions: nothing is lost
+    basis = patch_basis(torch.randn(64, 12, generator=generator), components=12)  # all directions, so nothing is lost
     prediction = target_of(patches, target=target, basis=basis)
     back = patches_of(prediction, true_patches=patches, target=target, basis=basis)
-    torch.testing.assert_close(back, patches, rtol=0, atol=2e-6)  # twice a float32 product of 12 numbers below 4
+    torch.testing.assert_close(back, patches, rtol=0, atol=2e-6)  # two float32 products of 12 numbers below 4
 
 
-def test_a_missing_or_impossible_basis_is_answered(generator):
+def test_a_missing_or_impossible_basis_is_refused(generator):
     patches = torch.randn(5, 12, generator=generator)
     with pytest.raises(ConfigError, match="patch_basis"):
         target_of(patches, target="pca")

@@ -1,4 +1,4 @@
-"""The encoder: what it sees, what it does not depend on, how it starts."""
+"""The encoder: what it sees, what it does not depend on, how it is initialised."""
 
 import copy
 import math
@@ -64,10 +64,10 @@ def test_drop_scales(encoder, draw, generator):
     x = torch.randn(2, 5, 16, generator=generator)
     kept_and_dropped = block(x, torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
     assert torch.equal(kept_and_dropped[1], x[1])
-    torch.testing.assert_close(kept_and_dropped[0], block(x)[0], rtol=0, atol=1e-6)  # another batch size, same sums
+    torch.testing.assert_close(kept_and_dropped[0], block(x)[0], rtol=0, atol=1e-6)  # same sums in another batch size
 
 
-def test_pixels_of_another_size_are_answered(encoder):
+def test_pixels_of_another_size_are_refused(encoder):
     with pytest.raises(ConfigError, match=r"image_size=\(24, 16\)"):
         encoder(torch.zeros(1, 3, 16, 24))
 
@@ -132,7 +132,7 @@ def test_weights_serve_another_image_size(vit_config, draw, generator):
     larger = ViTEncoder(replace(vit_config, image_size=(32, 40)))
     larger.load_state_dict(encoder.state_dict())
     pixels, _ = draw(larger.config, 2)
-    # the upper left 6 x 4 of the larger grid, shown alone, are the smaller image: same positions, same tokens
+    # the upper left 6 x 4 patches of the larger grid are the smaller image: same positions, same tokens
     ids = (torch.arange(6)[:, None] * 10 + torch.arange(4)).reshape(1, -1).expand(2, -1)
     part = encoder(pixels[:, :, :24, :16])
     # another batch of the same float32 sums
@@ -160,7 +160,7 @@ def test_learned_positions_start_as_the_table_and_learn(vit_config, draw, genera
 
 
 def test_equals_timm_s_vision_transformer(draw, generator):
-    """timm's blocks, norm and embedding with our weights: names differ in nothing but the embedding's kernel."""
+    """timm's blocks, norm and embedding with our weights, whose names differ only in the embedding's kernel."""
     timm = pytest.importorskip("timm.models.vision_transformer")
     config = ViTConfig(image_size=(32, 48), patch_size=8, embed_dim=32, depth=3, num_heads=4)
     ours = ViTEncoder(config, generator=generator)
@@ -175,7 +175,7 @@ def test_equals_timm_s_vision_transformer(draw, generator):
         | {"patch_embed.proj.weight": kernel, "patch_embed.proj.bias": ours.patch_embed.bias, "pos_embed": table}
     )
     pixels, _ = draw(config, 2)
-    # float32 through three blocks, products blocked otherwise: 3e-6 seen on tokens of size 1
+    # float32 through three blocks, with products blocked differently: 3e-6 seen on tokens of size 1
     torch.testing.assert_close(ours(pixels), theirs.eval().forward_features(pixels), rtol=0, atol=2e-5)
 
 
