@@ -84,10 +84,10 @@ def patch_basis(patches: Tensor, *, components: int) -> PatchBasis:
     Raises:
         ConfigError: There are not more patches than components, or fewer values per patch than components.
     """
-    count, numbers = patches.shape
-    if not 1 <= components <= min(count - 1, numbers):
+    count, values = patches.shape
+    if not 1 <= components <= min(count - 1, values):
         raise ConfigError(
-            f"components={components} of {count} patches with {numbers} values each cannot be computed: pass more patches, or "
+            f"components={components} of {count} patches with {values} values each cannot be computed: pass more patches, or "
             f"ask for fewer components"
         )
     wide = patches.to(torch.float64)
