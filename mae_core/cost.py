@@ -93,6 +93,7 @@ def classifier_training_flops(config: ViTConfig, *, num_classes: int) -> int:
 
 
 Recompute = Literal["none", "blocks"]
+"""What backward computes again instead of reading it from memory: nothing, or every block (activation checkpointing)."""
 
 
 class _Saved(NamedTuple):
@@ -105,9 +106,8 @@ class _Saved(NamedTuple):
 def _saved_by_blocks(
     *, depth: int, tokens: int, dim: int, mlp_dim: int, num_heads: int, bytes_per_value: int, recompute: Recompute
 ) -> _Saved:
-    values = (
-        8 * dim + 2 * mlp_dim
-    )  # per token: input and output of both norms, q, k, v, attention output; GELU in and out
+    # per token: input and output of both norms, q, k, v and the output of attention, input and output of GELU
+    values = 8 * dim + 2 * mlp_dim
     statistics = 2 * 2 + num_heads  # per token, float32: mean and deviation of both norms, one log-sum-exp per head
     block = tokens * (values * bytes_per_value + statistics * 4)
     if recompute == "none":

@@ -78,9 +78,8 @@ class Decoder(nn.Module):
         if len(ids[0]) > patches.shape[1]:
             hidden = self.mask_token.to(x.dtype).expand(len(x), masked.ids_hidden.shape[1], -1)  # [B, L - K, Dd]
             patches = torch.cat([patches, hidden], dim=1)  # [B, L, Dd]
-        x = torch.cat(
-            [classes, patches + gather_patches(positions, ids)], dim=1
-        )  # the position of class tokens is zero
+        # class tokens get no position: theirs is zero
+        x = torch.cat([classes, patches + gather_patches(positions, ids)], dim=1)  # [B, n + L, Dd]
         for block in self.blocks:
             x = block(x)
         return cast("Tensor", self.head(self.norm(x[:, -self.predicted :])))  # [B, M, T]

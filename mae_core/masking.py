@@ -101,7 +101,7 @@ def random_mask(noise: Tensor, *, mask_ratio: float) -> Masked:
 
 def _lowest_visible(rank: Tensor, mask_ratio: float) -> Masked:
     count = visible_count(rank.shape[1], mask_ratio)
-    ids = torch.argsort(rank, dim=1, stable=True)  # [B, L]; stable, so that ties give one mask on every device
+    ids = torch.argsort(rank, dim=1, stable=True)  # [B, L], stable so that ties are resolved alike on every device
     ids_visible, ids_hidden = ids[:, :count], ids[:, count:]
     mask = torch.ones(rank.shape, dtype=torch.float32, device=rank.device).scatter(1, ids_visible, 0.0)
     return Masked(ids_visible, ids_hidden, mask)
@@ -127,9 +127,8 @@ def _grid_rank(noise: Tensor, grid: tuple[int, int]) -> Tensor:
     side = 1 << bits
     places = torch.arange(side, device=noise.device)
     table = torch.zeros(side, side, dtype=torch.int64, device=noise.device)
-    for bit in range(
-        bits
-    ):  # the lowest bits of row and column get the highest weight, so neighbours differ most in rank
+    # the lowest bits of row and column get the highest weight, so neighbours differ most in rank
+    for bit in range(bits):
         row, column = (places >> bit & 1)[:, None], (places >> bit & 1)[None, :]
         table = table * 4 + 2 * (row ^ column) + row
     offset = (noise[:, :2] * side).long()  # [B, 2]

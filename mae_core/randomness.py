@@ -41,9 +41,8 @@ def uniform_rows(seed: int, epochs: Ids, sample_ids: Ids, purpose: str, count: i
     Shapes: epochs [B], sample_ids [B] -> float64 [B, count].
     """
     words = _words(_sample_keys(purpose, seed, epochs, sample_ids), count)
-    return (words >> np.uint64(11)).astype(np.float64) * np.float64(
-        2.0**-53
-    )  # the top 53 bits, which float64 holds exactly
+    # the top 53 bits, which float64 holds exactly
+    return (words >> np.uint64(11)).astype(np.float64) * np.float64(2.0**-53)
 
 
 def mask_noise(seed: int, epochs: Ids, sample_ids: Ids, num_patches: int) -> npt.NDArray[np.float32]:

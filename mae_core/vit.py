@@ -165,9 +165,7 @@ class ViTEncoder(nn.Module):
         positions = self.positions.to(dtype).expand(len(patches), -1, -1)  # [B, L, D]
         if ids_visible is None:
             return cast("Tensor", self.patch_embed(patches.to(dtype)) + positions)  # [B, L, D]
-        patches = gather_patches(
-            patches, ids_visible
-        )  # [B, K, N]: gathered first, so hidden patches are never embedded
+        patches = gather_patches(patches, ids_visible)  # [B, K, N], gathered first: hidden patches are never embedded
         x = self.patch_embed(patches.to(dtype)) + gather_patches(positions, ids_visible)  # [B, K, D]
         if mask_tokens is None:
             return cast("Tensor", x)

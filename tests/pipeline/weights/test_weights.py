@@ -245,7 +245,9 @@ def test_official_encoder_file(tmp_path, side):
         "left out: nothing",
         f"assumed: layer_norm_eps=1e-06, pixel_mean={config.pixel_mean}, pixel_std={config.pixel_std}",
     ]
-    with pytest.raises(ConfigError, match=r"mae_pretrain.pth: .*missing \['decoder_blocks.0.*a decoder with random weights"):
+    with pytest.raises(
+        ConfigError, match=r"mae_pretrain.pth: .*missing \['decoder_blocks.0.*a decoder with random weights"
+    ):
         import_autoencoder(tmp_path / "mae_pretrain.pth", num_heads=4, decoder_num_heads=2)
 
 
