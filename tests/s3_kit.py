@@ -1,4 +1,4 @@
-"""A wire to an S3 server that loses answers, cuts them short or answers for it: what networks do, one request at a time."""
+"""An HTTP proxy in front of an S3 server that injects faults: answers lost, cut short, or given in the server's place."""
 
 import contextlib
 import http.client
@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 @dataclass(frozen=True)
 class Request:
-    """What a fault looks at."""
+    """The part of a request that decides whether a fault applies."""
 
     method: str
     path: str
@@ -20,23 +20,23 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """In place of the server's; `body` is an S3 error document when `code` is given."""
+    """An answer given in the server's place; if `code` is set, its body is an S3 error document."""
 
     status: int
     code: str = ""
     body: bytes = b""
     headers: dict[str, str] = field(default_factory=dict)
 
-    def whole_body(self) -> bytes:
+    def content(self) -> bytes:
         return f"<Error><Code>{self.code}</Code><Message>m</Message></Error>".encode() if self.code else self.body
 
 
 @dataclass
-class Wire:
-    """The faults to come, used up one after the other by the requests that match; other requests pass.
+class FaultyProxy:
+    """The faults to inject: each is used up by the first request that matches it; all other requests pass.
 
-    `lose`: the server acts, its answer is lost. `cut`: only so many bytes of the body arrive. `answer`: the server hears
-    nothing of it."""
+    `lose`: the server acts, but its answer is lost. `cut`: only the first `at` bytes of the body arrive.
+    `answer`: the server never sees the request."""
 
     address: str
     faults: list[tuple[Callable[[Request], bool], "int | Answer"]] = field(default_factory=list)
@@ -67,41 +67,41 @@ def is_method(*methods: str) -> Callable[[Request], bool]:
 
 
 @contextlib.contextmanager
-def wire_to(endpoint: str) -> Iterator[Wire]:
-    """A wire to `endpoint` on a port of its own."""
+def faulty_proxy(endpoint: str) -> Iterator[FaultyProxy]:
+    """Run a proxy to `endpoint` on a free port."""
     target = urlsplit(endpoint)
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"  # with 1.0 boto3 waits a second for "100 Continue"
+        protocol_version = "HTTP/1.1"  # with 1.0, boto3 waits one second for "100 Continue"
 
-        def pass_on(self) -> None:
+        def forward(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            fault = wire.fault_for(Request(self.command, self.path, self.headers))
+            fault = proxy.fault_for(Request(self.command, self.path, self.headers))
             if isinstance(fault, Answer):
-                content = fault.whole_body()
-                self.give(fault.status, {"Content-Length": str(len(content))} | fault.headers, content)
+                content = fault.content()
+                self.respond(fault.status, {"Content-Length": str(len(content))} | fault.headers, content)
                 return
-            there = http.client.HTTPConnection(target.hostname or "", target.port, timeout=60)
+            upstream = http.client.HTTPConnection(target.hostname or "", target.port, timeout=60)
             try:
-                there.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+                upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
                 for name, value in self.headers.items():
                     if name.lower() != "expect":
-                        there.putheader(name, value)
-                there.endheaders(body)
-                answer = there.getresponse()
+                        upstream.putheader(name, value)
+                upstream.endheaders(body)
+                answer = upstream.getresponse()
                 content, headers = answer.read(), dict(answer.getheaders())
             finally:
-                there.close()
+                upstream.close()
             if self.command != "HEAD":
                 headers.pop("Transfer-Encoding", None)
                 headers["Content-Length"] = str(len(content))
             if fault is None:
-                self.give(answer.status, headers, content)
+                self.respond(answer.status, headers, content)
             elif fault >= 0:
-                self.give(answer.status, headers, content[:fault])
+                self.respond(answer.status, headers, content[:fault])
             self.close_connection = True
 
-        def give(self, status: int, headers: dict[str, str], content: bytes) -> None:
+        def respond(self, status: int, headers: dict[str, str], content: bytes) -> None:
             self.send_response_only(status)
             for name, value in headers.items():
                 if name.lower() != "connection":
@@ -111,7 +111,7 @@ def wire_to(endpoint: str) -> Iterator[Wire]:
             self.wfile.write(content)
             self.close_connection = True
 
-        do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = pass_on
+        do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = forward
 
         def log_message(self, *arguments: object) -> None:
             pass
@@ -120,13 +120,13 @@ def wire_to(endpoint: str) -> Iterator[Wire]:
         daemon_threads = True
 
         def handle_error(self, *arguments: object) -> None:
-            """The server at the other end was killed, or the client has gone: the wire breaks without words."""
+            """Stay silent: the server behind the proxy was killed, or the client has gone."""
 
     server = Server(("127.0.0.1", 0), Handler)
-    wire = Wire(f"http://127.0.0.1:{server.server_port}")
+    proxy = FaultyProxy(f"http://127.0.0.1:{server.server_port}")
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
-        yield wire
+        yield proxy
     finally:
         server.shutdown()
         server.server_close()

@@ -1,4 +1,6 @@
-"""Object stores behind one small interface: a folder (`FileStore`) or an S3 bucket (`S3Store`)."""
+"""Object stores behind one small interface: a folder (`FileStore`) or an S3 bucket (`S3Store`).
+
+The only package that imports boto3 and botocore."""
 
 from pipeline.storage.folder import FileStore as FileStore
 from pipeline.storage.opening import open_store as open_store

@@ -1,8 +1,8 @@
-"""This process's connection to S3: one client, its settings, its patience, and what goes over it.
+"""This process's S3 client: its settings, its back-off between attempts, and a count of its traffic.
 
-boto3's transfers and retries, with pauses of our own while a store is away; endpoint, region, addressing style and credentials come
-from AWS's standard environment and files (docs/storage.md). Units: seconds, bytes. Errors: StorageError for an endpoint that is no
-address."""
+Transfers and retries are boto3's, with longer pauses while a store is away. Endpoint, region, addressing style and
+credentials come from AWS's standard environment and files (docs/storage.md). Units: seconds, bytes.
+Errors: StorageError for an endpoint that is not a URL."""
 
 import logging
 import os
@@ -19,19 +19,23 @@ from botocore.config import Config
 from botocore.exceptions import EndpointConnectionError, HTTPClientError, SSLError
 
 from pipeline.errors import StorageError
+from pipeline.storage.error_messages import one_line
 from pipeline.storage.store import Traffic
 
 log = logging.getLogger(__name__)
 _MAX_ATTEMPTS = 8
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 16.0
-"""The pauses between the attempts of one request add up to 24 to 48 s: a store that restarts is waited for."""
+_FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.5, 16.0
+"""The pauses of one request add up to 24 to 48 s, enough for a store to restart."""
+_WARN_EVERY_S = 30.0
 
 _clients: dict[tuple[int, int], Any] = {}
 _clients_lock = threading.Lock()
 
 
 def client() -> Any:
-    """One client a process and AWS environment: clients are thread-safe, but do not survive a fork."""
+    """Return the S3 client of this process and AWS environment, made on first use.
+
+    Clients are thread-safe but do not survive a fork, hence the process id in the key."""
     settings = hash(frozenset(item for item in os.environ.items() if item[0].startswith("AWS_")))
     with _clients_lock:
         key = (os.getpid(), settings)
@@ -48,19 +52,20 @@ def _new_client() -> Any:
     options = client_options(os.environ, profile, own_endpoint=endpoint is not None)
     try:
         client = boto3.session.Session(botocore_session=core).client("s3", config=Config(**options))
-    except ValueError as error:  # how botocore says so
+    except ValueError as error:  # botocore's answer to an endpoint it cannot parse
         raise StorageError(
-            f"the endpoint {(endpoint or '').rpartition('@')[2]!r} is no address. "
-            "Write AWS_ENDPOINT_URL as http://host:port or https://host"
+            f"the endpoint {(endpoint or '').rpartition('@')[2]!r} is not a URL. "
+            "Set AWS_ENDPOINT_URL to http://host:port or https://host"
         ) from error
     client.meta.events.register("before-send.s3", _count_request)
-    waiting = _Waiting(client.meta.config.retries["total_max_attempts"])
-    client.meta.events.register_first("needs-retry.s3", waiting.seconds_to_wait)
+    # first: botocore takes the first answer that is not None, and its own handler would answer
+    backoff = _Backoff(client.meta.config.retries["total_max_attempts"])
+    client.meta.events.register_first("needs-retry.s3", backoff.delay_s)
     return client
 
 
 def endpoint_of(environment: Mapping[str, str], profile: Mapping[str, Any], services: Mapping[str, Any]) -> str | None:
-    """The address that botocore will use instead of AWS's own, by its order of precedence; None for AWS."""
+    """Return the endpoint that botocore will use, by its own order of precedence; None means AWS."""
     if environment.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() == "true":
         return None
     return (
@@ -72,15 +77,17 @@ def endpoint_of(environment: Mapping[str, str], profile: Mapping[str, Any], serv
 
 
 def client_options(environment: Mapping[str, str], profile: Mapping[str, Any], *, own_endpoint: bool) -> dict[str, Any]:
-    """Ours where AWS's standard environment and profile say nothing: what is given to botocore would override them."""
+    """Return our defaults for the options that neither AWS's environment nor the profile sets.
 
-    def said(variable: str, name: str) -> bool:
+    Options passed to botocore take precedence over both, so whatever the user has set must be left out."""
+
+    def is_set(variable: str, name: str) -> bool:
         return variable in environment or name in profile
 
     retries: dict[str, Any] = {}
-    if not said("AWS_RETRY_MODE", "retry_mode"):
+    if not is_set("AWS_RETRY_MODE", "retry_mode"):
         retries["mode"] = "standard"
-    if not said("AWS_MAX_ATTEMPTS", "max_attempts"):
+    if not is_set("AWS_MAX_ATTEMPTS", "max_attempts"):
         retries["total_max_attempts"] = _MAX_ATTEMPTS
     options: dict[str, Any] = {
         "retries": retries,
@@ -88,76 +95,86 @@ def client_options(environment: Mapping[str, str], profile: Mapping[str, Any], *
         "read_timeout": 60,
         "max_pool_connections": 64,
     }
-    if own_endpoint:  # not AWS itself: virtual hosts and the newer checksums are not everywhere
+    if own_endpoint:  # other stores often lack virtual hosts and the newer checksums
         if "addressing_style" not in profile.get("s3", {}):
             options["s3"] = {**profile.get("s3", {}), "addressing_style": "path"}
-        if not said("AWS_REQUEST_CHECKSUM_CALCULATION", "request_checksum_calculation"):
+        if not is_set("AWS_REQUEST_CHECKSUM_CALCULATION", "request_checksum_calculation"):
             options["request_checksum_calculation"] = "when_required"
-        if not said("AWS_RESPONSE_CHECKSUM_VALIDATION", "response_checksum_validation"):
+        if not is_set("AWS_RESPONSE_CHECKSUM_VALIDATION", "response_checksum_validation"):
             options["response_checksum_validation"] = "when_required"
     return options
 
 
-def pause_s(attempt: int, max_attempts: int, share: float) -> float | None:
-    """Seconds from the failure of an attempt (1, 2, ...) to the next; None: it was the last. `share` in [0, 1) spreads clients."""
+def backoff_s(attempt: int, max_attempts: int, jitter: float) -> float | None:
+    """Return the pause after a failed attempt (1, 2, ...), or None after the last one.
+
+    The pause doubles from 0.5 s to 16 s; `jitter` in [0, 1) scales it by 0.5 to 1, so that clients do not retry in step."""
     if attempt >= max_attempts:
         return None
-    return min(_FIRST_PAUSE_S * 2.0 ** (attempt - 1), _LONGEST_PAUSE_S) * (1 + share) / 2
+    return min(_FIRST_BACKOFF_S * 2.0 ** (attempt - 1), _MAX_BACKOFF_S) * (1 + jitter) / 2
 
 
-class _Waiting:
-    """Pauses while a store is away or overloaded, from botocore's event `needs-retry`.
+class _Backoff:
+    """Handler of botocore's `needs-retry` event: longer pauses while a store is away or overloaded.
 
-    botocore's own begin at 50 ms, and a client has 35 retries in all until something succeeds again (1.44): parallel transfers
-    gave up within a second when a server was killed, and it takes longer than that to start again.
+    botocore's own pauses begin at 50 ms, and a client has 35 retries in all until something succeeds again (botocore 1.44).
+    When a server was killed, parallel transfers used those up within a second, before it could restart.
     """
 
     def __init__(self, max_attempts: int) -> None:
         self._max_attempts = max_attempts
-        self._quiet_until = 0.0
+        self._silent_until = 0.0
 
-    def seconds_to_wait(self, response: Any, attempts: int, caught_exception: Any, **_: Any) -> float | None:
-        """None leaves the decision to botocore."""
+    def delay_s(
+        self, response: Any, attempts: int, caught_exception: Any, endpoint: Any = None, **_: Any
+    ) -> float | None:
+        """Return the seconds to wait before the next attempt, or None to leave the decision to botocore."""
         away = isinstance(caught_exception, (EndpointConnectionError, HTTPClientError))
         overloaded = response is not None and response[0].status_code in {429, 500, 502, 503, 504}
+        # a TLS failure usually means a wrong certificate or address, which does not get better by waiting
         if isinstance(caught_exception, SSLError) or not (away or overloaded):
             return None
-        pause = pause_s(attempts, self._max_attempts, random.random())  # noqa: S311
-        if pause is not None and attempts >= 3 and time.monotonic() > self._quiet_until:
-            self._quiet_until = time.monotonic() + 30
-            words = f"answers {response[0].status_code}" if overloaded else "does not answer"
-            log.warning("the object store %s; attempt %d of %d follows", words, attempts + 1, self._max_attempts)
+        pause = backoff_s(attempts, self._max_attempts, random.random())  # noqa: S311
+        if pause is not None and attempts >= 3 and time.monotonic() > self._silent_until:
+            self._silent_until = time.monotonic() + _WARN_EVERY_S
+            problem = f"answered {response[0].status_code}" if overloaded else "does not answer"
+            address = one_line(getattr(endpoint, "host", ""))
+            log.warning(
+                "object store %s %s; retrying (attempt %d of %d)", address, problem, attempts + 1, self._max_attempts
+            )
         return pause
 
 
-class Meter:
-    """Sums that many threads add to."""
+class TrafficMeter:
+    """Traffic counters that many threads may add to."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._sums = Traffic(0, 0, 0)
+        self._total = Traffic(0, 0, 0)
 
     def add(self, *, requests: int = 0, bytes_received: int = 0, retries: int = 0) -> None:
-        """Counts so many more."""
+        """Add to the totals."""
         with self._lock:
             more = Traffic(requests, bytes_received, retries)
-            self._sums = Traffic(*(a + b for a, b in zip(self._sums, more, strict=True)))
+            self._total = Traffic(*(a + b for a, b in zip(self._total, more, strict=True)))
 
     def read(self) -> Traffic:
-        """What was counted so far."""
-        return self._sums
+        """Return the totals so far."""
+        return self._total
 
 
-meter = Meter()
+traffic_meter = TrafficMeter()
 
 
 def _count_request(request: Any, **_: Any) -> None:
-    """botocore calls this before each attempt, whose number is in a header (`attempt=2; max=8`)."""
-    sent = request.headers.get("amz-sdk-request", b"")
-    attempt = re.search(rb"attempt=(\d+)", sent if isinstance(sent, bytes) else sent.encode())
-    meter.add(requests=1, retries=int(attempt is not None and int(attempt[1]) > 1))
+    """Count one attempt; botocore calls this before it sends one, with its number in a header (`attempt=2; max=8`)."""
+    header = request.headers.get("amz-sdk-request", b"")
+    attempt = re.search(rb"attempt=(\d+)", header if isinstance(header, bytes) else header.encode())
+    traffic_meter.add(requests=1, retries=int(attempt is not None and int(attempt[1]) > 1))
 
 
 def count_received(count: int) -> None:
-    """boto3 calls this as parts arrive; it takes back what it fetches again, which came over the network all the same."""
-    meter.add(bytes_received=max(count, 0))
+    """Count received bytes: boto3's progress callback.
+
+    boto3 reports a negative count before it fetches a part again; those bytes crossed the network all the same."""
+    traffic_meter.add(bytes_received=max(count, 0))

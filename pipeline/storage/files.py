@@ -1,13 +1,16 @@
-"""files: split from pipeline.data.dataset.manifest."""
+"""Adapters for libraries that want files: an object as a seekable file, memory as a file, an object on the local disk.
+
+Sizes and offsets in bytes. Errors: StorageError from the store."""
 
 import io
 from pathlib import Path
+from typing import Any
 
-from pipeline.storage import Store
+from pipeline.storage.store import Store
 
 
 class RangeFile(io.RawIOBase):
-    """An object as a file that Parquet can seek in: a read is one ranged request."""
+    """An object as a seekable file, for Parquet: each read is one ranged request."""
 
     def __init__(self, store: Store, key: str, size: int) -> None:
         self._store, self._key, self._size, self._at = store, key, size, 0
@@ -37,8 +40,38 @@ class RangeFile(io.RawIOBase):
         return data
 
 
+class MemoryFile(io.RawIOBase):
+    """A read-only file over memory that must not change meanwhile.
+
+    boto3 uploads from files, and `io.BytesIO` would hold a second copy of the data."""
+
+    def __init__(self, data: bytes | memoryview) -> None:
+        self._data, self._at = memoryview(data), 0
+
+    def readable(self) -> bool:
+        """See io.RawIOBase."""
+        return True
+
+    def seekable(self) -> bool:
+        """See io.RawIOBase."""
+        return True
+
+    def readinto(self, target: Any) -> int:
+        """See io.RawIOBase."""
+        room = memoryview(target)
+        part = self._data[self._at : self._at + len(room)]
+        room[: len(part)] = part
+        self._at += len(part)
+        return len(part)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """See io.RawIOBase."""
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._data)}[whence]
+        return self._at
+
+
 def local_copy(store: Store, key: str, scratch: Path) -> Path:
-    """An object as a file of this machine: where it lies, else downloaded to `scratch`."""
+    """Return the path of an object on this machine: its own if the store is local, otherwise `scratch`, once downloaded."""
     local = store.local_path(key)
     if local is None:
         store.download(key, scratch)

@@ -1,8 +1,8 @@
-"""From an address to a store that a run may rely on.
+"""Open a store by its address, and check that a run can rely on it.
 
-Addresses: `file:///abs/folder`, a plain folder path, `s3://bucket/prefix`. Put-if-absent (`create`) is the one condition asked of a
-store; `probe` proves it before a run starts. Errors: ConfigError for an address that is none of the three; StorageError for a store
-that is no place for a run."""
+Addresses: `file:///abs/folder`, a plain folder path, `s3://bucket/prefix`. A run needs put-if-absent (`create`) to be
+atomic, which not every store offers; `probe` tries it before a run starts.
+Errors: ConfigError for any other address; StorageError for a store that is unfit for a run."""
 
 import contextlib
 import threading
@@ -14,14 +14,17 @@ from urllib.parse import unquote, urlsplit
 from pipeline.errors import ConfigError, StorageError
 from pipeline.storage.folder import FileStore
 from pipeline.storage.s3 import S3Store
-from pipeline.storage.store import Store, checked
+from pipeline.storage.store import Store, checked_key
 
 _PROBE_CREATES = 8
-_WHY_CREATE = "so two drivers could claim one generation. Use a store with conditional writes (AWS S3, MinIO, Ceph, R2)"
+_PROBE_START_S = 60.0
+_WHY_ATOMIC = (
+    "so two drivers could claim the same generation. Use a store with conditional writes (AWS S3, MinIO, Ceph, R2)"
+)
 
 
 def open_store(uri: str) -> Store:
-    """The store at an address; nothing is touched yet."""
+    """Return the store at an address, without touching it."""
     scheme, separator, rest = uri.partition("://")
     if uri and not separator:
         return FileStore(Path(uri).expanduser().absolute())
@@ -31,43 +34,47 @@ def open_store(uri: str) -> Store:
         bucket, _, prefix = rest.partition("/")
         prefix = prefix.strip("/")
         if bucket:
-            return S3Store(bucket, checked(uri, prefix) if prefix else "")
+            return S3Store(bucket, checked_key(uri, prefix) if prefix else "")
     raise ConfigError(
         f"store address {uri!r} is not usable: write file:///absolute/folder, a folder path, or s3://bucket/prefix"
     )
 
 
 def probe(store: Store) -> None:
-    """Writes, creates twice and at once, reads and deletes under `.probe/`; StorageError if the store is no place for a run."""
+    """Check a store by writing, reading, deleting and creating one object under `.probe/`; raise StorageError if it is unfit.
+
+    The last check creates the same key from eight threads at once: exactly one of them may succeed. It is a race, so it
+    can miss a store that is only almost atomic."""
     key, data = f".probe/{uuid.uuid4().hex}", b"mae"
     try:
         store.write(key, data)
         if store.create(key, b"twice"):
             raise StorageError(
-                f"{store.uri}: create of {key} replaced an object that existed: this store ignores `If-None-Match: *`, "
-                f"{_WHY_CREATE}"
+                f"{store.uri}: create of {key} replaced an existing object: this store ignores `If-None-Match: *`, "
+                f"{_WHY_ATOMIC}"
             )
         if store.read(key) != data:
-            raise StorageError(f"{store.uri}: {key} reads back other bytes than were written. Use another store")
+            raise StorageError(f"{store.uri}: {key} does not read back as it was written. Use another store")
         store.delete(key)
         if not store.create(key, data):
             raise StorageError(
-                f"{store.uri}: create of {key} says it exists right after its deletion. Use a consistent store"
+                f"{store.uri}: create of {key} reports that it exists right after it was deleted. Use a strongly consistent store"
             )
         store.delete(key)
         with ThreadPoolExecutor(_PROBE_CREATES) as pool:
-            together = threading.Barrier(_PROBE_CREATES)
-            won = sum(pool.map(lambda number: _create_together(store, key, number, together), range(_PROBE_CREATES)))
+            # the timeout frees the threads that wait when another one cannot be started
+            barrier = threading.Barrier(_PROBE_CREATES, timeout=_PROBE_START_S)
+            won = sum(pool.map(lambda number: _create_together(store, key, number, barrier), range(_PROBE_CREATES)))
         if won != 1:
             raise StorageError(
                 f"{store.uri}: {won} of {_PROBE_CREATES} simultaneous creates of {key} succeeded: `If-None-Match: *` is not "
-                f"atomic in this store, {_WHY_CREATE}"
+                f"atomic in this store, {_WHY_ATOMIC}"
             )
     finally:
         with contextlib.suppress(StorageError):
             store.delete(key)
 
 
-def _create_together(store: Store, key: str, number: int, together: threading.Barrier) -> bool:
-    together.wait()
+def _create_together(store: Store, key: str, number: int, barrier: threading.Barrier) -> bool:
+    barrier.wait()
     return store.create(key, b"%d" % number)

@@ -1,6 +1,8 @@
-"""A bucket, or a part of one, as an object store: boto3's transfers and retries (connection.py).
+"""A bucket, or a prefix of one, as an object store, with boto3's transfers and retries (connection.py).
 
-Put-if-absent is `If-None-Match: *`. Errors: see store.py."""
+Put-if-absent is `If-None-Match: *`. Three things boto3 does not retry are retried here: a conflict of simultaneous creates,
+a response body that breaks off, and an upload that the store has forgotten. Each has a fixed number of tries, and the last
+error is raised. Errors: see store.py."""
 
 import random
 import time
@@ -13,10 +15,10 @@ from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import BotoCoreError, ClientError
 
-from pipeline.storage.connection import client, count_received, meter
-from pipeline.storage.error_messages import attempts_of, explained, is_lost_upload, status_of
-from pipeline.storage.memory import MemoryFile
-from pipeline.storage.store import ObjectInfo, Traffic, beside, checked, whole
+from pipeline.storage.connection import client, count_received, traffic_meter
+from pipeline.storage.error_messages import attempts_of, is_lost_upload, status_of, translate_errors
+from pipeline.storage.files import MemoryFile
+from pipeline.storage.store import ObjectInfo, Traffic, checked_key, checked_length, temporary_beside
 
 _CONFLICT_TRIES = 5
 _READ_TRIES = 4
@@ -26,45 +28,45 @@ _TRANSFER = TransferConfig(
     multipart_threshold=_PART_BYTES,
     multipart_chunksize=_PART_BYTES,
     max_concurrency=8,
-    preferred_transfer_client="classic",  # the other one, in C, hangs in a process forked after its first use
+    preferred_transfer_client="classic",  # the one in C hangs in a process forked after its first use
 )
 _CREATED_BY = "mae-created-by"
-"""Name of the metadata by which a `create` knows its own object again."""
+"""Metadata key under which a `create` leaves its mark, to recognise its own object."""
 
 
 @dataclass(frozen=True)
 class S3Store:
-    """A prefix of a bucket."""
+    """A bucket, or the part of it below a prefix."""
 
     bucket: str
     prefix: str = ""
 
     @property
     def uri(self) -> str:
-        """`s3://bucket/prefix`."""
+        """The address, `s3://bucket/prefix`."""
         return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
 
     @property
     def traffic(self) -> Traffic:
         """See Store."""
-        return meter.read()
+        return traffic_meter.read()
 
     def read(self, key: str) -> bytes:
         """See Store."""
-        with explained(self.uri, key, "read"):
+        with translate_errors(self.uri, key, "read"):
             return self._get(self._name(key))
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         """See Store."""
         if length == 0:
             return b""
-        with explained(self.uri, key, f"read of bytes {start} to {start + length}"):
+        with translate_errors(self.uri, key, f"read of bytes {start} to {start + length}"):
             data = self._get(self._name(key), Range=f"bytes={start}-{start + length - 1}")
-        return whole(self.uri, key, start, length, data)
+        return checked_length(self.uri, key, start, length, data)
 
     def write(self, key: str, data: bytes | memoryview) -> None:
-        """See Store. What is larger than a part goes up in parts, side by side: a single put ends at 5 GiB."""
-        with explained(self.uri, key, "write"):
+        """See Store. Data larger than one part goes up in parallel parts, since a single PUT may hold at most 5 GiB."""
+        with translate_errors(self.uri, key, "write"):
             if len(data) <= _PART_BYTES:
                 client().put_object(Bucket=self.bucket, Key=self._name(key), Body=bytes(data))
                 return
@@ -73,11 +75,13 @@ class S3Store:
             )
 
     def create(self, key: str, data: bytes) -> bool:
-        """See Store. When an answer is lost, boto3 asks again, and 412 may mean the object of the first request."""
+        """See Store. A lost answer makes boto3 repeat the request, and the 412 it then gets may be due to our own object.
+
+        Each call therefore marks its object, and reads the mark back when a repeated request fails with 412."""
         name, mark = self._name(key), uuid.uuid4().hex
         condition = {"IfNoneMatch": "*", "Metadata": {_CREATED_BY: mark}}
         asked_before = False
-        with explained(self.uri, key, "create"):
+        with translate_errors(self.uri, key, "create"):
             for tries_left in reversed(range(_CONFLICT_TRIES)):
                 try:
                     client().put_object(Bucket=self.bucket, Key=name, Body=data, **condition)
@@ -86,7 +90,7 @@ class S3Store:
                     asked_before = asked_before or attempts_of(error) > 1
                     if status == 412:
                         return asked_before and self._is_ours(name, mark, data)
-                    if status != 409 or not tries_left:
+                    if status != 409 or not tries_left:  # 409: another create of this key is under way
                         raise
                     time.sleep(random.uniform(0.05, 0.2) * (_CONFLICT_TRIES - tries_left))  # noqa: S311
                 else:
@@ -95,7 +99,7 @@ class S3Store:
 
     def exists(self, key: str) -> bool:
         """See Store."""
-        with explained(self.uri, key, "look for"):
+        with translate_errors(self.uri, key, "existence check"):
             try:
                 client().head_object(Bucket=self.bucket, Key=self._name(key))
             except ClientError as error:
@@ -105,9 +109,9 @@ class S3Store:
             return True
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """See Store. Keys that end in `/` (a console's folder marks) are left out."""
+        """See Store. Skips keys that end in `/`, which consoles create to mark folders."""
         base = f"{self.prefix}/" if self.prefix else ""
-        with explained(self.uri, prefix, "list"):
+        with translate_errors(self.uri, prefix, "list"):
             pages = client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=base + prefix)
             for page in pages:
                 for item in page.get("Contents", ()):
@@ -116,17 +120,17 @@ class S3Store:
 
     def delete(self, key: str) -> None:
         """See Store."""
-        with explained(self.uri, key, "delete"):
+        with translate_errors(self.uri, key, "delete"):
             client().delete_object(Bucket=self.bucket, Key=self._name(key))
 
     def upload(self, key: str, path: Path) -> None:
         """See Store."""
-        with explained(self.uri, key, f"upload of {path}"):
+        with translate_errors(self.uri, key, f"upload of {path}"):
             self._in_parts(lambda: client().upload_file(str(path), self.bucket, self._name(key), Config=_TRANSFER))
 
     def download(self, key: str, path: Path) -> None:
         """See Store."""
-        with explained(self.uri, key, f"download to {path}"), beside(path) as temporary:
+        with translate_errors(self.uri, key, f"download to {path}"), temporary_beside(path) as temporary:
             client().download_file(
                 self.bucket, self._name(key), str(temporary), Config=_TRANSFER, Callback=count_received
             )
@@ -141,17 +145,17 @@ class S3Store:
         return None
 
     def _name(self, key: str) -> str:
-        return f"{self.prefix}/{checked(self.uri, key)}" if self.prefix else checked(self.uri, key)
+        return f"{self.prefix}/{checked_key(self.uri, key)}" if self.prefix else checked_key(self.uri, key)
 
     def _in_parts(self, upload: Callable[[], object]) -> None:
-        """Uploads; once more when the store has forgotten the upload whose completion it did not answer."""
+        """Upload, and repeat that once if the store has forgotten an upload whose completion it did not answer."""
         for tries_left in reversed(range(_UPLOAD_TRIES)):
             try:
                 upload()
             except (Boto3Error, ClientError) as error:
                 if not tries_left or not is_lost_upload(error):
                     raise
-                meter.add(retries=1)
+                traffic_meter.add(retries=1)
             else:
                 return
 
@@ -159,7 +163,7 @@ class S3Store:
         return self._answer(name, **options)[0]
 
     def _answer(self, name: str, **options: str) -> tuple[bytes, Mapping[str, str]]:
-        """Bytes and metadata. botocore retries the request but not a body that breaks off: that is done here."""
+        """Return an object's bytes and metadata. botocore retries the request, but not a body that breaks off."""
         for tries_left in reversed(range(_READ_TRIES)):
             answer = client().get_object(Bucket=self.bucket, Key=name, **options)
             try:
@@ -167,20 +171,20 @@ class S3Store:
             except BotoCoreError:
                 if not tries_left:
                     raise
-                meter.add(retries=1)
+                traffic_meter.add(retries=1)
                 time.sleep(random.uniform(0.1, 0.3) * (_READ_TRIES - tries_left))  # noqa: S311
             else:
-                meter.add(bytes_received=len(data))
+                traffic_meter.add(bytes_received=len(data))
                 return data, answer["Metadata"]
         raise AssertionError("the last try returns or raises")
 
     def _is_ours(self, name: str, mark: str, data: bytes) -> bool:
-        """Whether the object under a name is the one that this call of `create` sent."""
+        """Return whether the object under this name is the one that this call of `create` sent."""
         try:
             found, metadata = self._answer(name)
         except ClientError as error:
-            if status_of(error) == 404:  # made, and deleted since
+            if status_of(error) == 404:  # created, and deleted since
                 return False
             raise
-        made_by = metadata.get(_CREATED_BY)
-        return found == data if made_by is None else made_by == mark  # some stores keep no metadata
+        found_mark = metadata.get(_CREATED_BY)
+        return found == data if found_mark is None else found_mark == mark  # some stores drop metadata

@@ -1,10 +1,10 @@
-"""What the pipeline asks of an object store, and what goes wrong with one.
+"""The interface of an object store, and its errors.
 
-Keys: text with `/` between non-empty parts, none of them `.` or `..`; listings come in the order of the keys. Sizes in bytes.
-A store is a small value: threads may share it, pickling is cheap, and a worker reopens it from `uri`.
-What a reader sees is whole: files appear by rename (`write`, `upload`) or hard link (`create`), never half written.
-Errors: StorageError, with MissingObject and DeniedObject where one object rather than the store is the trouble. After an error
-nobody knows whether a write came through: the object is there whole, or as it was."""
+Keys: non-empty parts joined by `/`, none of them `.` or `..`. Listings come in key order. Sizes in bytes.
+A store is a small value: threads may share it, it pickles cheaply, and a worker can reopen it from its `uri`.
+Readers only ever see whole objects. In a folder, files appear by rename (`write`, `upload`) or hard link (`create`).
+Errors: StorageError, or its subclasses MissingObject and DeniedObject when one object is at fault rather than the store.
+After an error a write may or may not have happened: the object is either complete or unchanged."""
 
 import contextlib
 import uuid
@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 from pipeline.errors import StorageError
 
 TEMPORARY = ".tmp-"
-"""Names that begin so are unfinished files; they are never listed."""
+"""Prefix of the names of unfinished files, which are never listed."""
 
 
 class MissingObject(StorageError):
@@ -23,106 +23,107 @@ class MissingObject(StorageError):
 
 
 class DeniedObject(StorageError):
-    """The store answers, and refuses this object to us."""
+    """The store is reachable but denies us access to this object."""
 
 
 class ObjectInfo(NamedTuple):
-    """One line of a listing."""
+    """One entry of a listing."""
 
     key: str
     size: int
 
 
 class Traffic(NamedTuple):
-    """What this process has exchanged with buckets since it began, over all of them: take the difference of two."""
+    """This process's traffic with all buckets since it started; take the difference of two readings."""
 
     requests: int
-    """HTTP requests sent, repeated ones included."""
+    """HTTP requests sent, retries included."""
     bytes_received: int
-    """Bytes of objects that arrived."""
+    """Bytes of object data received."""
     retries: int
-    """Requests that repeated one whose answer failed, was refused for load, or broke off."""
+    """Requests repeated because the previous answer was lost, cut short, or a refusal under load."""
 
 
 class Store(Protocol):
-    """What the pipeline asks of an object store."""
+    """An object store, as the pipeline uses one."""
 
     @property
     def uri(self) -> str:
-        """The address that `open_store` makes this store from again."""
+        """The address from which `open_store` reopens this store."""
         ...
 
     @property
     def traffic(self) -> Traffic:
-        """What went over the network so far; zeros for a folder."""
+        """Network traffic so far; all zeros for a folder."""
         ...
 
     def read(self, key: str) -> bytes:
-        """The whole object; MissingObject when there is none."""
+        """Return the whole object; raise MissingObject if there is none."""
         ...
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
-        """Exactly `length` bytes from `start`; StorageError when the object ends before."""
+        """Return exactly `length` bytes from `start`; raise StorageError if the object ends sooner."""
         ...
 
     def write(self, key: str, data: bytes | memoryview) -> None:
-        """Puts the object, replacing what was there, at once. Large data is not held a second time."""
+        """Write the object atomically, replacing any earlier one. Large data is not copied in memory."""
         ...
 
     def create(self, key: str, data: bytes) -> bool:
-        """Put-if-absent: True if this very call made the object; False, and nothing changed, if the key existed."""
+        """Put if absent: return True if this very call created the object, False (and change nothing) if the key existed."""
         ...
 
     def exists(self, key: str) -> bool:
-        """Whether there is an object under this key."""
+        """Return whether there is an object under this key."""
         ...
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """Objects whose key begins with `prefix` (text, not a folder), in key order."""
+        """Yield the objects whose key begins with `prefix` (plain text, not a folder), in key order."""
         ...
 
     def delete(self, key: str) -> None:
-        """Removes the object; absent is fine."""
+        """Delete the object; do nothing if there is none."""
         ...
 
     def upload(self, key: str, path: Path) -> None:
-        """Puts a local file; visible whole or not at all."""
+        """Store a local file, atomically."""
         ...
 
     def download(self, key: str, path: Path) -> None:
-        """Fetches into a local file, written beside and renamed."""
+        """Fetch the object into a local file, which appears by rename once it is complete."""
         ...
 
     def at(self, prefix: str) -> "Store":
-        """The store one or more folders further down."""
+        """Return the store rooted at a folder of this one, one or more levels down."""
         ...
 
     def local_path(self, key: str) -> Path | None:
-        """Where the object lies as a file of this machine; None when the store is remote."""
+        """Return the object's path on this machine, or None if the store is remote."""
         ...
 
 
-def checked(location: str, key: str) -> str:
-    """The key, if it is one; `location`: the store's address, for the message."""
+def checked_key(location: str, key: str) -> str:
+    """Return the key if it is valid; otherwise raise StorageError, with the store's address `location` in the message."""
     if "\0" in key or any(part in {"", ".", ".."} for part in key.split("/")):
         raise StorageError(
-            f"{location}: {key!r} is no key: write names joined by single slashes, without '.', '..' or a leading '/'"
+            f"{location}: {key!r} is not a valid key: write names joined by single slashes, without '.', '..' or a leading '/'"
         )
     return key
 
 
-def whole(location: str, key: str, start: int, length: int, data: bytes) -> bytes:
-    """The data, if all of a range has come."""
+def checked_length(location: str, key: str, start: int, length: int, data: bytes) -> bytes:
+    """Return the data of a range if all of it has arrived; otherwise raise StorageError."""
     if len(data) != length:
         raise StorageError(
-            f"{location}: {key} ends early: {len(data)} of {length} bytes from {start}. It is cut off; write it anew"
+            f"{location}: {key} ends early: it has {len(data)} of the {length} bytes expected from byte {start}. "
+            "It is truncated: delete it and rerun the step that writes it"
         )
     return data
 
 
 @contextlib.contextmanager
-def beside(path: Path) -> Iterator[Path]:
-    """A temporary name in the file's own folder, gone afterwards whatever happens."""
+def temporary_beside(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the file's own folder, so that a rename is atomic; delete it afterwards in any case."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
     try:

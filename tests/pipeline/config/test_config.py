@@ -118,7 +118,7 @@ def complaint_of(tmp_path: Path, text: str) -> str:
         ("evaluation.finetune.layer_decay=0", "evaluation.finetune.layer_decay = 0.0 is not in (0, 1]"),
         ("store=ftp://x/y", "store: store address 'ftp://x/y' is not usable: write file:///absolute/folder"),
         ("data.source=s3:/bucket", "data.source: 's3:/bucket' has one slash too few: write s3://bucket"),
-        ("data.source=s3://b/../c", "data.source: s3://b/../c: '../c' is no key"),
+        ("data.source=s3://b/../c", "data.source: s3://b/../c: '../c' is not a valid key"),
     ],
 )
 def test_a_wrong_value_is_answered_with_its_field_and_the_way_out(path, override, words):

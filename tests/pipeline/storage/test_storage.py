@@ -1,4 +1,4 @@
-"""Every store keeps one contract; errors are one clear line. The bucket is moto's, and one on a real server (Swift)."""
+"""All stores keep one contract, and each error is one clear line. Buckets are moto's and those of a real server (Swift)."""
 
 import errno
 import hashlib
@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from s3_kit import Answer, Request, is_method, wire_to
+from s3_kit import Answer, Request, faulty_proxy, is_method
 
 from infra.local.s3 import serving
 from infra.local.swift_filters import GUEST_KEY
@@ -51,7 +51,7 @@ def test_what_is_written_is_read(store):
     assert not store.exists("a/b.bin")
 
 
-def test_a_range_past_the_end_is_an_error_not_fewer_bytes(store):
+def test_a_range_past_the_end_raises_instead_of_returning_fewer_bytes(store):
     store.write("a", b"0123456789")
     for start in (5, 50):
         with pytest.raises(StorageError, match="ends"):
@@ -64,7 +64,7 @@ def test_create_is_once_only(store):
     assert store.read("gen/0001.json") == b"mine"
 
 
-def test_of_racing_creates_exactly_one_wins(store):
+def test_exactly_one_of_racing_creates_wins(store):
     barrier = threading.Barrier(20)
 
     def claim(number):
@@ -89,8 +89,8 @@ def test_listing_is_in_key_order_on_both_stores(store):
     assert list(store.list("none/")) == []
 
 
-def test_a_piece_of_memory_is_written_whole(store):
-    """Above 16 MiB a bucket takes it in parts."""
+def test_a_memoryview_is_written_whole(store):
+    """Above 16 MiB a bucket receives it in parts."""
     data = bytes(range(251)) * 150_000
     store.write("big", memoryview(data))
     assert store.read("big") == data
@@ -118,7 +118,7 @@ def test_at_goes_down_and_an_address_or_pickle_reopens(store):
     assert pickle.loads(pickle.dumps(below)) == below
 
 
-def test_a_missing_object_names_place_key_and_way_out(store, tmp_path):
+def test_a_missing_object_names_store_key_and_way_out(store, tmp_path):
     for act in (store.read, lambda key: store.read_range(key, 0, 1), lambda key: store.download(key, tmp_path / "x")):
         with pytest.raises(MissingObject, match=r"no/such\.json.*Check") as caught:
             act("no/such.json")
@@ -129,7 +129,7 @@ def test_a_missing_object_names_place_key_and_way_out(store, tmp_path):
 @pytest.mark.parametrize("key", ["", "/abs", "a/../b", "..", "a//b", "a/", "./a", "a\0b"])
 def test_keys_cannot_leave_the_store(store, key):
     for act in (store.read, store.exists, lambda key: store.write(key, b""), store.delete):
-        with pytest.raises(StorageError, match="is no key"):
+        with pytest.raises(StorageError, match="is not a valid key"):
             act(key)
 
 
@@ -139,7 +139,7 @@ def test_probe_accepts_good_stores_and_leaves_nothing(store):
 
 
 class _Overwriting(FileStore):
-    """A real folder whose create behaves like a store without conditional writes."""
+    """A real folder whose create behaves like that of a store without conditional writes."""
 
     def create(self, key, data):
         self.write(key, data)
@@ -220,14 +220,17 @@ def test_no_space_left_says_so(tmp_path):
     with pytest.raises(OSError, match="No space") as caught, full.open("wb", buffering=0) as file:
         file.write(b"x")
     assert caught.value.errno == errno.ENOSPC
-    # the errno of a real full device, through the way every store reports
-    from pipeline.storage.error_messages import explained
+    # the errno of a real full device, translated as every store does it
+    from pipeline.storage.error_messages import translate_errors
 
-    with pytest.raises(StorageError, match=r"no space left.*choose another store"), explained("here", "key", "write"):
+    with (
+        pytest.raises(StorageError, match=r"no space left.*choose another store"),
+        translate_errors("here", "key", "write"),
+    ):
         full.write_bytes(b"x")
 
 
-# --- what goes wrong with a bucket ----------------------------------------------------------------------------------------
+# --- failures of a bucket -------------------------------------------------------------------------------------------
 
 
 ACTS = {
@@ -265,10 +268,10 @@ def test_an_endpoint_that_is_down_is_named(monkeypatch, s3_endpoint):
         open_store("s3://bucket").read("a")
 
 
-def test_an_endpoint_that_is_no_address_is_named_without_what_it_hides(monkeypatch, s3_endpoint):
+def test_an_endpoint_that_is_not_a_url_is_named_without_its_password(monkeypatch, s3_endpoint):
     for address in ("127.0.0.1:9", "user:pa55word@host", "http//host"):
         monkeypatch.setenv("AWS_ENDPOINT_URL", address)
-        with pytest.raises(StorageError, match=r"is no address.*AWS_ENDPOINT_URL") as caught:
+        with pytest.raises(StorageError, match=r"is not a URL.*AWS_ENDPOINT_URL") as caught:
             open_store("s3://bucket").read("a")
         assert "pa55word" not in str(caught.value)
 
@@ -278,7 +281,7 @@ def test_a_permission_that_is_missing_is_named(swift_bucket, monkeypatch, a_file
     open_store(f"s3://{swift_bucket}").write("a", b"x")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", GUEST_KEY)
     wanted = {"write": "Put", "create": "Put", "upload": "Put", "delete": "Delete"}.get(act, "Get") + "Object"
-    words = "Grant s3:ListBucket on the bucket" if act == "list" else f"Grant s3:{wanted} on it"
+    words = "Grant s3:ListBucket on the bucket" if act == "list" else f"Grant s3:{wanted} on the object"
     with pytest.raises(DeniedObject, match=rf"s3://{swift_bucket}: .*access denied.*{words}") as caught:
         ACTS[act](open_store(f"s3://{swift_bucket}"), a_file)
     assert ("s3:ListBucket" in str(caught.value)) == (act == "list" or wanted == "GetObject")
@@ -306,16 +309,17 @@ def test_refused_credentials_are_named_and_shown_nowhere(swift_bucket, monkeypat
     for name, act in ACTS.items():
         with pytest.raises(StorageError) as caught:
             act(open_store(f"s3://{swift_bucket}"), a_file)
-        told = "".join(traceback.format_exception(caught.value)) + caplog.text + repr(caught.value)
+        shown = "".join(traceback.format_exception(caught.value)) + caplog.text + repr(caught.value)
         for secret in (SECRET, TOKEN, os.environ["AWS_SECRET_ACCESS_KEY"]):
-            assert secret not in told, name
+            assert secret not in shown, name
         assert "\n" not in str(caught.value)
     with pytest.raises(StorageError, match=words):
         open_store(f"s3://{swift_bucket}").read("a")
 
 
-def test_another_region_is_followed_where_the_store_tells(swift_bucket, monkeypatch):
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")  # the server is in us-east-1, and refuses such signatures
+def test_another_region_is_followed_where_the_store_names_it(swift_bucket, monkeypatch):
+    # the server is in us-east-1 and rejects signatures for other regions
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
     store = open_store(f"s3://{swift_bucket}")
     store.write("a", b"x")
     assert store.read("a") == b"x"
@@ -333,87 +337,87 @@ def test_missing_credentials_are_named(s3_endpoint, monkeypatch, tmp_path):
     assert time.monotonic() - started < 20
 
 
-# --- a wire that loses, cuts and refuses -----------------------------------------------------------------------------------
+# --- a proxy that loses answers, cuts them short and refuses --------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def one_wire(swift_server):
-    with wire_to(swift_server.endpoint) as wire:
-        yield wire
+def module_proxy(swift_server):
+    with faulty_proxy(swift_server.endpoint) as proxy:
+        yield proxy
 
 
 @pytest.fixture
-def wire(one_wire, swift_bucket, monkeypatch):
-    """A wire to the real server, without faults yet; the environment leads through it."""
-    one_wire.faults.clear()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", one_wire.address)
-    return one_wire
+def proxy(module_proxy, swift_bucket, monkeypatch):
+    """A proxy to the real server, without faults yet, which the environment points to."""
+    module_proxy.faults.clear()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", module_proxy.address)
+    return module_proxy
 
 
 @pytest.fixture
-def wired(wire, swift_bucket):
-    """The store at the other end of the wire."""
+def proxied(proxy, swift_bucket):
+    """The store behind the proxy."""
     return open_store(f"s3://{swift_bucket}/runs")
 
 
-def test_a_create_whose_answer_was_lost_knows_its_own_object(wire, wired):
-    before = wired.traffic
-    wire.lose(is_method("PUT"))
-    assert wired.create("a", b"same") is True
-    assert wired.traffic.retries - before.retries == 1
-    assert wired.create("a", b"same") is False
-    # somebody else's object, with the very same bytes, and the answer that said so was lost
-    wire.lose(is_method("PUT"))
-    assert wired.create("a", b"same") is False
-    assert wired.read("a") == b"same"
+def test_a_create_whose_answer_was_lost_knows_its_own_object(proxy, proxied):
+    before = proxied.traffic
+    proxy.lose(is_method("PUT"))
+    assert proxied.create("a", b"same") is True
+    assert proxied.traffic.retries - before.retries == 1
+    assert proxied.create("a", b"same") is False
+    # another call's object with the same bytes, and the first answer that said so is lost
+    proxy.lose(is_method("PUT"))
+    assert proxied.create("a", b"same") is False
+    assert proxied.read("a") == b"same"
 
 
-def test_a_create_whose_object_was_deleted_meanwhile_did_not_make_it(wire, wired):
-    wire.lose(is_method("PUT"))
-    wire.answer(is_method("PUT"), Answer(412, "PreconditionFailed"))
-    wire.answer(is_method("GET"), Answer(404, "NoSuchKey"))
-    assert wired.create("a", b"x") is False
+def test_a_create_whose_object_was_deleted_meanwhile_did_not_create_it(proxy, proxied):
+    proxy.lose(is_method("PUT"))
+    proxy.answer(is_method("PUT"), Answer(412, "PreconditionFailed"))
+    proxy.answer(is_method("GET"), Answer(404, "NoSuchKey"))
+    assert proxied.create("a", b"x") is False
 
 
 @pytest.mark.parametrize("found", [b"mine", b"else"])
-def test_a_store_without_metadata_is_asked_for_the_bytes(wire, wired, found):
-    wire.lose(is_method("PUT"))
-    wire.answer(is_method("PUT"), Answer(412, "PreconditionFailed"))
-    wire.answer(is_method("GET"), Answer(200, body=found))
-    assert wired.create("a", b"mine") is (found == b"mine")
+def test_without_metadata_create_compares_the_bytes(proxy, proxied, found):
+    proxy.lose(is_method("PUT"))
+    proxy.answer(is_method("PUT"), Answer(412, "PreconditionFailed"))
+    proxy.answer(is_method("GET"), Answer(200, body=found))
+    assert proxied.create("a", b"mine") is (found == b"mine")
 
 
-def test_conflicts_of_create_are_tried_again(wire, wired, monkeypatch):
+def test_conflicts_of_create_are_retried(proxy, proxied, monkeypatch):
     conflict = Answer(409, "ConditionalRequestConflict")
-    wire.answer(is_method("PUT"), conflict, times=2)
-    assert wired.create("a", b"x") is True
-    wire.answer(is_method("PUT"), conflict)
-    assert wired.create("a", b"y") is False
-    wire.answer(is_method("PUT"), conflict, times=20)
+    proxy.answer(is_method("PUT"), conflict, times=2)
+    assert proxied.create("a", b"x") is True
+    proxy.answer(is_method("PUT"), conflict)
+    assert proxied.create("a", b"y") is False
+    proxy.answer(is_method("PUT"), conflict, times=20)
     with pytest.raises(StorageError, match="ConditionalRequestConflict"):
-        wired.create("b", b"x")
+        proxied.create("b", b"x")
 
 
 @pytest.mark.parametrize("size", [10, 35 * 2**20])
-def test_a_body_that_breaks_off_is_read_again(wire, wired, tmp_path, size):
+def test_a_body_that_breaks_off_is_refetched(proxy, proxied, tmp_path, size):
     data = os.urandom(size)
-    wired.write("a", data)
-    before = wired.traffic
-    wire.cut(is_method("GET"), at=size // 7, times=2)
-    assert wired.read("a") == data
-    assert wired.traffic.retries - before.retries == 2
-    wire.cut(is_method("GET"), at=1)
-    assert wired.read_range("a", 3, 5) == data[3:8]
-    wire.cut(is_method("GET"), at=5, times=2)
-    wired.download("a", tmp_path / "a")
+    proxied.write("a", data)
+    before = proxied.traffic
+    proxy.cut(is_method("GET"), at=size // 7, times=2)
+    assert proxied.read("a") == data
+    assert proxied.traffic.retries - before.retries == 2
+    proxy.cut(is_method("GET"), at=1)
+    assert proxied.read_range("a", 3, 5) == data[3:8]
+    proxy.cut(is_method("GET"), at=5, times=2)
+    proxied.download("a", tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == data
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_a_body_that_always_breaks_off_is_named(wire, wired, tmp_path):
-    wired.write("a", bytes(100))
-    for act in (wired.read, lambda key: wired.download(key, tmp_path / "a")):
-        wire.cut(is_method("GET"), at=7, times=20)
+def test_a_body_that_always_breaks_off_is_named(proxy, proxied, tmp_path):
+    proxied.write("a", bytes(100))
+    for act in (proxied.read, lambda key: proxied.download(key, tmp_path / "a")):
+        proxy.cut(is_method("GET"), at=7, times=20)
         with pytest.raises(StorageError, match=r"failed for a: .*does not answer|IncompleteRead|ended prematurely"):
             act("a")
     assert list(tmp_path.iterdir()) == []
@@ -431,37 +435,37 @@ IN_PARTS = {
 
 @pytest.mark.parametrize("act", IN_PARTS.values(), ids=IN_PARTS)
 @pytest.mark.parametrize("forgotten", [False, True])
-def test_an_upload_whose_completion_was_lost_ends_whole(wire, wired, tmp_path, act, forgotten):
+def test_an_upload_whose_completion_was_lost_ends_whole(proxy, proxied, tmp_path, act, forgotten):
     (tmp_path / "source").write_bytes(os.urandom(35 * 2**20))
-    wire.lose(completes)
-    if forgotten:  # asked again, the store knows no such upload any more
-        wire.answer(completes, Answer(404, "NoSuchUpload"))
-    act(wired, tmp_path / "source")
-    wired.download("big", tmp_path / "target")
+    proxy.lose(completes)
+    if forgotten:  # when asked again, the store no longer knows the upload
+        proxy.answer(completes, Answer(404, "NoSuchUpload"))
+    act(proxied, tmp_path / "source")
+    proxied.download("big", tmp_path / "target")
     assert (tmp_path / "target").read_bytes() == (tmp_path / "source").read_bytes()
-    assert [info.key for info in wired.list()] == ["big"]
+    assert [info.key for info in proxied.list()] == ["big"]
 
 
 @pytest.mark.parametrize("act", IN_PARTS.values(), ids=IN_PARTS)
-def test_an_upload_that_keeps_vanishing_is_no_missing_object(wire, wired, tmp_path, act):
+def test_an_upload_that_keeps_vanishing_is_not_a_missing_object(proxy, proxied, tmp_path, act):
     (tmp_path / "source").write_bytes(bytes(35 * 2**20))
-    wire.answer(completes, Answer(404, "NoSuchUpload"), times=4)
+    proxy.answer(completes, Answer(404, "NoSuchUpload"), times=4)
     with pytest.raises(StorageError, match=r"(upload of .*source|write) failed for big: NoSuchUpload") as caught:
-        act(wired, tmp_path / "source")
+        act(proxied, tmp_path / "source")
     assert type(caught.value) is StorageError
 
 
-def test_a_store_under_load_is_asked_again_and_then_named(wire, wired, monkeypatch):
-    wire.answer(is_method("GET"), Answer(503, "SlowDown"))
-    wired.write("a", b"x")
-    before = wired.traffic
-    assert wired.read("a") == b"x"
-    assert (wired.traffic.requests - before.requests, wired.traffic.retries - before.retries) == (2, 1)
+def test_an_overloaded_store_is_retried_then_named(proxy, proxied, monkeypatch):
+    proxy.answer(is_method("GET"), Answer(503, "SlowDown"))
+    proxied.write("a", b"x")
+    before = proxied.traffic
+    assert proxied.read("a") == b"x"
+    assert (proxied.traffic.requests - before.requests, proxied.traffic.retries - before.retries) == (2, 1)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     for answer, word in ((Answer(503, "SlowDown"), "SlowDown"), (Answer(500), "500")):
-        wire.answer(is_method("GET"), answer, times=2)
-        with pytest.raises(StorageError, match=rf"overloaded.*\({word}\), in 2 attempts.*AWS_MAX_ATTEMPTS"):
-            wired.read("a")
+        proxy.answer(is_method("GET"), answer, times=2)
+        with pytest.raises(StorageError, match=rf"overloaded.*\({word}\) after 2 attempts.*AWS_MAX_ATTEMPTS"):
+            proxied.read("a")
 
 
 @pytest.mark.parametrize(
@@ -470,7 +474,7 @@ def test_a_store_under_load_is_asked_again_and_then_named(wire, wired, monkeypat
         ("read", Answer(403, "AccessDenied"), DeniedObject, "access denied.*s3:GetObject"),
         ("read", Answer(403, "InvalidAccessKeyId"), StorageError, "credentials are refused.*InvalidAccessKeyId"),
         ("read", Answer(400, "ExpiredToken"), StorageError, "credentials are refused.*ExpiredToken.*Renew"),
-        ("read", Answer(412, "PreconditionFailed"), StorageError, "replaced while it was read"),
+        ("read", Answer(412, "PreconditionFailed"), StorageError, "replaced while it was being read"),
         ("create", Answer(501, "NotImplemented"), StorageError, "must support `If-None-Match"),
         ("exists", Answer(403), DeniedObject, r"access denied \(HeadObject\).*s3:GetObject"),
         ("read", Answer(400, "Strange"), StorageError, "Strange"),
@@ -482,22 +486,22 @@ def test_a_store_under_load_is_asked_again_and_then_named(wire, wired, monkeypat
         ),
     ],
 )
-def test_refusals_are_named(wire, wired, a_file, act, answer, kind, words):
-    wire.answer(lambda request: True, answer, times=9)
+def test_refusals_are_named(proxy, proxied, a_file, act, answer, kind, words):
+    proxy.answer(lambda request: True, answer, times=9)
     with pytest.raises(StorageError, match=words) as caught:
-        ACTS[act](wired, a_file)
+        ACTS[act](proxied, a_file)
     assert type(caught.value) is kind
 
 
-def test_a_download_of_an_object_that_changes_is_refused_whole(wire, wired, tmp_path):
-    wired.write("a", bytes(35 * 2**20))
-    wire.answer(is_method("GET"), Answer(412, "PreconditionFailed"), times=9)
-    with pytest.raises(StorageError, match="replaced while it was read"):
-        wired.download("a", tmp_path / "a")
+def test_a_download_of_an_object_that_changes_is_refused_whole(proxy, proxied, tmp_path):
+    proxied.write("a", bytes(35 * 2**20))
+    proxy.answer(is_method("GET"), Answer(412, "PreconditionFailed"), times=9)
+    with pytest.raises(StorageError, match="replaced while it was being read"):
+        proxied.download("a", tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 
 
-# --- what is counted, and what is asked of botocore ------------------------------------------------------------------------
+# --- traffic counts and settings of botocore ------------------------------------------------------------------------
 
 
 def test_traffic_counts_requests_and_the_bytes_of_objects(swift_bucket, tmp_path):
@@ -518,7 +522,7 @@ def test_traffic_counts_requests_and_the_bytes_of_objects(swift_bucket, tmp_path
     assert open_store(str(tmp_path)).traffic == (0, 0, 0)
 
 
-def test_threads_lose_no_count(swift_bucket):
+def test_threads_lose_no_counts(swift_bucket):
     store = open_store(f"s3://{swift_bucket}")
     store.write("a", b"0123456789")
     before = store.traffic
@@ -528,28 +532,28 @@ def test_threads_lose_no_count(swift_bucket):
     assert (after.requests - before.requests, after.bytes_received - before.bytes_received) == (64, 640)
 
 
-def test_pauses_grow_and_add_up_to_the_restart_of_a_store():
-    for share, total in ((0.0, 23.75), (1.0, 47.5)):
-        pauses = [connection.pause_s(attempt, 8, share) for attempt in range(1, 9)]
+def test_backoff_grows_and_lasts_for_the_restart_of_a_store():
+    for jitter, total in ((0.0, 23.75), (1.0, 47.5)):
+        pauses = [connection.backoff_s(attempt, 8, jitter) for attempt in range(1, 9)]
         assert pauses[-1] is None
         assert sum(pauses[:-1]) == pytest.approx(total)
         assert pauses[:-1] == sorted(pauses[:-1])
-    assert connection.pause_s(1, 1, 0.5) is None
+    assert connection.backoff_s(1, 1, 0.5) is None
 
 
-def test_waiting_for_a_store_is_said_once(wire, wired, monkeypatch, caplog):
+def test_a_store_that_is_waited_for_is_logged_once(proxy, proxied, monkeypatch, caplog):
     monkeypatch.setattr(
-        connection, "pause_s", lambda attempt, max_attempts, share: 0.01 if attempt < max_attempts else None
+        connection, "backoff_s", lambda attempt, max_attempts, jitter: 0.01 if attempt < max_attempts else None
     )
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "5")
-    wire.answer(is_method("GET"), Answer(503, "SlowDown"), times=8)
+    proxy.answer(is_method("GET"), Answer(503, "SlowDown"), times=8)
     with ThreadPoolExecutor(2) as pool:
-        assert not [future for future in [pool.submit(wired.exists, "a") for _ in range(2)] if future.result()]
-        for future in [pool.submit(wired.read, "a") for _ in range(2)]:
+        assert not [future for future in [pool.submit(proxied.exists, "a") for _ in range(2)] if future.result()]
+        for future in [pool.submit(proxied.read, "a") for _ in range(2)]:
             with pytest.raises(StorageError):
                 future.result()
     assert [record.getMessage() for record in caplog.records if record.name == "pipeline.storage.connection"] == [
-        "the object store answers 503; attempt 4 of 5 follows"
+        f"object store {proxy.address} answered 503; retrying (attempt 4 of 5)"
     ]
 
 
@@ -568,16 +572,20 @@ def test_the_endpoint_is_found_where_aws_says(environment, profile, services, en
     assert connection.endpoint_of(environment, profile, services) == endpoint
 
 
-def test_what_the_person_configured_is_not_overridden():
+def test_what_the_user_configured_is_not_overridden():
     on_aws = connection.client_options({}, {}, own_endpoint=False)
     assert on_aws["retries"] == {"mode": "standard", "total_max_attempts": 8}
     assert not {"s3", "request_checksum_calculation"} & on_aws.keys()
     elsewhere = connection.client_options({}, {}, own_endpoint=True)
     assert elsewhere["s3"] == {"addressing_style": "path"}
     assert elsewhere["request_checksum_calculation"] == "when_required"
-    said = {"AWS_MAX_ATTEMPTS": "3", "AWS_RETRY_MODE": "adaptive", "AWS_REQUEST_CHECKSUM_CALCULATION": "when_supported"}
+    environment = {
+        "AWS_MAX_ATTEMPTS": "3",
+        "AWS_RETRY_MODE": "adaptive",
+        "AWS_REQUEST_CHECKSUM_CALCULATION": "when_supported",
+    }
     profile = {"s3": {"addressing_style": "virtual"}, "response_checksum_validation": "when_supported"}
-    options = connection.client_options(said, profile, own_endpoint=True)
+    options = connection.client_options(environment, profile, own_endpoint=True)
     assert options["retries"] == {}
     assert not {"s3", "request_checksum_calculation", "response_checksum_validation"} & options.keys()
 
@@ -608,7 +616,7 @@ def test_a_profile_sets_endpoint_and_addressing_style(s3_endpoint, tmp_path, mon
 
 
 def probe_often(store):
-    for _ in range(20):  # it is a race: now and then one probe sees none
+    for _ in range(20):  # it is a race, which a single probe may miss
         probe(store)
 
 
