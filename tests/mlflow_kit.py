@@ -1,4 +1,4 @@
-"""A real `mlflow server` on loopback over a SQLite file: it hangs, dies without a warning and comes back, as a test likes."""
+"""A real `mlflow server` on loopback over a SQLite file, which a test can hang, kill and restart."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from pipeline import tracking
 
 
 class Server:
-    """A server for `folder/mlflow.db`; dead when the context ends."""
+    """A server over `folder/mlflow.db`, killed at the end of the context."""
 
     def __init__(self, folder: Path) -> None:
         with socket.socket() as free:
@@ -34,7 +34,7 @@ class Server:
             self.kill()
 
     def start(self) -> None:
-        """Returns when it is healthy."""
+        """Start the server and wait until it is healthy."""
         environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
         log_file = self.folder / "server.log"
         with log_file.open("w") as output:
@@ -59,18 +59,18 @@ class Server:
         wait_for(healthy, within_s=120)
 
     def hang(self) -> None:
-        """From now on connections are taken and nothing is answered."""
+        """Stop the server: it accepts connections but answers nothing."""
         os.killpg(self.process.pid, signal.SIGSTOP)
 
     def kill(self) -> None:
-        """SIGKILL, hanging or not."""
+        """Kill the server with SIGKILL, hanging or not."""
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.process = None
 
 
 def points_of(database: Path, run_id: str, name: str) -> list[tuple[int, float]]:
-    """(step, value) of every point that lies in the database, by step: repeated ones are there as often as they are."""
+    """Return (step, value) of every point in the database, by step; a duplicated point appears twice."""
     with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
         query = "SELECT step, value FROM metrics WHERE run_uuid = ? AND key = ? ORDER BY step, timestamp"
         return connection.execute(query, (run_id, name)).fetchall()
@@ -79,5 +79,5 @@ def points_of(database: Path, run_id: str, name: str) -> list[tuple[int, float]]
 def wait_for(condition, within_s=30):
     end = time.monotonic() + within_s
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, f"{condition.__qualname__} was not true within {within_s} s"
         time.sleep(0.1)

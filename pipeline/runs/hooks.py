@@ -114,7 +114,7 @@ class RunFamily:
             self.tracking_uri, experiment=self.config.tracking.experiment, fingerprint=step.fingerprint
         )
         files = receipt.as_input(outcome.uri).store if receipt and step.resume_point else None
-        waits = files is not None and tracking.Journal(files).waits_for(run_id or "")
+        waits = files is not None and tracking.Journal(files).has_unsent(run_id or "")
         if run_id:
             tracking.link_child(self.tracking_uri, parent_run_id=self.run_id, name=step.name, run_id=run_id)
         if outcome.state == "cached" and not waits:

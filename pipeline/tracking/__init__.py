@@ -1,24 +1,20 @@
-"""Experiment tracking: a run is a family in MLflow, and MLflow can never hurt a training run. The one importer of mlflow."""
+"""Experiment tracking in MLflow: one parent run per `mae run`, one child run per step.
+
+A failure of MLflow never fails a training run. This is the only package that imports mlflow."""
 
 from pipeline.tracking.connection import TrackingError as TrackingError
-from pipeline.tracking.connection import artifact_location as artifact_location
 from pipeline.tracking.connection import check_tracking as check_tracking
 from pipeline.tracking.connection import client_of as client_of
 from pipeline.tracking.connection import resolve_tracking_uri as resolve_tracking_uri
 from pipeline.tracking.journal import Journal as Journal
 from pipeline.tracking.journal import Point as Point
-from pipeline.tracking.mlflow_format import flatten_params as flatten_params
 from pipeline.tracking.mlflow_format import redact as redact
 from pipeline.tracking.mlflow_format import redact_text as redact_text
 from pipeline.tracking.mlflow_format import short_digest as short_digest
 from pipeline.tracking.records import log_dataset as log_dataset
 from pipeline.tracking.records import log_figure as log_figure
-from pipeline.tracking.records import log_file as log_file
-from pipeline.tracking.records import log_params as log_params
 from pipeline.tracking.records import log_scores as log_scores
-from pipeline.tracking.records import log_text as log_text
 from pipeline.tracking.runs import FINGERPRINT_TAG as FINGERPRINT_TAG
-from pipeline.tracking.runs import LATER_PARENTS_TAG as LATER_PARENTS_TAG
 from pipeline.tracking.runs import PARENT_TAG as PARENT_TAG
 from pipeline.tracking.runs import STEP_TAG as STEP_TAG
 from pipeline.tracking.runs import RunStatus as RunStatus
@@ -30,7 +26,6 @@ from pipeline.tracking.runs import open_parent as open_parent
 from pipeline.tracking.sender import deliver as deliver
 from pipeline.tracking.serve import serve as serve
 from pipeline.tracking.serve import serve_command as serve_command
-from pipeline.tracking.writer import JournalTracker as JournalTracker
 from pipeline.tracking.writer import NullTracker as NullTracker
 from pipeline.tracking.writer import Tracker as Tracker
 from pipeline.tracking.writer import open_tracker as open_tracker

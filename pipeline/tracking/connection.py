@@ -1,7 +1,7 @@
-"""Where MLflow is, how it is reached, and what it says when it cannot be. The one place that makes its client.
+"""MLflow's address, its client, and clear errors when it cannot be used.
 
-Errors: TrackingError when the server or database cannot be used.
-Importing mlflow takes seconds, so functions import it; the settings it reads at import are set just before."""
+Importing mlflow takes seconds, so the functions that need it import it; it reads its settings from the environment at
+import, so `client_of` sets them just before. Errors: TrackingError when the server or database cannot be used."""
 
 import contextlib
 import logging
@@ -17,20 +17,23 @@ from pipeline.tracking.mlflow_format import redact_text
 
 MLFLOW_SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the default of 7 takes four minutes to say that a server is gone
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # with the default of 7, four minutes pass before a dead server is reported
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",  # seconds; 120 by default
-    "MLFLOW_LOGGING_LEVEL": "WARNING",  # or a new database is announced table by table
+    "MLFLOW_LOGGING_LEVEL": "WARNING",  # at INFO, a new database is announced table by table
 }
 
 
 class TrackingError(PipelineError):
-    """MLflow's server or database cannot be reached, or refuses. After `check_tracking` passed, a warning is answer enough."""
+    """MLflow's server or database cannot be reached, or refuses.
+
+    Once `check_tracking` has passed, callers log this error as a warning instead of failing the run."""
 
 
 def resolve_tracking_uri(configured: str | None, *, store_uri: str) -> str:
-    """The configured address, else MLFLOW_TRACKING_URI, else a SQLite file in the local store, else one under `./.mae/`.
+    """Return MLflow's address: the configured one, or MLFLOW_TRACKING_URI, or a SQLite file.
 
-    Relative SQLite paths become absolute: workers and `mae ui` start in other directories."""
+    The file lies in the store if that is a local folder, otherwise under `./.mae/`. Relative SQLite paths become absolute,
+    because workers and `mae ui` start in other directories."""
     chosen = configured or os.environ.get("MLFLOW_TRACKING_URI")
     if not chosen:
         folder = _local_folder(store_uri) or Path.cwd() / ".mae"
@@ -40,15 +43,16 @@ def resolve_tracking_uri(configured: str | None, *, store_uri: str) -> str:
 
 
 def check_tracking(uri: str) -> None:
-    """Opens (and, when new, creates) the tracking store, so that a wrong address is answered before any work is done."""
+    """Open the tracking store, and create it if it is new, so that a wrong address fails before any work is done."""
     if urlsplit(uri).scheme in {"", "file"}:
         raise TrackingError(
-            f"tracking {redact_text(uri)!r} is a folder, which MLflow no longer writes: use sqlite:///<absolute path>/mlflow.db"
+            f"tracking address {redact_text(uri)!r} is a folder, which MLflow no longer supports: "
+            "use sqlite:///<absolute path>/mlflow.db"
         )
     database = sqlite_file(uri)
     if database:
         _check_writable(database)
-    with clear_errors(uri, "opening it"):
+    with translate_errors(uri, "opening it"):
         client_of(uri).search_experiments(max_results=1)
 
 
@@ -57,23 +61,28 @@ def _check_writable(database: Path) -> None:
     try:
         database.parent.mkdir(parents=True, exist_ok=True)
     except OSError as cause:
-        raise TrackingError(f"tracking database {database}: its folder cannot be made ({cause})") from cause
+        raise TrackingError(
+            f"tracking database {database}: its folder cannot be created ({cause}). Choose another path"
+        ) from cause
     if not os.access(target, os.W_OK):
-        raise TrackingError(f"tracking database {database}: {target} is not writable; choose another path or its owner")
+        raise TrackingError(
+            f"tracking database {database}: {target} is not writable. Choose another path, or give this user access"
+        )
 
 
-def artifact_location(uri: str, artifact_root: str | None) -> str | None:
-    """Where a new experiment keeps its files: beside a SQLite database, as the server says, else where the caller says.
+def artifact_location(uri: str) -> str | None:
+    """Return where a new experiment keeps its files: beside a SQLite database, or None where a server decides.
 
-    Left to itself MLflow would write `./mlruns` into whatever directory the process was started in."""
+    By default MLflow would write them to `./mlruns` in whatever directory the process was started in."""
     database = sqlite_file(uri)
-    if artifact_root or database is None:
-        if not artifact_root and urlsplit(uri).scheme not in {"http", "https", "databricks"}:
-            raise TrackingError(
-                f"tracking {redact_text(uri)} is a bare database: say where artifacts go, or use a server"
-            )
-        return artifact_root
-    return str(database.absolute().parent / "mlartifacts")
+    if database:
+        return str(database.absolute().parent / "mlartifacts")
+    if urlsplit(uri).scheme not in {"http", "https", "databricks"}:
+        raise TrackingError(
+            f"tracking address {redact_text(uri)} is a bare database, which has no place for artifacts: "
+            "use an MLflow server (http://host:port) or a SQLite file (sqlite:///path)"
+        )
+    return None
 
 
 def _local_folder(uri: str) -> Path | None:
@@ -84,40 +93,42 @@ def _local_folder(uri: str) -> Path | None:
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """The file behind a SQLite address; None for any other."""
+    """Return the file behind a SQLite address, or None for any other address."""
     prefix, found, path = uri.partition(":///")
     return Path(path.partition("?")[0]) if found and prefix.startswith("sqlite") else None
 
 
 def client_of(uri: str) -> Any:
-    """MLflow's client for one address; sets nothing global but the defaults of its environment variables."""
+    """Return MLflow's client for an address.
+
+    Global effects: MLflow's environment variables get our defaults where unset, and urllib3's retry warnings are silenced."""
     for name, value in MLFLOW_SETTINGS.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it announces each retry of each call
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it logs every retry of every call
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri)
 
 
-def words_of(error: BaseException) -> str:
-    """What went wrong at the bottom: "Connection refused" rather than three layers of retries around it."""
+def root_cause(error: BaseException) -> str:
+    """Return the message of the innermost error: "Connection refused" rather than three layers of retries around it."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__ or error
     return redact_text(" ".join(str(error).split()))[:300]
 
 
 @contextlib.contextmanager
-def clear_errors(uri: str, doing: str) -> Iterator[None]:
-    """Turns whatever MLflow, SQLAlchemy or requests raise into one sentence that names the address and the way out."""
+def translate_errors(uri: str, action: str) -> Iterator[None]:
+    """Turn whatever MLflow, SQLAlchemy or requests raise into a TrackingError that names address, action and way out."""
     try:
         yield
     except PipelineError:
         raise
     except Exception as cause:
-        words = words_of(cause)
-        hint = (
-            "is the server up, and the address right?" if uri.startswith("http") else "is the path right and writable?"
-        )
-        if re.search(r"\b403\b", words):
-            hint = "the server refuses this host name: start it with --allowed-hosts"
-        raise TrackingError(f"tracking {redact_text(uri)}: {doing} failed ({words}); {hint}") from cause
+        message = root_cause(cause)
+        hint = "Check that the path is right and writable"
+        if uri.startswith("http"):
+            hint = "Check that the server is up and the address is right"
+        if re.search(r"\b403\b", message):
+            hint = "The server refuses this host name: start it with --allowed-hosts"
+        raise TrackingError(f"MLflow at {redact_text(uri)}: {action} failed ({message}). {hint}") from cause

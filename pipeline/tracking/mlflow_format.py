@@ -1,6 +1,7 @@
-"""What may stand in MLflow: secrets hidden, nested configs flat, names and values within its limits. Pure functions.
+"""Convert values to what MLflow accepts: secrets hidden, nested configs flattened, names and values within its limits.
 
-Limits: MLflow takes 1000 metrics or 100 parameters a call, 6000 characters a value, 36 a dataset digest."""
+Pure functions. MLflow's limits: 1000 metrics or 100 parameters per call, 6000 characters per parameter value, 36 per
+dataset digest."""
 
 import dataclasses
 import json
@@ -24,9 +25,10 @@ HIDDEN = "***"
 
 
 def redact(value: Any, *, key: str = "") -> Any:
-    """A copy of a config in which secrets read `***`: texts under telling keys, and user:password in addresses.
+    """Return a copy of a config with its secrets replaced by `***`.
 
-    Numbers stay (`num_tokens: 196` is no secret), and so does an empty text, which says "not set"."""
+    Secrets are strings under keys such as `password` or `token`, and the user:password and signed query values of
+    addresses. Numbers stay (`num_tokens: 196` is no secret), and so do empty strings, which mean "not set"."""
     if hasattr(value, "model_dump"):
         value = value.model_dump(mode="json")
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -42,12 +44,14 @@ def redact(value: Any, *, key: str = "") -> Any:
 
 
 def redact_text(text: str) -> str:
-    """A text in which addresses have lost user, password and signed query values."""
+    """Return a text in which the user, password and signed query values of addresses read `***`."""
     return _SECRET_QUERY.sub(rf"\1{HIDDEN}", _USERINFO.sub(f"{HIDDEN}@", text))
 
 
 def flatten_params(config: Any, *, prefix: str = "") -> dict[str, str]:
-    """`{"a": {"b": [1, {"c": None}]}}` -> `{"a.b.0": "1", "a.b.1.c": "null"}`; lists without mappings stay one value."""
+    """Flatten a nested config: `{"a": {"b": [1, {"c": None}]}}` -> `{"a.b.0": "1", "a.b.1.c": "null"}`.
+
+    A list without mappings stays one value."""
     if isinstance(config, Mapping):
         items = [(str(key), value) for key, value in config.items()]
     elif isinstance(config, (list, tuple)) and any(isinstance(item, Mapping) for item in config):
@@ -61,20 +65,20 @@ def flatten_params(config: Any, *, prefix: str = "") -> dict[str, str]:
 
 
 def short_digest(digest: str) -> str:
-    """What MLflow's 36 characters can hold of a digest: all of a short one, the first 32 hex digits of a SHA-256."""
+    """Return what fits of a digest into MLflow's 36 characters: a short one whole, else the first 32 hex digits of a SHA-256."""
     return digest if len(digest) <= DIGEST_MAX_CHARS else digest.removeprefix("sha256:")[:32]
 
 
 def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """Consecutive slices of at most `size` items."""
+    """Yield consecutive slices of at most `size` items."""
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def mlflow_key(name: str) -> str:
-    """A name that MLflow accepts for a metric, parameter or tag."""
+    """Return a name as MLflow accepts it for a metric, parameter or tag."""
     return re.sub(r"[^\w\-. :/]", "_", name)[:200]
 
 
 def mlflow_tags(tags: Mapping[str, str]) -> dict[str, str]:
-    """Tags as MLflow takes them: addresses without secrets, long values cut."""
+    """Return tags as MLflow accepts them: without secrets in addresses, long values truncated."""
     return {mlflow_key(key): redact_text(str(value))[:TAG_MAX_CHARS] for key, value in tags.items()}

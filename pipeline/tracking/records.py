@@ -1,6 +1,4 @@
-"""What a run says about itself: parameters, dataset, scores, files. Repeating any of it adds nothing.
-
-Errors: TrackingError."""
+"""Log a run's parameters, dataset, scores and figures to MLflow. Every call is idempotent. Errors: TrackingError."""
 
 import json
 import math
@@ -10,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.tracking.connection import clear_errors, client_of
+from pipeline.tracking.connection import client_of, translate_errors
 from pipeline.tracking.mlflow_format import (
     METRICS_PER_CALL,
     PARAM_MAX_CHARS,
@@ -26,13 +24,14 @@ from pipeline.tracking.mlflow_format import (
 
 
 def log_params(uri: str, run_id: str, params: Mapping[str, Any]) -> None:
-    """Logs a nested config as `a.b.c`, secrets hidden, long values cut. Equal repeats are nothing new.
+    """Log a nested config under keys like `a.b.c`, with secrets hidden and long values truncated.
 
-    MLflow never changes a parameter: a new value (more workers in a later attempt) becomes the tag `mae.changed.<key>`."""
+    MLflow cannot change a parameter, so a new value (say, more workers in a later attempt) becomes the tag
+    `mae.changed.<key>`."""
     flat = {mlflow_key(key): text[:PARAM_MAX_CHARS] for key, text in flatten_params(redact(params)).items()}
     if not flat:
         return
-    with clear_errors(uri, "logging parameters"):
+    with translate_errors(uri, "logging parameters"):
         from mlflow.entities import Param
 
         client = client_of(uri)
@@ -44,10 +43,10 @@ def log_params(uri: str, run_id: str, params: Mapping[str, Any]) -> None:
 
 
 def log_dataset(uri: str, run_id: str, *, name: str, digest: str, source: str, context: str) -> None:
-    """Names the data a run used, without touching it; `context` says for what ("training", "evaluation").
+    """Log the identity of the data a run used, without reading it; `context` is its role: "training" or "evaluation".
 
-    Stores what MLflow's MetaDataset would. MLflow cuts digests at 36 characters, so the whole one goes into a tag."""
-    with clear_errors(uri, f"logging dataset {name!r}"):
+    Stores what MLflow's MetaDataset would. MLflow limits digests to 36 characters, so the whole one goes into a tag."""
+    with translate_errors(uri, f"logging dataset {name!r}"):
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         client = client_of(uri)
@@ -59,8 +58,8 @@ def log_dataset(uri: str, run_id: str, *, name: str, digest: str, source: str, c
 
 
 def log_scores(uri: str, run_id: str, scores: Mapping[str, float]) -> None:
-    """Logs final numbers (`score/linear/digits/pretrained`); those the run already has are not sent again."""
-    with clear_errors(uri, "logging scores"):
+    """Log final scores (`score/linear/digits/pretrained`), except those that the run already has and non-finite ones."""
+    with translate_errors(uri, "logging scores"):
         from mlflow.entities import Metric
 
         client = client_of(uri)
@@ -70,32 +69,17 @@ def log_scores(uri: str, run_id: str, scores: Mapping[str, float]) -> None:
             client.log_batch(run_id, metrics=batch)
 
 
-def log_text(uri: str, run_id: str, text: str, name: str) -> None:
-    """Keeps a text as the artifact `name`."""
-    _log_artifact(uri, run_id, text.encode(), name)
-
-
 def log_figure(uri: str, run_id: str, png: bytes, name: str) -> None:
-    """Keeps a picture as the artifact `name` (`figures/curve.png`)."""
-    _log_artifact(uri, run_id, png, name)
-
-
-def log_file(uri: str, run_id: str, path: Path, *, folder: str | None = None) -> None:
-    """Keeps a file under its own name, in `folder` of the run's artifacts. Large files stay in the store: log their address."""
-    with clear_errors(uri, f"keeping {path}"):
-        client_of(uri).log_artifact(run_id, str(path), artifact_path=folder)
-
-
-def _log_artifact(uri: str, run_id: str, content: bytes, name: str) -> None:
+    """Store a picture as the artifact `name` (`report/curve.png`)."""
     folder, _, base = name.rpartition("/")
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, translate_errors(uri, f"storing {name}"):
         path = Path(scratch) / base
-        path.write_bytes(content)
-        log_file(uri, run_id, path, folder=folder or None)
+        path.write_bytes(png)
+        client_of(uri).log_artifact(run_id, str(path), artifact_path=folder or None)
 
 
 def log_tags(client: Any, run_id: str, tags: Mapping[str, str]) -> None:
-    """Sets tags, a later value replacing an earlier one."""
+    """Set tags, replacing earlier values."""
     from mlflow.entities import RunTag
 
     for batch in chunks([RunTag(key, value) for key, value in mlflow_tags(tags).items()], PARAMS_PER_CALL):
@@ -103,5 +87,5 @@ def log_tags(client: Any, run_id: str, tags: Mapping[str, str]) -> None:
 
 
 def now_ms() -> int:
-    """The clock, as MLflow counts it."""
+    """Return the current time as MLflow counts it, in milliseconds since 1970."""
     return int(time.time() * 1000)

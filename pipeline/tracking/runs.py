@@ -1,13 +1,13 @@
-"""The family: parent = one pipeline run; child = one step, found again by its fingerprint and resumed by later attempts.
+"""MLflow runs: one parent per `mae run`, and one child per step, which later attempts find by its fingerprint and resume.
 
-Tags:   `mae.fingerprint` on a child; every parent names all its children, cached ones too: `mae.step.<step name>` = run id.
-        A rollback opens another child of the fingerprint: `mae.rollbacks` counts them, `mae.rolled_back_to` is a step.
-Errors: TrackingError."""
+Tags: each child has its `mae.fingerprint`. Each parent has `mae.step.<step name>` = run id for all its children, cached ones
+included. A rollback opens another child with the same fingerprint, tagged with the number of rollbacks so far
+(`mae.rollbacks`) and the step it went back to (`mae.rolled_back_to`). Errors: TrackingError."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pipeline.tracking.connection import TrackingError, artifact_location, clear_errors, client_of
+from pipeline.tracking.connection import TrackingError, artifact_location, client_of, translate_errors
 from pipeline.tracking.mlflow_format import mlflow_key, mlflow_tags
 from pipeline.tracking.records import log_params, log_tags
 
@@ -28,11 +28,10 @@ def open_parent(
     name: str,
     tags: Mapping[str, str],
     params: Mapping[str, Any],
-    artifact_root: str | None = None,
 ) -> str:
-    """Opens the run of one `mae run`, in an experiment that is made when missing; returns its run id."""
-    with clear_errors(uri, f"opening the run {name!r}"):
-        experiment_id = _experiment(uri, experiment, artifact_root=artifact_root)
+    """Open the run of one `mae run`, creating the experiment if necessary; return its run id."""
+    with translate_errors(uri, f"opening the run {name!r}"):
+        experiment_id = _experiment(uri, experiment)
         run_id = str(client_of(uri).create_run(experiment_id, tags=mlflow_tags(tags), run_name=name).info.run_id)
     log_params(uri, run_id, params)
     return run_id
@@ -48,9 +47,9 @@ def open_child(
     tags: Mapping[str, str],
     params: Mapping[str, Any],
 ) -> str:
-    """Opens the run of one step: the newest one of this fingerprint, RUNNING again, else a new one; returns its run id."""
+    """Resume the newest run with this fingerprint, or open a new one for the step; return its run id."""
     run_id = find_child(uri, experiment=experiment, fingerprint=fingerprint)
-    with clear_errors(uri, f"opening the run of step {name!r}"):
+    with translate_errors(uri, f"opening the run of step {name!r}"):
         client = client_of(uri)
         if run_id is None:
             family = {FINGERPRINT_TAG: fingerprint, PARENT_TAG: parent_run_id}
@@ -67,8 +66,8 @@ def open_child(
 
 
 def find_child(uri: str, *, experiment: str, fingerprint: str) -> str | None:
-    """The newest run of a step with this fingerprint, whatever its state; None when nobody tracked it."""
-    with clear_errors(uri, "looking for a step's run"):
+    """Return the newest run with this fingerprint, in whatever state, or None if there is none."""
+    with translate_errors(uri, "looking for a step's run"):
         client = client_of(uri)
         found = client.get_experiment_by_name(experiment)
         if found is None:
@@ -80,8 +79,11 @@ def find_child(uri: str, *, experiment: str, fingerprint: str) -> str | None:
 
 
 def child_after(uri: str, run_id: str, *, rollbacks: int, to_step: int) -> str:
-    """The child that holds the curve of a step after so many rollbacks: the one given or one beside it, made when missing."""
-    with clear_errors(uri, "looking for the run after a rollback"):
+    """Return the child that holds a step's curve after this many rollbacks, creating it if necessary.
+
+    It is the given run or one with the same fingerprint. A new one takes over the tags of the given run, which ends as
+    KILLED."""
+    with translate_errors(uri, "looking for the run after a rollback"):
         client = client_of(uri)
         given = client.get_run(run_id)
         tags = given.data.tags
@@ -92,15 +94,15 @@ def child_after(uri: str, run_id: str, *, rollbacks: int, to_step: int) -> str:
             if int(run.data.tags.get(ROLLBACKS_TAG, "0")) == rollbacks:
                 return str(run.info.run_id)
         kept = {key: value for key, value in tags.items() if not key.startswith("mlflow.") or key == PARENT_TAG}
-        told = {ROLLBACKS_TAG: str(rollbacks), ROLLED_BACK_TO_TAG: str(to_step)}
-        made = client.create_run(given.info.experiment_id, tags={**kept, **told}, run_name=given.info.run_name)
+        added = {ROLLBACKS_TAG: str(rollbacks), ROLLED_BACK_TO_TAG: str(to_step)}
+        created = client.create_run(given.info.experiment_id, tags={**kept, **added}, run_name=given.info.run_name)
         client.set_terminated(run_id, status="KILLED")
-        return str(made.info.run_id)
+        return str(created.info.run_id)
 
 
 def link_child(uri: str, *, parent_run_id: str, name: str, run_id: str) -> None:
-    """Names a step's run in its parent; a run that began under another parent (resumed or cached) remembers this one too."""
-    with clear_errors(uri, f"linking step {name!r}"):
+    """Tag the parent with a step's run, and tag a run that began under another parent (resumed or cached) with this one."""
+    with translate_errors(uri, f"linking step {name!r}"):
         client = client_of(uri)
         log_tags(client, parent_run_id, {f"{STEP_TAG}{mlflow_key(name)}": run_id})
         tags = client.get_run(run_id).data.tags
@@ -110,24 +112,26 @@ def link_child(uri: str, *, parent_run_id: str, name: str, run_id: str) -> None:
 
 
 def close_run(uri: str, run_id: str, status: RunStatus) -> None:
-    """Sets a run's final state; a later attempt may open it again."""
-    with clear_errors(uri, "closing a run"):
+    """Set a run's final state; a later attempt may resume it."""
+    with translate_errors(uri, "closing a run"):
         client_of(uri).set_terminated(run_id, status=status)
 
 
-def _experiment(uri: str, name: str, *, artifact_root: str | None = None) -> str:
-    """The experiment's id. Two processes may create it at once: whoever comes second takes the first one's."""
+def _experiment(uri: str, name: str) -> str:
+    """Return the experiment's id, creating it if necessary; of two processes that try at once, the second takes the first's."""
     from mlflow.exceptions import MlflowException
 
     client = client_of(uri)
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return str(client.create_experiment(name, artifact_location=artifact_location(uri, artifact_root)))
+            return str(client.create_experiment(name, artifact_location=artifact_location(uri)))
         except MlflowException:
             found = client.get_experiment_by_name(name)
             if found is None:
                 raise
     if found.lifecycle_stage == "deleted":
-        raise TrackingError(f"experiment {name!r} was deleted in MLflow: restore it there, or choose another name")
+        raise TrackingError(
+            f"experiment {name!r} was deleted in MLflow: restore it there, or choose another tracking.experiment"
+        )
     return str(found.experiment_id)

@@ -1,4 +1,4 @@
-"""Looking at a tracking store in the browser."""
+"""Serve a tracking store to the browser."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from pipeline.tracking.mlflow_format import redact_text
 
 
 def serve_command(uri: str, *, port: int) -> list[str]:
-    """The server over a local tracking store, seen by this machine alone, its files beside the database."""
+    """Return the command that serves a local tracking store to this machine only, with artifacts beside the database."""
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", uri]
     database = sqlite_file(uri)
@@ -18,9 +18,11 @@ def serve_command(uri: str, *, port: int) -> list[str]:
 
 
 def serve(uri: str, *, port: int) -> None:
-    """Shows a tracking store in the browser until Ctrl-C; one that is a server already is only named."""
+    """Serve a tracking store until Ctrl-C; if it is already a server, only print its address.
+
+    Otherwise this process becomes the server. Errors: TrackingError for a port in use or an unusable store."""
     if uri.startswith(("http://", "https://")):
-        sys.stderr.write(f"MLflow is served at {redact_text(uri)}\n")
+        sys.stderr.write(f"MLflow is already running at {redact_text(uri)}\n")
         return
     check_tracking(uri)
     with contextlib.closing(socket.socket()) as probe:
@@ -28,8 +30,10 @@ def serve(uri: str, *, port: int) -> None:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as cause:
-            raise TrackingError(f"port {port} is taken on this machine ({cause}): choose another") from cause
-    sys.stderr.write(f"MLflow over {redact_text(uri)}\nopen http://127.0.0.1:{port} in a few seconds; Ctrl-C ends it\n")
+            raise TrackingError(f"port {port} is already in use ({cause}): choose another --port") from cause
+    sys.stderr.write(
+        f"MLflow for {redact_text(uri)}\nopen http://127.0.0.1:{port} in a few seconds; stop it with Ctrl-C\n"
+    )
     sys.stderr.flush()
     environment = {**MLFLOW_SETTINGS, **os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     os.execve(sys.executable, serve_command(uri, port=port), environment)  # noqa: S606 - this process becomes the server

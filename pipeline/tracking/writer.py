@@ -1,7 +1,7 @@
-"""Metrics while training: the loop appends to a queue; one thread writes it to the journal, another sends that to MLflow.
+"""Metrics of a training run: the loop fills a queue, one thread moves it to the journal, another sends the journal to MLflow.
 
-Names:  metrics `train/loss`, `throughput/images_per_s`, ...: MLflow draws one chart group per prefix. The x-axis is `global_step`.
-Errors: none: MLflow can never hurt a training run. `Tracker.log` never raises and never waits."""
+Metrics are named like `train/loss` and `throughput/images_per_s`: MLflow draws one chart group per prefix, over
+`global_step`. Nothing here raises, so that MLflow can never fail a training run, and `Tracker.log` never waits."""
 
 import logging
 import math
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from pipeline.storage import Store
-from pipeline.tracking.connection import words_of
+from pipeline.tracking.connection import root_cause
 from pipeline.tracking.journal import Journal, Point
 from pipeline.tracking.mlflow_format import redact_text
 from pipeline.tracking.records import now_ms
@@ -21,53 +21,54 @@ log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
-    """Where the training loop says what it measures; costs microseconds, never fails it."""
+    """Takes the metrics of the training loop. Calls cost microseconds and never raise; `close` alone waits."""
 
     def resume(self, points: Sequence[Point], *, rollbacks: int = 0) -> None:
-        """Once, before the first `log`: what the checkpoint's history holds, so that no death leaves a hole in the curve."""
+        """Pass the checkpoint's history, once and before the first `log`, so that a crash leaves no gap in the curve."""
         ...
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Hands over what was measured at `step`."""
+        """Pass the metrics of `step`."""
         ...
 
     def keep(self, step: int, key: str) -> None:
-        """Names a file in the generation's directory, made at `step`, that MLflow is to have too."""
+        """Name a file in the generation's directory, written at `step`, to be copied to MLflow."""
         ...
 
     def rolled_back(self, to_step: int) -> None:
-        """Training goes on from `to_step` with other values than before: its curve begins anew there, in a child run of its own."""
+        """Start a new curve in a child run of its own: training continues from `to_step`, with other values than before."""
         ...
 
     def close(self) -> bool:
-        """Sends what is left, within a time bound; whether MLflow has all of it now."""
+        """Send the rest within a time limit; return whether MLflow now has everything."""
         ...
 
 
 class NullTracker:
-    """For ranks above 0 and runs without tracking."""
+    """The tracker of ranks above 0 and of runs without tracking."""
 
     def resume(self, points: Sequence[Point], *, rollbacks: int = 0) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def keep(self, step: int, key: str) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def rolled_back(self, to_step: int) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def close(self) -> bool:
-        """Nothing to send, nothing unsent."""
+        """Return True: nothing is left to send."""
         return True
 
 
 class JournalTracker:
-    """Journal first, then MLflow; while MLflow is away (or has no run for us: `run_id` empty) the journal grows and waits.
+    """Writes to the journal first, then to MLflow. While MLflow is away, or `run_id` is empty, the journal just grows.
 
-    What waits when it is closed, or killed, is sent by the next attempt, or by the next `mae run`, which finds the step done."""
+    What is unsent when the tracker is closed or killed goes to MLflow with the next attempt, or with the next `mae run`,
+    which finds the step done."""
 
     def __init__(
         self, uri: str, run_id: str, store: Store, *, every_s: float = 2.0, close_within_s: float = 30.0
@@ -78,87 +79,89 @@ class JournalTracker:
         self._journal = Journal(store)
         self._sender = Sender(uri, run_id, self._journal)
         self._lock = threading.Lock()
-        self._writing = threading.Lock()  # of the journal: batches stay in order
+        self._writing = threading.Lock()  # held from queue to journal, so that batches stay in order
         self._queue: list[Point] = []
         self._rollbacks = 0
         self._failures = 0
         self._deadline = math.inf
         self._closing = threading.Event()
         self._all_sent = False
-        self._sending = threading.Thread(target=self._keep_sending, name="mlflow-sender", daemon=True)
-        self._sending.start()
-        # of its own: a server that hangs holds a call for 20 s and more, and the journal must not wait for it
-        threading.Thread(target=self._keep_writing, name="journal-writer", daemon=True).start()
+        self._sender_thread = threading.Thread(target=self._send_until_closed, name="mlflow-sender", daemon=True)
+        self._sender_thread.start()
+        # a second thread, because a hanging server holds a call for 20 s and more, and the journal must not wait for it
+        threading.Thread(target=self._write_until_closed, name="journal-writer", daemon=True).start()
 
     @property
     def failures(self) -> int:
-        """Calls to MLflow that failed so far; each is tried again."""
+        """The number of failed calls to MLflow so far; each is retried."""
         return self._failures
 
     def resume(self, points: Sequence[Point], *, rollbacks: int = 0) -> None:
-        """Queues the history; the journal takes what it does not have."""
+        """Queue the history; the journal skips what it already has."""
         self._rollbacks = rollbacks
-        self._put(*(point._replace(rollbacks=rollbacks) for point in points))
+        self._enqueue(*(point._replace(rollbacks=rollbacks) for point in points))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Queues what was measured at `step`."""
+        """Queue the metrics of `step`."""
         numbers = {name: float(value) for name, value in metrics.items()}
-        self._put(Point(step, now_ms(), numbers, self._rollbacks))
+        self._enqueue(Point(step, now_ms(), numbers, self._rollbacks))
 
     def keep(self, step: int, key: str) -> None:
-        """Queues the file's name."""
-        self._put(Point(step, now_ms(), rollbacks=self._rollbacks, artifact=key))
+        """Queue the file's key."""
+        self._enqueue(Point(step, now_ms(), rollbacks=self._rollbacks, artifact=key))
 
     def rolled_back(self, to_step: int) -> None:
-        """Queues the beginning of another curve."""
+        """Queue the start of a new curve."""
         self._rollbacks += 1
-        self._put(Point(to_step, now_ms(), rollbacks=self._rollbacks))
+        self._enqueue(Point(to_step, now_ms(), rollbacks=self._rollbacks))
 
     def close(self) -> bool:
-        """Writes the journal to its end, then waits at most `close_within_s` for MLflow."""
+        """Write the rest of the journal, then wait at most `close_within_s` for MLflow.
+
+        The journal takes as long as the store's own retries may last (docs/storage.md)."""
         self._deadline = time.monotonic() + self._close_within_s
-        self._write_down()
+        self._flush()
         self._closing.set()
-        self._sending.join(self._close_within_s)
+        self._sender_thread.join(self._close_within_s)
         if not self._all_sent:
             log.warning(
-                "tracking %s does not have the whole curve yet: it waits in %s/journal; the next `mae run` of this "
-                "configuration sends it",
+                "MLflow at %s does not have the whole curve yet: the rest waits in %s/journal, and the next `mae run` of "
+                "this configuration sends it",
                 redact_text(self._uri),
                 self._journal.store.uri,
             )
         return self._all_sent
 
-    def _put(self, *points: Point) -> None:
+    def _enqueue(self, *points: Point) -> None:
         with self._lock:
             self._queue += points
 
-    def _keep_writing(self) -> None:
+    def _write_until_closed(self) -> None:
         while not self._closing.wait(self._every_s):
-            self._write_down()
+            self._flush()
 
-    def _keep_sending(self) -> None:
+    def _send_until_closed(self) -> None:
         pause_s = self._every_s
-        while not self._closing.wait(pause_s):
+        while not self._closing.wait(pause_s):  # closing ends the pause at once
             pause_s = self._every_s if self._send() else min(2 * pause_s, 15 * self._every_s)
         while not self._finish() and time.monotonic() + self._every_s < self._deadline:
             time.sleep(self._every_s)
 
-    def _write_down(self) -> None:
-        """Moves the queue into the journal; what the store does not take stays queued."""
+    def _flush(self) -> None:
+        """Move the queue to the journal; points that cannot be stored stay queued."""
         with self._writing:
             with self._lock:
-                taken, self._queue = self._queue, []
+                batch, self._queue = self._queue, []
             try:
-                if taken:
-                    self._journal.append(taken)
+                if batch:
+                    self._journal.append(batch)
             except Exception as cause:  # noqa: BLE001 - whatever the store raises, training goes on
-                log.warning("the journal cannot be written, trying again: %s", cause)
+                log.warning("metrics cannot be written to the journal, trying again: %s", cause)
                 with self._lock:
-                    self._queue = taken + self._queue
+                    self._queue = batch + self._queue
 
     def _send(self) -> bool:
-        """Sends the journal to its end; False when a call failed, or time was up."""
+        """Send the journal to its end; return False if a call failed or the deadline passed."""
         if not self._run_id:
             return True
         try:
@@ -169,27 +172,29 @@ class JournalTracker:
             self._failures += 1
             if self._failures == 1:
                 log.warning(
-                    "tracking %s does not answer (%s); training goes on, metrics wait in the journal and are sent when it is back",
+                    "MLflow at %s does not answer (%s): training goes on, and metrics wait in the journal until it does",
                     redact_text(self._uri),
-                    words_of(cause),
+                    root_cause(cause),
                 )
         return False
 
     def _finish(self) -> bool:
-        """The last of it; True: there is nothing to try again."""
-        self._write_down()
+        """Send what is left; return True if there is nothing to try again."""
+        self._flush()
         if not self._run_id:
             return True
         if not self._send() or self._queue:
             return False
         try:
             self._journal.mark_sent(self._run_id)
-        except Exception as cause:  # noqa: BLE001 - it only means that the next run looks again
-            log.warning("%s", cause)
+        except Exception as cause:  # noqa: BLE001 - the next run only has to look again
+            log.warning("the journal is sent but cannot be marked as sent, so the next run checks it again: %s", cause)
         self._all_sent = True
         return True
 
 
 def open_tracker(uri: str, run_id: str, store: Store) -> Tracker:
-    """The tracker of an attempt: MLflow's address, the step's run, the generation's directory; no address: no tracking."""
+    """Return the tracker of an attempt, given MLflow's address, the step's run and the generation's directory.
+
+    An empty address means no tracking."""
     return JournalTracker(uri, run_id, store) if uri else NullTracker()

@@ -135,9 +135,9 @@ def last_step(folder) -> int:
     """The last step in the newest generation's journal."""
     root = step_directory(folder)
     generations = sorted({info.key[:5] for info in root.list("g") if "/journal/part-" in info.key})
-    journal, place, last = Journal(root.at(generations[-1])), JournalCursor(), 0
-    while (found := journal.after(place))[0]:
-        last, place = found[0][-1].step, found[1]
+    journal, cursor, last = Journal(root.at(generations[-1])), JournalCursor(), 0
+    while (found := journal.after(cursor))[0]:
+        last, cursor = found[0][-1].step, found[1]
     return last
 
 

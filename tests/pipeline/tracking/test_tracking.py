@@ -1,4 +1,4 @@
-"""Tracking against real MLflow: SQLite files in a temporary folder, and once a real server that is killed."""
+"""Tracking against the real MLflow, over SQLite files in a temporary folder."""
 
 import json
 import shutil
@@ -15,8 +15,12 @@ from mlflow_kit import wait_for
 from pipeline import tracking
 from pipeline.errors import StorageError
 from pipeline.storage import FileStore
-from pipeline.tracking import Journal, JournalTracker, Point, TrackingError, journal
+from pipeline.tracking import Journal, Point, TrackingError, journal
+from pipeline.tracking.connection import artifact_location
+from pipeline.tracking.mlflow_format import flatten_params
+from pipeline.tracking.records import log_params
 from pipeline.tracking.runs import _experiment
+from pipeline.tracking.writer import JournalTracker
 
 FINGERPRINT = "ab" * 32
 
@@ -51,7 +55,7 @@ def history(uri, run_id, key="train/loss") -> list[tuple[int, float]]:
     return sorted((m.step, m.value) for m in client(uri).get_metric_history(run_id, key))
 
 
-# --- where
+# --- addresses
 
 
 def test_the_configured_address_wins_then_the_environment_then_the_store(monkeypatch, tmp_path):
@@ -66,28 +70,28 @@ def test_the_configured_address_wins_then_the_environment_then_the_store(monkeyp
     assert tracking.resolve_tracking_uri("sqlite:///my.db", store_uri="s3://b/p") == f"sqlite:///{tmp_path}/my.db"
 
 
-def test_an_unusable_address_is_answered_early_and_clearly(tmp_path):
+def test_an_unusable_address_fails_early_and_clearly(tmp_path):
     with pytest.raises(TrackingError, match="use sqlite:///"):
         tracking.check_tracking(f"file://{tmp_path}")
     (tmp_path / "plain").write_text("")
-    with pytest.raises(TrackingError, match="cannot be made"):
+    with pytest.raises(TrackingError, match="cannot be created"):
         tracking.check_tracking(f"sqlite:///{tmp_path}/plain/mlflow.db")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"http://user:pw@127.0.0.1:{free.getsockname()[1]}"
-        with pytest.raises(TrackingError, match="is the server up") as failure:
+        with pytest.raises(TrackingError, match="the server is up") as failure:
             tracking.check_tracking(address)
     assert "pw@" not in str(failure.value)
 
 
-def test_a_bare_database_needs_a_place_for_artifacts():
-    assert tracking.artifact_location("http://h:5000", None) is None
-    assert tracking.artifact_location("postgresql://h/db", "s3://b/art") == "s3://b/art"
-    with pytest.raises(TrackingError, match="bare database"):
-        tracking.artifact_location("postgresql://u:pw@h/db", None)
+def test_a_bare_database_is_refused_for_want_of_a_place_for_artifacts():
+    assert artifact_location("http://h:5000") is None
+    with pytest.raises(TrackingError, match="bare database") as failure:
+        artifact_location("postgresql://u:pw@h/db")
+    assert "pw@" not in str(failure.value)
 
 
-# --- the family
+# --- parent and child runs
 
 
 def test_a_step_is_a_child_of_its_run_and_the_run_names_it(uri):
@@ -130,7 +134,7 @@ def test_two_processes_may_create_the_experiment_at_once(uri):
     assert len(ids) == 1
 
 
-# --- what a run says about itself
+# --- parameters, datasets, scores and artifacts
 
 
 def test_parameters_are_flat_redacted_cut_and_may_be_repeated(uri):
@@ -143,8 +147,8 @@ def test_parameters_are_flat_redacted_cut_and_may_be_repeated(uri):
     many = {f"k{i}": i for i in range(250)}
     run = parent(uri)
     for _ in range(2):
-        tracking.log_params(uri, run, config | many)
-    tracking.log_params(uri, run, {"model": {"mask_ratio": 0.6}})
+        log_params(uri, run, config | many)
+    log_params(uri, run, {"model": {"mask_ratio": 0.6}})
     data = client(uri).get_run(run).data
     assert data.params["model.mask_ratio"] == "0.75"
     assert data.params["auth.token"] == "***"
@@ -153,7 +157,7 @@ def test_parameters_are_flat_redacted_cut_and_may_be_repeated(uri):
     assert data.tags["mae.changed.model.mask_ratio"] == "0.6"
 
 
-def test_secrets_are_hidden_and_numbers_that_sound_like_secrets_are_not():
+def test_secrets_are_hidden_but_not_numbers_under_similar_keys():
     config = {
         "num_tokens": 196,
         "aws_secretAccessKey": "AKIA",
@@ -178,7 +182,7 @@ def test_secrets_are_hidden_and_numbers_that_sound_like_secrets_are_not():
 
 def test_flatten_keeps_lists_of_plain_values_together():
     config = {"a": {"b": [1, {"c": None}]}, "sizes": [1, 2], "on": True, "s": "text"}
-    assert tracking.flatten(config) == {"a.b.0": "1", "a.b.1.c": "null", "sizes": "[1, 2]", "on": "true", "s": "text"}
+    assert flatten_params(config) == {"a.b.0": "1", "a.b.1.c": "null", "sizes": "[1, 2]", "on": "true", "s": "text"}
 
 
 def test_a_dataset_digest_is_cut_for_mlflow_and_whole_in_a_tag(uri):
@@ -199,23 +203,21 @@ def test_scores_are_logged_once(uri):
     assert history(uri, run, "score/linear/digits/pretrained") == [(0, 0.97)]
 
 
-def test_artifacts_lie_beside_the_database_and_not_where_the_process_stands(uri, tmp_path, monkeypatch):
+def test_artifacts_lie_beside_the_database_not_in_the_working_directory(uri, tmp_path, monkeypatch):
     elsewhere = tmp_path / "cwd"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     run = parent(uri)
-    tracking.log_text(uri, run, "seed: 0", "config/resolved.yaml")
     tracking.log_figure(uri, run, b"png", "curve.png")
-    (tmp_path / "page.html").write_text("<html>")
-    tracking.log_file(uri, run, tmp_path / "page.html", folder="report")
+    tracking.log_figure(uri, run, b"png", "report/curve.png")
     files = {
         str(p.relative_to(tmp_path / "mlartifacts" / run)) for p in tmp_path.rglob("mlartifacts/**/*") if p.is_file()
     }
-    assert files == {"artifacts/config/resolved.yaml", "artifacts/curve.png", "artifacts/report/page.html"}
+    assert files == {"artifacts/curve.png", "artifacts/report/curve.png"}
     assert list(elsewhere.iterdir()) == []
 
 
-# --- metrics while training
+# --- metrics during training
 
 
 def send(uri, run, store, points) -> bool:
@@ -226,20 +228,20 @@ def send(uri, run, store, points) -> bool:
 
 
 def journalled(store) -> list[int]:
-    """Steps of the points in the store."""
+    """The steps of the points in the journal."""
     lines = [line for info in store.list("journal/part-") for line in store.read(info.key).splitlines()]
     return [json.loads(line)["step"] for line in lines]
 
 
 def generations(folder):
-    """The directories that a first, second, ... attempt writes in."""
+    """The directories that the first, second, ... attempt writes to."""
     return (FileStore(folder / f"g{number:04d}") for number in range(1, 9999))
 
 
 def test_a_replay_after_a_resume_leaves_no_duplicates(uri, tmp_path):
     run, stores = child(uri, parent(uri)), generations(tmp_path)
     assert send(uri, run, next(stores), [(s, {"train/loss": 1 / s, "train/lr": 0.1}) for s in range(1, 7)])
-    # killed at 6, resumed from the checkpoint at 4; validation at 6 had not been sent
+    # killed at 6 and resumed from the checkpoint at 4; the validation at 6 had not been sent
     again = [(s, {"train/loss": 1 / s, "train/lr": 0.1}) for s in range(5, 9)]
     assert send(uri, run, next(stores), [*again, (6, {"val/loss": 0.5})])
     assert history(uri, run) == [(s, 1 / s) for s in range(1, 9)]
@@ -252,7 +254,7 @@ def test_more_metrics_than_one_call_takes_arrive_complete(uri, tmp_path):
     assert len(history(uri, run, "m29")) == 100
 
 
-def test_values_that_are_no_numbers_become_a_tag(uri, tmp_path):
+def test_non_finite_values_become_a_tag(uri, tmp_path):
     run, store = parent(uri), FileStore(tmp_path / "g")
     points = [(1, {"train/loss": float("nan"), "train/lr": 0.1}), (2, {"train/loss": float("inf")})]
     send(uri, run, store, points)
@@ -279,32 +281,31 @@ def test_the_journal_grows_in_whole_parts_that_are_read_from_anywhere(tmp_path, 
     first.append([Point(step, step, {"a": 0.5}) for step in range(7, 12)])
     assert journalled(store) == list(range(1, 12))
     assert [info.key for info in store.list()] == [f"journal/part-{n:08d}.jsonl" for n in (1, 2, 3)]
-    # a later process of the generation: what the first one had is not written twice, its parts are left alone
+    # a later process of the generation repeats no point of the first one, and leaves its parts alone
     second = Journal(store)
     second.append([Point(step, step, {"a": 0.5}) for step in range(3, 15)])
     assert journalled(store) == [*range(1, 12), *range(11, 15)]
     for reader in (second, Journal(store)):
-        place, steps = journal.Place(), []
-        while (found := reader.after(place))[0]:
+        cursor, steps = journal.JournalCursor(), []
+        while (found := reader.after(cursor))[0]:
             steps += [point.step for point in found[0]]
-            place = found[1]
+            cursor = found[1]
         assert steps == journalled(store)
-    first.append(
-        [Point(15, 15, {"a": 0.5})]
-    )  # not dead after all: it begins a part of its own when its own one is full
+    # the first process is not dead after all: once its part is full, it starts another one of its own
+    first.append([Point(15, 15, {"a": 0.5})])
     assert journalled(store)[-1] == 14
     assert 15 in journalled(store)
 
 
-def test_a_damaged_part_is_named_and_not_passed_over(uri, tmp_path):
+def test_a_damaged_part_is_named_not_skipped(uri, tmp_path):
     store = FileStore(tmp_path / "g")
     store.write("journal/part-00000001.jsonl", b'{"step": 1, "metr')
-    with pytest.raises(TrackingError, match=r"part-00000001.jsonl is no journal .* Delete it"):
+    with pytest.raises(TrackingError, match=r"part-00000001.jsonl is damaged .* Delete it"):
         tracking.deliver(store, uri, parent(uri))
 
 
 def test_a_history_fills_what_a_kill_left_out_of_the_journal(uri, tmp_path):
-    """Killed after the checkpoint at 4, before 3 and 4 were written down: the next generation begins with the history."""
+    """Killed after the checkpoint at 4, before 3 and 4 were in the journal: the next generation begins with the history."""
     run, (before, after) = child(uri, parent(uri)), islice(generations(tmp_path), 2)
     Journal(before).append([Point(step, 1000 + step, {"train/loss": 1 / step}) for step in (1, 2)])
     tracker = JournalTracker(uri, run, after, every_s=0.05)
@@ -314,10 +315,10 @@ def test_a_history_fills_what_a_kill_left_out_of_the_journal(uri, tmp_path):
     assert history(uri, run) == [(step, 1 / step) for step in range(1, 6)]
     times = {m.step: m.timestamp for m in client(uri).get_metric_history(run, "train/loss")}
     assert times[3] == 1003  # when it was measured, not when it was sent
-    assert not Journal(after).waits_for(run)
+    assert not Journal(after).has_unsent(run)
 
 
-def test_after_a_rollback_the_curve_goes_on_in_a_child_of_its_own(uri, tmp_path):
+def test_after_a_rollback_the_curve_continues_in_its_own_child(uri, tmp_path):
     run, stores = child(uri, parent(uri)), generations(tmp_path)
     tracker = JournalTracker(uri, run, next(stores), every_s=0.05)
     for step in (1, 2, 3):
@@ -356,7 +357,7 @@ def test_a_file_of_the_generation_becomes_an_artifact_once(uri, tmp_path):
 
 
 class Away:
-    """A store that does not answer until it is told to."""
+    """A store that does not answer until `there` is set."""
 
     def __init__(self, store):
         self.store, self.there = store, False
@@ -373,7 +374,7 @@ def test_a_store_that_is_away_for_a_while_gets_every_point_later(uri, tmp_path):
     for step in (1, 2, 3):
         tracker.log(step, {"train/loss": 1.0})
         time.sleep(0.05)
-    assert history(uri, run) == []  # the journal first
+    assert history(uri, run) == []  # the journal comes first
     store.there = True
     assert tracker.close()
     assert history(uri, run) == [(1, 1.0), (2, 1.0), (3, 1.0)]
@@ -386,32 +387,32 @@ def test_what_a_closed_tracker_could_not_send_is_delivered_later(uri, tmp_path, 
     began = time.monotonic()
     for step in range(1, 1001):
         tracker.log(step, {"train/loss": 1 / step})
-    assert time.monotonic() - began < 0.5  # a thousand refused connections take tens of seconds
+    assert time.monotonic() - began < 0.5  # a thousand refused connections would take tens of seconds
     wait_for(lambda: tracker.failures > 0)
     assert not tracker.close()
     assert time.monotonic() - began < 10
     assert sum("training goes on" in record.message for record in caplog.records) == 1
     assert sum("waits in" in record.message for record in caplog.records) == 1
     assert journalled(store) == list(range(1, 1001))
-    assert Journal(store).waits_for(run)
-    for _ in range(2):  # also by two that meet
+    assert Journal(store).has_unsent(run)
+    for _ in range(2):  # a second delivery changes nothing
         tracking.deliver(store, uri, run)
     assert history(uri, run) == [(s, 1 / s) for s in range(1, 1001)]
-    assert not Journal(store).waits_for(run)
+    assert not Journal(store).has_unsent(run)
 
 
 def test_without_a_run_the_journal_alone_is_written(tmp_path):
-    """MLflow was away when the step began."""
+    """As when MLflow was away at the start of the step."""
     store = FileStore(tmp_path / "g")
     assert not send("http://127.0.0.1:9", "", store, [(1, {"train/loss": 1.0})])
     assert journalled(store) == [1]
-    assert Journal(store).waits_for("")
+    assert Journal(store).has_unsent("")
 
 
-# --- looking at it
+# --- serving
 
 
-def test_the_server_is_for_this_machine_alone_and_keeps_files_beside_the_database():
+def test_the_server_listens_on_loopback_and_keeps_files_beside_the_database():
     command = tracking.serve_command("sqlite:////d/mlflow.db", port=5001)
     assert command[:4] == [sys.executable, "-m", "mlflow", "server"]
     settings = dict(zip(command[4::2], command[5::2], strict=True))
@@ -419,9 +420,9 @@ def test_the_server_is_for_this_machine_alone_and_keeps_files_beside_the_databas
     assert settings["--artifacts-destination"] == "/d/mlartifacts"
 
 
-def test_a_taken_port_is_said_before_the_server_starts(uri):
+def test_a_port_in_use_is_reported_before_the_server_starts(uri):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(TrackingError, match="is taken"):
+        with pytest.raises(TrackingError, match="is already in use"):
             tracking.serve(uri, port=taken.getsockname()[1])

@@ -88,7 +88,7 @@ def newest_step(attempt) -> int:
 
 def steps_of(journal: Journal) -> int:
     """The last step written down."""
-    place, last = JournalCursor(), 0
-    while (found := journal.after(place))[0]:
-        last, place = found[0][-1].step, found[1]
+    cursor, last = JournalCursor(), 0
+    while (found := journal.after(cursor))[0]:
+        last, cursor = found[0][-1].step, found[1]
     return last
