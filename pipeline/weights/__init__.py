@@ -1,4 +1,4 @@
-"""Weight files: this project's own, and those of official MAE, timm and Hugging Face, read and written."""
+"""Read and write weight files: this project's own, and those of the official MAE, timm and Hugging Face."""
 
 from pipeline.weights.exports import export_autoencoder as export_autoencoder
 from pipeline.weights.exports import export_encoder as export_encoder

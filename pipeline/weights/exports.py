@@ -1,11 +1,11 @@
-"""Our weights for other programs: a folder each, with what loads them and how the pixels are to be scaled.
+"""Export weights for other programs: one folder per export, with a README on how to load them and scale the pixels.
 
-    timm         model.safetensors, config.json (what timm.create_model("local-dir:...") reads), README.md
-    huggingface  model.safetensors, config.json, preprocessor_config.json, README.md; tensors by the names of transformers' files,
-                 which 4 and 5 read
+    timm         model.safetensors, config.json (for timm.create_model("local-dir:...")), README.md
+    huggingface  model.safetensors, config.json, preprocessor_config.json, README.md; tensors under the names in transformers'
+                 files, which versions 4 and 5 read
     safetensors  encoder.safetensors (or all three files of a pretraining) and config.json: our own names, read by import_encoder
-The weights are written first and config.json last; each file appears whole. Positions are stored as tables where the other
-program keeps them so. Errors: ConfigError for a config that the other program cannot hold."""
+The weights are written first and config.json last, each file atomically. Position embeddings are stored as tables where the
+other program expects tables. Errors: ConfigError for a config that the other program cannot represent."""
 
 import json
 from collections.abc import Mapping
@@ -31,9 +31,9 @@ TIMM_NAMES = {
     "large": "vit_large_patch16_224",
     "huge": "vit_huge_patch14_224",
 }
-"""What timm calls the named sizes of mae_core."""
+"""timm's names for the named sizes of mae_core."""
 TIMM_LAYER_NORM_EPS = 1e-6
-_BICUBIC = 3  # PIL's number
+_BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 
 
 def export_encoder(
@@ -43,7 +43,7 @@ def export_encoder(
     *,
     to: Literal["timm", "huggingface", "safetensors"],
 ) -> tuple[str, ...]:
-    """Writes the weights of ViTEncoder(config) into a folder; returns the keys of its files."""
+    """Write the weights of ViTEncoder(config) to a folder; return the keys of its files."""
     match to:
         case "timm":
             return _export_to_timm(store, weights, config)
@@ -60,7 +60,7 @@ def export_encoder(
             store.write(ENCODER, save({name: value.contiguous() for name, value in weights.items()}))
             store.write(CONFIG, _json({"encoder": canonical(config)}))
             return ENCODER, CONFIG
-    raise _unknown(to, "timm, huggingface, safetensors")
+    raise _unknown_target(to, "timm, huggingface, safetensors")
 
 
 def export_autoencoder(
@@ -70,13 +70,13 @@ def export_autoencoder(
     *,
     to: Literal["huggingface", "safetensors"],
 ) -> tuple[str, ...]:
-    """Writes the weights of MaskedAutoencoder(config) into a folder; returns the keys of its files."""
+    """Write the weights of MaskedAutoencoder(config) to a folder; return the keys of its files."""
     match to:
         case "huggingface":
             encoder = config.encoder
             if encoder.image_size[0] != encoder.image_size[1]:
                 raise ConfigError(
-                    f"image_size={encoder.image_size}: ViTMAEForPreTraining takes square images alone; export the encoder"
+                    f"image_size={encoder.image_size}: ViTMAEForPreTraining takes only square images. Export the encoder instead"
                 )
             card = _card(
                 encoder,
@@ -98,14 +98,14 @@ def export_autoencoder(
             return _write_hf(store, to_hf_vitmae(weights, config), settings, card, encoder)
         case "safetensors":
             return write_weights(store, weights, config)
-    raise _unknown(to, "huggingface, safetensors")
+    raise _unknown_target(to, "huggingface, safetensors")
 
 
 def _export_to_timm(store: Store, weights: Mapping[str, Tensor], config: ViTConfig) -> tuple[str, ...]:
     if config.layer_norm_eps != TIMM_LAYER_NORM_EPS:
         raise ConfigError(
-            f"layer_norm_eps={config.layer_norm_eps}: timm builds these models with {TIMM_LAYER_NORM_EPS}; where that small "
-            f"difference may be, export with replace(config, layer_norm_eps={TIMM_LAYER_NORM_EPS})"
+            f"layer_norm_eps={config.layer_norm_eps}: timm builds these models with {TIMM_LAYER_NORM_EPS}. If that small "
+            f"difference is acceptable, export with replace(config, layer_norm_eps={TIMM_LAYER_NORM_EPS})"
         )
     name, arguments = timm_model(config)
     settings = {
@@ -131,7 +131,7 @@ def _export_to_timm(store: Store, weights: Mapping[str, Tensor], config: ViTConf
         "import timm\n\n"
         'model = timm.create_model("local-dir:.", pretrained=True)\n'
         "tokens = model.forward_features(pixels)  # class token first\n",
-        f"An older timm:\n\n"
+        f"With an older timm:\n\n"
         f"```python\n"
         f"import timm\n"
         f"from safetensors.torch import load_file\n\n"
@@ -139,6 +139,7 @@ def _export_to_timm(store: Store, weights: Mapping[str, Tensor], config: ViTConf
         f'model.load_state_dict(load_file("{MODEL}"))\n'
         f"```\n",
     )
+    # config.json comes last: a folder that has one is complete
     store.write(MODEL, save({key: value.contiguous() for key, value in to_timm(weights, config).items()}))
     store.write(README, card.encode())
     store.write(CONFIG, _json(settings))
@@ -146,18 +147,20 @@ def _export_to_timm(store: Store, weights: Mapping[str, Tensor], config: ViTConf
 
 
 def timm_model(config: ViTConfig) -> tuple[str, dict[str, Any]]:
-    """Name and keyword arguments for timm.create_model that build a model of config's shape: none for a named size at 224."""
+    """Return the name and keyword arguments with which timm.create_model builds a model of this shape.
+
+    A named size at 224 pixels needs no arguments."""
     images = {"img_size": list(config.image_size), "in_chans": config.in_channels}
     for size, name in TIMM_NAMES.items():
-        plain = SIZES[size]()
-        if _blocks(plain) == _blocks(config):
-            standard = {"img_size": list(plain.image_size), "in_chans": plain.in_channels}
+        named = SIZES[size]()
+        if _blocks(named) == _blocks(config):
+            standard = {"img_size": list(named.image_size), "in_chans": named.in_channels}
             return name, {key: value for key, value in images.items() if value != standard[key]}
     return TIMM_NAMES["base"], {**images, **_blocks(config)}
 
 
 def _blocks(config: ViTConfig) -> dict[str, Any]:
-    """All of a model's shape that does not hang on its images, in timm's words."""
+    """Return the part of a model's shape that does not depend on its images, in timm's terms."""
     return {
         "patch_size": config.patch_size,
         "embed_dim": config.embed_dim,
@@ -201,20 +204,20 @@ def _write_hf(
     }
     named = {name: value.contiguous() for name, value in hf_file_names(tensors).items()}
     dtype = str(next(iter(named.values())).dtype).removeprefix("torch.")
-    store.write(MODEL, save(named, metadata={"format": "pt"}))  # transformers 4 refuses files without this mark
+    store.write(MODEL, save(named, metadata={"format": "pt"}))  # transformers 4 refuses files without this metadata
     store.write(PREPROCESSOR, _json(preprocessor))
     store.write(README, card.encode())
     store.write(CONFIG, _json({**settings, "torch_dtype": dtype}))
     return MODEL, PREPROCESSOR, README, CONFIG
 
 
-def _card(config: ViTConfig, code: str, more: str = "") -> str:
+def _card(config: ViTConfig, code: str, appendix: str = "") -> str:
     height, width = config.image_size
     return (
         f"# Vision Transformer, {config.depth} blocks of width {config.embed_dim}, {height} x {width} pixels\n\n"
         f"In this folder:\n\n```python\n{code.rstrip()}\n```\n\n"
         f"`pixels` is float32 [batch, {config.in_channels}, {height}, {width}]: (image / 255 - mean) / std with mean "
-        f"{list(config.pixel_mean)}, std {list(config.pixel_std)}.\n" + (f"\n{more}" if more else "")
+        f"{list(config.pixel_mean)}, std {list(config.pixel_std)}.\n" + (f"\n{appendix}" if appendix else "")
     )
 
 
@@ -222,5 +225,5 @@ def _json(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, indent=1, sort_keys=True).encode()
 
 
-def _unknown(to: str, known: str) -> ConfigError:
+def _unknown_target(to: str, known: str) -> ConfigError:
     return ConfigError(f"to={to!r} is unknown: write one of {known}")

@@ -1,10 +1,10 @@
-"""Encoders and autoencoders of official MAE, timm and Hugging Face, as ours: config, weights, and a report of what was assumed.
+"""Import encoders and autoencoders of the official MAE, timm and Hugging Face: config, weights and a report.
 
-What shapes do not say comes, in this order, from the caller, from the folder's config.json and preprocessor_config.json (or a
-checkpoint's own arguments), and from a default that the report names. Weights become float32, which changes no value.
-layer_norm_eps follows config.json, so that outputs equal those of transformers; facebook/vit-mae-* say 1e-12 there although they
-were trained with 1e-6: give layer_norm_eps=1e-6 for the original's outputs.
-Errors: DataError for the file; ConfigError, naming it, for what it holds."""
+Tensor shapes do not determine the whole config. The rest comes from the caller, or else from the folder's config.json and
+preprocessor_config.json (or a checkpoint's arguments), or else from a default that the report names. Weights become float32,
+which changes no value. layer_norm_eps follows config.json, so that outputs equal those of transformers; facebook/vit-mae-* has
+1e-12 there although it was trained with 1e-6, so pass layer_norm_eps=1e-6 for the outputs of the original.
+Errors: DataError for an unreadable file; ConfigError, naming the file, for unusable contents."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,7 +30,7 @@ from pipeline.weights.own import CONFIG, ENCODER, read_encoder
 
 
 class StatedFields(BaseModel):
-    """What shapes do not say; None: nobody said it. Validated, since it comes from files of others."""
+    """The fields that tensor shapes do not determine; None where they are not stated. Validated, since files of others set them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -43,8 +43,8 @@ class StatedFields(BaseModel):
     mask_ratio: float | None = None
     target: Target | None = None
 
-    def known(self) -> dict[str, Any]:
-        """The fields that somebody said."""
+    def stated(self) -> dict[str, Any]:
+        """Return the fields that are stated."""
         return {name: value for name, value in self if value is not None}
 
 
@@ -55,23 +55,23 @@ _HF_DEFAULTS = {
     "mask_ratio": 0.75,
     "norm_pix_loss": False,
 }
-"""What transformers takes for a field that a config.json leaves away."""
+"""transformers' defaults for fields that a config.json omits."""
 
 _ENCODER_FIELDS = ("image_size", "num_heads", "layer_norm_eps", "pixel_mean", "pixel_std")
 
 
 class ImportReport(NamedTuple):
-    """What a reader should know before trusting the numbers."""
+    """What to check before trusting the numbers."""
 
     source: str
     layout: str
     left_out: tuple[str, ...]
-    """Names in the file that are not among the weights, each of them expected: a head, a pooler, a decoder, an optimiser."""
+    """Names in the file that were not imported, all of a known kind: a head, a pooler, a decoder, an optimiser."""
     assumed: tuple[str, ...]
-    """`field=value` where neither the caller nor the file said it."""
+    """`field=value` for each field that neither the caller nor the file states."""
 
     def lines(self) -> list[str]:
-        """The report in words, a fact a line."""
+        """Return the report as text, one fact per line."""
         left_out = f"{', '.join(self.left_out[:6])}{f' and {len(self.left_out) - 6} more' * (len(self.left_out) > 6)}"
         return [
             f"{self.source}: layout {self.layout}",
@@ -106,10 +106,10 @@ def import_encoder(
     pixel_mean: Sequence[float] | None = None,
     pixel_std: Sequence[float] | None = None,
 ) -> ImportedEncoder:
-    """The encoder of a weight file or folder; a decoder, pooler or classification head in it is left out.
+    """Import the encoder of a weight file or folder, leaving out any decoder, pooler or classification head.
 
-    `image_size` is the size the weights were made for; for another one see mae_core.resized_encoder. A folder of our own
-    (encoder.safetensors, config.json) is read as it is, and takes no overrides.
+    `image_size` is the size the weights were made for; mae_core.resized_encoder changes it. A folder of our own
+    (encoder.safetensors, config.json) is read as it is and takes no overrides.
     """
     caller = StatedFields(
         image_size=image_size,
@@ -119,20 +119,22 @@ def import_encoder(
         pixel_std=None if pixel_std is None else tuple(pixel_std),
     )
     if layout is None and (path / ENCODER).is_file() and (path / CONFIG).is_file():
-        if caller.known():
-            raise ConfigError(f"{path} says {', '.join(caller.known())} itself, in {CONFIG}: leave them away")
+        if caller.stated():
+            raise ConfigError(
+                f"{path} sets {', '.join(caller.stated())} itself, in {CONFIG}: leave out these arguments"
+            )
         config, weights = read_encoder(FileStore(path.absolute()))
         return ImportedEncoder(config, weights, ImportReport(str(path), "mae_pipeline", (), ()))
     found = read_foreign_weights(path)
     try:
         layout = layout or detect_layout(found.state_dict)
-        said = _said(path, found, layout).known() | caller.known()
-        said = {name: value for name, value in said.items() if name in _ENCODER_FIELDS}
-        config = infer_encoder_config(found.state_dict, layout=layout, **said)
+        stated = _stated_fields(path, found, layout).stated() | caller.stated()
+        stated = {name: value for name, value in stated.items() if name in _ENCODER_FIELDS}
+        config = infer_encoder_config(found.state_dict, layout=layout, **stated)
         weights, left_out = encoder_from(found.state_dict, config, layout=layout)
     except ConfigError as cause:
         raise ConfigError(f"{path}: {cause}") from cause
-    report = ImportReport(str(path), layout, (*left_out, *found.left_out), _assumed(config, said))
+    report = ImportReport(str(path), layout, (*left_out, *found.left_out), _assumed(config, stated))
     return ImportedEncoder(config, _in_float32(weights), report)
 
 
@@ -149,7 +151,7 @@ def import_autoencoder(
     mask_ratio: float | None = None,
     target: Target | None = None,
 ) -> ImportedAutoencoder:
-    """The whole autoencoder of a weight file or folder; ConfigError naming what is missing when its decoder is not there."""
+    """Import the whole autoencoder of a weight file or folder; raise a ConfigError naming what is missing if it has no decoder."""
     caller = StatedFields(
         image_size=image_size,
         num_heads=num_heads,
@@ -163,35 +165,37 @@ def import_autoencoder(
     found = read_foreign_weights(path)
     try:
         layout = layout or detect_layout(found.state_dict)
-        if layout == "timm":  # the official layout without its decoder: the error shall name the decoder
+        if layout == "timm":  # the official layout without a decoder: the error must name the decoder
             layout = "official_mae"
-        said = _said(path, found, layout).known() | caller.known()
-        config = infer_autoencoder_config(found.state_dict, layout=layout, **said)
+        stated = _stated_fields(path, found, layout).stated() | caller.stated()
+        config = infer_autoencoder_config(found.state_dict, layout=layout, **stated)
         weights, left_out = autoencoder_from(found.state_dict, config, layout=layout)
     except ConfigError as cause:
         raise ConfigError(f"{path}: {cause}") from cause
-    report = ImportReport(str(path), layout, (*left_out, *found.left_out), _assumed(config, said))
+    report = ImportReport(str(path), layout, (*left_out, *found.left_out), _assumed(config, stated))
     return ImportedAutoencoder(config, _in_float32(weights), report)
 
 
-def _said(path: Path, found: ForeignWeights, layout: LayoutName) -> StatedFields:
-    """What the files beside the weights, or a checkpoint's arguments, say."""
+def _stated_fields(path: Path, found: ForeignWeights, layout: LayoutName) -> StatedFields:
+    """Return what the files beside the weights, or a checkpoint's arguments, state."""
     try:
         if layout in ("hf_vit", "hf_vitmae"):
-            return StatedFields.model_validate(_said_by_huggingface(found.config, found.preprocessor))
+            return StatedFields.model_validate(_stated_by_huggingface(found.config, found.preprocessor))
         if "architecture" in found.config:
-            return StatedFields.model_validate(_said_by_timm(found.config))
+            return StatedFields.model_validate(_stated_by_timm(found.config))
         arguments = found.arguments
         return StatedFields(mask_ratio=arguments.get("mask_ratio"), target=_target(arguments.get("norm_pix_loss")))
     except (ValidationError, TypeError, AttributeError) as cause:
         lines = "; ".join(str(cause).splitlines()[:3])
-        raise DataError(f"{path}: what it says about its model is not as expected ({lines}): fetch it again") from cause
+        raise DataError(f"{path}: the description of its model is invalid ({lines}): download it again") from cause
 
 
-def _said_by_huggingface(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
+def _stated_by_huggingface(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
     config = {**_HF_DEFAULTS, **config} if config else config
     if (activation := config.get("hidden_act", "gelu")) != "gelu":
-        raise ConfigError(f"config.json: hidden_act={activation!r}, but blocks here use the exact gelu alone")
+        raise ConfigError(
+            f"config.json: hidden_act={activation!r} is not supported: the blocks here use the exact GELU"
+        )
     normalises, channels = preprocessor.get("do_normalize", True), config.get("num_channels", 3)
     return {
         "image_size": _pair(config.get("image_size")),
@@ -205,12 +209,12 @@ def _said_by_huggingface(config: Mapping[str, Any], preprocessor: Mapping[str, A
     }
 
 
-def _said_by_timm(config: Mapping[str, Any]) -> dict[str, Any]:
+def _stated_by_timm(config: Mapping[str, Any]) -> dict[str, Any]:
     arguments = config.get("model_args") or {}
-    pretrained = config.get("pretrained_cfg", config)  # older folders keep all in one mapping
+    pretrained = config.get("pretrained_cfg", config)  # older folders keep everything in one mapping
     if "quickgelu" in config["architecture"] or arguments.get("act_layer", "gelu") != "gelu":
         raise ConfigError(
-            f"config.json: {config['architecture']} has another activation than the exact gelu of the blocks here"
+            f"config.json: {config['architecture']} uses another activation: the blocks here use the exact GELU"
         )
     return {
         "image_size": _pair(arguments.get("img_size")) or tuple(pretrained.get("input_size", ())[1:]) or None,
@@ -230,14 +234,14 @@ def _pair(size: Any) -> Any:
     return (size, size) if isinstance(size, int) else size
 
 
-def _assumed(config: ViTConfig | MAEConfig, said: Mapping[str, Any]) -> tuple[str, ...]:
-    """The fields of Said that nobody said, with the value they have; image_size is read from the position table."""
+def _assumed(config: ViTConfig | MAEConfig, stated: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return `field=value` for each field that is not stated, except image_size, which the position table determines."""
     encoder = config if isinstance(config, ViTConfig) else config.encoder
     names = _ENCODER_FIELDS if config is encoder else tuple(StatedFields.model_fields)
     return tuple(
         f"{name}={getattr(encoder if name in _ENCODER_FIELDS else config, name)}"
         for name in names
-        if name not in said and name != "image_size"
+        if name not in stated and name != "image_size"
     )
 
 

@@ -1,9 +1,9 @@
-"""Weight files: safetensors in a store, with the configuration they were made for beside them.
+"""This project's own weight files: safetensors in a store, beside the configuration of their model.
 
-    encoder.safetensors   float32 tensors by the names of ViTEncoder      (what probes, fine-tuning and others read)
-    model.safetensors     the whole autoencoder, decoder included
-    config.json           the MAEConfig both were made for
-Nothing here unpickles. Errors: DataError when a file is damaged; MissingObject when it is absent."""
+    encoder.safetensors   float32 tensors under ViTEncoder's names, for probes, fine-tuning and other programs
+    model.safetensors     the whole autoencoder, including the decoder
+    config.json           the MAEConfig of both
+Nothing here unpickles. Errors: DataError for a damaged file; MissingObject for an absent one."""
 
 import json
 from collections.abc import Mapping
@@ -24,14 +24,14 @@ CONFIG = "config.json"
 
 
 class _Described(BaseModel):
-    """What config.json says of the encoder, validated; an autoencoder's other fields are not read here."""
+    """The encoder's part of config.json, validated; the other fields of an autoencoder are not read here."""
 
     model_config = ConfigDict(extra="forbid")
     encoder: ViTConfig
 
 
 def write_weights(store: Store, weights: Mapping[str, Tensor], config: MAEConfig) -> tuple[str, ...]:
-    """Writes a trained autoencoder (names of MaskedAutoencoder); returns the keys of the three files."""
+    """Write a trained autoencoder, given MaskedAutoencoder's state dict; return the keys of the three files."""
     encoder = {name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")}
     store.write(MODEL, save({name: value.contiguous() for name, value in weights.items()}))
     store.write(ENCODER, save({name: value.contiguous() for name, value in encoder.items()}))
@@ -40,11 +40,13 @@ def write_weights(store: Store, weights: Mapping[str, Tensor], config: MAEConfig
 
 
 def read_weights(store: Store, key: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file."""
+    """Return the tensors of a safetensors file."""
     try:
         return dict(load(store.read(key)))
     except SafetensorError as cause:
-        raise DataError(f"{store.uri}/{key} is damaged ({cause}): delete the step's folder and run it again") from cause
+        raise DataError(
+            f"{store.uri}/{key} is damaged ({cause}): delete the step's folder and rerun the step"
+        ) from cause
 
 
 def read_encoder_config(store: Store) -> ViTConfig:
@@ -53,7 +55,9 @@ def read_encoder_config(store: Store) -> ViTConfig:
         return _Described(encoder=json.loads(store.read(CONFIG))["encoder"]).encoder
     except (ValueError, KeyError, TypeError, ConfigError) as cause:
         why = "; ".join(str(cause).splitlines()[1:3]) if isinstance(cause, ValidationError) else str(cause)
-        raise DataError(f"{store.uri}/{CONFIG} describes no encoder ({why}): write it again") from cause
+        raise DataError(
+            f"{store.uri}/{CONFIG} does not describe an encoder ({why}): train or export it again"
+        ) from cause
 
 
 def read_encoder(store: Store) -> tuple[ViTConfig, dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""Weight files of others: read without running them, imported with equal outputs, exported so that their owners load them.
+"""Foreign weight files are read without running them, imported with equal outputs, and exported so that their programs load them.
 
 Tolerance of outputs: see tests/mae_core/test_interop_parity.py."""
 
@@ -78,7 +78,7 @@ def equal(one, other):
 
 
 def official_checkpoint(path, config, *, legacy=False, **arguments):
-    """What a pretraining script leaves: weights, optimiser, and the arguments as a namespace with paths in it."""
+    """Write what a pretraining script leaves: weights, optimiser, and its arguments as a namespace that contains paths."""
     weights = official_names(hf_vitmae_peer(config).state_dict())
     content = {
         "model": weights,
@@ -97,7 +97,7 @@ def test_a_checkpoint_with_its_arguments_is_read(tmp_path, legacy):
     assert equal(found.state_dict, weights)
     assert found.arguments == {"model": "mae_vit_base_patch16", "mask_ratio": 0.5, "norm_pix_loss": True}
     assert found.left_out == ("args", "epoch", "optimizer")
-    assert argparse.Namespace not in torch.serialization.get_safe_globals()  # allowed for that file alone
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()  # allowed only while that file is read
 
 
 def test_each_kind_of_file_and_folder_is_read(tmp_path):
@@ -119,7 +119,7 @@ def test_each_kind_of_file_and_folder_is_read(tmp_path):
 
 
 class Evil:
-    """On unpickling, a command runs."""
+    """Runs a command when unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -139,12 +139,12 @@ def test_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path, kind):
     else:
         torch.save({"model": {"w": evil}}, path, _use_new_zipfile_serialization=kind == "zip")
     with pytest.raises(
-        DataError, match=r"a.pth asks for posix.system, which is no tensor.*save its model.state_dict"
+        DataError, match=r"a.pth asks for posix.system, which is not a tensor.*save its model.state_dict"
     ) as caught:
         read_foreign_weights(path)
     assert not mark.exists()
-    assert "weights_only" not in str(caught.value)  # torch's text tells how to run the file
-    with path.open("rb") as file:  # the file is what it claims to be: torch without its guard runs it
+    assert "weights_only" not in str(caught.value)  # torch's message tells how to run the file
+    with path.open("rb") as file:  # the file is really malicious: without the guard, torch runs it
         torch.load(file, weights_only=False) if kind != "bare pickle" else pickle.load(file)
     assert mark.exists()
 
@@ -156,7 +156,7 @@ def test_a_whole_model_is_refused_with_the_way_out(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
-def test_a_file_cut_off_anywhere_is_one_clear_line(tmp_path, kind):
+def test_a_file_truncated_anywhere_is_one_clear_line(tmp_path, kind):
     weights = timm_peer(encoder_config(), positions="fixed").state_dict()
     path = tmp_path / ("a.safetensors" if kind == "safetensors" else "a.pth")
     if kind == "safetensors":
@@ -167,7 +167,7 @@ def test_a_file_cut_off_anywhere_is_one_clear_line(tmp_path, kind):
     read_foreign_weights(path)
     for part in range(20):
         path.write_bytes(whole[: len(whole) * part // 20])
-        with pytest.raises(DataError, match=r"fetch it again") as caught:
+        with pytest.raises(DataError, match=r"download it again") as caught:
             read_foreign_weights(path)
         assert str(path) in str(caught.value)
         assert len(str(caught.value).splitlines()) == 1
@@ -176,34 +176,34 @@ def test_a_file_cut_off_anywhere_is_one_clear_line(tmp_path, kind):
         read_foreign_weights(path)
 
 
-def test_what_is_no_dict_of_tensors_is_answered(tmp_path):
+def test_anything_but_a_dict_of_tensors_is_refused_clearly(tmp_path):
     path = tmp_path / "a.pth"
     for content, text in (
         ([torch.ones(1)], "holds a list, not a dict of tensors"),
         (torch.ones(1), "holds a Tensor, not a dict"),
-        ({"model": {"w": torch.ones(1), "epoch": 3}}, r"'model' is no dict of tensors: 'epoch' is a int"),
-        ({"epoch": 3, "weights": {"w": torch.ones(1)}}, r"'epoch' is a int.*under one of model, state_dict"),
-        ({"model": {}}, "holds no tensor"),
-        ({}, "holds no tensor"),
+        ({"model": {"w": torch.ones(1), "epoch": 3}}, r"'model' is not a dict of tensors: 'epoch' has type int"),
+        ({"epoch": 3, "weights": {"w": torch.ones(1)}}, r"'epoch' has type int.*under one of model, state_dict"),
+        ({"model": {}}, "holds no tensors"),
+        ({}, "holds no tensors"),
     ):
         torch.save(content, path)
         with pytest.raises(DataError, match=text):
             read_foreign_weights(path)
-    path.write_bytes(pickle.dumps({"a": 1}))  # a protocol that torch.save never writes
-    with pytest.raises(DataError, match=r"no checkpoint of torch.save"):
+    path.write_bytes(pickle.dumps({"a": 1}))  # a pickle protocol that torch.save never writes
+    with pytest.raises(DataError, match=r"not a file of torch.save"):
         read_foreign_weights(path)
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
     with pytest.raises(DataError, match="TorchScript program"):
         read_foreign_weights(path)
 
 
-def test_what_is_not_there_is_answered(tmp_path):
+def test_a_missing_file_is_reported_clearly(tmp_path):
     with pytest.raises(DataError, match=r"nothing.pth does not exist"):
         read_foreign_weights(tmp_path / "nothing.pth")
     with pytest.raises(DataError, match=r"holds none of model.safetensors"):
         read_foreign_weights(tmp_path)
     (tmp_path / "a.npz").write_bytes(b"")
-    with pytest.raises(DataError, match="no weight file by its name"):
+    with pytest.raises(DataError, match="not have the suffix of a weight file"):
         read_foreign_weights(tmp_path / "a.npz")
 
 
@@ -211,17 +211,20 @@ def test_an_index_of_shards_is_not_trusted(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     save_file({"w": torch.ones(1)}, tmp_path / "one.safetensors")
     for content, text in (
-        ({"weight_map": {"w": "../one.safetensors"}}, "leads out of its folder"),
-        ({"weight_map": {"w": "/etc/passwd"}}, "leads out of its folder"),
-        ({"weight_map": {"w": "two.safetensors"}}, "not beside it"),
-        ({"weight_map": {"w": "one.safetensors", "v": "one.safetensors"}}, "promises v and 0 more"),
+        ({"weight_map": {"w": "../one.safetensors"}}, "points outside its folder"),
+        ({"weight_map": {"w": "/etc/passwd"}}, "points outside its folder"),
+        ({"weight_map": {"w": "two.safetensors"}}, "not in its folder"),
+        (
+            {"weight_map": {"w": "one.safetensors", "v": "one.safetensors"}},
+            r"tensors that no file holds \(1, such as 'v'\)",
+        ),
         ({}, "no weight_map"),
     ):
         index.write_text(json.dumps(content))
         with pytest.raises(DataError, match=text):
             read_foreign_weights(tmp_path)
     index.write_text('{"weight_map"')
-    with pytest.raises(DataError, match="no readable JSON"):
+    with pytest.raises(DataError, match="not readable JSON"):
         read_foreign_weights(tmp_path)
     index.write_text("[]")
     with pytest.raises(DataError, match="not a mapping"):
@@ -259,8 +262,8 @@ def test_autoencoder_file(tmp_path, kind, side):
     peer = hf_vitmae_peer(config)
     if kind == "official":
         official_checkpoint(tmp_path / "a.pth", config, mask_ratio=0.5, norm_pix_loss=False)
-        said = {"num_heads": 4, "decoder_num_heads": 2, **HALF}
-        found, weights, report = import_autoencoder(tmp_path / "a.pth", **said)
+        stated = {"num_heads": 4, "decoder_num_heads": 2, **HALF}
+        found, weights, report = import_autoencoder(tmp_path / "a.pth", **stated)
         assert report.left_out == ("args", "epoch", "optimizer")
         assert report.assumed == ("layer_norm_eps=1e-06",)
     else:
@@ -284,7 +287,7 @@ def test_autoencoder_file(tmp_path, kind, side):
 
 @pytest.mark.parametrize("image_size", [(224, 224), (96, 160)], ids=["224", "96 x 160"])
 @torch.no_grad()
-def test_hugging_face_folder_says_what_shapes_do_not(tmp_path, image_size):
+def test_a_hugging_face_folder_states_what_shapes_do_not(tmp_path, image_size):
     config = encoder_config(image_size=image_size, positions="learned", layer_norm_eps=1e-12, num_heads=2, **HALF)
     peer = hf_vit_peer(config, kind="ViTForImageClassification")
     peer.save_pretrained(tmp_path)
@@ -299,8 +302,8 @@ def test_hugging_face_folder_says_what_shapes_do_not(tmp_path, image_size):
 
 @pytest.mark.parametrize("side", [224, 96])
 @torch.no_grad()
-def test_timm_folder_says_what_shapes_do_not(tmp_path, side):
-    config = encoder_config(side, positions="learned", **HALF)  # timm's augreg models want 0.5, and say so
+def test_a_timm_folder_states_what_shapes_do_not(tmp_path, side):
+    config = encoder_config(side, positions="learned", **HALF)  # timm's augreg models expect 0.5, and state it
     peer = timm_peer(config, positions="trained", num_classes=3)
     timm.models.save_for_hf(peer, tmp_path, safe_serialization=True)
     found, weights, report = import_encoder(tmp_path)
@@ -325,25 +328,25 @@ def test_wrong_sizes_and_unusable_configs_name_the_file(tmp_path):
     hf_vit_peer(config).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=rf"^{tmp_path}: .*should be \[1, 10, D\] for image_size=\(48, 48\)"):
         import_encoder(tmp_path, image_size=(48, 48))
-    said = json.loads((tmp_path / "config.json").read_text())
+    stated = json.loads((tmp_path / "config.json").read_text())
     for change, error, text in (
         ({"hidden_act": "quick_gelu"}, ConfigError, "hidden_act='quick_gelu'"),
         ({"num_attention_heads": "many"}, DataError, "num_heads"),
         ({"image_size": [1, 2, 3]}, DataError, "image_size"),
     ):
-        (tmp_path / "config.json").write_text(json.dumps({**said, **change}))
+        (tmp_path / "config.json").write_text(json.dumps({**stated, **change}))
         with pytest.raises(error, match=rf"^{tmp_path}: .*{text}"):
             import_encoder(tmp_path)
-    del said["layer_norm_eps"], said["num_attention_heads"]
-    (tmp_path / "config.json").write_text(json.dumps(said))
-    with pytest.raises(ConfigError, match="num_heads=12"):  # what transformers would take
+    del stated["layer_norm_eps"], stated["num_attention_heads"]
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    with pytest.raises(ConfigError, match="num_heads=12"):  # transformers' default
         import_encoder(tmp_path)
     assert import_encoder(tmp_path, num_heads=4).config.layer_norm_eps == 1e-12
     timm.models.save_for_hf(timm_peer(encoder_config(), positions="fixed"), tmp_path / "timm", safe_serialization=True)
-    said = json.loads((tmp_path / "timm/config.json").read_text())
-    said["architecture"] = "vit_base_patch16_clip_quickgelu_224"
-    (tmp_path / "timm/config.json").write_text(json.dumps(said))
-    with pytest.raises(ConfigError, match="another activation"):
+    stated = json.loads((tmp_path / "timm/config.json").read_text())
+    stated["architecture"] = "vit_base_patch16_clip_quickgelu_224"
+    (tmp_path / "timm/config.json").write_text(json.dumps(stated))
+    with pytest.raises(ConfigError, match="uses another activation"):
         import_encoder(tmp_path / "timm")
 
 
@@ -371,7 +374,7 @@ def test_exported_encoder(tmp_path, case, to):
     if to == "timm":
         peer = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
         torch.testing.assert_close(peer.forward_features(pixels), tokens, **TOLERANCE)
-        torch.testing.assert_close(peer(pixels), tokens[:, 0], **TOLERANCE)  # the feature that timm users get
+        torch.testing.assert_close(peer(pixels), tokens[:, 0], **TOLERANCE)  # the feature that timm's users get
         data = timm.data.resolve_model_data_config(peer)
         assert data["input_size"] == (config.in_channels, *config.image_size)
         assert (tuple(data["mean"]), tuple(data["std"])) == (config.pixel_mean, config.pixel_std)
@@ -379,7 +382,7 @@ def test_exported_encoder(tmp_path, case, to):
         peer, info = transformers.ViTModel.from_pretrained(tmp_path, add_pooling_layer=False, output_loading_info=True)
         assert not any(info.values()), info
         torch.testing.assert_close(peer.eval()(pixels).last_hidden_state, tokens, **TOLERANCE)
-        # the very names that transformers itself writes, and the mark that its version 4 asks for
+        # the same names as transformers writes, and the metadata that its version 4 requires
         transformers.ViTModel(peer.config, add_pooling_layer=False).save_pretrained(tmp_path / "theirs")
         with (
             safe_open(tmp_path / "model.safetensors", "pt") as ours,
@@ -465,7 +468,7 @@ def test_named_sizes_have_their_names_in_timm():
     assert timm_model(base(image_size=(384, 384))) == ("vit_base_patch16_224", {"img_size": [384, 384]})
 
 
-def test_what_another_program_cannot_hold_is_not_written(tmp_path):
+def test_what_another_program_cannot_represent_is_not_written(tmp_path):
     store = FileStore(tmp_path / "out")
     config = encoder_config()
     weights = random_weights(config)
@@ -478,7 +481,7 @@ def test_what_another_program_cannot_hold_is_not_written(tmp_path):
         with pytest.raises(ConfigError, match=text):
             export_encoder(store, weights, replace(config, **change), to=to)
     rectangle = mae_config(encoder=encoder_config(image_size=(32, 64)))
-    with pytest.raises(ConfigError, match="square images alone"):
+    with pytest.raises(ConfigError, match="only square images"):
         export_autoencoder(store, random_weights(rectangle), rectangle, to="huggingface")
     with pytest.raises(ConfigError, match="to='timm' is unknown"):
         export_autoencoder(store, {}, rectangle, to="timm")
@@ -488,12 +491,12 @@ def test_what_another_program_cannot_hold_is_not_written(tmp_path):
 def test_our_own_folder_takes_no_overrides_and_is_checked(tmp_path):
     config = encoder_config()
     export_encoder(FileStore(tmp_path), random_weights(config), config, to="safetensors")
-    with pytest.raises(ConfigError, match="says num_heads itself"):
+    with pytest.raises(ConfigError, match="sets num_heads itself"):
         import_encoder(tmp_path, num_heads=2)
-    said = json.loads((tmp_path / "config.json").read_text())
+    stated = json.loads((tmp_path / "config.json").read_text())
     for content, text in (
-        ({"encoder": {**said["encoder"], "colour": 1}}, "describes no encoder"),
-        ({"encoder": {**said["encoder"], "num_heads": 5}}, "num_heads=5"),
+        ({"encoder": {**stated["encoder"], "colour": 1}}, "does not describe an encoder"),
+        ({"encoder": {**stated["encoder"], "num_heads": 5}}, "num_heads=5"),
         ({}, "'encoder'"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(content))
