@@ -1,11 +1,11 @@
-"""A real S3 server on loopback for tests and for trying things: OpenStack Swift with atomic create-once.
+"""A real S3 server on loopback for tests and experiments: OpenStack Swift with atomic create-once.
 
-Command: make local-s3        or   python -m infra.local.s3 --dir .mae/s3 [--port N]      (Ctrl-C ends it; the data stay)
-Prints the endpoint and the variables to export; the secret is made anew at each start and is written nowhere.
+Command: make local-s3        or   python -m infra.local.s3 --dir .mae/s3 [--port N]      (Ctrl-C stops it; the data stay)
+It prints the endpoint and the variables to export. The secret key is new at each start and is never written to disk.
 
-Unlike a mock it checks signatures, keeps its data through `kill -9`, and refuses what a real store refuses. A test store: one
-copy, one disk, one process a server; about 180 MiB of memory, 2 to 5 s to start. Needs Linux and the package `swift`
-(the extra `local-infra`, part of `dev`).
+Unlike a mock, it checks signatures, keeps its data through `kill -9`, and refuses what a real store refuses. It is a test
+store: one copy, one disk, one process per server; about 180 MiB of memory, 2 to 5 s to start. Needs Linux and the package
+`swift` (the extra `local-infra`, part of `dev`).
 """
 
 import argparse
@@ -32,25 +32,25 @@ _START_S, _STOP_S = 90, 20
 
 
 class S3Server:
-    """A server over a folder; it can be stopped, killed and started again on the same port, with the same data and secret."""
+    """A server over a folder, which can be stopped, killed and restarted with the same port, data and secret."""
 
     def __init__(self, directory: Path, *, port: int | None = None, atomic: bool = True) -> None:
-        """Starts nothing yet. `atomic=False`: Swift as it comes, where simultaneous creates of a key may all succeed."""
+        """Start nothing yet. `atomic=False` gives plain Swift, where simultaneous creates of a key may all succeed."""
         self.directory = directory
         self.port = port or free_port()
         self.secret_key = secrets.token_urlsafe(32)
         self.atomic = atomic
         self._process: subprocess.Popen[bytes] | None = None
         self.pids: dict[str, int] = {}
-        """Of its four servers, by role: proxy, object, container, account."""
+        """Process ids of the four servers by role: proxy, object, container, account."""
 
     @property
     def endpoint(self) -> str:
-        """`http://127.0.0.1:PORT`."""
+        """The address, `http://127.0.0.1:PORT`."""
         return f"http://{HOST}:{self.port}"
 
     def environment(self) -> dict[str, str]:
-        """AWS's standard variables for this server."""
+        """Return AWS's standard environment variables for this server."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": ACCESS_KEY,
@@ -59,7 +59,7 @@ class S3Server:
         }
 
     def start(self) -> None:
-        """Returns when requests are answered; RuntimeError with the server's words when it does not come up."""
+        """Start the server and wait until it answers requests; raise RuntimeError with its output if it does not come up."""
         self.directory.mkdir(parents=True, exist_ok=True)
         call = [
             sys.executable,
@@ -79,19 +79,21 @@ class S3Server:
                 call,
                 cwd=ROOT,
                 env=os.environ | {SECRET_VARIABLE: self.secret_key},
-                stdin=subprocess.PIPE,  # it ends with this process
+                stdin=subprocess.PIPE,  # closes with this process, which ends the server
                 stdout=subprocess.PIPE,
                 stderr=stderr,
-                start_new_session=True,  # Ctrl-C reaches the servers through this process, in order
+                start_new_session=True,  # so that Ctrl-C reaches the servers only through this process, in order
             )
         line = _first_line(self._process, within_s=_START_S)
         if not line:
             self.stop()
-            raise RuntimeError(f"the local S3 server did not start: {errors.read_text().strip() or 'no answer'}")
+            raise RuntimeError(
+                f"the local S3 server did not start: {errors.read_text().strip() or f'no answer within {_START_S} s'}"
+            )
         self.pids = json.loads(line)
 
     def stop(self) -> None:
-        """Ends every process of the server; fine when none runs."""
+        """Stop every process of the server, if it is running."""
         if self._process is None:
             return
         self._process.terminate()
@@ -99,14 +101,14 @@ class S3Server:
             self._process.wait(_STOP_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
+            self._process.wait(_STOP_S)
         self._reap()
 
     def kill(self) -> None:
-        """`kill -9` of all its processes at once, as a machine that loses its power."""
+        """Kill all processes at once with SIGKILL, like a machine that loses power."""
         if self._process is not None:
             self._process.send_signal(signal.SIGKILL)  # the kernel sends the same to its four servers
-            self._process.wait()
+            self._process.wait(_STOP_S)
             self._reap()
 
     def _reap(self) -> None:
@@ -114,14 +116,17 @@ class S3Server:
             if pipe is not None:
                 pipe.close()
         ends = time.monotonic() + _STOP_S
-        while any(map(_runs, self.pids.values())) and time.monotonic() < ends:
+        while left := {role: pid for role, pid in self.pids.items() if _runs(pid)}:
+            if time.monotonic() > ends:
+                print(f"the local S3 server's processes {left} did not end within {_STOP_S} s", file=sys.stderr)
+                break
             time.sleep(0.01)
         self._process, self.pids = None, {}
 
 
 @contextlib.contextmanager
 def serving(directory: Path, *, port: int | None = None, atomic: bool = True) -> Iterator[S3Server]:
-    """A running server; it is ended at the end, killed or not."""
+    """Run a server and stop it at the end, even if it was killed meanwhile."""
     server = S3Server(directory, port=port, atomic=atomic)
     try:
         server.start()
@@ -131,28 +136,30 @@ def serving(directory: Path, *, port: int | None = None, atomic: bool = True) ->
 
 
 def free_port() -> int:
-    """A free port of loopback that the kernel gives to no outgoing connection.
+    """Return a free loopback port outside the kernel's range for outgoing connections.
 
-    One of those could be taken while a killed server is down, or a client could even connect to itself.
+    A port in that range could be taken while a killed server is down, or a client could even connect to itself.
+    Errors: RuntimeError if no port is free.
     """
     first_dynamic = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     low, high = (10_000, first_dynamic) if first_dynamic > 11_000 else (1024, 65_536)
-    while True:
+    for _ in range(1000):
         port = random.SystemRandom().randrange(low, high)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind((HOST, port))
             return port
+    raise RuntimeError(f"no free port found between {low} and {high - 1} on {HOST}: give one with --port")
 
 
 def _first_line(process: subprocess.Popen[bytes], *, within_s: float) -> bytes:
-    """What a process says first; empty when it ends or keeps silent."""
+    """Return a process's first line of output, or nothing if it ends or stays silent."""
     assert process.stdout is not None  # noqa: S101 - a pipe was asked for
     ready, _, _ = select.select([process.stdout], [], [], within_s)
     return process.stdout.readline() if ready else b""
 
 
 def _runs(pid: int) -> bool:
-    """Whether it does; a zombie, which only waits for its parent to look, does not."""
+    """Return whether a process is running; a zombie is not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in {"Z", "X"}
     except (FileNotFoundError, ProcessLookupError):
@@ -160,17 +167,17 @@ def _runs(pid: int) -> bool:
 
 
 def main() -> int:
-    """Serves until Ctrl-C or SIGTERM."""
+    """Serve until Ctrl-C or SIGTERM."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dir", type=Path, default=Path(".mae/s3"), help="where the data lie (.mae/s3)")
-    parser.add_argument("--port", type=int, help="a free one is taken when left out")
-    parser.add_argument("--bucket", default="mae", help="a bucket to have there (mae)")
+    parser.add_argument("--dir", type=Path, default=Path(".mae/s3"), help="where to keep the data (default: .mae/s3)")
+    parser.add_argument("--port", type=int, help="port to listen on (default: a free one)")
+    parser.add_argument("--bucket", default="mae", help="bucket to create (default: mae)")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with serving(arguments.dir.absolute(), port=arguments.port) as server:
             _make_bucket(server, arguments.bucket)
-            print(f"# S3 on {server.endpoint}, data in {arguments.dir}; Ctrl-C ends it. In another terminal:")
+            print(f"# S3 on {server.endpoint}, data in {arguments.dir}; stop it with Ctrl-C. In another terminal:")
             for name, value in server.environment().items():
                 print(f"export {name}={shlex.quote(value)}")
             print(f"mae run my.yaml --set store=s3://{arguments.bucket}/runs", flush=True)

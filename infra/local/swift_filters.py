@@ -1,7 +1,7 @@
-"""What our Swift has beside Swift's own parts: atomic create-once, a cache in the process, its key, its log.
+"""Our additions to Swift: atomic create-once, an in-process cache, authentication and logging.
 
-Swift loads these by name from its configuration (`paste.filter_factory`, `log_custom_handlers`). Everything here lives in ONE
-proxy process: with more of them neither the locks nor the cache would hold.
+Swift loads them by name from its configuration (`paste.filter_factory`, `log_custom_handlers`). The locks and the cache live
+in memory, so there must be exactly ONE proxy process.
 """
 
 import logging
@@ -12,18 +12,18 @@ from typing import Any
 
 SECRET_VARIABLE = "MAE_LOCAL_S3_SECRET"  # noqa: S105 - the name of a variable
 ACCESS_KEY = "local:mae"
-"""ACCOUNT:USER, the form Swift wants."""
+"""ACCOUNT:USER, the form that Swift requires."""
 GUEST_KEY = "local:guest"
-"""The same secret, and no right to anything: for seeing what `access denied` looks like."""
+"""A user with the same secret and no permissions, for tests of `access denied`."""
 _CACHED_KEYS = 10_000
 
 App = Callable[[dict[str, Any], Any], Iterable[bytes]]
 
 
 def create_once(global_conf: Mapping[str, str], **local_conf: str) -> Callable[[App], App]:
-    """Writes with `If-None-Match: *` go one at a time for a key, which makes them atomic, as on AWS.
+    """Serialise the writes with `If-None-Match: *` of each key, which makes them atomic, as on AWS.
 
-    Swift looks for the old object when a PUT begins, so of two that overlap both may be told 200.
+    Plain Swift looks for an existing object when a PUT begins, so two overlapping PUTs may both get 200.
     """
     from eventlet.semaphore import Semaphore
 
@@ -37,7 +37,7 @@ def create_once(global_conf: Mapping[str, str], **local_conf: str) -> Callable[[
             del locks[path], users[path]
 
     def drained(body: Iterable[bytes], path: str) -> Iterator[bytes]:
-        try:  # the completion of a multipart upload works while its answer is sent
+        try:  # Swift completes a multipart upload while it sends the answer, so the lock lasts until then
             yield from body
         finally:
             try:
@@ -65,13 +65,13 @@ def create_once(global_conf: Mapping[str, str], **local_conf: str) -> Callable[[
 
 
 class LocalCache:
-    """What Swift keeps in memcached, in a dict. Without it every request asks the account and the container server first."""
+    """A dict in place of Swift's memcached. Without a cache, every request would first ask the account and container servers."""
 
     def __init__(self) -> None:
         self._entries: dict[str, tuple[float, Any]] = {}
 
     def get(self, key: str, raise_on_error: bool = False) -> Any:  # noqa: FBT001, FBT002 - memcached's signature
-        """The value, or None when there is none or it has run out."""
+        """Return the value, or None if it is absent or has expired."""
         ends, value = self._entries.get(key, (0.0, None))
         if ends and ends < time.time():
             self._entries.pop(key, None)
@@ -79,38 +79,38 @@ class LocalCache:
         return value
 
     def set(self, key: str, value: Any, **options: Any) -> None:
-        """Keeps the value for `time` seconds; 0: until the cache is full."""
+        """Store the value for `time` seconds, or until the cache is full if that is 0."""
         if len(self._entries) > _CACHED_KEYS:
             self._entries.clear()
         seconds = options.get("time") or 0
         self._entries[key] = (time.time() + seconds if seconds else 0.0, value)
 
     def incr(self, key: str, delta: int = 1, **options: Any) -> int:
-        """Adds, never below 0; the new value."""
+        """Add to a counter, but never below 0; return the new value."""
         value = max(0, int(self.get(key) or 0) + int(delta))
         self.set(key, value, **options)
         return value
 
     def decr(self, key: str, delta: int = 1, **options: Any) -> int:
-        """Subtracts, never below 0; the new value."""
+        """Subtract from a counter, but never below 0; return the new value."""
         return self.incr(key, -int(delta), **options)
 
     def delete(self, key: str, **options: Any) -> None:
-        """Forgets; absent is fine."""
+        """Delete the value, if there is one."""
         self._entries.pop(key, None)
 
     def set_multi(self, mapping: Mapping[str, Any], server_key: str, **options: Any) -> None:
-        """`set` for each."""
+        """Store each value."""
         for key, value in mapping.items():
             self.set(key, value, **options)
 
     def get_multi(self, keys: Iterable[str], server_key: str, **options: Any) -> list[Any]:
-        """`get` for each, in order."""
+        """Return the values of the keys, in order."""
         return [self.get(key) for key in keys]
 
 
 def local_cache(global_conf: Mapping[str, str], **local_conf: str) -> Callable[[App], App]:
-    """Hands each request the process's LocalCache."""
+    """Give each request the process's LocalCache."""
     cache = LocalCache()
 
     def around(app: App) -> App:
@@ -124,14 +124,14 @@ def local_cache(global_conf: Mapping[str, str], **local_conf: str) -> Callable[[
 
 
 def two_users(global_conf: Mapping[str, str], **local_conf: str) -> Callable[[App], App]:
-    """Swift's own check of keys, for ACCESS_KEY and GUEST_KEY; their secret comes from the environment, not from a file."""
+    """Set up Swift's own authentication for ACCESS_KEY and GUEST_KEY, with the secret from the environment, not from a file."""
     from swift.common.middleware import tempauth
 
     secret = os.environ[SECRET_VARIABLE]
     users = {ACCESS_KEY: f"{secret} .admin", GUEST_KEY: secret}
     options = {"user_" + name.replace(":", "_"): value for name, value in users.items()}
-    made: Callable[[App], App] = tempauth.filter_factory(global_conf, **local_conf, **options)
-    return made
+    auth_filter: Callable[[App], App] = tempauth.filter_factory(global_conf, **local_conf, **options)
+    return auth_filter
 
 
 def log_to_file(
@@ -143,7 +143,7 @@ def log_to_file(
     logger: logging.Logger,
     adapted_logger: Any,
 ) -> None:
-    """Replaces the machine's syslog, where tests have no business, by `log_file` of the configuration."""
+    """Log to `log_file` of the configuration instead of the machine's syslog, which is none of a test's business."""
     handler = logging.FileHandler(conf["log_file"])
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     for other in list(logger.handlers):

@@ -1,14 +1,14 @@
-"""OpenStack Swift with its S3 interface on loopback: one copy, one disk, four servers under this process.
+"""OpenStack Swift with its S3 interface on loopback: one copy, one disk, four servers supervised by this process.
 
-`infra.local.s3` starts this module; it prints one line of JSON when requests are answered. SIGTERM, SIGINT or the end of its
-standard input, a pipe from whoever started it, ends all five processes; SIGKILL to this one takes the four with it
-(PR_SET_PDEATHSIG). The data in `directory` survive any of them.
+`infra.local.s3` starts this module, which prints one line of JSON once it answers requests. SIGTERM, SIGINT or the end of its
+standard input (a pipe from its parent) ends all five processes; a SIGKILL takes the four servers along (PR_SET_PDEATHSIG).
+The data in `directory` survive all of these.
 
-    directory/swift/   configuration and rings, written anew at each start: the inner ports are free ones
+    directory/swift/   configuration and rings, rewritten at each start because the servers' ports change
     directory/disk/    the objects; the file system needs user xattrs (ext4, xfs, btrfs, overlay, tmpfs since Linux 6.6)
-    directory/log/     a file a server
+    directory/log/     one file per server
 
-Source: Swift's "SAIO" (all in one) configuration, for one process a server.
+Source: Swift's "SAIO" (all in one) configuration, with one process per server.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from typing import Any
 HOST = "127.0.0.1"
 REGION = "us-east-1"
 BACKENDS = ("object", "container", "account")
-_START_S, _STOP_S, _LOCK_S = 60, 10, 3
+_START_S, _STOP_S, _LOCK_S, _REPAIR_S = 60, 10, 3, 60
 _PR_SET_PDEATHSIG = 1
 _DEVICE = "d0"
 
@@ -52,7 +52,7 @@ recon_cache_path = {directory}/log
 client_timeout = 60
 conn_timeout = 2
 """
-# The listing must know of a PUT before it is answered: Swift's own patience is 1 s, and then it does so later.
+# A PUT must be in the listing before it is answered: by default Swift waits only 1 s for that, then updates it later.
 _BACKEND = """
 [pipeline:main]
 pipeline = {role}-server
@@ -96,22 +96,22 @@ allow_object_versioning = true
 """
 _FILTERS = ("catch_errors", "gatekeeper", "local_cache", "listing_formats", "create_once", "bulk", "s3api", "two_users")
 _LATER_FILTERS = ("copy", "slo", "dlo", "versioned_writes", "symlink")
-_AS_SWIFT_HAS_THEM = ("catch_errors", "gatekeeper", "listing_formats", "bulk", "copy", "dlo", "symlink")
+_UNCHANGED_FILTERS = ("catch_errors", "gatekeeper", "listing_formats", "bulk", "copy", "dlo", "symlink")
 
 
 def configuration(role: str, directory: Path, port: int, *, user: str, atomic: bool = True) -> str:
-    """The text of a server's configuration. `atomic=False` leaves the create-once filter out: Swift as it comes."""
+    """Return the text of a server's configuration; `atomic=False` leaves out the create-once filter, as in plain Swift."""
     head = _DEFAULTS.format(host=HOST, port=port, user=user, directory=directory, role=role)
     if role != "proxy":
         return head + _BACKEND.format(role=role)
     filters = [name for name in _FILTERS if atomic or name != "create_once"]
     pipeline = " ".join([*filters, *_LATER_FILTERS, "proxy-server"])
-    plain = "".join(f"[filter:{name}]\nuse = egg:swift#{name}\n" for name in _AS_SWIFT_HAS_THEM)
+    plain = "".join(f"[filter:{name}]\nuse = egg:swift#{name}\n" for name in _UNCHANGED_FILTERS)
     return head + _PROXY.format(pipeline=pipeline, region=REGION) + plain
 
 
 def listing_update(metadata: Mapping[str, str], *, deleted: bool) -> dict[str, Any]:
-    """What Swift's updater sends to the listing of a bucket, from what lies beside an object on disk."""
+    """Return what Swift's updater sends to a bucket's listing, given the metadata of an object on disk."""
     account, container, name = metadata["name"].lstrip("/").split("/", 2)
     headers = {"X-Timestamp": metadata["X-Timestamp"], "X-Backend-Storage-Policy-Index": "0"}
     if not deleted:
@@ -126,7 +126,7 @@ def listing_update(metadata: Mapping[str, str], *, deleted: bool) -> dict[str, A
 
 
 def main() -> int:
-    """Starts the four servers, says so, and waits for a signal or for one of them to end."""
+    """Start the four servers, report them, and wait for a signal or for one of them to end."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, required=True)
     parser.add_argument("--port", type=int, required=True)
@@ -144,9 +144,9 @@ class _Servers:
     def run(self) -> int:
         for name in ("swift", "disk/" + _DEVICE, "log"):
             (self.directory / name).mkdir(parents=True, exist_ok=True)
-        # The servers inherit the lock: nobody starts on these data before the last of them is gone.
+        # the servers inherit the lock, so that nobody can start on these data before the last of them is gone
         lock = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT)
-        _take(lock, self.directory)
+        _acquire(lock, self.directory)
         _check_port(self.port)
         _check_xattrs(self.directory / "disk")
         ports = self._configure()
@@ -160,7 +160,7 @@ class _Servers:
             self._wait()
             return 1
         running = self.directory / "swift" / "running"
-        if running.exists():  # the servers were killed
+        if running.exists():  # the servers were killed last time
             self._repair_listings(since=running.stat().st_mtime)
         running.touch()
         print(json.dumps({role: pid for pid, role in self.pids.items()}), flush=True)
@@ -170,19 +170,19 @@ class _Servers:
         return status
 
     def _configure(self) -> dict[str, int]:
-        """Writes configuration and rings; the ports by role."""
+        """Write the configuration and rings; return the ports by role."""
         etc = self.directory / "swift"
-        if not (etc / "swift.conf").exists():  # the suffix is part of every path on the disk: it never changes
+        if not (etc / "swift.conf").exists():  # the suffix is part of every path on the disk, so it must never change
             (etc / "swift.conf").write_text(f"[swift-hash]\nswift_hash_path_suffix = {uuid.uuid4().hex}\n")
         ports = dict(zip(BACKENDS, _free_ports(len(BACKENDS)), strict=True))
-        _use(etc)
+        _point_swift_at(etc)
         from swift.common.ring import RingBuilder
 
         for role, port in ports.items():
             builder = RingBuilder(8, 1, 0)
-            place = {"region": 1, "zone": 1, "device": _DEVICE, "weight": 1.0, "meta": ""}
+            device = {"region": 1, "zone": 1, "device": _DEVICE, "weight": 1.0, "meta": ""}
             address = {"ip": HOST, "port": port, "replication_ip": HOST, "replication_port": port}
-            builder.add_dev(place | address)
+            builder.add_dev(device | address)
             builder.rebalance()
             builder.get_ring().save(str(etc / f"{role}.ring.gz"))
         ports["proxy"] = self.port
@@ -193,7 +193,7 @@ class _Servers:
         return ports
 
     def _start(self, role: str) -> None:
-        parent = os.getpid()  # the signal comes when the thread that forked ends: this process has only one
+        parent = os.getpid()  # PR_SET_PDEATHSIG fires when the forking thread ends; this process has only one
         pid = os.fork()
         if pid:
             self.pids[pid] = role
@@ -202,9 +202,8 @@ class _Servers:
         try:
             _die_with(parent)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.signal(
-                signal.SIGINT, signal.SIG_IGN
-            )  # a terminal's Ctrl-C goes to every process: the parent acts on it
+            # a terminal sends Ctrl-C to every process, but only the parent acts on it
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             from swift.common.wsgi import run_wsgi
 
             status = run_wsgi(str(self.directory / "swift" / f"{role}.conf"), f"{role}-server")
@@ -220,14 +219,14 @@ class _Servers:
             except OSError:
                 dead = next((pid for pid in self.pids if _has_ended(pid)), None)
                 if dead is not None or time.monotonic() > ends:
-                    why = f"the {self.pids[dead]} server ended" if dead else f"it does not answer after {_START_S} s"
-                    print(f"{role} on port {port}: {why}; see {self.directory}/log", file=sys.stderr, flush=True)
+                    reason = f"the {self.pids[dead]} server ended" if dead else f"no answer within {_START_S} s"
+                    print(f"{role} on port {port}: {reason}; see {self.directory}/log", file=sys.stderr, flush=True)
                     self._stop()
                     return
                 time.sleep(0.02)
 
     def _wait(self) -> int:
-        """Until every server has ended; 0 if that was asked for."""
+        """Wait until every server has ended; return 0 if that was asked for."""
         status, kill_at = 0, None
         while self.pids:
             pid, _ = os.waitpid(-1, os.WNOHANG)
@@ -252,21 +251,26 @@ class _Servers:
         self._signal(signal.SIGTERM)
 
     def _signal(self, number: signal.Signals) -> None:
-        for pid in self.pids:  # not reaped yet, so the ids are still theirs
+        for pid in self.pids:  # not reaped yet, so the ids are still theirs alone
             os.kill(pid, number)
 
     def _repair_listings(self, *, since: float) -> None:
-        """Tells the listings what a kill between the object and its listing kept from them, so that LIST agrees with GET."""
+        """Add to the listings what a kill between object and listing left out, so that LIST agrees with GET."""
         pid = os.fork()
         if not pid:
             status = 1
             try:
+                signal.alarm(_REPAIR_S)  # SIGALRM ends this child, so the parent cannot wait for ever
                 _update_listings(self.directory, since=since - 1)
                 status = 0
             finally:
                 os._exit(status)
         if os.waitpid(pid, 0)[1]:
-            print(f"the listings could not be repaired; see {self.directory}/log", file=sys.stderr, flush=True)
+            print(
+                f"the listings could not be repaired (limit {_REPAIR_S} s); see {self.directory}/log",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _update_listings(directory: Path, *, since: float) -> None:
@@ -287,41 +291,43 @@ def _update_listings(directory: Path, *, since: float) -> None:
     run_daemon(ObjectUpdater, str(directory / "swift" / "object.conf"), once=True)
 
 
-def _use(etc: Path) -> None:
-    """Points Swift at our swift.conf instead of /etc/swift."""
+def _point_swift_at(etc: Path) -> None:
+    """Make Swift read our swift.conf instead of /etc/swift."""
     from swift.common import constraints, utils
 
     utils.set_swift_dir(str(etc))
     constraints.reload_constraints()
 
 
-def _take(lock: int, directory: Path) -> None:
-    ends = time.monotonic() + _LOCK_S  # servers that were just killed take a moment to go
+def _acquire(lock: int, directory: Path) -> None:
+    ends = time.monotonic() + _LOCK_S  # servers that were just killed take a moment to exit
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
             if time.monotonic() > ends:
-                sys.exit(f"{directory} is in use by another server: end that one, or give another --dir")
+                sys.exit(f"{directory} is in use by another server: stop that one, or give another --dir")
             time.sleep(0.05)
 
 
 def _check_port(port: int) -> None:
-    """Swift would share a port with another server of this user (SO_REUSEPORT), and each would get some of the requests."""
+    """Exit if the port is in use: with SO_REUSEPORT, Swift would share it, and each server would get some of the requests."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            sys.exit(f"port {port} cannot be had ({error.strerror}): give another --port, or none")
+            sys.exit(f"port {port} is not available ({error.strerror}): give another --port, or none")
 
 
 def _check_xattrs(folder: Path) -> None:
     try:
         os.setxattr(folder, "user.mae", b"1")
     except OSError as error:
-        sys.exit(f"{folder}: this file system keeps no user xattrs ({error.strerror}): give a --dir on another one")
+        sys.exit(
+            f"{folder}: this file system does not support user xattrs ({error.strerror}): give a --dir on another one"
+        )
 
 
 def _free_ports(count: int) -> list[int]:
@@ -343,13 +349,13 @@ def _has_ended(pid: int) -> bool:
 
 
 def _has_ended_input() -> bool:
-    """Whether whoever started this process has ended, or closed the pipe."""
+    """Return whether the parent has ended or closed the pipe."""
     return bool(select.select([sys.stdin], [], [], 0)[0]) and not os.read(sys.stdin.fileno(), 1)
 
 
 def _die_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
-    if os.getppid() != parent:  # it died before the call
+    if os.getppid() != parent:  # the parent died before the call
         os._exit(1)
 
 
