@@ -43,8 +43,8 @@ def open_store(uri: str) -> Store:
 def probe(store: Store) -> None:
     """Check a store by writing, reading, deleting and creating one object under `.probe/`; raise StorageError if it is unfit.
 
-    The last check creates the same key from eight threads at once: exactly one of them may succeed. It is a race, so it
-    can miss a store that is only almost atomic."""
+    The last check creates the same key from eight threads at once: exactly one of them may succeed. It is a race,
+    so one probe can miss a store whose create is not atomic."""
     key, data = f".probe/{uuid.uuid4().hex}", b"mae"
     try:
         store.write(key, data)

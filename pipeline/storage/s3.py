@@ -160,9 +160,9 @@ class S3Store:
                 return
 
     def _get(self, name: str, **options: str) -> bytes:
-        return self._answer(name, **options)[0]
+        return self._get_object(name, **options)[0]
 
-    def _answer(self, name: str, **options: str) -> tuple[bytes, Mapping[str, str]]:
+    def _get_object(self, name: str, **options: str) -> tuple[bytes, Mapping[str, str]]:
         """Return an object's bytes and metadata. botocore retries the request, but not a body that breaks off."""
         for tries_left in reversed(range(_READ_TRIES)):
             answer = client().get_object(Bucket=self.bucket, Key=name, **options)
@@ -181,7 +181,7 @@ class S3Store:
     def _is_ours(self, name: str, mark: str, data: bytes) -> bool:
         """Return whether the object under this name is the one that this call of `create` sent."""
         try:
-            found, metadata = self._answer(name)
+            found, metadata = self._get_object(name)
         except ClientError as error:
             if status_of(error) == 404:  # created, and deleted since
                 return False

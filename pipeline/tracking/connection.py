@@ -52,7 +52,7 @@ def check_tracking(uri: str) -> None:
     database = sqlite_file(uri)
     if database:
         _check_writable(database)
-    with translate_errors(uri, "opening it"):
+    with translate_errors(uri, "connecting"):
         client_of(uri).search_experiments(max_results=1)
 
 

@@ -113,7 +113,7 @@ class Journal:
     def _begin(self, parts: list[str], points: Sequence[Point]) -> list[Point]:
         """Create the next part, one that belongs to this process alone.
 
-        Never waits: each turn of the loop passes over one part that another process has created."""
+        Never waits: each iteration skips a part that another process has created."""
         number = int(parts[-1].rpartition("-")[2].partition(".")[0]) if parts else 0
         while True:
             number += 1

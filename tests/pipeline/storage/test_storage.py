@@ -281,8 +281,8 @@ def test_a_permission_that_is_missing_is_named(swift_bucket, monkeypatch, a_file
     open_store(f"s3://{swift_bucket}").write("a", b"x")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", GUEST_KEY)
     wanted = {"write": "Put", "create": "Put", "upload": "Put", "delete": "Delete"}.get(act, "Get") + "Object"
-    words = "Grant s3:ListBucket on the bucket" if act == "list" else f"Grant s3:{wanted} on the object"
-    with pytest.raises(DeniedObject, match=rf"s3://{swift_bucket}: .*access denied.*{words}") as caught:
+    message = "Grant s3:ListBucket on the bucket" if act == "list" else f"Grant s3:{wanted} on the object"
+    with pytest.raises(DeniedObject, match=rf"s3://{swift_bucket}: .*access denied.*{message}") as caught:
         ACTS[act](open_store(f"s3://{swift_bucket}"), a_file)
     assert ("s3:ListBucket" in str(caught.value)) == (act == "list" or wanted == "GetObject")
 
@@ -292,7 +292,7 @@ TOKEN = "FwoGZXIvYXdzE-not-to-be-seen"
 
 
 @pytest.mark.parametrize(
-    ("variables", "words"),
+    ("variables", "message"),
     [
         ({"AWS_SECRET_ACCESS_KEY": SECRET}, r"credentials are refused \(SignatureDoesNotMatch\)"),
         ({"AWS_ACCESS_KEY_ID": "nobody:" + SECRET}, r"credentials are refused"),
@@ -301,7 +301,7 @@ TOKEN = "FwoGZXIvYXdzE-not-to-be-seen"
         ({"AWS_PROFILE": "nobody"}, "no usable AWS credentials.*nobody.*AWS_PROFILE"),
     ],
 )
-def test_refused_credentials_are_named_and_shown_nowhere(swift_bucket, monkeypatch, variables, words, caplog, a_file):
+def test_refused_credentials_are_named_and_shown_nowhere(swift_bucket, monkeypatch, variables, message, caplog, a_file):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
@@ -313,7 +313,7 @@ def test_refused_credentials_are_named_and_shown_nowhere(swift_bucket, monkeypat
         for secret in (SECRET, TOKEN, os.environ["AWS_SECRET_ACCESS_KEY"]):
             assert secret not in shown, name
         assert "\n" not in str(caught.value)
-    with pytest.raises(StorageError, match=words):
+    with pytest.raises(StorageError, match=message):
         open_store(f"s3://{swift_bucket}").read("a")
 
 
@@ -469,7 +469,7 @@ def test_an_overloaded_store_is_retried_then_named(proxy, proxied, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("act", "answer", "kind", "words"),
+    ("act", "answer", "kind", "message"),
     [
         ("read", Answer(403, "AccessDenied"), DeniedObject, "access denied.*s3:GetObject"),
         ("read", Answer(403, "InvalidAccessKeyId"), StorageError, "credentials are refused.*InvalidAccessKeyId"),
@@ -486,9 +486,9 @@ def test_an_overloaded_store_is_retried_then_named(proxy, proxied, monkeypatch):
         ),
     ],
 )
-def test_refusals_are_named(proxy, proxied, a_file, act, answer, kind, words):
+def test_refusals_are_named(proxy, proxied, a_file, act, answer, kind, message):
     proxy.answer(lambda request: True, answer, times=9)
-    with pytest.raises(StorageError, match=words) as caught:
+    with pytest.raises(StorageError, match=message) as caught:
         ACTS[act](proxied, a_file)
     assert type(caught.value) is kind
 
