@@ -13,27 +13,23 @@ S3_DIR ?= .mae/s3
 
 READY := .venv/.ready
 PY := .venv/bin/python
-# DeepSpeed looks for `ninja` on PATH, even for an op that is already compiled.
+# The tools of .venv come first on PATH, for what is started by name.
 RUN := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(READY)  ## build .venv with the pinned versions, and compile DeepSpeed's CPU op
+setup: $(READY)  ## build .venv with the pinned versions
 	@echo ".venv is ready: .venv/bin/mae --help"
 
-$(READY): pyproject.toml constraints.txt infra/prebuild_ops.py
+$(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "$(PYTHON) is missing or older than 3.11: install a newer one, then 'make setup PYTHON=python3.12'" >&2; exit 1; }
-	@command -v g++ >/dev/null || command -v c++ >/dev/null \
-	  || { echo "no C++ compiler, which DeepSpeed needs for its CPU op: apt-get install g++" >&2; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv .venv \
 	  || { rm -rf .venv; echo "$(PYTHON) cannot make a virtual environment: apt-get install python3-venv" >&2; exit 1; }
 	@test -e $@ && echo "bringing .venv up to date" \
-	  || echo "installing about 7 GB into .venv: 3 minutes where the network is quick"
+	  || echo "installing about 7 GB into .venv: 2 minutes where the network is quick"
 	@PIP_CONSTRAINT=constraints.txt $(PY) -m pip install -q -e '.[dev]'
-	@echo "compiling DeepSpeed's CPU op, where that is not done yet: up to 2 minutes"
-	@$(RUN) $(PY) infra/prebuild_ops.py
 	@touch $@
 
 demo: $(READY)  ## the whole pipeline on small real images, results in OUT=.demo (DEMO_ARGS=--quick: shorter)

@@ -11,11 +11,9 @@ Errors: ConfigError when DeepSpeed's effective settings are not the ones asked f
 import logging
 import math
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -261,17 +259,8 @@ def initial_state(module: nn.Module) -> Lookup:
     return lookup
 
 
-def prepare_environment() -> None:
-    """What DeepSpeed reads when it builds or loads its CPU operator: ninja on the path, and a build folder of this Python
-    environment's own. In torch's common one, two environments would rebuild it after each other (1.5 minutes each time)."""
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    if os.access(sys.prefix, os.W_OK):
-        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
-
-
 def _deepspeed() -> Any:
-    """DeepSpeed, told which accelerator there is."""
-    prepare_environment()
+    """DeepSpeed, told which accelerator there is, and to compile nothing."""
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on a launcher's word, also where there is none
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -279,4 +268,7 @@ def _deepspeed() -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # On a CPU the first process would compile a shared-memory all-reduce, for a minute and with a C++ compiler, while its peers
+    # wait. Only tensor-parallel inference calls it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

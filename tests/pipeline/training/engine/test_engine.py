@@ -20,7 +20,7 @@ from engine_kit import (
     train_mae,
 )
 from torch import nn
-from training_kit import SIDE, encoder_config
+from training_kit import SIDE, Team, encoder_config
 
 from mae_core.optim import layer_index, parameter_groups
 from mae_core.vit import Block
@@ -279,6 +279,16 @@ def test_layer_wise_decay_reaches_the_live_optimiser(teams, zero_stage, offload)
         expected = LR * DECAY ** (depth + 1 - layer_index(name, depth=depth))
         # a gradient of 1e-6 at least: Adam's eps of 1e-8 takes 1 % at most, and the layers lie 25 % apart
         assert move == pytest.approx(expected, rel=1e-2), name
+
+
+def test_training_compiles_nothing(tmp_path, monkeypatch):
+    """In a process of its own, since DeepSpeed compiles what it thinks it needs once a process, and takes what is there."""
+    built = tmp_path / "built"
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(built))
+    with closing(Team(1, tmp_path)) as team:
+        for case in (Case(1), Case(2, offload="optimizer"), Case(3, offload="optimizer")):
+            team.run(train_perceptron, case)
+    assert not built.exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
