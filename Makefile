@@ -22,14 +22,14 @@ help:  ## list the targets
 setup: $(READY)  ## build .venv with the pinned versions
 	@echo ".venv is ready: .venv/bin/mae --help"
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt infra/install.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "$(PYTHON) is missing or older than 3.11: install a newer one, then 'make setup PYTHON=python3.12'" >&2; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv .venv \
 	  || { rm -rf .venv; echo "$(PYTHON) cannot make a virtual environment: apt-get install python3-venv" >&2; exit 1; }
 	@test -e $@ && echo "bringing .venv up to date" \
-	  || echo "installing about 7 GB into .venv: 2 minutes where the network is quick"
-	@PIP_CONSTRAINT=constraints.txt $(PY) -m pip install -q -e '.[dev]'
+	  || echo "installing about 7 GB into .venv: about a minute where the network is quick"
+	@$(PY) infra/install.py -e '.[dev]'
 	@touch $@
 
 demo: $(READY)  ## the whole pipeline on small real images, results in OUT=.demo (DEMO_ARGS=--quick: shorter)
@@ -63,7 +63,7 @@ local-s3: $(READY)  ## a real S3 server on loopback over S3_DIR=.mae/s3; prints 
 
 constraints: $(READY)  ## write constraints.txt anew from what .venv holds
 	@{ sed -n '/^#/p' constraints.txt; \
-	   { $(PY) -m pip freeze --exclude-editable | grep -vE ' @ |^#|^(pip|setuptools|wheel)==' ; \
+	   { $(PY) -m pip freeze --exclude-editable | grep -vE ' @ |^#|^(pip|setuptools|uv|wheel)==' ; \
 	     grep '==.*  # ' constraints.txt; } | LC_ALL=C sort -f; } > constraints.txt.new
 	@mv constraints.txt.new constraints.txt
 	@echo "constraints.txt: $$(grep -c == constraints.txt) versions"
