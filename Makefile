@@ -3,7 +3,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-system lint bench ui local-s3 constraints
+.PHONY: help setup demo test test-system lint docs bench ui local-s3 constraints
 
 PYTHON ?= python3
 OUT ?= .demo
@@ -48,6 +48,12 @@ lint: $(READY)  ## ruff, mypy, and the import contracts of pyproject.toml
 	@$(RUN) ruff format --check
 	@$(RUN) mypy
 	@$(RUN) lint-imports --no-logo --cache-dir .mypy_cache/import-linter
+
+# Not --quiet: that hides the warnings which --strict counts. NO_MKDOCS_2_WARNING silences the theme's notice about its successor.
+docs: $(READY)  ## the documentation site in site/; a broken link fails
+	@$(PY) docs/images/architecture.py
+	@$(RUN) NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+	@echo "site/index.html; with the search: $(PY) -m http.server -d site --bind 127.0.0.1"
 
 bench: $(READY)  ## every benchmark in its quick shape
 	@set -e; found=; for file in benchmarks/[a-z]*.py; do \
