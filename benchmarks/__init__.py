@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benchmarks.NAME [--quick]` prints a table, then one JSON line. `_x.py` are helpers."""
+"""Benchmarks: `python -m benchmarks.NAME [--quick]` prints a table and, last, one JSON line. Files named `_*.py` are helpers."""

@@ -1,8 +1,7 @@
 """What the benchmarks of the data path share: photographs, real shards of them, and ratios.
 
-Units:  seconds; a ratio is theirs / ours, above 1 where ours is faster.
-Errors: SystemExit for a folder without usable JPEGs.
-Source: median and quartiles over turns."""
+Units:  seconds; a ratio is theirs / ours, above 1 where ours is faster; median and quartiles over turns.
+Errors: SystemExit for a folder without usable JPEGs."""
 
 import argparse
 from collections.abc import Iterator, Sequence
@@ -36,7 +35,7 @@ class Spread(NamedTuple):
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Of at least one value. Errors: none. Source: none."""
+    """Return the median and quartiles of at least one value."""
     if len(values) < 2:
         return Spread(values[0], values[0], values[0])
     low, _, high = quantiles(values, n=4, method="inclusive")
@@ -44,34 +43,34 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
-    """How many times longer theirs takes, within each turn. Errors: none. Source: none."""
+    """Return how many times longer theirs takes, within each turn."""
     return spread([b / a for a, b in zip(ours, theirs, strict=True)])
 
 
 def shown(value: Spread) -> str:
-    """For a table. Errors: none. Source: none."""
+    """Format a spread for a table: median (quartiles)."""
     return f"{value.median:.2f} ({value.low:.2f}-{value.high:.2f})"
 
 
 def parser(name: str, description: str) -> argparse.ArgumentParser:
-    """What these benchmarks are all asked. Errors: SystemExit for a wrong option. Source: none."""
+    """Return the command line that all these benchmarks share."""
     made = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
-    made.add_argument("--quick", action="store_true", help="a smaller shape: within 40 s on 2 cores")
-    made.add_argument("--images", type=Path, metavar="DIR", help="JPEGs; left out: made-up ones")
+    made.add_argument("--quick", action="store_true", help="a smaller run: within 40 s on 2 cores")
+    made.add_argument("--images", type=Path, metavar="DIR", help="JPEGs to use; default: generated ones")
     return made
 
 
-def chosen_photos(asked: argparse.Namespace, *, count: int) -> Photos:
-    """What --images names, or made-up ones. Errors: SystemExit for a folder without usable JPEGs. Source: none."""
+def chosen_photos(options: argparse.Namespace, *, count: int) -> Photos:
+    """Return the JPEGs in --images, or generated ones."""
     try:
-        return photos(asked.images, count=count)
+        return photos(options.images, count=count)
     except ConfigError as error:
         raise SystemExit(str(error)) from None
 
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """torch alone in its thread, as in a loader's worker. Errors: none. Source: none."""
+    """Limit torch to one thread, as in a worker of a loader."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -81,7 +80,7 @@ def one_torch_thread() -> Iterator[None]:
 
 
 def write_files(files: Sequence[bytes], folder: Path, *, copies: int = 1) -> Path:
-    """A file each in class folders, as ImageFolder and our snapshot read them. Errors: OSError. Source: none."""
+    """Write each image to a file, `copies` times, in class folders that ImageFolder and our snapshot can read."""
     for number in range(copies * len(files)):
         place = folder / f"class{number % _CLASSES}"
         place.mkdir(parents=True, exist_ok=True)
@@ -90,26 +89,26 @@ def write_files(files: Sequence[bytes], folder: Path, *, copies: int = 1) -> Pat
 
 
 class _Silent:
-    """Progress that nobody looks at."""
+    """Progress that is not shown."""
 
     def update(self, done: int, total: int, *, unit: str, **fields: float) -> None:
-        """See Progress."""
+        """Do nothing."""
 
 
 def attempt(root: Path, *, executor: Executor = "in_process") -> Attempt:
-    """Where a stage may write. Errors: none. Source: none."""
+    """Return an attempt that lets a stage write below `root`."""
     return Attempt(str(root), 1, "", "benchmark", "0" * 64, Resources(), executor, _Silent(), options=_OPTIONS)
 
 
 def listed(source: Path, root: Path) -> StageInput:
-    """The real snapshot of a folder, all of it `train`. Errors: those of the stage. Source: none."""
+    """Run the snapshot stage on a folder; all images are in `train`."""
     handed = attempt(root)
     result = snapshot(SnapshotConfig(source=str(source), test_share=0.0, seed=0), {}, handed)
     return StageInput(handed.root_uri, handed.generation, handed.fingerprint, result.facts)
 
 
 def dataset(source: Path, root: Path, *, shards: int) -> StageInput:
-    """Real shards of a folder, by the real stages, in this process. Errors: those of the stages. Source: none."""
+    """Run the snapshot and shard stages on a folder, in this process."""
     handed = attempt(root / "shards")
     config = ShardStageConfig(source=str(source), seed=0, shard_max_bytes=128 * 2**20, min_shards=shards)
     result = shard(config, {"snapshot": listed(source, root / "snapshot")}, handed)
@@ -117,6 +116,6 @@ def dataset(source: Path, root: Path, *, shards: int) -> StageInput:
 
 
 def sharded(source: Path, root: Path, *, shards: int) -> Manifest:
-    """The manifest of a `dataset`. Errors: those of the stages. Source: none."""
+    """Return the manifest of `dataset(...)`."""
     made = dataset(source, root, shards=shards)
     return Manifest.open(made.store, open_store(made.root_uri))

@@ -1,10 +1,10 @@
 """Masked autoencoders of other libraries with our weights: the same loss, computed their way.
 
 Shapes: pixels [B, C, H, W], noise [B, L] -> mean loss, a scalar.
-Errors: ImportError where the library is missing: ask `installed` first.
-Source: transformers' ViTMAEForPreTraining; for timm, which has blocks and no autoencoder, one in the manner of the public
-implementations (the order of arXiv 2111.06377, section 3): every patch through a convolution, shuffle and drop, append mask
-tokens, unshuffle, predict every patch, weigh the loss by the mask."""
+Errors: ImportError if the library is missing; check with `installed` first.
+Source: transformers' ViTMAEForPreTraining. timm has blocks but no autoencoder, so ours is assembled from its blocks the way public
+implementations do it (the order of arXiv 2111.06377, section 3): embed every patch with a convolution, shuffle and drop, append
+mask tokens, unshuffle, predict every patch, weight the loss by the mask."""
 
 import importlib.util
 from collections.abc import Callable, Mapping
@@ -18,18 +18,18 @@ from mae_core.patches import gather_patches
 from mae_core.targets import VARIANCE_EPS
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""Pixels and noise to the mean loss of the batch."""
+"""(pixels, noise) -> mean loss of the batch."""
 
 
 def installed(library: str) -> bool:
-    """Whether a library can be imported. Errors: none. Source: none."""
+    """Return whether a library can be imported."""
     return importlib.util.find_spec(library) is not None
 
 
 def hugging_face(config: MAEConfig, weights: Mapping[str, Tensor]) -> nn.Module:
-    """A ViTMAEForPreTraining with the weights of MaskedAutoencoder(config), its attention the fused one.
+    """Return a ViTMAEForPreTraining with fused attention and the weights of MaskedAutoencoder(config).
 
-    Square images, one class token. Shapes, errors and source: see the module.
+    The images must be square, and there must be one class token.
     """
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
@@ -56,7 +56,7 @@ def hugging_face(config: MAEConfig, weights: Mapping[str, Tensor]) -> nn.Module:
 
 
 def hugging_face_loss(peer: Callable[..., object]) -> Loss:
-    """Their forward pass as a Loss; `peer` may be compiled. Shapes, errors and source: see the module."""
+    """Return the forward pass of `peer`, compiled or not, as a Loss."""
 
     def loss(pixels: Tensor, noise: Tensor) -> Tensor:
         value: Tensor = peer(pixel_values=pixels, noise=noise).loss  # type: ignore[attr-defined]
@@ -66,7 +66,7 @@ def hugging_face_loss(peer: Callable[..., object]) -> Loss:
 
 
 class TimmAutoencoder(nn.Module):
-    """An autoencoder of timm's blocks and patch embedding. Shapes, errors and source: see the module."""
+    """An autoencoder made of timm's blocks and patch embedding."""
 
     encoder_positions: Tensor  # [1, L, D]
     decoder_positions: Tensor  # [1, L, Dd]
@@ -109,7 +109,7 @@ class TimmAutoencoder(nn.Module):
         self.load_state_dict(_timm_names(config, weights))
 
     def forward(self, pixels: Tensor, noise: Tensor) -> Tensor:
-        """The mean loss. Shapes, errors and source: see the module."""
+        """Return the mean loss."""
         n, patch_size = self.config.encoder.cls_tokens, self.config.encoder.patch_size
         count = visible_count(noise.shape[1], self.config.mask_ratio)
         shuffle = noise.argsort(dim=1)  # [B, L]
@@ -138,7 +138,7 @@ class TimmAutoencoder(nn.Module):
 
 
 def _timm_names(config: MAEConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our weights under the names of TimmAutoencoder; blocks have the same names inside."""
+    """Rename our weights to the names in TimmAutoencoder; inside the blocks the names are the same."""
     prefixes = {
         "encoder.patch_embed.": "patch_embed.proj.",
         "encoder.cls_token": "cls_token",

@@ -1,8 +1,9 @@
-"""Times side by side: variants of a training step take turns, so that a busy moment falls on all of them.
+"""Timing of variants of a training step, in turns, so that a busy moment of the machine affects all of them.
 
+Times are medians over rounds, ratios are taken within a round: both are robust on a machine that others use.
 Units:  seconds, FLOP/s; an image is one sample of a batch.
-Errors: a variant that cannot run (no compiler, no memory) is reported with its reason and leaves the comparison.
-Source: median of rounds, ratios within a round: robust to a machine that others use."""
+Errors: a variant that cannot run (no compiler, no memory) is reported with its reason and left out of the
+        comparison."""
 
 import platform
 import time
@@ -22,23 +23,23 @@ DTYPES: Mapping[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16":
 
 
 class Variant(NamedTuple):
-    """A way to do a training step; `step` does one and gives its mean loss, still on the device."""
+    """One way to do a training step. `step` does one and returns its mean loss, still on the device."""
 
     name: str
     step: Callable[[], Tensor]
 
 
 class Timed(NamedTuple):
-    """What turns on the machine gave."""
+    """The measurements of all rounds."""
 
-    seconds: dict[str, list[float]]  # by variant, a step's seconds in every round
-    losses: dict[str, float]  # by variant, after the first step
-    failed: dict[str, str]  # by variant, why it has no seconds
-    peak: float  # FLOP/s of the best matrix product of all rounds
+    seconds: dict[str, list[float]]  # by variant: seconds per step, in every round
+    losses: dict[str, float]  # by variant: the loss of the first step
+    failed: dict[str, str]  # by variant: why it could not run
+    peak: float  # FLOP/s of the best matrix product in all rounds
 
 
 def device_name(device: torch.device) -> str:
-    """What a reader calls this device. Errors: none. Source: the driver, or /proc/cpuinfo."""
+    """Return the model name of the device, from the driver or /proc/cpuinfo."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -48,14 +49,15 @@ def device_name(device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
-    """The context of a forward pass: nothing for float32, autocast for bfloat16. Errors: none. Source: none."""
+    """Return the context for a forward pass: autocast for bfloat16, none for float32."""
     return nullcontext() if precision == "float32" else torch.autocast(device.type, dtype=DTYPES[precision])
 
 
 def adamw(parameters: Iterable[nn.Parameter], *, kernel: Literal["fused", "foreach"] = "fused") -> torch.optim.AdamW:
-    """AdamW with a rate of zero: the work of a real step, and weights that stay equal, so that losses can be compared.
+    """Return AdamW with a learning rate of zero: a step costs as much as a real one, but the weights stay equal.
 
-    Errors: torch's, where a device has no such kernel. Source: betas and decay of arXiv 2111.06377, table 8.
+    Losses of variants can therefore be compared at any step. Raises torch's error if the device lacks the kernel. Betas and
+    weight decay: arXiv 2111.06377, table 8.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     chosen = {"fused": True} if kernel == "fused" else {"foreach": True}
@@ -69,10 +71,7 @@ def training_step(
     device: torch.device,
     precision: Precision,
 ) -> Callable[[], Tensor]:
-    """A whole step: forward under autocast, backward, optimiser. `loss` gives the mean loss of the batch.
-
-    Errors: none of its own. Source: none.
-    """
+    """Return a function that does a whole step (forward under autocast, backward, optimiser) and returns the mean loss."""
 
     def step() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
@@ -86,7 +85,7 @@ def training_step(
 
 
 def seconds_of(action: Callable[[], object], *, times: int, device: torch.device) -> float:
-    """Mean seconds of an action done `times` times in a row. Errors: none. Source: none."""
+    """Return the mean seconds of an action repeated `times` times."""
     synchronise(device)
     start = time.perf_counter()
     for _ in range(times):
@@ -104,10 +103,10 @@ def take_turns(
     precision: Precision,
     warmup: int = 2,
 ) -> Timed:
-    """Time variants A B C, A B C, ...: `steps` steps each in each of `rounds` rounds, after `warmup` untimed ones.
+    """Time variants in the order A B C, A B C, ...: `steps` steps each per round, after `warmup` untimed ones.
 
-    The matrix product has its turn too, so that the peak is that of a machine as hot and as busy as the steps found it.
-    Errors: a RuntimeError of a variant in its warm-up (memory, compiler) takes it out. Source: none.
+    The matrix product takes its turn too, so that its peak is measured on a machine as hot and as busy as the steps found it.
+    A variant that raises RuntimeError during its warm-up (no memory, no compiler) is left out.
     """
     losses: dict[str, float] = {}
     failed: dict[str, str] = {}
@@ -130,17 +129,14 @@ def take_turns(
 
 
 def speed_ratio(seconds: Mapping[str, Sequence[float]], *, of: str, over: str) -> float | None:
-    """How many times faster `of` is than `over`: the median of the rounds' own ratios; None where one was not timed.
-
-    Errors: none. Source: none.
-    """
+    """Return how many times as fast `of` is as `over` (the median of the ratios per round), or None if one was not timed."""
     if of not in seconds or over not in seconds:
         return None
     return median(theirs / ours for ours, theirs in zip(seconds[of], seconds[over], strict=True))
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns as wide as what is in them, the first to the left, numbers to the right. Errors: none. Source: none."""
+    """Align rows in columns: the first column to the left, the others to the right."""
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join(
@@ -153,5 +149,5 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def shown(value: float | None, form: str = ".2f") -> str:
-    """A number for a table, a dash where there is none. Errors: none. Source: none."""
+    """Format a number for a table, or a dash if there is none."""
     return "–" if value is None else format(value, form)

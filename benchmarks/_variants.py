@@ -1,7 +1,7 @@
 """Our autoencoder with one of its savings undone, to see whether that saving pays. Every variant has the loss of the model itself.
 
 Shapes: pixels [B, C, H, W], noise [B, L] -> mean loss, a scalar; K visible and M hidden of L patches, n class tokens.
-Errors: those of mae_core.       Source: He et al. 2022, arXiv 2111.06377, section 3 ("Simple implementation")."""
+Source: He et al. 2022, arXiv 2111.06377, section 3 ("Simple implementation")."""
 
 from typing import Literal
 
@@ -22,9 +22,9 @@ def mean_loss(
     order: Literal["shuffled", "image"] = "shuffled",
     head: Literal["hidden", "all"] = "hidden",
 ) -> Tensor:
-    """The loss of `model` where the encoder embeds all patches, the decoder sees image order, or its head predicts all patches.
+    """Return the loss of `model`, with all patches embedded, the decoder in image order, or all patches predicted if asked for.
 
-    For encoder_input "visible" and loss_on "hidden". Shapes, errors and source: see the module.
+    Valid for encoder_input "visible" and loss_on "hidden".
     """
     masked = model.mask(pixels, noise)
     encode = _encode_visible_embedded if embed == "visible" else _encode_all_embedded

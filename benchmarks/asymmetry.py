@@ -1,20 +1,21 @@
-"""What it saves that the encoder sees visible patches alone, and that the decoder is small: time, operations, memory.
+"""What the asymmetric design saves (an encoder for visible patches only, a small decoder): time, operations, memory.
 
     python -m benchmarks.asymmetry                        # base, large, huge
     python -m benchmarks.asymmetry --model large --batch 8
-    python -m benchmarks.asymmetry --quick                # a small shape
+    python -m benchmarks.asymmetry --quick                # a small model
 
-Four autoencoders by size: the encoder sees visible patches or all (mask tokens for hidden ones), the decoder has 8 blocks or 1.
-Each does full training steps (forward, backward, fused AdamW). Prints a table and a JSON line a size, the largest last.
+There are four autoencoders per size: the encoder sees visible patches or all (with mask tokens for hidden
+ones), and the decoder has 8 blocks or 1. Each does full training steps (forward, backward, fused AdamW). Prints
+one table and one JSON line per size, the largest last. Every variant runs in a process of its own, several
+times in turn, so that none adds to the time or memory of another.
 
-Units:  seconds a step, GFLOP an image (mae_core.training_flops), GiB a step at its fullest: weights, gradients, moments and
-        activations. CUDA: what the allocator gave out. CPU: growth of the resident set over what it was before the model.
-        speedup and flops_ratio: all patches / visible ones, decoder of 8 blocks. masking: share of a step's time that
-        sorting the noise and gathering patches and positions takes.
-Errors: a size that does not fit into memory is reported by its process and ends the run with the sizes before it printed.
-Source: He et al. 2022, arXiv 2111.06377, tables 1c and 2 (2.8 to 4.1 times by the clock of TPUs).
-
-Every variant runs in a process of its own, several times in turn, so that neither time nor memory of one is in another's."""
+Units:  seconds per step; GFLOP per image (mae_core.training_flops); GiB at the fullest moment of a step:
+        weights, gradients, moments and activations. On CUDA this is what the allocator handed out, on a CPU the
+        growth of the resident set since before the model was built. speedup and flops_ratio: all patches /
+        visible ones, with a decoder of 8 blocks. masking: share of a step's time spent sorting the noise and
+        gathering patches and positions.
+Errors: a size that does not fit into memory ends the run; the sizes before it have been printed.
+Source: He et al. 2022, arXiv 2111.06377, tables 1c and 2 (2.8 to 4.1 times, wall-clock on TPUs)."""
 
 import argparse
 import json
@@ -37,16 +38,16 @@ BATCHES = {"cuda": {"base": 128, "large": 64, "huge": 32}, "cpu": {"base": 8, "l
 
 
 class Measured(NamedTuple):
-    """What one process found."""
+    """The measurements of one process."""
 
-    seconds: float  # a step
-    masking_seconds: float  # sorting and gathering of a step
+    seconds: float  # per step
+    masking_seconds: float  # of one step's sorting and gathering
     peak_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One autoencoder to measure. Units: counts."""
+    """One autoencoder to measure."""
 
     config: MAEConfig
     batch: int
@@ -56,20 +57,20 @@ class Task:
 
 
 def resident_bytes(field: str) -> int:
-    """VmRSS (now) or VmHWM (highest since it was reset) of this process. Errors: OSError off Linux. Source: man 5 proc."""
+    """Return VmRSS (now) or VmHWM (highest since it was reset) of this process (man 5 proc). Raises OSError outside Linux."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def sort_and_gather(model: MaskedAutoencoder, patches: Tensor, noise: Tensor) -> None:
-    """The sorting and gathering of one training step, and nothing else; none of it has a backward pass.
+    """Do the sorting and gathering of one training step, as mae_core/mae.py and mae_core/vit.py do, and nothing else.
 
-    Shapes: patches [B, L, N], noise [B, L]. Errors: none. Source: mae_core/mae.py, mae_core/vit.py.
+    Shapes: patches [B, L, N], noise [B, L]. None of it has a backward pass.
     """
     masked = model.mask(patches, noise)
     ids = torch.cat([masked.ids_visible, masked.ids_hidden], dim=1)
     gather_patches(patches, masked.ids_visible)
-    gather_patches(patches, masked.ids_hidden)  # what is to be predicted
+    gather_patches(patches, masked.ids_hidden)  # the patches to predict
     for table, index in (
         (model.encoder.positions, ids if model.config.encoder_input == "all" else masked.ids_visible),
         (model.decoder.positions, ids),
@@ -78,14 +79,14 @@ def sort_and_gather(model: MaskedAutoencoder, patches: Tensor, noise: Tensor) ->
 
 
 def measure(task: Task) -> Measured:
-    """Build, step and measure one autoencoder; meant for a process of its own. Errors: torch's. Source: see the module."""
+    """Build, train and measure one autoencoder; meant for a process of its own."""
     device = torch.device(task.device)
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
         before = resident_bytes("VmRSS")
 
     generator = torch.Generator(device).manual_seed(0)
@@ -114,14 +115,14 @@ def measure(task: Task) -> Measured:
 
 
 def measure_all(tasks: Sequence[Task], *, rounds: int) -> list[list[Measured]]:
-    """`rounds` results of each task, taken in turns, each from a new process that torch's threads have not touched.
+    """Return `rounds` results per task, taken in turns, each from a fresh process in which torch has started no threads.
 
-    Errors: those of `measure`; BrokenProcessPool where a process was killed, for memory as a rule. Source: none.
+    Raises BrokenProcessPool if a process was killed, usually because memory ran out.
     """
     context = get_context("forkserver")
     context.set_forkserver_preload(
         ["benchmarks._timing", "mae_core", "torch._dynamo"]
-    )  # imported once, not by every process
+    )  # imported once instead of in every process
     found: list[list[Measured]] = [[] for _ in tasks]
     for _ in range(rounds):
         for task, results in zip(tasks, found, strict=True):
@@ -131,7 +132,7 @@ def measure_all(tasks: Sequence[Task], *, rounds: int) -> list[list[Measured]]:
 
 
 def variants_of(config: MAEConfig) -> list[MAEConfig]:
-    """The four, the reference last: visible patches or all, decoder of 8 blocks (config's own) or 1. Errors: none."""
+    """Return the four variants, the reference last: visible patches or all, the decoder of `config` or one of 1 block."""
     shallow = replace(config, decoder_depth=1)
     return [
         config,
@@ -142,10 +143,7 @@ def variants_of(config: MAEConfig) -> list[MAEConfig]:
 
 
 def compare(name: str, tasks: Sequence[Task], *, rounds: int) -> dict[str, object]:
-    """Measure the variants of a size, the last one the reference; print their table, and give the JSON line's contents.
-
-    Errors: those of measure_all. Source: see the module.
-    """
+    """Measure the variants of a size, of which the last is the reference; print the table and return the JSON line."""
     found = measure_all(tasks, rounds=rounds)
     reference, flops = found[-1], [training_flops(task.config) for task in tasks]
     faster = [
@@ -153,7 +151,9 @@ def compare(name: str, tasks: Sequence[Task], *, rounds: int) -> dict[str, objec
         for results in found
     ]
     masking = [median(result.masking_seconds / result.seconds for result in results) for results in found]
-    peaks = [min(result.peak_bytes for result in results) for results in found]  # what malloc leaves only adds
+    peaks = [
+        min(result.peak_bytes for result in results) for results in found
+    ]  # the least: leftovers of malloc can only add
     task = tasks[0]
     device = timing.device_name(torch.device(task.device))
     print(
@@ -195,40 +195,40 @@ def compare(name: str, tasks: Sequence[Task], *, rounds: int) -> dict[str, objec
 
 
 def quick_config() -> MAEConfig:
-    """ViT of width 192 on 160 x 160 pixels: steps of a second on 2 cores. Errors: none. Source: none."""
+    """Return a ViT of width 192 on 160 x 160 pixels; a step takes about a second on 2 cores."""
     encoder = ViTConfig(image_size=(160, 160), embed_dim=192, depth=12, num_heads=3)
     return MAEConfig(encoder=encoder, decoder_embed_dim=96, decoder_num_heads=3)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure what the command line asks for. Errors: SystemExit for a wrong one. Source: none."""
+    """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.asymmetry", description="What the asymmetric design saves."
     )
-    parser.add_argument("--quick", action="store_true", help="a small shape: within 40 s on 2 cores")
+    parser.add_argument("--quick", action="store_true", help="a small model: within 40 s on 2 cores")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model", nargs="+", choices=SIZES, default=["base", "large", "huge"])
-    parser.add_argument("--batch", type=int, help="images a step; default by model and device")
-    parser.add_argument("--steps", type=int, help="steps a round, after an untimed one")
+    parser.add_argument("--batch", type=int, help="images per step; default: by model and device")
+    parser.add_argument("--steps", type=int, help="steps per round, after an untimed one")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--precision", choices=timing.DTYPES, help="default: bfloat16 autocast on CUDA, float32 on CPU")
-    asked = parser.parse_args(arguments)
-    on_gpu = asked.device.startswith("cuda")
+    options = parser.parse_args(arguments)
+    on_gpu = options.device.startswith("cuda")
     batches = BATCHES["cuda" if on_gpu else "cpu"]
-    names = [name for name in SIZES if name in asked.model]
-    configs = {"quick": quick_config()} if asked.quick else {name: MAEConfig(encoder=SIZES[name]()) for name in names}
+    names = [name for name in SIZES if name in options.model]
+    configs = {"quick": quick_config()} if options.quick else {name: MAEConfig(encoder=SIZES[name]()) for name in names}
     for name, config in configs.items():
         tasks = [
             Task(
                 config=variant,
-                batch=asked.batch or batches.get(name, 8),
-                steps=asked.steps or (5 if on_gpu else 1),
-                device=asked.device,
-                precision=asked.precision or ("bfloat16" if on_gpu else "float32"),
+                batch=options.batch or batches.get(name, 8),
+                steps=options.steps or (5 if on_gpu else 1),
+                device=options.device,
+                precision=options.precision or ("bfloat16" if on_gpu else "float32"),
             )
             for variant in variants_of(config)
         ]
-        print(json.dumps(compare(name, tasks, rounds=asked.rounds or 3)), flush=True)
+        print(json.dumps(compare(name, tasks, rounds=options.rounds or 3)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
-"""A checkpoint beside training: how long the loop stands still, beside a bare copy of the same bytes in memory.
+"""A checkpoint written while training continues: how long the loop waits, compared with a bare copy of the same bytes in memory.
 
     python -m benchmarks.checkpoint
     python -m benchmarks.checkpoint --quick
     python -m benchmarks.checkpoint --store s3://bucket/prefix
 
-One worker with the real engine (ZeRO-1, float32) trains MAE ViT-S (quick: 7 wide blocks on small images, so that a step is quick
-and the state still above 256 MiB) on random pixels, a batch of 2, and saves in turns. A turn: steps with nothing beside them; the
-bare copy; the save, which is what the loop waits for; steps while the file is written, each with its look at the boundary,
-until the checkpoint is committed. The bare copy
-is the quicker of torch's and numpy's between two buffers of the state's size, both touched before, in the same turn.
+One worker with the real engine (ZeRO-1, float32) trains MAE ViT-S on random pixels with a batch of 2. (--quick:
+7 wide blocks on small images, so that a step is quick and the state still exceeds 256 MiB.) A turn has four
+parts: steps alone; the bare copy; the save, for which the loop waits; and steps while the file is written, each
+with the saver's check at the step boundary, until the checkpoint is committed. The bare copy is the faster of
+torch's and numpy's, between two buffers of the state's size that have been touched before.
 
-Units:  seconds by the clock; a ratio is the median over turns of save / copy.
-        seconds: from the save to its commit. share_of_training: stall / (500 steps, the default interval, and the stall).
-        slower_beside: a step while the file is written / a step alone.
-Errors: StorageError when the store refuses.
-Source: none; DESIGN 3.4 asks for stall_vs_copy <= 2 and share_of_training < 0.01."""
+Units:  wall-clock seconds; a ratio is the median over turns of save / copy. seconds: from the save to its
+        commit. share_of_training: stall / (500 steps, the default interval, plus the stall). slower_beside: a
+        step while the file is written / a step alone.
+Goals:  stall_vs_copy <= 2 and share_of_training < 0.01.
+Errors: StorageError if the store refuses."""
 
 import argparse
 import json
@@ -59,14 +59,14 @@ class Turn(NamedTuple):
 
 
 class Silent:
-    """Progress that nobody watches."""
+    """Progress that is not shown."""
 
     def update(self, done: int, total: int, *, unit: str, **fields: float) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class Training:
-    """An engine that takes steps on random pixels, and its saver."""
+    """An engine that trains on random pixels, and its saver."""
 
     def __init__(self, model: MAEConfig, store_uri: str) -> None:
         world = enter_world()
@@ -94,12 +94,12 @@ class Training:
         self.bytes = sum(4 * fragment.values.numel() for fragment in self.engine.fragments())
 
     def step(self) -> None:
-        """Forward, backward, update."""
+        """Do one training step."""
         self.engine.train_step([self.micro_batch], global_batch=BATCH, lr=1e-6)
         self.steps += 1
 
     def save(self) -> None:
-        """What the loop does at a save step."""
+        """Save as the loop does."""
         manifest = CheckpointManifest(
             global_step=self.steps,
             optimizer_steps=self.engine.optimizer_steps,
@@ -113,13 +113,13 @@ class Training:
         self.saver.save(manifest, [{"step": self.steps, "loss": 1.0}])
 
     def close(self) -> None:
-        """Lets go of thread and engine."""
+        """End the saver's thread and the engine."""
         self.saver.close()
         self.engine.close()
 
 
 class BareCopy:
-    """Two touched buffers of a size; on CUDA the first is the device's and the second pinned."""
+    """Two buffers of `size` bytes that have been touched; on CUDA the first is on the device and the second is pinned."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.device = device
@@ -127,7 +127,7 @@ class BareCopy:
         self.target = torch.empty(size // 4, pin_memory=device.type == "cuda").fill_(0)
 
     def seconds(self) -> float:
-        """The quicker of the ways."""
+        """Return the seconds of the fastest way to copy."""
         ways: list[Callable[[], object]] = [lambda: self.target.copy_(self.source)]
         if self.device.type == "cpu":
             ways.append(lambda: np.copyto(self.target.numpy(), self.source.numpy()))
@@ -135,7 +135,7 @@ class BareCopy:
 
 
 def turn(training: Training, bare: BareCopy, *, steps: int) -> Turn:
-    """One save among steps. Errors: StorageError. Source: see the module."""
+    """Do one turn: steps alone, a bare copy, a save, and steps while it is written."""
     alone = timing.seconds_of(training.step, times=steps, device=training.device)
     copy = bare.seconds()
     began = time.perf_counter()
@@ -151,17 +151,17 @@ def turn(training: Training, bare: BareCopy, *, steps: int) -> Turn:
 
 
 def quick_config() -> MAEConfig:
-    """26 million parameters, 16 patches. Errors: none. Source: none."""
+    """Return a model with 26 million parameters and 16 patches."""
     encoder = ViTConfig(image_size=(64, 64), patch_size=16, embed_dim=512, depth=7, num_heads=8)
     return MAEConfig(encoder=encoder, decoder_depth=1)
 
 
-def measure(asked: argparse.Namespace) -> dict[str, object]:
-    """Measures, prints the table, and gives the JSON line's contents. Errors: StorageError. Source: see the module."""
-    model = quick_config() if asked.quick else MAEConfig(encoder=small())
-    turns = asked.turns or (5 if asked.quick else 11)
+def measure(options: argparse.Namespace) -> dict[str, object]:
+    """Measure, print the table and return the JSON line."""
+    model = quick_config() if options.quick else MAEConfig(encoder=small())
+    turns = options.turns or (5 if options.quick else 11)
     with tempfile.TemporaryDirectory(prefix="mae-benchmark-") as folder:
-        store_uri = asked.store or str(Path(folder) / "store")
+        store_uri = options.store or str(Path(folder) / "store")
         with closing(Training(model, store_uri)) as training:
             bare = BareCopy(training.bytes, training.device)
             training.step()
@@ -175,7 +175,7 @@ def measure(asked: argparse.Namespace) -> dict[str, object]:
     seconds = median(one.until_committed for one in found)
     held = training.bytes / 2**20
     print(
-        f"{device}, torch {torch.__version__}: {held:.0f} MiB a rank, {turns} turns, store {store_uri.partition(':')[0]}"
+        f"{device}, torch {torch.__version__}: {held:.0f} MiB per rank, {turns} turns, store {store_uri.partition(':')[0]}"
     )
     print(
         timing.table(
@@ -205,9 +205,9 @@ def measure(asked: argparse.Namespace) -> dict[str, object]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure what the command line asks for. Errors: SystemExit. Source: none."""
-    parser = _data.parser("checkpoint", "A checkpoint beside training: how long the loop waits. No images are read.")
-    parser.add_argument("--store", help="a folder or s3://bucket/prefix; left out: a temporary folder")
+    """Measure what the command line asks for."""
+    parser = _data.parser("checkpoint", "How long the loop waits for a checkpoint. No images are read.")
+    parser.add_argument("--store", help="a folder or s3://bucket/prefix; default: a temporary folder")
     parser.add_argument("--turns", type=int, help="saves to measure")
     print(json.dumps(measure(parser.parse_args(arguments))))
 

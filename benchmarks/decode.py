@@ -1,16 +1,18 @@
-"""From JPEG bytes to a training picture, on one core: ours, the libraries it calls called bare, and Pillow's way.
+"""JPEG bytes to a training picture on one core: our code, its bare library calls, and Pillow.
 
     python -m benchmarks.decode --images DIR
     python -m benchmarks.decode --quick
 
-A picture: decode, RandomResizedCrop to 224 x 224 (area 0.2 to 1, aspect 3/4 to 4/3, antialiased bicubic), flip; uint8. Pillow's way
-is torchvision's: decode whole, crop, resize. All take the same boxes. Bare: simplejpeg down to the box's last row, then torch's
-resize, with boxes that were computed beforehand, no flip and no check of the bytes. Half ways show where the gain comes from.
+A picture is decoded, cropped by RandomResizedCrop to 224 x 224 (area 0.2 to 1, aspect 3/4 to 4/3, antialiased
+bicubic) and flipped; uint8. Pillow decodes the whole image, then crops and resizes, as torchvision does. All
+methods use the same boxes. "Bare" is simplejpeg down to the last row of the box, then torch's resize, with
+boxes computed beforehand, without flip and without checking the bytes. Mixed methods show where the gain comes
+from. All methods run in random order on a chunk of pictures, and ratios are taken within it.
 
-Units:  CPU seconds of this process, helper threads included; grey levels. ratio_vs_pillow: Pillow's time / ours; share_of_bare:
-        bare time / ours; max_diff, mean_diff: grey levels between our pictures and Pillow's. images_per_core_s: ours.
-Errors: SystemExit for a folder without usable JPEGs.
-Source: ratios within a chunk of pictures on which all methods run in random order; median and quartiles over chunks."""
+Units:  CPU seconds of this process, helper threads included; grey levels; median and quartiles over chunks.
+        ratio_vs_pillow: Pillow's time / ours; share_of_bare: bare time / ours; max_diff, mean_diff: grey levels
+        between our pictures and Pillow's; images_per_core_s: ours.
+Errors: SystemExit for a folder without usable JPEGs."""
 
 import argparse
 import io
@@ -49,33 +51,33 @@ Method = Callable[[Sample], object]
 
 
 def ours(sample: Sample) -> Image:
-    """As the loader does it. Errors: DataError. Source: none."""
+    """Make the picture as the loader does."""
     return training_picture(sample.data, sample.uniforms)
 
 
 def bare(sample: Sample) -> torch.Tensor:
-    """The two calls, nothing else. Errors: simplejpeg's. Source: none."""
+    """Make the two library calls and nothing else."""
     return _torch_resize(decode_top(sample.data, rows=sample.box.top + sample.box.height), sample.box)
 
 
 def pillow(sample: Sample) -> Image:
-    """As torchvision does it. Errors: Pillow's. Source: none."""
+    """Make the picture with Pillow, as torchvision does."""
     return reference_picture(sample.data, sample.uniforms, CROP, SIZE)
 
 
 def whole(sample: Sample) -> torch.Tensor:
-    """Bare, with all rows. Errors: simplejpeg's. Source: none."""
+    """Make the two library calls, but decode all rows."""
     return _torch_resize(simplejpeg.decode_jpeg(sample.data, "RGB"), sample.box)
 
 
 def pillow_then_torch(sample: Sample) -> torch.Tensor:
-    """Half way. Errors: Pillow's. Source: none."""
+    """Decode with Pillow, resize with torch."""
     with PillowImage.open(io.BytesIO(sample.data)) as file:
         return _torch_resize(np.array(file.convert("RGB")), sample.box)
 
 
 def simplejpeg_then_pillow(sample: Sample) -> Image:
-    """The other half. Errors: DataError. Source: none."""
+    """Decode with simplejpeg, resize with Pillow."""
     box = sample.box
     part = decode(sample.data)[box.top : box.top + box.height, box.left : box.left + box.width]
     return np.array(PillowImage.fromarray(part).resize(SIZE[::-1], PillowImage.Resampling.BICUBIC))
@@ -98,30 +100,30 @@ def _torch_resize(image: Image, box: Box) -> torch.Tensor:
 
 
 def samples(files: Sequence[bytes], count: int) -> list[Sample]:
-    """`count` pictures to make of these files, a new crop each. Errors: none. Source: none."""
+    """Return `count` pictures to make from these files, each with a crop of its own."""
     chosen = [files[number % len(files)] for number in range(count)]
     numbers = crops(count)
     return [Sample(data, own, _box(data, own)) for data, own in zip(chosen, numbers, strict=True)]
 
 
 def _box(data: bytes, uniforms: Uniforms) -> Box:
-    """The box of a crop, from the size in the header."""
+    """Return the box of a crop, given the size in the header."""
     with PillowImage.open(io.BytesIO(data)) as file:
         width, height = file.size
     return box_of(height, width, uniforms, CROP, SIZE)
 
 
 def differences(made: Sequence[Sample]) -> tuple[int, float]:
-    """Largest and mean difference of grey levels between our pictures and Pillow's. Errors: none. Source: none."""
+    """Return the largest and the mean difference, in grey levels, between our pictures and Pillow's."""
     apart = [np.abs(ours(sample).astype(np.int16) - pillow(sample)) for sample in made]
     return max(int(one.max()) for one in apart), float(np.mean([one.mean() for one in apart]))
 
 
 def cpu_seconds(made: Sequence[Sample]) -> dict[str, list[float]]:
-    """By method, seconds a picture in every chunk. Errors: those of the methods. Source: see the module."""
+    """Return seconds per picture in every chunk, by method."""
     shuffled = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in METHODS}
-    for method in METHODS.values():  # what is done once is done
+    for method in METHODS.values():  # warm up: one-time work is not timed
         for sample in made[:CHUNK]:
             method(sample)
     for first in range(0, len(made), CHUNK):
@@ -135,10 +137,10 @@ def cpu_seconds(made: Sequence[Sample]) -> dict[str, list[float]]:
     return seconds
 
 
-def measure(asked: argparse.Namespace) -> dict[str, object]:
-    """Measures, prints the tables, and gives the JSON line's contents. Errors: see the module. Source: see the module."""
-    found = _data.chosen_photos(asked, count=64 if asked.quick else 512)
-    chunks = asked.chunks or (30 if asked.quick else 120)
+def measure(options: argparse.Namespace) -> dict[str, object]:
+    """Measure, print the tables and return the JSON line."""
+    found = _data.chosen_photos(options, count=64 if options.quick else 512)
+    chunks = options.chunks or (30 if options.quick else 120)
     made = samples(found.files, chunks * CHUNK)
     with _data.one_torch_thread():
         seconds = cpu_seconds(made)
@@ -152,7 +154,7 @@ def measure(asked: argparse.Namespace) -> dict[str, object]:
         )
     )
     print(f"Difference from Pillow's pictures: at most {max_diff}, on average {mean_diff:.3f} grey levels")
-    rates = [decode_rate(found.files, threads=threads, seconds=asked.seconds) for threads in sorted({1, cores()})]
+    rates = [decode_rate(found.files, threads=threads, seconds=options.seconds) for threads in sorted({1, cores()})]
     print("The host: " + ", ".join(f"{rate.images_per_s:.0f} images/s of {rate.threads} threads" for rate in rates))
     return {
         "benchmark": "decode",
@@ -167,10 +169,12 @@ def measure(asked: argparse.Namespace) -> dict[str, object]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure what the command line asks for. Errors: SystemExit. Source: none."""
+    """Measure what the command line asks for."""
     parser = _data.parser("decode", "JPEG bytes to training pictures, on one core.")
-    parser.add_argument("--chunks", type=int, help=f"of {CHUNK} pictures")
-    parser.add_argument("--seconds", type=float, default=2.0, help="for the host's rate on one core, and on all")
+    parser.add_argument("--chunks", type=int, help=f"number of chunks of {CHUNK} pictures")
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="time to measure the host's rate, on one core and on all"
+    )
     print(json.dumps(measure(parser.parse_args(arguments))))
 
 

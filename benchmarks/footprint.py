@@ -1,13 +1,15 @@
-"""What a training worker really holds, beside what `mae plan` says it will: ZeRO stages, precisions, recomputation.
+"""Memory of a training worker, measured and as `mae plan` predicts it: ZeRO stages, precisions, recomputation.
 
     python -m benchmarks.footprint                    # ViT-B with its decoder, 112 M parameters, 1 and 2 workers
     python -m benchmarks.footprint --quick            # three of the layouts
 
-Every layout trains for two optimiser steps of two micro-batches in real processes, through pipeline.training.engine.
+Every layout trains for two optimiser steps in real processes, through pipeline.training.engine.
 
-Units:  bytes of anonymous resident memory (of CUDA's allocator on a GPU) at most, beside what the process held with everything
-        imported and the process group joined; GiB in the table. Of several workers the largest.
-Errors: OSError off Linux; PipelineError when a worker fails.       Source: man 5 proc (RssAnon)."""
+Units:  peak bytes of anonymous resident memory (on a GPU: of CUDA's allocator), above what the process held
+        with everything imported and the process group joined; GiB in the table. With several workers, the
+        largest of them.
+Errors: OSError outside Linux; PipelineError if a worker fails.
+Source: man 5 proc (RssAnon)."""
 
 import argparse
 import json
@@ -38,7 +40,7 @@ _STEPS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A way to train."""
+    """Precision, ZeRO stage, workers and batches of one measurement."""
 
     precision: Literal["bf16", "fp32"]
     zero_stage: Literal[1, 2, 3]
@@ -48,7 +50,7 @@ class Layout:
     activation_checkpointing: bool = False
 
     def settings(self) -> EngineSettings:
-        """What the engine is told. Errors: none. Source: none."""
+        """Return the settings for the engine."""
         return EngineSettings(
             precision=self.precision,
             zero_stage=self.zero_stage,
@@ -60,7 +62,7 @@ class Layout:
 
     @property
     def name(self) -> str:
-        """For the table. Errors: none. Source: none."""
+        """The layout in words, for the table."""
         recomputed = ", blocks recomputed" if self.activation_checkpointing else ""
         return f"{self.precision}, ZeRO-{self.zero_stage}, {self.workers} x {self.accumulation} x {self.micro_batch}{recomputed}"
 
@@ -84,8 +86,8 @@ LAYOUTS = (
 QUICK = (0, 1, 2)
 
 
-def held(layout: Layout, model: MAEConfig) -> int:
-    """Bytes at most, over what was held before, of the largest worker. Errors and source: the module's."""
+def measured_bytes(layout: Layout, model: MAEConfig) -> int:
+    """Train, and return the peak rise in bytes of the largest worker."""
     port = _free_port()
     with ProcessPoolExecutor(layout.workers, get_context("spawn")) as pool:
         workers = [pool.submit(_worker, rank, port, layout, model) for rank in range(layout.workers)]
@@ -103,7 +105,7 @@ def _worker(rank: int, port: int, layout: Layout, model: MAEConfig) -> int:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(layout.workers)}
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // layout.workers))
     world = enter_world()
-    import deepspeed  # noqa: F401 - part of what every worker holds before it trains
+    import deepspeed  # noqa: F401 - belongs to what every worker holds before it trains
 
     memory = _Memory(world)
     _train(world, layout, model)
@@ -124,7 +126,7 @@ def _train(world: World, layout: Layout, model: MAEConfig) -> None:
 
 
 class _Memory:
-    """The most that is held from now on."""
+    """Watches the peak memory of this process, in a thread."""
 
     def __init__(self, world: World) -> None:
         self.device, self.peak, self.done = world.device, 0, threading.Event()
@@ -133,7 +135,7 @@ class _Memory:
         self.watcher.start()
 
     def rise(self) -> int:
-        """Ends the watch."""
+        """Stop watching, and return the rise of the peak in bytes."""
         self.done.set()
         self.watcher.join()
         if self.device.type == "cuda":
@@ -150,18 +152,18 @@ class _Memory:
         return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0]) * 1024
 
 
-def foreseen(layout: Layout, model: MAEConfig) -> int:
-    """What `mae plan` says of it, where it runs. Errors: none. Source: none."""
+def predicted_bytes(layout: Layout, model: MAEConfig) -> int:
+    """Return the bytes that `mae plan` predicts for this device."""
     settings = layout.settings()
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     return footprint(autoencoder(model, settings), settings, workers=layout.workers, device=device).total
 
 
 def measure(layouts: Sequence[Layout], model: MAEConfig) -> dict[str, object]:
-    """Measures, prints the table, and gives the JSON line's contents. Errors and source: the module's."""
+    """Measure, print the table and return the JSON line."""
     rows, line = [], []
     for layout in layouts:
-        real, said = held(layout, model), foreseen(layout, model)
+        real, said = measured_bytes(layout, model), predicted_bytes(layout, model)
         rows.append((layout.name, f"{real / _GIB:.2f}", f"{said / _GIB:.2f}", f"{100 * (said / real - 1):+.1f} %"))
         line.append(asdict(layout) | {"held_gib": round(real / _GIB, 3), "foreseen_gib": round(said / _GIB, 3)})
     print(timing.table(("precision, stage, workers x micro-batches x images", "held", "foreseen", "off by"), rows))
@@ -170,13 +172,15 @@ def measure(layouts: Sequence[Layout], model: MAEConfig) -> dict[str, object]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure what the command line asks for. Errors: SystemExit. Source: none."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.footprint", description="Memory, foreseen and real.")
+    """Measure what the command line asks for."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.footprint", description="Memory, predicted and measured."
+    )
     parser.add_argument("--quick", action="store_true", help="three layouts")
     parser.add_argument("--model", choices=sorted(SIZES), default="base")
-    asked = parser.parse_args(arguments)
-    layouts = [LAYOUTS[index] for index in QUICK] if asked.quick else LAYOUTS
-    print(json.dumps(measure(layouts, MAEConfig(encoder=SIZES[asked.model]()))))
+    options = parser.parse_args(arguments)
+    layouts = [LAYOUTS[index] for index in QUICK] if options.quick else LAYOUTS
+    print(json.dumps(measure(layouts, MAEConfig(encoder=SIZES[options.model]()))))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""ViT-H/14 through the training loop: some steps, a checkpoint, and on from it with other workers at another ZeRO stage.
+"""ViT-H/14 in the training loop: some steps, a checkpoint, then one more step with other workers at another ZeRO stage.
 
     python -m benchmarks.huge                                     # 2 workers at ZeRO-3, 3 steps; then 1 worker at ZeRO-1
     python -m benchmarks.huge --steps 200 --batch 64 --workers 1  # on a GPU
     python -m benchmarks.huge --quick                             # ViT-tiny
 
-Workers are processes that call pipeline.training.loop.train on real shards (made-up photographs, unless --images); the second part
-begins with the checkpoint that the first one left, and takes one step.
+Workers are processes that call `train` in pipeline.training.loop.loop on real shards (generated photographs,
+unless --images). The second part starts from the checkpoint of the first.
 
-Units:  seconds; GiB of anonymous resident memory (RssAnon) of all workers together at most, and of CUDA's allocator of a worker;
-        mfu, data_wait: shares, of the last logged row.
-Errors: SystemExit for a folder without usable JPEGs; OSError off Linux; PipelineError when a worker fails.
+Units:  seconds; peak GiB of anonymous resident memory (RssAnon) of all workers together, and of one worker's
+        CUDA allocator; mfu, data_wait: shares, from the last logged row.
+Errors: SystemExit for a folder without usable JPEGs; OSError outside Linux; PipelineError if a worker fails.
 Source: man 5 proc (RssAnon)."""
 
 import argparse
@@ -46,40 +46,40 @@ from pipeline.training.world import enter_world
 
 _SAMPLED_EVERY_S = 0.05
 _HAND_BACK = "glibc.malloc.mmap_threshold=1048576:glibc.malloc.hugetlb=1"
-"""Large blocks go back to the system when they are free: the C library keeps them in its heap otherwise."""
+"""Makes the C library return large blocks to the system when they are freed; by default it keeps them in its heap."""
 
 
 @dataclass
-class _After:
-    """A supervisor that lets so many steps pass."""
+class _StopAfter:
+    """A supervisor that asks the loop to stop after `steps` steps."""
 
     steps: int
 
     def should_stop(self) -> StopReason:
-        """Asked before every step."""
+        """Return "asked" once the steps are used up. The loop calls this before every step."""
         self.steps -= 1
         return "asked" if self.steps < 0 else ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What came of some steps."""
+    """The outcome of one part."""
 
     layout: str
     seconds: float
-    """Start and checkpoint included."""
+    """Including the start and the checkpoint."""
     peak_gib: float
     row: Mapping[str, float]
-    """The last of the history."""
+    """The last row of the history."""
 
 
 def part(spec: TrainSpec, attempt: Attempt, *, workers: int, steps: int) -> Part:
-    """So many steps from the newest checkpoint. Errors: those of a worker. Source: see the module."""
+    """Train for `steps` steps from the newest checkpoint, in processes of their own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     began = time.perf_counter()
-    os.environ.setdefault("GLIBC_TUNABLES", _HAND_BACK)  # the workers', which read it when they start
+    os.environ.setdefault("GLIBC_TUNABLES", _HAND_BACK)  # read by the workers when they start
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         started = [pool.submit(_worker, rank, workers, port, spec, attempt, steps) for rank in range(workers)]
         memory = _Memory(pool)
@@ -96,11 +96,11 @@ def _worker(rank: int, workers: int, port: int, spec: TrainSpec, attempt: Attemp
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers)}
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
-    train(spec, attempt, world=enter_world(), tracker=NullTracker(), supervisor=_After(steps))
+    train(spec, attempt, world=enter_world(), tracker=NullTracker(), supervisor=_StopAfter(steps))
 
 
 class _Memory:
-    """The most that a pool's processes hold together."""
+    """Watches the peak memory of all processes of a pool together, in a thread."""
 
     def __init__(self, pool: ProcessPoolExecutor) -> None:
         self.pool, self.peak, self.done = pool, 0, threading.Event()
@@ -108,7 +108,7 @@ class _Memory:
         self.watcher.start()
 
     def ended(self) -> int:
-        """Bytes at most."""
+        """Stop watching, and return the peak in bytes."""
         self.done.set()
         self.watcher.join()
         return self.peak
@@ -121,26 +121,26 @@ class _Memory:
 def _anonymous_bytes(pid: int) -> int:
     try:
         return int(Path(f"/proc/{pid}/status").read_text().partition("RssAnon:")[2].split()[0]) * 1024
-    except (OSError, IndexError):  # it has ended
+    except (OSError, IndexError):  # the process has ended
         return 0
 
 
-def measure(asked: argparse.Namespace) -> dict[str, object]:
-    """Measures, prints the table, and gives the JSON line's contents. Errors and source: the module's."""
-    model = MAEConfig(encoder=SIZES["tiny" if asked.quick else "huge"]())
-    total = asked.steps + 1
-    recipe = Recipe(global_batch=asked.batch, epochs=1, warmup_epochs=0.0, precision=asked.precision)
+def measure(options: argparse.Namespace) -> dict[str, object]:
+    """Measure, print the table and return the JSON line."""
+    model = MAEConfig(encoder=SIZES["tiny" if options.quick else "huge"]())
+    total = options.steps + 1
+    recipe = Recipe(global_batch=options.batch, epochs=1, warmup_epochs=0.0, precision=options.precision)
     resources = Resources(
         zero_stage=3,
-        micro_batch=asked.micro_batch,
+        micro_batch=options.micro_batch,
         log_every_steps=1,
         checkpoint_every_steps=total,
-        checkpoint_copy=asked.copy,
+        checkpoint_copy=options.copy,
     )
-    found = _data.chosen_photos(asked, count=min(64, total * asked.batch))
+    found = _data.chosen_photos(options, count=min(64, total * options.batch))
     with TemporaryDirectory(prefix="mae-benchmark-") as name:
         root = Path(name)
-        copies = -(-total * asked.batch // len(found.files))
+        copies = -(-total * options.batch // len(found.files))
         source = _data.write_files(found.files, root / "images", copies=copies)
         spec = TrainSpec(
             task=MAETask(model=model, weight_decay=recipe.weight_decay, seed=0),
@@ -154,14 +154,14 @@ def measure(asked: argparse.Namespace) -> dict[str, object]:
         )
         attempt = _data.attempt(root / "pretrain-huge")
         claim(attempt.root, continues="")
-        first = part(spec, attempt, workers=asked.workers, steps=asked.steps)
+        first = part(spec, attempt, workers=options.workers, steps=options.steps)
         size = sum(info.size for info in attempt.store.list("checkpoints/"))
         second = part(
             replace(spec, resources=spec.resources.model_copy(update={"zero_stage": 1})), attempt, workers=1, steps=1
         )
     parameters = parameter_count(model) / 1e6
     print(
-        f"{parameters:.0f} million parameters, global batch {asked.batch}; "
+        f"{parameters:.0f} million parameters, global batch {options.batch}; "
         f"{timing.device_name(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))}; checkpoint {size / 2**30:.2f} GiB"
     )
     rows = [
@@ -184,17 +184,17 @@ def measure(asked: argparse.Namespace) -> dict[str, object]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure what the command line asks for. Errors: SystemExit. Source: none."""
-    parser = _data.parser("huge", "ViT-H/14 through the training loop.")
-    parser.add_argument("--steps", type=int, default=3, help="before the checkpoint; one more follows it")
-    parser.add_argument("--batch", type=int, default=2, help="global")
-    parser.add_argument("--micro-batch", type=int, default=64, help="at most")
-    parser.add_argument("--workers", type=int, default=2, help="of the first part")
+    """Measure what the command line asks for."""
+    parser = _data.parser("huge", "ViT-H/14 in the training loop.")
+    parser.add_argument("--steps", type=int, default=3, help="steps before the checkpoint; one more follows it")
+    parser.add_argument("--batch", type=int, default=2, help="global batch")
+    parser.add_argument("--micro-batch", type=int, default=64, help="largest micro-batch")
+    parser.add_argument("--workers", type=int, default=2, help="workers of the first part")
     parser.add_argument(
         "--precision", choices=("bf16", "fp32"), default="bf16" if torch.cuda.is_available() else "fp32"
     )
     parser.add_argument(
-        "--copy", choices=("memory", "disk"), default="disk", help="where a worker's state is copied to for a save"
+        "--copy", choices=("memory", "disk"), default="disk", help="where a save copies a worker's state to"
     )
     print(json.dumps(measure(parser.parse_args(arguments))))
 

@@ -1,19 +1,19 @@
-"""From shards to batches: our Loader, webdataset over the same tars, and an ImageFolder over the same files.
+"""Shards to batches: our Loader, webdataset on the same tars, and ImageFolder on the same files.
 
     python -m benchmarks.loader --images DIR
     python -m benchmarks.loader --quick
 
-The photographs become files in class folders and, by the real snapshot and shard stages, shards. Each side gives uint8 batches
-without end, of the same kind of crops (RandomResizedCrop to 224, bicubic, flip), by two workers on two cores; then by one on one.
-Ours: threads. webdataset: shards drawn at random, a buffer of 1000, Pillow, its own batching, in torch's worker processes.
-ImageFolder: torchvision's reader and transforms, torch's DataLoader. Workers persist. A turn begins when the others have filled
-their queues and rest; its first batches, which were made before, are not timed, so that as much is under way at the end as at
-the start.
+The photographs become files in class folders and, through the real snapshot and shard stages, shards. Each side
+yields an endless stream of uint8 batches with the same kind of crops (RandomResizedCrop to 224, bicubic, flip),
+from two workers on two cores, then from one on one. Ours: threads. webdataset: random shards, a buffer of 1000,
+Pillow and its own batching, in torch's worker processes. ImageFolder: torchvision's reader and transforms,
+torch's DataLoader. Both are used as their documentation shows; workers persist. A turn begins when the other
+sides have filled their queues and are idle. Its first batches were made before, so they are not timed: as much
+is under way at the end of a turn as at its start.
 
-Units:  images a second by the clock, all and per core, files in the page cache; images of a second of CPU time, children included.
-        Ratios: their time / ours, in each turn.
-Errors: SystemExit for a folder without usable JPEGs. A library that is missing leaves null.
-Source: the usage that both libraries document; median and quartiles over turns."""
+Units:  images per second (wall clock, in total and per core, files in the page cache); images per second of CPU
+        time, children included. Ratios: their time / ours within a turn; median and quartiles over turns.
+Errors: SystemExit for a folder without usable JPEGs. The keys of a library that is missing are null."""
 
 import argparse
 import json
@@ -54,27 +54,27 @@ _WITHOUT_END = 10**9
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One comparison. Units: counts."""
+    """One comparison."""
 
     workers: int
     batch: int
     timed: int
-    """Batches a turn."""
+    """Timed batches per turn."""
     warmup: int
-    """Batches before them."""
+    """Untimed batches before them."""
     rounds: int
 
 
 @dataclass(frozen=True)
 class Taken:
-    """A side's turns: seconds an image, by the clock and of CPU time."""
+    """Seconds per image of one side, by turn: wall clock and CPU time."""
 
     wall: list[float]
     cpu: list[float]
 
 
 def ours(manifest: Manifest, plan: Plan, scratch: Path) -> Iterator[Tensor]:
-    """Batches of the Loader, epoch after epoch. Errors: DataError. Source: none."""
+    """Yield batches of our Loader, epoch after epoch."""
     selection = Selection.all(manifest, "train")
     loader = Loader(
         selection,
@@ -94,13 +94,13 @@ def ours(manifest: Manifest, plan: Plan, scratch: Path) -> Iterator[Tensor]:
 
 
 def webdataset(tars: Sequence[Path], plan: Plan) -> Iterator[Tensor]:
-    """Batches of webdataset's own loader. Errors: its own. Source: webdataset's README."""
+    """Yield batches of webdataset's loader, used as in its README."""
     import webdataset as wds
 
     dataset = (
         wds.WebDataset(
             [str(path) for path in tars], resampled=True, shardshuffle=False
-        )  # its way to a stream without end
+        )  # how webdataset makes an endless stream
         .shuffle(1000)
         .map(_pillow_pair)
         .batched(plan.batch)
@@ -110,7 +110,7 @@ def webdataset(tars: Sequence[Path], plan: Plan) -> Iterator[Tensor]:
 
 
 def image_folder(folder: Path, plan: Plan) -> Iterator[Tensor]:
-    """Batches of torch's loader over torchvision's folder. Errors: their own. Source: PyTorch's ImageNet example."""
+    """Yield batches of torch's loader on torchvision's ImageFolder, used as in PyTorch's ImageNet example."""
     from torchvision.datasets import ImageFolder  # type: ignore[import-untyped,unused-ignore]
     from torchvision.transforms import (  # type: ignore[import-untyped,unused-ignore]
         Compose,
@@ -122,20 +122,20 @@ def image_folder(folder: Path, plan: Plan) -> Iterator[Tensor]:
 
     crop = RandomResizedCrop(SIZE, scale=CROP.scale, ratio=CROP.ratio, interpolation=InterpolationMode.BICUBIC)
     dataset: Any = ImageFolder(str(folder), Compose([crop, RandomHorizontalFlip(), PILToTensor()]))
-    # one epoch without end, of permutations: small folders would else pause at the end of each
+    # one endless epoch of permutations: small folders would otherwise pause at the end of each
     sampler: Any = RandomSampler(dataset, num_samples=_WITHOUT_END)
     for images, _ in DataLoader(dataset, plan.batch, sampler=sampler, num_workers=plan.workers):
         yield images
 
 
 def _pillow_pair(sample: Mapping[str, bytes]) -> tuple[Tensor, int]:
-    """Crop and label of a sample of a tar."""
+    """Return the crop and the label of a sample."""
     uniforms = np.array([random.random() for _ in range(AUGMENT_UNIFORMS)])
     return torch.from_numpy(reference_picture(sample["jpg"], uniforms, CROP, SIZE)), int(sample["cls"])
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and its workers so far. Errors: OSError off Linux. Source: man 5 proc."""
+    """Return the CPU time of this process and its workers so far (man 5 proc). Raises OSError outside Linux."""
     total, tick = time.process_time(), os.sysconf("SC_CLK_TCK")
     for child in multiprocessing.active_children():
         fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
@@ -144,21 +144,21 @@ def cpu_seconds() -> float:
 
 
 def wait_for_rest(*, within_s: float = 20.0) -> None:
-    """Until workers have nothing to do: queues are full. Errors: RuntimeError when they never rest. Source: none."""
+    """Wait until the workers have filled their queues and are idle. Raises RuntimeError if they never are."""
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         before = cpu_seconds()
         time.sleep(0.1)
-        if cpu_seconds() - before < 0.02:  # a tick of the kernel's clock is 0.01
+        if cpu_seconds() - before < 0.02:  # one tick of the kernel's clock is 0.01 s
             return
     raise RuntimeError(
-        f"workers still run {within_s:g} s after nothing was asked of them: end what else runs in this process"
+        f"workers are still busy {within_s:g} s after the last request: end whatever else runs in this process"
     )
 
 
 @contextmanager
 def on_cores(count: int) -> Iterator[None]:
-    """This thread and all that it starts on so many cores. Errors: OSError off Linux. Source: man 2 sched_setaffinity."""
+    """Pin this thread, and all that it starts, to `count` cores (man 2 sched_setaffinity). Raises OSError outside Linux."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, sorted(before)[:count])
     try:
@@ -168,7 +168,7 @@ def on_cores(count: int) -> Iterator[None]:
 
 
 def take_turns(sides: Mapping[str, Iterator[Tensor]], plan: Plan) -> dict[str, Taken]:
-    """Every side once a round, another first in each. Errors: those of the sides. Source: see the module."""
+    """Time every side once per round; each round starts with another side."""
     taken = {name: Taken([], []) for name in sides}
     names, images = list(sides), plan.timed * plan.batch
     for turn in range(plan.rounds):
@@ -176,7 +176,9 @@ def take_turns(sides: Mapping[str, Iterator[Tensor]], plan: Plan) -> dict[str, T
             wait_for_rest()
             for batch in islice(sides[name], plan.warmup):
                 if batch.dtype != torch.uint8 or len(batch) != plan.batch or 3 not in batch.shape:
-                    raise TypeError(f"{name} gives {batch.dtype} of {tuple(batch.shape)}: not what it is compared in")
+                    raise TypeError(
+                        f"{name} yields {batch.dtype} of {tuple(batch.shape)}, so the comparison would be unfair"
+                    )
             began, cpu_began = time.perf_counter(), cpu_seconds()
             for _ in islice(sides[name], plan.timed):
                 pass
@@ -186,14 +188,14 @@ def take_turns(sides: Mapping[str, Iterator[Tensor]], plan: Plan) -> dict[str, T
 
 
 def compare(manifest: Manifest, folder: Path, scratch: Path, plan: Plan) -> tuple[dict[str, Taken], dict[str, Spread]]:
-    """Times and ratios of all sides at a number of workers; prints their table. Errors: DataError. Source: none."""
+    """Measure all sides with the plan's number of workers, print the table, and return times and ratios."""
     keys = manifest.shards("train").column("key").to_pylist()
     tars = [path for key in keys if (path := manifest.root.local_path(key)) is not None]
     makers: dict[str, Callable[[], Iterator[Tensor]]] = {}
     if installed("torchvision"):
         makers[IMAGEFOLDER] = lambda: image_folder(folder, plan)
     makers[WEBDATASET] = lambda: webdataset(tars, plan)
-    makers[OURS] = lambda: ours(manifest, plan, scratch)  # last: its threads start after others have forked
+    makers[OURS] = lambda: ours(manifest, plan, scratch)  # last: its threads must start after the others have forked
     with on_cores(plan.workers), ExitStack() as stack:
         sides = {}
         for name, make in makers.items():
@@ -226,7 +228,7 @@ def compare(manifest: Manifest, folder: Path, scratch: Path, plan: Plan) -> tupl
 
 
 def result(workers: int, taken: Mapping[str, Taken], against: Mapping[str, Spread]) -> dict[str, float | None]:
-    """The keys of the JSON line that change with the number of workers. Errors: none. Source: none."""
+    """Return the keys of the JSON line that depend on the number of workers."""
     peers = {"webdataset": WEBDATASET, "imagefolder": IMAGEFOLDER}
     ratios = {
         f"ratio_vs_{key}": round(against[name].median, 3) if name in against else None for key, name in peers.items()
@@ -240,16 +242,16 @@ def result(workers: int, taken: Mapping[str, Taken], against: Mapping[str, Sprea
     return {**ratios, "images_per_s_per_core": round(1 / median(taken[OURS].wall) / workers, 1), **cpu}
 
 
-def measure(asked: argparse.Namespace) -> dict[str, object]:
-    """Measures, prints the tables, and gives the JSON line's contents. Errors: see the module. Source: see the module."""
-    found = _data.chosen_photos(asked, count=64 if asked.quick else 512)
+def measure(options: argparse.Namespace) -> dict[str, object]:
+    """Measure, print the tables and return the JSON line."""
+    found = _data.chosen_photos(options, count=64 if options.quick else 512)
     plans = [
         Plan(
             workers=workers,
-            batch=asked.batch,
-            timed=asked.batches or (8 if asked.quick else 24),
-            warmup=min(asked.batches or 6, 6),
-            rounds=asked.rounds or (3 if asked.quick else 7),
+            batch=options.batch,
+            timed=options.batches or (8 if options.quick else 24),
+            warmup=min(options.batches or 6, 6),
+            rounds=options.rounds or (3 if options.quick else 7),
         )
         for workers in sorted({min(2, cores()), 1}, reverse=True)
     ]
@@ -259,7 +261,7 @@ def measure(asked: argparse.Namespace) -> dict[str, object]:
         scratch = Path(name)
         folder = _data.write_files(found.files, scratch / "images")
         manifest = _data.sharded(folder, scratch, shards=_SHARDS)
-        for plan in plans[:1] if asked.quick else plans:
+        for plan in plans[:1] if options.quick else plans:
             lines[plan.workers] = result(plan.workers, *compare(manifest, folder, scratch, plan))
     most = max(lines)
     line: dict[str, object] = {"benchmark": "loader", **lines[most], "workers": most}
@@ -269,10 +271,10 @@ def measure(asked: argparse.Namespace) -> dict[str, object]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure what the command line asks for. Errors: SystemExit. Source: none."""
+    """Measure what the command line asks for."""
     parser = _data.parser("loader", "Shards to batches, side by side.")
-    parser.add_argument("--batch", type=int, default=64, help="images")
-    parser.add_argument("--batches", type=int, help="a turn")
+    parser.add_argument("--batch", type=int, default=64, help="images per batch")
+    parser.add_argument("--batches", type=int, help="timed batches per turn")
     parser.add_argument("--rounds", type=int)
     print(json.dumps(measure(parser.parse_args(arguments))))
 

@@ -1,20 +1,21 @@
-"""The order of samples: what it costs at 1e9 samples, and how well it mixes beside a permutation and a shuffle buffer.
+"""The order of samples: its cost at 1e9 samples, and how well it mixes compared with a permutation and a shuffle buffer.
 
     python -m benchmarks.order
     python -m benchmarks.order --quick
 
-Cost: 1e9 samples in 1e6 shards, a global batch of 4,096, by default. A cold seek is all that a restart pays, from the shards'
-sizes to the first batch of a step in the middle. For all 4,096 positions, as one process that needs them all; and for one rank
-of 4,096.
-Mixing: 1.28 million samples in 1,280 shards, batches of 4,096. Beside a uniform permutation, and beside shuffled shards with
-webdataset's own buffer of 1,000 in 8 ranks of 8 workers. Shards in a batch: how many different ones. Class error: how far a
-batch's shares of 100 classes are from 1 % each (total variation) if shards had been written class by class, as nobody should:
-the shard step assigns at random.
+Cost: by default, 1e9 samples in 1e6 shards and a global batch of 4,096. A cold seek is everything that a
+restart pays, from the sizes of the shards to the first batch of a step in the middle; measured for all 4,096
+positions in one process, and for one rank of 4,096.
+Mixing: 1.28 million samples in 1,280 shards and batches of 4,096, compared with a uniform permutation and with
+shuffled shards plus webdataset's buffer of 1,000 in 8 ranks of 8 workers. "Shards in a batch" counts the
+different ones. "Class error" is how far a batch's shares of 100 classes are from 1 % each (total variation) if
+the shards had been written class by class. The shard step avoids this: it assigns samples at random.
 
-Units:  milliseconds by the clock, the median of several seeks, and of the means of the steps after each; shares.
-        step_ms, cold_seek_ms: all positions of the global batch. shards_per_batch_share_of_uniform: ours / permutation's.
-Errors: ConfigError for counts that cannot work.
-Source: none; means over the batches of an epoch (ours and the permutation's, which are alike: a sample of them)."""
+Units:  wall-clock milliseconds: the median of several seeks, and of the mean step after each; shares. step_ms,
+        cold_seek_ms: all positions of the global batch. shards_per_batch_share_of_uniform: ours / the
+        permutation's. Mixing is a mean over the batches of an epoch; for ours and the permutation, whose
+        batches are alike, over a sample of them.
+Errors: ConfigError for impossible counts."""
 
 import argparse
 import json
@@ -37,7 +38,7 @@ _BUFFER, _NODES, _WORKERS = 1000, 8, 8
 _CLASSES = 100
 
 Int64s = npt.NDArray[np.int64]
-"""A batch as numbers of samples; a sample's shard is its number // samples a shard."""
+"""A batch as sample numbers; the shard of a sample is its number // samples per shard."""
 
 
 class Cost(NamedTuple):
@@ -55,7 +56,7 @@ class Mixing(NamedTuple):
 
 
 def cost(counts: Int64s, *, batch: int, rank: int, ranks: int, seeks: int, steps: int) -> Cost:
-    """Of one rank's part of the global batch. Errors: ConfigError. Source: see the module."""
+    """Measure one rank's part of the global batch."""
     middle = int(counts.sum()) // batch // 2
     seek_seconds, step_seconds = [], []
     for number in range(seeks):
@@ -71,7 +72,7 @@ def cost(counts: Int64s, *, batch: int, rank: int, ranks: int, seeks: int, steps
 
 
 def ours(shards: int, per_shard: int, batch: int, *, window_shards: int, lanes: int = 64) -> Iterator[Int64s]:
-    """Batches of the computed order, spread over an epoch. Errors: ConfigError. Source: pipeline/data/feed/order.py."""
+    """Yield batches of our order, spread over an epoch."""
     config = OrderConfig(seed=0, lanes=lanes, window_shards=window_shards)
     order = SampleOrder(np.full(shards, per_shard), config)
     steps = shards * per_shard // batch
@@ -81,16 +82,16 @@ def ours(shards: int, per_shard: int, batch: int, *, window_shards: int, lanes: 
 
 
 def uniform(shards: int, per_shard: int, batch: int) -> Iterator[Int64s]:
-    """The first 64 batches of a uniform permutation. Errors: none. Source: none."""
+    """Yield the first 64 batches of a uniform permutation."""
     rng = np.random.default_rng(0)
     samples = shards * per_shard
     yield from rng.permutation(samples)[: samples // batch * batch].reshape(-1, batch)[:64]
 
 
 def shard_shuffle_and_buffer(shards: int, per_shard: int, batch: int) -> Iterator[Int64s]:
-    """Global batches of 8 ranks of 8 workers, each with shards of its own and webdataset's buffer.
+    """Yield global batches of 8 ranks of 8 workers, each with its own shards and webdataset's buffer.
 
-    A rank's batch comes from one worker, the workers take turns: torch's DataLoader. Errors: none. Source: webdataset's filters.
+    As in torch's DataLoader, a rank's batch comes from one worker, and the workers take turns.
     """
     from webdataset.filters import shuffle
 
@@ -109,21 +110,21 @@ def shard_shuffle_and_buffer(shards: int, per_shard: int, batch: int) -> Iterato
 
 
 def mixing(batches: Iterator[Int64s], *, shards: int, per_shard: int) -> Mixing:
-    """Of these batches. Errors: none. Source: see the module."""
+    """Return the mean number of shards per batch and the mean class error."""
     distinct, errors = [], []
     for batch in batches:
         distinct.append(len(np.unique(batch // per_shard)))
-        classes = batch * _CLASSES // (shards * per_shard)  # written class by class
+        classes = batch * _CLASSES // (shards * per_shard)  # as if written class by class
         shares = np.bincount(classes, minlength=_CLASSES) / len(batch)
         errors.append(0.5 * np.abs(shares - 1 / _CLASSES).sum())
     return Mixing(float(np.mean(distinct)), float(np.mean(errors)))
 
 
-def measure(asked: argparse.Namespace) -> dict[str, object]:
-    """Measures, prints the tables, and gives the JSON line's contents. Errors: ConfigError. Source: see the module."""
-    batch, ranks = asked.batch, asked.batch
-    counts = np.full(asked.shards, asked.samples // asked.shards)
-    seeks, steps = (3, 50) if asked.quick else (7, 200)
+def measure(options: argparse.Namespace) -> dict[str, object]:
+    """Measure, print the tables and return the JSON line."""
+    batch, ranks = options.batch, options.batch
+    counts = np.full(options.shards, options.samples // options.shards)
+    seeks, steps = (3, 50) if options.quick else (7, 200)
     everything = cost(counts, batch=batch, rank=0, ranks=1, seeks=seeks, steps=steps)
     one_rank = cost(counts, batch=batch, rank=ranks // 2, ranks=ranks, seeks=seeks, steps=steps)
     print(f"{counts.sum():,} samples in {len(counts):,} shards, global batch {batch:,}, 64 lanes of 8 shards")
@@ -137,7 +138,7 @@ def measure(asked: argparse.Namespace) -> dict[str, object]:
         )
     )
 
-    shards, per_shard = asked.mixing_shards, 1000
+    shards, per_shard = options.mixing_shards, 1000
     sizes = (shards, per_shard, batch)
     ways: dict[str, Iterator[Int64s]] = {
         "uniform permutation": uniform(*sizes),
@@ -173,12 +174,12 @@ def measure(asked: argparse.Namespace) -> dict[str, object]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure what the command line asks for. Errors: SystemExit. Source: none."""
+    """Measure what the command line asks for."""
     parser = _data.parser("order", "The order of samples: cost and mixing. No images are read.")
-    parser.add_argument("--samples", type=int, default=10**9, help="of an epoch, for the cost")
-    parser.add_argument("--shards", type=int, default=10**6, help="that hold them")
-    parser.add_argument("--batch", type=int, default=4096, help="global; as many ranks")
-    parser.add_argument("--mixing-shards", type=int, default=1280, help="of 1,000 samples, for the mixing")
+    parser.add_argument("--samples", type=int, default=10**9, help="samples per epoch, for the cost")
+    parser.add_argument("--shards", type=int, default=10**6, help="shards that hold them")
+    parser.add_argument("--batch", type=int, default=4096, help="global batch, and number of ranks")
+    parser.add_argument("--mixing-shards", type=int, default=1280, help="shards of 1,000 samples, for the mixing")
     print(json.dumps(measure(parser.parse_args(arguments))))
 
 

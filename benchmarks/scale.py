@@ -1,15 +1,16 @@
-"""What the coordinating process pays for a dataset of millions: listing, planning, exact and near duplicates, without any image.
+"""Cost of a dataset of millions in the coordinating process: listing, planning, exact and near duplicates, without any image.
 
     python -m benchmarks.scale                     # 10 million synthetic entries
     python -m benchmarks.scale --quick
 
-Entries are names of 40 bytes in folders of a thousand, in place of a store's own listing, whose speed is the store's. Hashes are
-random. Each part runs in a process of its own, so that no peak is another's.
+Entries are names of 40 bytes in folders of a thousand; they replace a store's listing, whose speed depends on
+the store. Hashes are random. Each part runs in a process of its own, so that peaks stay apart.
 
-Units:  seconds by the clock; MiB of resident memory at most, beside what the process held with everything imported. Mapped files
-        (the plan's listing) are not counted: the kernel can take them away. Making the hashes is part of both searches: a line
-        of its own says how much.
-Errors: OSError off Linux.       Source: man 5 proc (RssAnon)."""
+Units:  wall-clock seconds; peak MiB of resident memory above what the process held with everything imported.
+        Mapped files (the plan's listing) are not counted, since the kernel can evict them. Both searches
+        include making the hashes, whose share has a line of its own.
+Errors: OSError outside Linux.
+Source: man 5 proc (RssAnon)."""
 
 import argparse
 import json
@@ -39,27 +40,27 @@ _HELD_OUT_SHARE = 0.01
 _SAMPLED_EVERY_S = 0.005
 
 
-class Paid(NamedTuple):
-    """By one part."""
+class Cost(NamedTuple):
+    """What one part took."""
 
     seconds: float
     mib: float
 
 
 def entries(count: int) -> Iterator[SourceItem]:
-    """Synthetic images in key order. Errors: none. Source: none."""
+    """Yield synthetic images in key order."""
     for number in range(count):
         yield SourceItem(f"n{number // 1000:08d}/n{number // 1000:08d}_{number:012d}.JPEG", 110_000, "image")
 
 
-def listing(count: int, root: Path) -> Paid:
-    """The snapshot stage over the entries. Errors: the stage's. Source: none."""
+def listing(count: int, root: Path) -> Cost:
+    """Run the snapshot stage on the entries."""
     vars(stage)["list_source"] = lambda uri, *, besides=None: entries(count)
-    return paid(lambda: _data.listed(Path("/synthetic"), root))
+    return measured(lambda: _data.listed(Path("/synthetic"), root))
 
 
-def plan(count: int, root: Path) -> Paid:
-    """Shards of the listing, and the digest of the first hundred. Errors: those of planning. Source: none."""
+def plan(count: int, root: Path) -> Cost:
+    """Plan the shards of the listing, and take the digests of the first hundred plans."""
     store = _data.attempt(root).store
 
     def planned() -> None:
@@ -68,21 +69,21 @@ def plan(count: int, root: Path) -> Paid:
             for shard in range(min(100, len(plans))):
                 _ = plans[shard].digest
 
-    return paid(planned)
+    return measured(planned)
 
 
-def hashes_alone(count: int, root: Path) -> Paid:
-    """What both searches are shown, made and thrown away. Errors: none. Source: none."""
-    return paid(lambda: sum(table.num_rows for _, _, table in _shards(count)))
+def hashes_alone(count: int, root: Path) -> Cost:
+    """Make the hashes that both searches read, and throw them away."""
+    return measured(lambda: sum(table.num_rows for _, _, table in _shards(count)))
 
 
-def exact_duplicates(count: int, root: Path) -> Paid:
-    """All hashes against all. Errors: none. Source: none."""
-    return paid(lambda: find_duplicates((n, split, table) for n, split, table in _shards(count)))
+def exact_duplicates(count: int, root: Path) -> Cost:
+    """Search all hashes for exact duplicates."""
+    return measured(lambda: find_duplicates((n, split, table) for n, split, table in _shards(count)))
 
 
-def near_duplicates(count: int, root: Path) -> Paid:
-    """Those held out against the others. Errors: none. Source: none."""
+def near_duplicates(count: int, root: Path) -> Cost:
+    """Search the held-out hashes for near duplicates among the others."""
 
     def searched() -> None:
         search = NearDuplicateSearch()
@@ -90,10 +91,10 @@ def near_duplicates(count: int, root: Path) -> Paid:
             search.shown(number, split, table)
         search.find()
 
-    return paid(searched)
+    return measured(searched)
 
 
-PARTS: Mapping[str, Callable[[int, Path], Paid]] = {
+PARTS: Mapping[str, Callable[[int, Path], Cost]] = {
     "listing": listing,
     "plan": plan,
     "the hashes alone": hashes_alone,
@@ -116,8 +117,8 @@ def _shards(count: int) -> Iterator[tuple[int, str, Any]]:
         yield number, "test" if held_out else "train", pa.table(columns)
 
 
-def paid(work: Callable[[], object]) -> Paid:
-    """Runs it, looking at the memory all the while. Errors: OSError off Linux. Source: see the module."""
+def measured(work: Callable[[], object]) -> Cost:
+    """Do the work while a thread watches the memory."""
     before, peak, done = _anonymous_mib(), 0.0, threading.Event()
 
     def watch() -> None:
@@ -132,7 +133,7 @@ def paid(work: Callable[[], object]) -> Paid:
     seconds = time.perf_counter() - began
     done.set()
     watcher.join()
-    return Paid(seconds, max(peak, _anonymous_mib()) - before)
+    return Cost(seconds, max(peak, _anonymous_mib()) - before)
 
 
 def _anonymous_mib() -> float:
@@ -141,7 +142,7 @@ def _anonymous_mib() -> float:
 
 
 def measure(count: int) -> dict[str, object]:
-    """Measures, prints the table, and gives the JSON line's contents. Errors: see the module. Source: see the module."""
+    """Measure, print the table and return the JSON line."""
     found = {}
     with TemporaryDirectory(prefix="mae-benchmark-") as name:
         for part, function in PARTS.items():
@@ -159,12 +160,14 @@ def measure(count: int) -> dict[str, object]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure what the command line asks for. Errors: SystemExit. Source: none."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description="What millions of images cost.")
+    """Measure what the command line asks for."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.scale", description="Time and memory for millions of images."
+    )
     parser.add_argument("--quick", action="store_true", help="200,000 images: within 40 s on 2 cores")
-    parser.add_argument("--images", type=int, metavar="COUNT", help="default 10,000,000")
-    asked = parser.parse_args(arguments)
-    print(json.dumps(measure(asked.images or (200_000 if asked.quick else 10_000_000))))
+    parser.add_argument("--images", type=int, metavar="COUNT", help="default: 10,000,000")
+    options = parser.parse_args(arguments)
+    print(json.dumps(measure(options.images or (200_000 if options.quick else 10_000_000))))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
-"""Photographs into tars: our shard tasks, one and two at a time on Ray, and a loop around webdataset's ShardWriter.
+"""Photographs to tars: our shard tasks, one and two at a time on Ray, and a loop around webdataset's ShardWriter.
 
     python -m benchmarks.shard --images DIR
     python -m benchmarks.shard --quick
 
-Ours is what the shard stage runs: planned shards, each a Ray task that reads, decodes, turns and re-encodes where needed, hashes
-(SHA-256 and CRC-32 of each image, perceptual hash, SHA-256 of the tar), writes and uploads to a folder with fsync, and writes
-its row. The peer does the same checks of each image in one process with Pillow, and writes with ShardWriter; it makes no row,
-no hash of the tar and no fsync. A third way, the peer with our intake (simplejpeg) in Pillow's place, shows what is the
-decoder's part. Ray has started and its workers have imported everything before the first turn.
+Ours is what the shard stage runs: planned shards, each a Ray task that reads, decodes, rotates and re-encodes
+where needed, hashes (SHA-256 and CRC-32 of each image, perceptual hash, SHA-256 of the tar), writes and uploads
+to a folder with fsync, and writes its row. The peer checks each image in the same way, in one process with
+Pillow, and writes with ShardWriter, used as in webdataset's README; it makes no row, no hash of the tar and no
+fsync. A third variant, the peer with our intake (simplejpeg) instead of Pillow, shows the decoder's part. Ray
+has started and its workers have imported everything before the first turn.
 
-Units:  images a second by the clock. ratio_vs_shardwriter: its time / ours, one task; speedup_2_tasks: one task's time / that
-        of two.
-Errors: SystemExit for a folder without usable JPEGs; PipelineError when Ray does not start.
-Source: webdataset's README; median and quartiles over turns, ratios within a turn."""
+Units:  images per second, wall clock. ratio_vs_shardwriter: its time / ours with one task; speedup_2_tasks: the
+        time of one task / that of two. Ratios are taken within a turn; median and quartiles over turns.
+Errors: SystemExit for a folder without usable JPEGs; PipelineError if Ray does not start."""
 
 import argparse
 import hashlib
@@ -48,13 +48,13 @@ _ORIENTATION = 0x0112
 _POLICY = IntakePolicy()
 
 Way = Callable[[Path], int]
-"""Writes into a folder; images stored."""
+"""Writes shards into a folder and returns the number of images stored."""
 Checks = Callable[[bytes], tuple[bytes, int]]
-"""Bytes of a file to bytes to store and perceptual hash."""
+"""Bytes of a file -> bytes to store, and perceptual hash."""
 
 
 def pillow_checks(data: bytes) -> tuple[bytes, int]:
-    """Decode; turn, convert and encode anew where needed. Errors: Pillow's, for bytes that do not decode."""
+    """Decode with Pillow; rotate, convert and re-encode where needed. Raises Pillow's error for bytes that do not decode."""
     with PillowImage.open(io.BytesIO(data)) as image:
         image.load()
         turned = image.getexif().get(_ORIENTATION, 1) in range(2, 9)
@@ -71,7 +71,7 @@ def pillow_checks(data: bytes) -> tuple[bytes, int]:
 
 
 def our_checks(data: bytes) -> tuple[bytes, int]:
-    """What our tasks do with each image. Errors: ValueError for one that is refused. Source: pipeline/data/images/intake.py."""
+    """Check an image as our tasks do. Raises ValueError if it is refused."""
     taken = take_in(data, max_side=_POLICY.image_max_short_side, max_pixels=_POLICY.image_max_pixels)
     if not isinstance(taken, Taken):
         raise ValueError(f"{taken.reason}: {taken.detail}")
@@ -81,7 +81,7 @@ def our_checks(data: bytes) -> tuple[bytes, int]:
 def write_with_shardwriter(
     plans: Sequence[ShardPlan], source: Path, folder: Path, checks: Checks
 ) -> list[dict[str, Any]]:
-    """A loop over the same images in the same order; what it knows of each. Errors: those of the checks, OSError."""
+    """Write the same images in the same order in a loop; return what it knows of each."""
     rows = []
     most = max(len(plan.samples) for plan in plans)
     folder.mkdir(parents=True)
@@ -97,14 +97,14 @@ def write_with_shardwriter(
 
 
 def write_with_tasks(plans: Sequence[ShardPlan], source: Path, folder: Path, *, at_once: int) -> int:
-    """Ours, as many tasks at once as the cluster has cores or one; images stored. Errors: those of the tasks."""
+    """Write with our tasks, one at a time or as many as the cluster has cores; return the number of images stored."""
     write = partial(write_shard, source=str(source), root_uri=str(folder), policy=_POLICY)
     groups = [plans] if at_once > 1 else [[plan] for plan in plans]
     return sum(row.samples for group in groups for row in cluster.map_tasks(write, group, executor="ray"))
 
 
 def seconds_of(ways: Mapping[str, Way], folder: Path, *, images: int, rounds: int) -> dict[str, list[float]]:
-    """By way, its seconds in every turn, each into a folder of its own. Errors: ValueError for one that loses images."""
+    """Return the seconds of every turn, by variant. Raises ValueError if one loses images."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     names = list(ways)
     for turn in range(rounds):
@@ -118,11 +118,11 @@ def seconds_of(ways: Mapping[str, Way], folder: Path, *, images: int, rounds: in
     return seconds
 
 
-def measure(asked: argparse.Namespace) -> dict[str, object]:
-    """Measures, prints the table, and gives the JSON line's contents. Errors: see the module. Source: see the module."""
-    found = _data.chosen_photos(asked, count=64 if asked.quick else 512)
-    wanted = asked.count or (512 if asked.quick else 1024)
-    rounds = asked.rounds or (3 if asked.quick else 7)
+def measure(options: argparse.Namespace) -> dict[str, object]:
+    """Measure, print the table and return the JSON line."""
+    found = _data.chosen_photos(options, count=64 if options.quick else 512)
+    wanted = options.count or (512 if options.quick else 1024)
+    rounds = options.rounds or (3 if options.quick else 7)
     tasks = min(2, cores())
     with tempfile.TemporaryDirectory(prefix="mae-benchmark-") as name:
         scratch = Path(name)
@@ -141,7 +141,7 @@ def measure(asked: argparse.Namespace) -> dict[str, object]:
             del ways[TWO]
         cluster.connect(cpus=tasks)
         try:
-            for _ in range(2):  # Ray's workers start and import: every one of them has had a task
+            for _ in range(2):  # warm up: every worker of Ray has started, imported and run a task
                 write_with_tasks(plans, source, scratch / "first", at_once=tasks)
                 shutil.rmtree(scratch / "first")
             seconds = seconds_of(ways, scratch, images=images, rounds=rounds)
@@ -171,9 +171,9 @@ def measure(asked: argparse.Namespace) -> dict[str, object]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure what the command line asks for. Errors: SystemExit. Source: none."""
-    parser = _data.parser("shard", "Photographs into tars, side by side.")
-    parser.add_argument("--count", type=int, help="files, copies where there are fewer")
+    """Measure what the command line asks for."""
+    parser = _data.parser("shard", "Photographs to tars, side by side.")
+    parser.add_argument("--count", type=int, help="number of files; copies are made if there are fewer")
     parser.add_argument("--rounds", type=int)
     print(json.dumps(measure(parser.parse_args(arguments))))
 

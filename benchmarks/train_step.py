@@ -1,16 +1,17 @@
-"""Images a second of a whole training step: ours in several variants, and the same model in other libraries.
+"""Images per second of a whole training step: our model in several variants, and the same model in other libraries.
 
     python -m benchmarks.train_step                                    # CUDA: huge, large, base; CPU: base
     python -m benchmarks.train_step --model huge --batch 128 --rounds 7
-    python -m benchmarks.train_step --quick                            # a small shape, nothing compiled
+    python -m benchmarks.train_step --quick                            # a small model, nothing compiled
 
-Every variant has the same weights, batch, optimiser (fused AdamW) and precision (bf16 autocast on CUDA, float32 on CPU), and a
-loss that is checked to be equal, before and while it is timed. Prints a table and a JSON line a model, the largest last.
+Every variant has the same weights, batch, optimiser (fused AdamW) and precision (bf16 autocast on CUDA, float32
+on CPU). Their losses are checked to be equal, before and during the timing. Variants take turns and times are
+medians over rounds (benchmarks/_timing.py). Prints one table and one JSON line per model, the largest last.
 
-Units:  images a second; mfu = FLOPs that the model needs (mae_core.training_flops) x images a second / the matrix product's
-        peak in the same precision, measured in the same run. ratio_vs_x > 1: ours is so many times faster than x.
-Errors: SystemExit where losses differ. A variant that cannot run is listed with its reason, its keys are null.
-Source: variants take turns, medians of rounds; see benchmarks/_timing.py."""
+Units:  images per second; mfu = FLOPs that the model needs (mae_core.training_flops) x images per second / peak
+        of the matrix product in the same precision, measured in the same run. ratio_vs_x: our speed / that of
+        x, above 1 where ours is faster.
+Errors: SystemExit if losses differ. A variant that cannot run is listed with its reason, and its keys are null."""
 
 import argparse
 import copy
@@ -35,7 +36,7 @@ BATCHES = {"cuda": {"tiny": 512, "small": 512, "base": 256, "large": 256, "huge"
 CPU_BATCH = 4
 QUICK_BATCH = 16
 LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
-"""Relative. Orders of summation differ by 1e-6 in float32; a bfloat16 step is 4e-3, averaged over many patches."""
+"""Relative. Other orders of summation differ by 1e-6 in float32; bfloat16 numbers are 4e-3 apart, averaged over many patches."""
 
 OURS, BY_BLOCK, WHOLE = "ours", "ours, compiled by block", "ours, compiled whole"
 HUGGING_FACE, HUGGING_FACE_COMPILED = "hugging face", "hugging face, compiled"
@@ -43,14 +44,14 @@ TIMM = "timm blocks"
 
 
 def quick_config() -> MAEConfig:
-    """ViT of width 192 on 112 x 112 pixels: steps of a tenth of a second on 2 cores. Errors: none. Source: none."""
+    """Return a ViT of width 192 on 112 x 112 pixels; a step takes about 0.1 s on 2 cores."""
     encoder = ViTConfig(image_size=(112, 112), embed_dim=192, depth=6, num_heads=3)
     return MAEConfig(encoder=encoder, decoder_embed_dim=128, decoder_depth=4, decoder_num_heads=4)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is measured. Units: images, steps and rounds are counts."""
+    """What is measured."""
 
     model: str
     config: MAEConfig
@@ -60,13 +61,13 @@ class Plan:
     device: torch.device
     precision: timing.Precision
     compiled: bool
-    """Whether compiled variants, ours and theirs, are measured."""
+    """Measure compiled variants too, ours and theirs."""
     ablations: bool
-    """Whether each of our savings is measured undone."""
+    """Measure our model with each of its savings undone."""
 
 
 class Way(NamedTuple):
-    """A way to the mean loss of a batch, and what updates its weights."""
+    """One way to compute the mean loss of a batch, and the optimiser of its weights."""
 
     name: str
     loss: peers.Loss
@@ -74,15 +75,12 @@ class Way(NamedTuple):
 
 
 def loss_of(model: Callable[[Tensor, Tensor], MAEOutput]) -> peers.Loss:
-    """The mean loss that a model, compiled or not, gives a batch. Errors: none. Source: none."""
+    """Return the mean loss of a model, compiled or not, as a function of the batch."""
     return lambda pixels, noise: model(pixels, noise).loss.mean()
 
 
 def our_ways(model: MaskedAutoencoder, plan: Plan) -> list[Way]:
-    """Our model, compiled too where that is asked for, and with one saving undone at a time; all share their weights.
-
-    Errors: none. Source: none.
-    """
+    """Return our model as it is and, if asked for, compiled and with one saving undone at a time; all share their weights."""
     fused = timing.adamw(model.parameters())
     ways = [Way(OURS, loss_of(model), fused)]
     if plan.compiled:
@@ -109,10 +107,9 @@ def our_ways(model: MaskedAutoencoder, plan: Plan) -> list[Way]:
 
 
 def their_ways(model: MaskedAutoencoder, pixels: Tensor, noise: Tensor, plan: Plan) -> list[Way]:
-    """The peers that are installed, with the weights of `model`.
+    """Return the peers that are installed (benchmarks/_peers.py), with the weights of `model`.
 
-    Shapes: pixels [B, C, H, W], noise [B, L]. Errors: SystemExit where a loss differs from ours in float32.
-    Source: benchmarks/_peers.py.
+    Shapes: pixels [B, C, H, W], noise [B, L]. Raises SystemExit if a loss differs from ours in float32.
     """
     weights, ways = model.state_dict(), []
     if peers.installed("transformers"):
@@ -130,22 +127,22 @@ def their_ways(model: MaskedAutoencoder, pixels: Tensor, noise: Tensor, plan: Pl
 
 
 def check_equal(name: str, model: MaskedAutoencoder, peer: peers.Loss, pixels: Tensor, noise: Tensor) -> None:
-    """Compare the float32 losses of two images. Shapes: as their_ways. Errors: SystemExit. Source: none."""
+    """Compare the float32 losses of two images. Raises SystemExit if they differ."""
     with torch.no_grad():
         ours, theirs = float(model(pixels[:2], noise[:2]).loss.mean()), float(peer(pixels[:2], noise[:2]))
     check_near(name, theirs, ours, LOSS_TOLERANCE["float32"])
 
 
 def check_near(name: str, loss: float, ours: float, tolerance: float) -> None:
-    """Compare two losses. Errors: SystemExit naming both. Source: none."""
+    """Raise SystemExit, with both losses, unless they are near."""
     if not abs(loss - ours) <= tolerance * abs(ours):
-        raise SystemExit(f"{name}: loss {loss:.7g}, ours {ours:.7g}; not the same model, so times mean nothing")
+        raise SystemExit(f"{name}: loss {loss:.7g}, ours {ours:.7g}; this is not the same model, so times mean nothing")
 
 
 def measure(plan: Plan) -> dict[str, object]:
-    """Time every variant of a plan, print the table, and give the JSON line's contents.
+    """Time every variant of a plan, print the table and return the JSON line.
 
-    Errors: SystemExit where losses differ or our own step cannot run. Source: see the module.
+    Raises SystemExit if losses differ or our own step cannot run.
     """
     generator = torch.Generator(plan.device).manual_seed(0)
     encoder = plan.config.encoder
@@ -211,63 +208,63 @@ def measure(plan: Plan) -> dict[str, object]:
 
 
 def heading(plan: Plan, peak: float) -> str:
-    """What the table below was measured on. Errors: none. Source: none."""
+    """Return the line above the table: what was measured, and on what."""
     return (
         f"{plan.model}: {timing.device_name(plan.device)}, torch {torch.__version__}, {plan.precision}, batch {plan.batch}, "
         f"{plan.rounds} rounds of {plan.steps} steps; matrix product {peak / 1e12:.3g} TFLOP/s, "
-        f"{training_flops(plan.config) / 1e9:.3g} GFLOP an image"
+        f"{training_flops(plan.config) / 1e9:.3g} GFLOP per image"
     )
 
 
 def rounded(value: float | None) -> float | None:
-    """Four digits for the JSON line. Errors: none. Source: none."""
+    """Round to four digits, for the JSON line."""
     return None if value is None else float(f"{value:.4g}")
 
 
 def plans(arguments: Sequence[str] | None = None) -> list[Plan]:
-    """What the command line asks for, smallest model first. Errors: SystemExit for a wrong one. Source: none."""
+    """Return what the command line asks for, smallest model first."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.train_step", description="Images a second, side by side."
+        prog="python -m benchmarks.train_step", description="Images per second, side by side."
     )
-    parser.add_argument("--quick", action="store_true", help="a small shape, nothing compiled: within 40 s on 2 cores")
+    parser.add_argument("--quick", action="store_true", help="a small model, nothing compiled: within 40 s on 2 cores")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model", nargs="+", choices=SIZES, help="default: base large huge on CUDA, base on CPU")
-    parser.add_argument("--batch", type=int, help="images a step; default by model and device")
-    parser.add_argument("--steps", type=int, help="steps a round")
+    parser.add_argument("--batch", type=int, help="images per step; default: by model and device")
+    parser.add_argument("--steps", type=int, help="steps per round")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--precision", choices=timing.DTYPES, help="default: bfloat16 autocast on CUDA, float32 on CPU")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compiled variants, ours and theirs")
     parser.add_argument("--ablations", action=argparse.BooleanOptionalAction, default=True, help="undo each saving")
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
 
-    device = torch.device(asked.device)
+    device = torch.device(options.device)
     on_gpu = device.type == "cuda"
-    if asked.quick:
+    if options.quick:
         configs = {"quick": quick_config()}
     else:
-        names = asked.model or (["base", "large", "huge"] if on_gpu else ["base"])
+        names = options.model or (["base", "large", "huge"] if on_gpu else ["base"])
         configs = {name: MAEConfig(encoder=SIZES[name]()) for name in SIZES if name in names}
     return [
         Plan(
             model=name,
             config=config,
-            batch=asked.batch or (QUICK_BATCH if asked.quick else BATCHES[device.type].get(name, CPU_BATCH)),
-            rounds=asked.rounds or 5,
-            steps=asked.steps or (10 if on_gpu else 2 if asked.quick else 1),
+            batch=options.batch or (QUICK_BATCH if options.quick else BATCHES[device.type].get(name, CPU_BATCH)),
+            rounds=options.rounds or 5,
+            steps=options.steps or (10 if on_gpu else 2 if options.quick else 1),
             device=device,
-            precision=asked.precision or ("bfloat16" if on_gpu else "float32"),
-            compiled=not asked.quick if asked.compile is None else asked.compile,
-            ablations=asked.ablations,
+            precision=options.precision or ("bfloat16" if on_gpu else "float32"),
+            compiled=not options.quick if options.compile is None else options.compile,
+            ablations=options.ablations,
         )
         for name, config in configs.items()
     ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure what the command line asks for. Errors: SystemExit. Source: none."""
+    """Measure what the command line asks for."""
     os.environ.setdefault(
         "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
-    )  # variants differ in what they allocate
+    )  # variants allocate blocks of different sizes
     for plan in plans(arguments):
         result = measure(plan)
         print(json.dumps(result), flush=True)

@@ -1,4 +1,4 @@
-"""Benchmarks of a training step: what is compared does the same, and the JSON line has its keys. Nothing here is about time."""
+"""Benchmarks of a training step: what is compared computes the same, and the JSON line has its keys. Times are not tested."""
 
 import json
 
@@ -15,7 +15,7 @@ TINY = MAEConfig(
     decoder_depth=2,
     decoder_num_heads=2,
 )
-# The contract in docs of the JSON line; more keys may be there.
+# Keys that readers of the JSON line rely on; there may be more.
 KEYS = {
     "train_step": "device model images_per_s mfu ratio_vs_hf_eager ratio_vs_hf_compiled ratio_vs_timm_eager",
     "asymmetry": "speedup flops_ratio",
@@ -24,7 +24,7 @@ KEYS = {
 
 @pytest.fixture
 def batch():
-    """A model whose weights are all well off their start, pixels and noise."""
+    """A model whose weights are far from their initial values, pixels and noise."""
     generator = torch.Generator().manual_seed(0)
     model = MaskedAutoencoder(TINY, generator=generator)
     with torch.no_grad():
@@ -40,7 +40,7 @@ def gradient_norm(module):
     ).norm()
 
 
-def same_as_ours(model, pixels, noise, peer, loss):
+def assert_same_as_ours(model, pixels, noise, peer, loss):
     ours, theirs = model(pixels, noise).loss.mean(), loss(pixels, noise)
     ours.backward()
     theirs.backward()
@@ -49,18 +49,18 @@ def same_as_ours(model, pixels, noise, peer, loss):
     torch.testing.assert_close(gradient_norm(peer), gradient_norm(model), rtol=1e-4, atol=0)
 
 
-def test_hugging_face_s_model_does_the_same(batch):
+def test_hugging_face_model_computes_the_same(batch):
     pytest.importorskip("transformers")
     model, pixels, noise = batch
     peer = _peers.hugging_face(TINY, model.state_dict())
-    same_as_ours(model, pixels, noise, peer, _peers.hugging_face_loss(peer))
+    assert_same_as_ours(model, pixels, noise, peer, _peers.hugging_face_loss(peer))
 
 
-def test_timm_s_blocks_do_the_same(batch):
+def test_timm_blocks_compute_the_same(batch):
     pytest.importorskip("timm")
     model, pixels, noise = batch
     peer = _peers.TimmAutoencoder(TINY, model.state_dict())
-    same_as_ours(model, pixels, noise, peer, peer)
+    assert_same_as_ours(model, pixels, noise, peer, peer)
 
 
 @pytest.mark.parametrize("embed", ["visible", "all"])
@@ -79,7 +79,7 @@ def test_a_peer_of_another_model_is_refused(batch):
 
 
 @pytest.mark.parametrize("benchmark", [train_step, asymmetry], ids=["train_step", "asymmetry"])
-def test_last_line_has_the_contract_s_keys(benchmark, monkeypatch, capsys):
+def test_last_line_has_the_promised_keys(benchmark, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "quick_config", lambda: TINY)
     benchmark.main(["--quick", "--device", "cpu", "--batch", "2", "--rounds", "1", "--steps", "1"])
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -89,8 +89,8 @@ def test_last_line_has_the_contract_s_keys(benchmark, monkeypatch, capsys):
     assert all(line[key] is not None for key in KEYS[name].split() if "_vs_" not in key)
 
 
-def test_a_ratio_is_the_median_of_the_rounds_own():
-    # the machine is ten times slower in the second round: no matter
+def test_a_ratio_is_the_median_of_the_ratios_per_round():
+    # the machine is ten times slower in the second round, which must not matter
     seconds = {"ours": [1.0, 10.0, 1.0], "theirs": [2.0, 20.0, 3.0]}
     assert _timing.speed_ratio(seconds, of="ours", over="theirs") == 2.0
     assert _timing.speed_ratio(seconds, of="ours", over="not timed") is None

@@ -1,4 +1,4 @@
-"""Benchmarks of the data path: what is compared does the same, and the JSON line has its keys. Nothing here is about time."""
+"""Benchmarks of the data path: what is compared does the same, and the JSON line has its keys. Times are not tested."""
 
 import io
 import json
@@ -19,7 +19,7 @@ from pipeline.data.images.photos import photos
 from pipeline.data.images.pictures import is_mirrored
 from pipeline.storage import open_store
 
-# The contract of the JSON line; more keys may be there.
+# Keys that readers of the JSON line rely on; there may be more.
 KEYS = {
     "decode": "ratio_vs_pillow share_of_bare max_diff mean_diff",
     "loader": "ratio_vs_webdataset ratio_vs_imagefolder images_per_s_per_core",
@@ -49,14 +49,14 @@ def folder(files, tmp_path_factory):
     [decode, loader, pytest.param(shard, marks=pytest.mark.system), order],
     ids=["decode", "loader", "shard", "order"],
 )
-def test_last_line_has_the_contract_s_keys(benchmark, folder, capsys):
+def test_last_line_has_the_promised_keys(benchmark, folder, capsys):
     name = benchmark.__name__.rpartition(".")[2]
     benchmark.main(["--quick", "--images", str(folder), *TINY[name]])
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert line["benchmark"] == name
     expected = set(KEYS[name].split())
     assert expected <= set(line)
-    # what needs a second core, or a library that no extra of ours names, may be missing
+    # keys that need a second core, or a library outside our extras, may be null
     assert all(line[key] is not None for key in expected - {"ratio_vs_imagefolder", "speedup_2_tasks"})
 
 
@@ -67,7 +67,7 @@ def test_a_folder_without_photographs_is_one_clear_line(benchmark, tmp_path):
 
 
 def torchvision_picture(sample, *, flipped):
-    """The peer's own calls on our box."""
+    """Make the picture with torchvision's own calls, on our box."""
     with Image.open(io.BytesIO(sample.data)) as file:
         whole = file.convert("RGB")
     part = functional.resized_crop(whole, *sample.box, list(SIZE), functional.InterpolationMode.BICUBIC)
@@ -77,7 +77,7 @@ def torchvision_picture(sample, *, flipped):
 def test_every_way_of_decoding_makes_the_same_picture(files):
     made = decode.samples(files, 16)
     assert {is_mirrored(sample.uniforms, CROP) for sample in made} == {False, True}
-    # two kernels of one filter: 4 grey levels at worst and 0.06 on average over 64 crops; a box moved by a pixel: 7 on average
+    # two kernels of one filter differ by 4 grey levels at worst and 0.06 on average over 64 crops; a box moved by a pixel by 7
     largest, average = decode.differences(made)
     assert largest <= 15
     assert average < 0.15
@@ -93,7 +93,7 @@ def test_every_way_of_decoding_makes_the_same_picture(files):
         np.testing.assert_array_equal(decode.simplejpeg_then_pillow(sample), pillow[:, ::-1] if flipped else pillow)
 
 
-def test_every_side_of_the_loader_s_comparison_gives_such_pictures_of_the_same_shards(folder, files, tmp_path):
+def test_all_loaders_yield_pictures_of_the_same_kind_from_the_same_shards(folder, files, tmp_path):
     plan = loader.Plan(workers=1, batch=16, timed=4, warmup=0, rounds=1)
     manifest = _data.sharded(folder, tmp_path, shards=2)
     assert manifest.counts["total"]["served"] == len(files)
@@ -108,18 +108,18 @@ def test_every_side_of_the_loader_s_comparison_gives_such_pictures_of_the_same_s
         assert all(batch.dtype == torch.uint8 and batch.shape == (16, 224, 224, 3) for batch in batches)
         means[name] = float(torch.cat(batches).float().mean())
         side.close()
-    # means of 64 crops of 8 photographs: within 5 of 137 grey levels over 12 draws
+    # means of 64 crops of 8 photographs differed by less than 5 of 137 grey levels in 12 draws
     assert means["ours"] == pytest.approx(means["webdataset"], abs=15)
 
 
-def test_a_turn_s_ratio_is_its_own():
-    # the machine is ten times slower in the second turn: no matter
+def test_ratios_are_taken_within_a_turn():
+    # the machine is ten times slower in the second turn, which must not matter
     assert _data.ratios([1.0, 10.0, 1.0], [2.0, 20.0, 2.0]) == (2.0, 2.0, 2.0)
     assert _data.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == (3.0, 2.0, 4.0)
     assert _data.spread([7.0]) == (7.0, 7.0, 7.0)
 
 
-def test_the_loop_around_shardwriter_knows_what_our_rows_know(folder, tmp_path):
+def test_the_loop_around_shardwriter_records_what_our_rows_record(folder, tmp_path):
     listing = _data.listed(folder, tmp_path / "snapshot")
     with opened_snapshot(listing.store, "snapshot.parquet") as snapshot:
         plans = list(plan_shards(snapshot, seed=0, shard_max_bytes=2**27, min_shards=2, policy=shard._POLICY))
@@ -128,11 +128,11 @@ def test_the_loop_around_shardwriter_knows_what_our_rows_know(folder, tmp_path):
     root = open_store(str(tmp_path / "ours"))
     ours = [row for plan in plans for row in read_samples(root, write(plan)).select(list(theirs[0])).to_pylist()]
     assert theirs == ours
-    # and Pillow's checks keep what ours keep; its decoder is the same library, so the perceptual hash is the same too
+    # Pillow's checks keep what ours keep; its decoder is the same library, so perceptual hashes agree too
     assert shard.write_with_shardwriter(plans, folder, tmp_path / "pillow", shard.pillow_checks) == ours
 
 
-def test_a_way_that_loses_images_is_no_comparison(tmp_path):
+def test_a_variant_that_loses_images_is_refused(tmp_path):
     def loses(folder):
         folder.mkdir()
         return 7
@@ -142,7 +142,7 @@ def test_a_way_that_loses_images_is_no_comparison(tmp_path):
 
 
 def test_mixing_by_hand():
-    # 100 shards of 10 samples, a class a shard; one batch of the first shard alone, one with a sample of every shard
+    # 100 shards of 10 samples, one class per shard; one batch from the first shard only, one with a sample from every shard
     alone, every = np.arange(10), np.arange(0, 1000, 10)
     assert order.mixing(iter([alone]), shards=100, per_shard=10) == (1.0, pytest.approx(0.99))
     assert order.mixing(iter([every]), shards=100, per_shard=10) == (100.0, pytest.approx(0.0))
@@ -152,9 +152,13 @@ def test_mixing_by_hand():
 @pytest.mark.parametrize(
     "way",
     [order.uniform, partial(order.ours, window_shards=1), order.shard_shuffle_and_buffer],
-    ids=["uniform", "ours", "buffer"],  # a function's own text holds its address, and workers must agree on names
+    ids=[
+        "uniform",
+        "ours",
+        "buffer",
+    ],  # the repr of a function holds its address, but xdist's workers must agree on names
 )
-def test_no_order_gives_a_sample_twice(way):
+def test_no_order_yields_a_sample_twice(way):
     samples = np.concatenate(list(way(64, 100, 64)))
     assert len(samples) >= 64 * 64
     assert len(np.unique(samples)) == len(samples)
@@ -162,7 +166,7 @@ def test_no_order_gives_a_sample_twice(way):
 
 
 @pytest.mark.system
-def test_scale_pays_for_every_part(capsys):
+def test_scale_measures_every_part(capsys):
     scale.main(["--images", "3000"])
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert line["images"] == 3000
@@ -170,6 +174,6 @@ def test_scale_pays_for_every_part(capsys):
     assert all(line[part]["seconds"] > 0 for part in parts)
 
 
-def test_the_watcher_sees_what_was_held_for_a_moment():
-    held = scale.paid(lambda: time.sleep(0.05 * np.ones(2**24).min()))  # 128 MiB
+def test_a_short_peak_of_memory_is_seen():
+    held = scale.measured(lambda: time.sleep(0.05 * np.ones(2**24).min()))  # 128 MiB
     assert 100 < held.mib < 200
