@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOT_PAGES = {"README.md": "overview.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 HISTORY = ("changelog.md", "decisions/")
 """Pages that speak of earlier versions, whose files may be gone."""
+AFTER_PROSE = "---\nsearch: {boost: 0.2}\n---\n"
+"""Front matter: in the search, such a page comes after the written ones."""
 LINK = re.compile(r"""(\]\(|src=")(?![a-z]+:|#|/)([^)\s#"]+)(#[^)\s"]*)?([)"])""")
 PATH = re.compile(r"`((?:mae_core|pipeline|jobs|infra|tests|benchmarks|docs)/[\w./-]*)`")
 
@@ -50,7 +52,9 @@ def on_files(files: Files, config: Any) -> Files:
     )
     for entry in _modules():
         for module, page in entry.items():
-            files.append(File.generated(config, page, content=f"# {module}\n\n::: {module}\n"))
+            path = f"{module.replace('.', '/')}.py"
+            text = f"{AFTER_PROSE}# {module}\n\n[{path}](../../{path})\n\n::: {module}\n"
+            files.append(File.generated(config, page, content=text))
     for page in [file for file in files if file.is_documentation_page()]:
         for target in _linked(page.content_string, _place(page.src_uri)):
             shown = _page_of(target)
@@ -105,7 +109,7 @@ def _linked(markdown: str, place: str) -> Iterator[str]:
 
 def _listing(path: str) -> str:
     language = {".py": "python", ".yaml": "yaml", ".toml": "toml"}.get(Path(path).suffix, "text")
-    return f"# {path}\n\n````{language}\n{(ROOT / path).read_text()}\n````\n"
+    return f"---\nsearch: {{exclude: true}}\n---\n# {path}\n\n````{language}\n{(ROOT / path).read_text()}\n````\n"
 
 
 def _decisions() -> list[Any]:
