@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline.data.dataset.facts import DatasetFacts
 from pipeline.evaluation.protocol import ScoreFacts
-from pipeline.graph.receipts import versions
+from pipeline.graph.receipts import installed_versions
 from pipeline.graph.step import Attempt, StageInput, StageResult
 from pipeline.reporting.figures import Curves, curve_png, scores_png
 from pipeline.reporting.format import count
@@ -90,7 +90,7 @@ def report(config: ReportConfig, inputs: Mapping[str, StageInput], attempt: Atte
             datasets=[_dataset_card(name, config, inputs) for name in config.sources],
             steps=[_step_row(name, step) for name, step in inputs.items()],
             config=config.config,
-            versions=versions(),
+            versions=installed_versions(),
             hardware={"machine": platform.machine(), "CPUs": str(os.cpu_count()), "system": platform.platform()},
             command="mae run CONFIG.yaml",
             addresses={

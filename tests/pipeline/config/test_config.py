@@ -88,7 +88,7 @@ def complaint_of(tmp_path: Path, text: str) -> str:
         ("resources.workers=0", "resources.workers = 0: write a number from 1, or [min, max]"),
         (
             "resources.wall_clock_s=60",
-            "resources.wall_clock_s = 60 leaves nothing to train in: write more than grace_s=120",
+            "resources.wall_clock_s = 60 leaves no time to train: write more than grace_s=120",
         ),
         ("resources.workers=[4, 2]", "resources.workers = (4, 2): write a number from 1, or [min, max]"),
         ("resources.zero_stage=4", "resources.zero_stage = 4 is unknown: write 1, 2 or 3"),

@@ -15,7 +15,7 @@ from typing import Any
 from pipeline import errors
 from pipeline.errors import Stopped
 from pipeline.graph.receipts import check_fence, claims
-from pipeline.graph.runner import stop_key
+from pipeline.graph.runner import stop_request_key
 from pipeline.graph.step import Attempt, StageInput, StageResult, Step, generation_key
 
 VERSION = 1
@@ -80,7 +80,7 @@ def count(config: Work, inputs: Mapping[str, StageInput], attempt: Attempt) -> S
     for done in range(saved["done"], config.ticks):
         attempt.progress.update(done, config.ticks, unit="links")
         tick(attempt)
-        if attempt.root.exists(stop_key(attempt.generation)):
+        if attempt.root.exists(stop_request_key(attempt.generation)):
             raise Stopped(f"stopped at {done} of {config.ticks}, saved")
         tell(attempt, f"{attempt.step_name} {done}")
         saved = {"done": done + 1, "chain": digest([config.value, done, saved["chain"]])}

@@ -15,7 +15,7 @@ from pipeline.cluster.resources import Resources
 from pipeline.errors import DataError, Fenced, PipelineError, Stopped, StorageError
 from pipeline.graph.plan import dotted_fields, nearest_difference, plan_graph
 from pipeline.graph.receipts import RECEIPT, claim, claims, read_receipt
-from pipeline.graph.runner import GraphRun, execute, stop_key
+from pipeline.graph.runner import GraphRun, execute_step, stop_request_key
 from pipeline.graph.step import Attempt, Step
 from pipeline.storage import FileStore
 
@@ -139,7 +139,7 @@ def test_the_plan_names_what_would_run_and_why_and_writes_nothing(store, options
     assert [(row.step.name, row.state, row.differs) for row in rows] == [
         ("listing", "cached", ()),
         ("shards", "blocked", ("config.ticks: 4 -> 5",)),
-        ("near", "blocked", ("inputs.shards: made anew",)),
+        ("near", "blocked", ("inputs.shards: changed",)),
     ]
     rows = plan_graph([listing, changed, near], store=store)
     assert [row.state for row in rows] == ["cached", "to_run", "to_run"]
@@ -234,7 +234,7 @@ def test_code_that_differs_from_the_drivers_is_refused(store, options):
     root = store.at(step.directory)
     attempt = Attempt(root.uri, 1, "", step.name, "0" * 64, Resources(), "in_process", progress=None, options=options)
     with pytest.raises(PipelineError, match="Install the same version of mae-pipeline on every machine"):
-        execute(step, {}, attempt)
+        execute_step(step, {}, attempt)
     assert told(options) == []
 
 
@@ -266,7 +266,7 @@ def test_a_stop_lets_a_step_save_and_the_next_run_goes_on_from_there(store, opti
         "listing": "done", "shards": "done", "training": "stopped", "near": "stopped", "far": "stopped", "page": "stopped",
     }  # fmt: skip
     assert isinstance(outcomes[2].error, Stopped)
-    assert store.at(steps[2].directory).exists(stop_key(1))
+    assert store.at(steps[2].directory).exists(stop_request_key(1))
     walk(steps, store)  # the old request is to the first generation: it stops no other
     lines = told(options)
     assert sorted(line for line in lines if line.startswith("training ")) == [f"training {link}" for link in range(8)]
@@ -425,7 +425,7 @@ def test_a_stop_on_ray_saves_what_can_save_and_cuts_off_the_rest(ray, store, opt
     outcomes = stopped_walk([saves, cannot], store, "saves", executor="ray", parallel=2)
     assert states(outcomes) == {"saves": "stopped", "cannot": "stopped"}
     assert "saved" in str(outcomes[0].error)
-    assert "cut off" in str(outcomes[1].error)
+    assert "interrupted" in str(outcomes[1].error)
     assert read_receipt(store.at(cannot.directory)) is None
 
 
@@ -438,4 +438,4 @@ def test_a_fence_on_ray_stops_what_else_is_at_work(ray, store, options):
     hooks = ClaimsToo(store.at(fenced.directory))
     outcomes = walk([fenced, saves], store, executor="ray", parallel=2, hooks=hooks)
     assert [type(outcome.error) for outcome in outcomes] == [Fenced, Stopped]
-    assert json.loads(store.at(saves.directory).read(stop_key(1))) == {}
+    assert json.loads(store.at(saves.directory).read(stop_request_key(1))) == {}

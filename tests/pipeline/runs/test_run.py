@@ -27,9 +27,9 @@ from pipeline.data.feed.substitution import Substitution
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.graph.receipts import Receipt
 from pipeline.graph.runner import Outcome
-from pipeline.runs.checks import warn_of_folders
+from pipeline.runs.checks import warn_of_unshared_paths
 from pipeline.runs.hooks import detail_of
-from pipeline.runs.run import _stop_when_told, plan_run, run_pipeline
+from pipeline.runs.run import _stop_on_signals, plan_run, run_pipeline
 from pipeline.runs.summary import RunSummary
 from pipeline.runs.workflow import build
 from pipeline.storage import open_store
@@ -452,7 +452,7 @@ def test_what_other_machines_cannot_see_is_warned_of(store, tracking_uri, nodes,
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     if remote:
         monkeypatch.setenv("RAY_ADDRESS", "auto")
-    warn_of_folders(open_store(store), tracking_uri)
+    warn_of_unshared_paths(open_store(store), tracking_uri)
     assert [record.getMessage().split()[0] for record in caplog.records] == warned
 
 
@@ -513,10 +513,10 @@ def test_the_closing_table_names_images_that_others_stood_in_for():
 
 def test_the_wall_clock_asks_once_and_in_good_time(caplog):
     asked, began = [], time.monotonic()
-    with _stop_when_told(lambda: asked.append(time.monotonic() - began), Resources(wall_clock_s=0.5, grace_s=0.3)):
+    with _stop_on_signals(lambda: asked.append(time.monotonic() - began), Resources(wall_clock_s=0.5, grace_s=0.3)):
         time.sleep(0.6)
     assert len(asked) == 1
     assert 0.2 <= asked[0] < 0.5
-    assert "wall_clock_s=0.5 is nearly over: what is under way is saved first" in caplog.text
+    assert "wall_clock_s=0.5 is nearly over: saving what is running" in caplog.text
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
     assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL

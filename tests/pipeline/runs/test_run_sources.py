@@ -171,7 +171,7 @@ def test_refresh_takes_in_what_is_new_once_and_writes_no_old_shard_again(tmp_pat
     assert (code, said) == (0, [f"mae: refresh: {source} is not listed yet; this run lists it for the first time"])
     assert set(told.values()) == {"done"}
     code, told, said = mae(refresh=True)
-    assert said == [f'mae: refresh: nothing is new in {source}; to keep to it write data.snapshot: "1"']
+    assert said == [f'mae: refresh: nothing is new in {source}; to pin this state write data.snapshot: "1"']
     assert set(told.values()) == {"cached"}
 
     write_images(source / "new", 12, seed=1)
@@ -180,14 +180,14 @@ def test_refresh_takes_in_what_is_new_once_and_writes_no_old_shard_again(tmp_pat
     rows = json.loads(capsys.readouterr().out)["steps"]
     assert [row["state"] for row in rows[:5]] == ["cached", "to_run", "cached", "to_run", "to_run"]
     code, told, said = mae(refresh=True)
-    assert said == [f'mae: refresh: a new part in {source}; to keep to it write data.snapshot: ["1", "2"]']
+    assert said == [f'mae: refresh: a new part in {source}; to pin this state write data.snapshot: ["1", "2"]']
     assert code == 0
     assert [told[name] for name in ("snapshot", "shard", "snapshot.2", "shard.2", "join", "pretrain")] == (
         ["cached"] * 2 + ["done"] * 4
     )
     assert {p: p.stat().st_mtime_ns for p in times} == times
     code, told, said = mae(refresh=True)
-    assert said == [f'mae: refresh: nothing is new in {source}; to keep to it write data.snapshot: ["1", "2"]']
+    assert said == [f'mae: refresh: nothing is new in {source}; to pin this state write data.snapshot: ["1", "2"]']
     assert set(told.values()) == {"cached"}
     code, told, said = mae(refresh=False)  # the file still says "1"
     assert (said, set(told.values())) == ([], {"cached"})

@@ -8,7 +8,7 @@ from training_kit import SEED, TEST, attempt_at, encoder_config
 from pipeline.data.dataset.address import dataset_address
 from pipeline.evaluation import features as features_module
 from pipeline.evaluation.encoders import encoder_source
-from pipeline.evaluation.features import FeatureRequest, Features, take_features
+from pipeline.evaluation.features import FeatureRequest, Features, extract_features
 from pipeline.evaluation.protocols.linear import PROBE, LinearConfig, LinearSettings, fit, linear
 
 
@@ -33,7 +33,7 @@ def test_the_score_is_the_saved_probes_over_all_test_images(shards, pretrained, 
         seed=SEED,
         pool="cls",
     )
-    test = take_features(request, attempt_at(tmp_path / "elsewhere" / "step"))  # not from the same cache
+    test = extract_features(request, attempt_at(tmp_path / "elsewhere" / "step"))  # not from the same cache
     logits = (test.values - probe["mean"]) / probe["deviation"] @ probe["weight"].T + probe["bias"]
     assert facts["top1"] == pytest.approx(float((logits.argmax(dim=1) == test.labels).double().mean()))
     loss = torch.nn.functional.cross_entropy(logits, test.labels)
