@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.config import RunConfig, document_of, load_config
+from pipeline.config import RunConfig, load_config, read_document
 from pipeline.errors import ConfigError
 from pipeline.graph.plan import dotted_fields
 from pipeline.runs.pretrainings import checkpoint_at, pretraining_of
@@ -34,7 +34,7 @@ def fork(path: Path, overrides: Sequence[str], *, at: int, out: Path) -> StartPo
     parent = load_config(path)
     root = pretraining_of(parent).root
     key = checkpoint_at(root, at)
-    document = document_of(path, overrides)
+    document = read_document(path, overrides)
     if "name" not in {override.partition("=")[0].strip() for override in overrides}:
         document["name"] = f"{parent.name[:48]}-from-{at}"
     start = _pinned(root, key)

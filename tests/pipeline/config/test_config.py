@@ -56,7 +56,7 @@ def complaint_of(tmp_path: Path, text: str) -> str:
             "evaluation.datasets=[{name: a, sorce: x}]",
             "evaluation.datasets.0.sorce is not a field; did you mean source?",
         ),
-        ("tracking.zzz=1", "tracking.zzz is not a field; known here: uri, experiment"),
+        ("tracking.zzz=1", "tracking.zzz is not a field; the fields here are uri, experiment"),
         # wrong types
         ("pretrain.epochs=three", "pretrain.epochs = 'three' is not a whole number"),
         ("pretrain.epochs=2.5", "pretrain.epochs = 2.5 is not a whole number"),
@@ -97,13 +97,13 @@ def complaint_of(tmp_path: Path, text: str) -> str:
             "evaluation.datasets.0.protocols=[knn]",
             "evaluation.datasets.0.protocols.0 = 'knn' is unknown: write 'linear'",
         ),
-        ("evaluation.datasets.0.protocols=[linear, linear]", "protocols = ['linear', 'linear']: write each once"),
+        ("evaluation.datasets.0.protocols=[linear, linear]", "protocols = ['linear', 'linear']: write each only once"),
         ("evaluation.datasets=[{name: a}, {name: a}]", "evaluation.datasets = ['a', 'a'] has a name twice"),
         (
             "evaluation.datasets.0.name=A B",
-            "evaluation.datasets.0.name = 'A B' is not usable: write 1 to 32 small letters",
+            "evaluation.datasets.0.name = 'A B' is not usable: write 1 to 32 lower-case letters",
         ),
-        ("evaluation.seeds=[]", "evaluation.seeds = []: write at least one, each once"),
+        ("evaluation.seeds=[]", "evaluation.seeds = []: write at least one, and each only once"),
         ("name=a/b", "name = 'a/b' is not usable: write 1 to 64 letters, digits, dots, _ or -"),
         ("model.size=gigantic", "model.size = 'gigantic' is unknown: write one of tiny, small, base, large, huge"),
         ("model.size=[base]", "model.size = ['base'] is unknown"),
@@ -151,7 +151,7 @@ def test_what_stands_in_the_file_is_answered_with_the_files_name(tmp_path):
         ("model: {}\ndata:\n  source: x\n  source: y\n", "FILE:4: not YAML (key 'source' is written twice)"),
         ("? [a]\n: 1\n", "FILE:1: not YAML (a key is not a name)"),
         ("data: !!python/object:os.system x", "FILE:1: not YAML (could not determine a constructor"),
-        ("model: {}\ndata: {source: x}\n7: 1\n", "FILE: 7 is not a field; known here: name"),
+        ("model: {}\ndata: {source: x}\n7: 1\n", "FILE: 7 is not a field; the fields here are name"),
         ("model: {}\n", "FILE: data is missing; add it, or --set data=..."),
         ("model: {}\ndata: {seed: 1}\n", "FILE: data.source is missing; add it, or --set data.source=..."),
     ],
@@ -176,8 +176,11 @@ def test_a_file_that_cannot_be_read_is_answered(tmp_path):
         ("=3", "--set =3: write field=value"),
         ("a..b=3", "--set a..b=3: write field=value"),
         ("pretrain.epochs=[", "'[' is not a YAML value"),
-        ("pretrain.epochs.x=3", "epochs has no x, it holds 2; write epochs whole"),
-        ("evaluation.datasets.1.name=x", "datasets has no 1, it holds [{'name': 'toy'}]; write datasets whole"),
+        ("pretrain.epochs.x=3", "pretrain.epochs is 2 and has no x; set pretrain.epochs as a whole"),
+        (
+            "evaluation.datasets.1.name=x",
+            "evaluation.datasets is [{'name': 'toy'}] and has no 1; set evaluation.datasets as a whole",
+        ),
     ],
 )
 def test_an_override_that_is_none_is_answered(path, override, words):
@@ -351,6 +354,11 @@ def test_a_field_makes_something_anew_unless_it_only_says_where_and_how(field):
     before = {step.name: step.fingerprint for step in build(RunConfig.model_validate(content))}
     after = {step.name: step.fingerprint for step in build(changed(content, field, another(field, value)))}
     assert (before == after) == field.startswith(OUTSIDE), field
+
+
+def test_reading_stays_small_enough_not_to_need_a_library():
+    # docs/decisions/017-no-omegaconf.md
+    assert len((ROOT / "pipeline/config/reading.py").read_text().splitlines()) < 220
 
 
 def test_every_section_is_walked():
