@@ -8,7 +8,7 @@ that computed it, so that an interrupted evaluation continues where it was.
 Images are read as in any evaluation: each once, centre crop, no augmentation.
 Errors: DataError for a sample or a part that cannot be read."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -22,15 +22,16 @@ from torch import Tensor
 from mae_core.patches import normalise_pixels
 from pipeline.cluster.resources import Resources
 from pipeline.cluster.tasks import map_tasks
-from pipeline.data.dataset.address import DatasetAddress
+from pipeline.data.dataset.address import DatasetAddress, dataset_address
 from pipeline.data.dataset.manifest import json_digest
 from pipeline.data.feed.loader import Loader
 from pipeline.data.feed.order import OrderConfig, SampleOrder, plain_slice
 from pipeline.data.feed.selection import Samples, Selection, select
 from pipeline.data.images.pictures import AugmentConfig
 from pipeline.errors import DataError
-from pipeline.evaluation.encoders import EncoderSource
-from pipeline.graph.step import Attempt, canonical
+from pipeline.evaluation.encoders import EncoderSource, encoder_source
+from pipeline.evaluation.protocol import ProtocolConfig
+from pipeline.graph.step import Attempt, StageInput, canonical
 from pipeline.storage import Store, open_store
 from pipeline.training.spec.train_spec import node_cache
 
@@ -39,6 +40,10 @@ FEATURES_VERSION = 1
 FOLDER = "features/"
 IMAGES_PER_TASK = 2048
 """Size of a part: 10 MiB at ViT-H's width, and little work to repeat if a task is lost."""
+
+
+Pool = Literal["cls", "mean"]
+"""The feature of an image: its class token, or the mean of its patch tokens."""
 
 
 class Features(NamedTuple):
@@ -59,11 +64,30 @@ class FeatureRequest:
     samples: Samples
     seed: int
     """Decides which samples are chosen if `samples` is a number."""
-    pool: Literal["cls", "mean"]
+    pool: Pool
 
     def selection(self) -> Selection:
         """Open the chosen samples."""
         return select(self.dataset.open(), self.split, self.samples, seed=self.seed)
+
+
+def extract_splits(
+    config: ProtocolConfig, inputs: Mapping[str, StageInput], attempt: Attempt, *, pool: Pool
+) -> tuple[Features, Features]:
+    """Return the features of an evaluation step: of the labelled images of `train` that it may learn from, and of all of `test`."""
+
+    def features(split: str, samples: Samples) -> Features:
+        request = FeatureRequest(
+            encoder=encoder_source(config, inputs),
+            dataset=dataset_address(inputs["shards"]),
+            split=split,
+            samples=samples,
+            seed=config.seed,
+            pool=pool,
+        )
+        return extract_features(request, attempt)
+
+    return features("train", config.train_labels or "labelled"), features("test", "all")
 
 
 def extract_features(request: FeatureRequest, attempt: Attempt) -> Features:

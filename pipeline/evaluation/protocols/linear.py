@@ -7,7 +7,6 @@ Output: probe.safetensors (mean, deviation [D]; weight [classes, D]; bias [class
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -17,11 +16,8 @@ from torch.nn import functional as F
 
 from mae_core.metrics import topk_counts
 from mae_core.schedules import scaled_lr, warmup_cosine
-from pipeline.data.dataset.address import dataset_address
 from pipeline.data.dataset.facts import DatasetFacts
-from pipeline.data.feed.selection import Samples
-from pipeline.evaluation.encoders import encoder_source
-from pipeline.evaluation.features import FeatureRequest, Features, extract_features
+from pipeline.evaluation.features import Features, Pool, extract_splits
 from pipeline.evaluation.protocol import EvaluationProtocol, ProtocolConfig, ScoreFacts, skipped
 from pipeline.graph.step import Attempt, StageInput, StageResult
 
@@ -35,7 +31,7 @@ class LinearSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
-    pool: Literal["cls", "mean"] = "cls"
+    pool: Pool = "cls"
     """The feature of an image: its class token or the mean of its patch tokens, both after the encoder's final norm."""
     epochs: int = Field(90, ge=1)
     batch: int = Field(16384, ge=1)
@@ -67,19 +63,7 @@ def linear(config: LinearConfig, inputs: Mapping[str, StageInput], attempt: Atte
     shards = inputs["shards"]
     if result := skipped(shards):
         return result
-
-    def features(split: str, samples: Samples) -> Features:
-        request = FeatureRequest(
-            encoder=encoder_source(config, inputs),
-            dataset=dataset_address(shards),
-            split=split,
-            samples=samples,
-            seed=config.seed,
-            pool=config.probe.pool,
-        )
-        return extract_features(request, attempt)
-
-    train, test = features("train", config.train_labels or "labelled"), features("test", "all")
+    train, test = extract_splits(config, inputs, attempt, pool=config.probe.pool)
     mean, deviation = train.values.mean(dim=0), train.values.std(dim=0, correction=0).clamp_min(1e-6)
     head = fit(
         train._replace(values=(train.values - mean) / deviation),
