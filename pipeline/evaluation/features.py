@@ -117,7 +117,7 @@ def _key(request: FeatureRequest, selection: Selection) -> str:
     return json_digest(
         {
             "version": FEATURES_VERSION,
-            # beside the weights: equal weights with another number of heads or other pixel statistics compute other features
+            # in addition to the weights: with another number of heads, equal weights compute other features
             "encoder": canonical(encoder.config),
             "weights": encoder.digest,
             "dataset": request.dataset.digest,

@@ -1,4 +1,4 @@
-"""Runs a graph: steps with a receipt are cached, ready ones are claimed and run, failed ones block those that need them.
+"""The runner of a graph: steps with a receipt are cached, ready ones are claimed and run, failed ones block their readers.
 
 The runner keeps no state of its own. Everything it knows is in the store, so that a killed driver continues when it is started
 again."""

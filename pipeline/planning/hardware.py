@@ -32,7 +32,7 @@ class Hardware:
     kind: Literal["cuda", "cpu"]
     memory_bytes: int
     peaks: Mapping[Precision, float]
-    """FLOP/s of dense matrix products. Empty where nobody knows them (yet)."""
+    """FLOP/s of dense matrix products, by precision. Lacks those that are unknown or not measured yet."""
     mfu: tuple[float, float]
     """(cautious, good) share of the peak."""
     source: str

@@ -30,7 +30,7 @@ class Pretraining:
     model: MAEConfig
 
     def weights(self, at: int | None) -> dict[str, Tensor]:
-        """Return the weights at training step `at`, or the final ones for None: float32, by the names of MaskedAutoencoder."""
+        """Return the weights at training step `at`, or the final ones if it is None: float32, by names of MaskedAutoencoder."""
         if at is not None:
             return checkpoint_weights(self.root, checkpoint_at(self.root, at))
         receipt = read_receipt(self.root)

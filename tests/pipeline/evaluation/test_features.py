@@ -1,4 +1,4 @@
-"""Features are those of the encoder that was asked for, do not depend on how many tasks compute them, and are computed once."""
+"""Features are of the requested encoder, do not depend on the number of tasks, and are computed only once."""
 
 import shutil
 from dataclasses import replace
@@ -32,13 +32,13 @@ def request_for(shards):
     return request
 
 
-def test_they_are_the_encoders_that_was_asked_for(request_for, pretrained, tmp_path):
+def test_they_are_of_the_requested_encoder(request_for, pretrained, tmp_path):
     attempt = attempt_at(tmp_path / "step")
     untrained = extract_features(request_for(), attempt).values
     trained = extract_features(request_for(encoder=Pretrained(pretrained.store.uri)), attempt).values
     assert untrained.shape == (TEST, 16)
     assert not torch.allclose(untrained, trained, atol=0.1)
-    # the class token after the final norm has mean 0 and variance 1 over its width, but for the norm's trained scale
+    # the class token comes from the final norm: mean 0 and variance 1 over its width while the norm is untrained
     torch.testing.assert_close(untrained.mean(dim=1), torch.zeros(TEST), rtol=0, atol=1e-5)
     torch.testing.assert_close(untrained.std(dim=1, correction=0), torch.ones(TEST), rtol=0, atol=1e-3)
 
@@ -61,7 +61,7 @@ def test_few_labels_are_equally_many_of_each_class(request_for, tmp_path):
 
 @pytest.fixture
 def copied(shards, tmp_path) -> DatasetAddress:
-    """The dataset in a folder of its own, so that its images can be taken away."""
+    """The dataset in a folder of its own, so that its images can be deleted."""
     address = dataset_address(shards)
     for uri, name in ((address.root_uri, "root"), (address.manifest_uri, "manifest")):
         shutil.copytree(uri.removeprefix("file://"), tmp_path / name)
@@ -83,7 +83,7 @@ def test_they_are_computed_once_for_a_set_of_weights_wherever_these_come_from(
         replace(asked, samples="labelled", split="train"),
         replace(asked, encoder=Initial(encoder_config(), SEED)),
     ):
-        with pytest.raises(DataError):  # nothing in the cache is taken for it, and the images are gone
+        with pytest.raises(DataError):  # the cache has nothing for it, and the images are gone
             extract_features(other, attempt_at(tmp_path / "store" / "step-d"))
 
 

@@ -1,4 +1,4 @@
-"""What is foreseen of a run: layouts that fit, effort by hand, and what is refused before anything is held."""
+"""Estimates of a run: settings that fit, effort computed by hand, and what is refused before anything is held."""
 
 from dataclasses import replace
 
@@ -66,13 +66,13 @@ def test_what_is_proposed_fits_every_step_and_nothing_larger_of_its_kind_does(hu
         assert not fits(huge, larger, of(memory_gib))
 
 
-def test_the_lowest_stage_that_is_worth_it_comes_first(huge):
+def test_the_lowest_stage_with_an_efficient_batch_comes_first(huge):
     assert of_all(huge, hardware_named("H100")).zero_stage == 1
     small = of_all(huge, of(6))
     assert small.activation_checkpointing or small.zero_stage > 1
 
 
-def test_a_proposal_is_pasted_and_gives_itself(huge):
+def test_a_proposal_pasted_into_the_command_gives_itself(huge):
     best = of_all(huge, of(8))
     pasted = [word for word in as_set_options(best).split() if word != "--set"]
     assert load_config(ROOT / "jobs/configs/vit_huge.yaml", ["data.source=/data/imagenet", *pasted]).resources == best
@@ -97,7 +97,7 @@ def test_steps_time_and_cost_by_hand(huge):
     assert more.seconds[0] / took.seconds[0] == pytest.approx(4 / 3, rel=0.01)
 
 
-def test_what_cannot_fit_is_refused_with_a_way_out_that_is_not(huge):
+def test_what_cannot_fit_is_refused_with_settings_that_are_accepted(huge):
     steps = build(huge)
     with pytest.raises(ConfigError) as caught:
         check_memory(steps, huge.resources, of(16))
@@ -105,8 +105,8 @@ def test_what_cannot_fit_is_refused_with_a_way_out_that_is_not(huge):
     assert text.startswith("pretrain: resources.micro_batch=256 at zero_stage=1 needs about ")
     assert " GiB per worker, but a worker on H100 has 16.0 GiB. Write --set resources.micro_batch=" in text
     pasted = text.partition("Write ")[2].partition(";")[0].replace("--set ", "").split()
-    mended = load_config(ROOT / "jobs/configs/vit_huge.yaml", ["data.source=/data/imagenet", *pasted])
-    check_memory(steps, mended.resources, of(16))
+    repaired = load_config(ROOT / "jobs/configs/vit_huge.yaml", ["data.source=/data/imagenet", *pasted])
+    check_memory(steps, repaired.resources, of(16))
     with pytest.raises(ConfigError, match="use more workers or larger devices"):
         check_memory(steps, huge.resources, of(1))
 
@@ -119,13 +119,13 @@ def test_what_is_only_tight_is_not_refused(huge):
 
 
 def test_a_cpu_without_room_for_the_copy_is_offered_the_disk(huge):
-    """The last way: 12 bytes a weight less."""
+    """The last candidate, which saves 12 bytes per weight."""
     steps = [pretraining(huge)]
     cpu = of(24, kind="cpu")
-    way = propose_resources(steps, huge.resources.model_copy(update={"workers": 1}), cpu)
-    assert way.checkpoint_copy == "disk"
-    assert estimate_memory(steps[0], way, cpu).footprint.copy == 0
-    assert "--set resources.checkpoint_copy=disk" in as_set_options(way)
+    proposed = propose_resources(steps, huge.resources.model_copy(update={"workers": 1}), cpu)
+    assert proposed.checkpoint_copy == "disk"
+    assert estimate_memory(steps[0], proposed, cpu).footprint.copy == 0
+    assert "--set resources.checkpoint_copy=disk" in as_set_options(proposed)
     assert propose_resources(steps, huge.resources, of(128, kind="cpu")).checkpoint_copy == "memory"
 
 
@@ -146,7 +146,7 @@ def test_a_run_that_cannot_fit_ends_before_anything_is_written_or_held(tmp_path)
     assert not (tmp_path / "store").exists()
 
 
-def test_images_that_nobody_has_counted(huge, tmp_path):
+def test_images_that_have_not_been_counted_are_unknown(huge, tmp_path):
     config = huge.model_copy(update={"store": str(tmp_path)})
     steps = {step.name: step for step in build(config)}
     assert images_per_epoch(steps["pretrain"], open_store(str(tmp_path))) is None

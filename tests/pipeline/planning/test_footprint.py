@@ -1,4 +1,4 @@
-"""The footprint's arithmetic; that real processes hold it is tests/system/test_footprint_layouts.py's to say."""
+"""The footprint's arithmetic. tests/system/test_footprint_layouts.py compares it with real processes."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ def test_weights_and_states_by_hand(workers):
 
 
 def test_when_adamw_steps_it_has_gradients_twice_and_in_float32():
-    # one worker in bf16: 2 + 12 stand, 2 kept, 2 flat, 4 float32
+    # bytes per weight for one worker in bf16: 2 + 12 held throughout, 2 kept, 2 flat, 4 in float32
     one = held(workers=1)
     assert one.total - one.overhead == pytest.approx(22 * WEIGHTS, rel=1e-6)
 

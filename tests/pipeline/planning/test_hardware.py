@@ -1,4 +1,4 @@
-"""The table of devices, what this machine says of itself, and a person's prices."""
+"""The table of devices, this machine, and the user's prices."""
 
 import pytest
 from run_kit import ROOT

@@ -1,4 +1,4 @@
-"""A fork's configuration, and weights out of a checkpoint: from real checkpoints of a tiny model that nobody had to train."""
+"""A fork's configuration, and weights exported from checkpoints. The checkpoints are real, of a tiny untrained model."""
 
 import json
 from dataclasses import replace
@@ -29,7 +29,7 @@ from pipeline.weights import import_autoencoder, import_encoder
 
 @pytest.fixture
 def path(tmp_path):
-    """A run of 2 epochs in 8 steps, of which checkpoints 4 and 6 are there; nothing was trained."""
+    """A run of 2 epochs in 8 steps with checkpoints of steps 4 and 6, without any training."""
     path = write_config(tmp_path / "run.yaml", document(tmp_path / "store", write_images(tmp_path / "images", 4)))
     root = root_of(path)
     claim(root, continues="")
@@ -79,7 +79,7 @@ def test_a_fork_is_a_run_of_its_own_that_shares_what_came_before(path, tmp_path)
     assert "# Continues from step 4" in out.read_text()
 
 
-def test_what_was_forked_stays(path, tmp_path):
+def test_a_forked_checkpoint_is_kept(path, tmp_path):
     root = root_of(path)
     fork(path, [], at=4, out=tmp_path / "fork.yaml")
     Pruner(root, 1, Retention(last=1, every_steps=None, best=0)).prune()
@@ -95,7 +95,7 @@ def test_what_was_forked_stays(path, tmp_path):
         ("data.test_share=0.2", "data.test_share"),
     ],
 )
-def test_what_the_position_or_the_weights_hang_on_is_refused(path, tmp_path, change, field):
+def test_changing_what_the_position_or_the_weights_depend_on_is_refused(path, tmp_path, change, field):
     with pytest.raises(ConfigError, match=f"--set {field}: a fork continues with the weights and at the position"):
         fork(path, [change], at=4, out=tmp_path / "fork.yaml")
     assert not (tmp_path / "fork.yaml").exists()

@@ -1,4 +1,4 @@
-"""Whole runs in this process: real images, real training, real MLflow in SQLite. Small enough for seconds."""
+"""Whole runs in this process, small enough for seconds: real images, real training, real MLflow in SQLite."""
 
 import io
 import json
@@ -51,7 +51,7 @@ STEPS = [
 
 @dataclass
 class Silent:
-    """A display that remembers."""
+    """A display that records its calls."""
 
     said: list[tuple[str, str, str]] = field(default_factory=list)
 
@@ -80,7 +80,7 @@ def facts(summary: RunSummary, name: str) -> Mapping[str, Any]:
     return outcome.receipt.facts
 
 
-# --- one run, looked at from all sides -------------------------------------------------------------------------------------
+# --- one run, seen from all sides -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def client(uri: str) -> Any:
 
 
 def children(summary: RunSummary) -> dict[str, Any]:
-    """Step -> its MLflow run, by the tags of the parent."""
+    """Return the MLflow run of each step, found by the tags of the parent run."""
     mlflow = client(summary.addresses["tracking"])
     tags = mlflow.get_run(summary.run_id).data.tags
     prefix = tracking.STEP_TAG
@@ -281,7 +281,7 @@ def test_an_evaluation_on_another_dataset_has_its_own_shards(tmp_path, store):
 
 
 def spoil(folder: Path, count: int) -> None:
-    """Turns that many images into text."""
+    """Replace this many images by text."""
     for path in sorted(folder.rglob("*.png"))[:count]:
         path.write_bytes(b"not an image")
 
@@ -295,7 +295,7 @@ def test_many_bad_images_are_said_with_exit_code_4(tmp_path, store):
     assert set(states(summary).values()) == {"done"}
     assert "3.3% of the images are unreadable, more than data.bad_share_warn=1.0%" in verdict_line(config, summary)
     assert [detail_of(o) for o in summary.outcomes if o.step.name == "shard"] == ["2 images quarantined"]
-    # judged again, nothing made anew
+    # judged again, and nothing is repeated
     calmer = load_config(tmp_path / "run.yaml", ["data.bad_share_warn=0.04"])
     again = go(calmer)
     assert (again.exit_code, set(states(again).values())) == (0, {"cached"})
@@ -327,7 +327,7 @@ def test_too_many_bad_images_stop_the_run_and_a_higher_bound_goes_on(tmp_path, s
 
 
 def a_zoo(folder: Path) -> tuple[set[str], dict[str, str]]:
-    """Images of every kind; the names of the good ones, and of the bad ones with their reason."""
+    """Write images of every kind. Returns the names of the good ones, and the bad ones with their reasons."""
     write_images(folder, 30)
     draw = np.random.default_rng(1)
     pixels = draw.integers(0, 256, (24, 20, 3), dtype=np.uint8)

@@ -127,7 +127,7 @@ def test_one_name_in_a_list_is_that_name_and_a_later_part_leaves_the_first_alone
 
 
 def test_fingerprints_of_what_was_there_before_stay(tmp_path):
-    # An upgrade must never restart a ten-day run: when this fails, mend the change, not the numbers.
+    # An upgrade must never restart a ten-day run: if this fails, correct the change, not the numbers.
     path = write_config(tmp_path / "run.yaml", {"data": {"source": "/data/x"}, "model": {"size": "tiny"}})
     made = {step.name: step.fingerprint for step in build(load_config(path))}
     assert made["snapshot"] == "8a4dcf9e9a207383d1538665c7e219457fec02e179144dee7cfee519254478b9"

@@ -1,4 +1,4 @@
-"""The linear probe, run whole: features of the weights that were asked for, every test image counted once."""
+"""The linear probe as a whole: it scores the requested weights and counts every test image once."""
 
 import pytest
 import torch
@@ -65,8 +65,8 @@ def test_fitting_is_the_same_every_time_and_separates_what_can_be_separated():
     assert (heads[0](values).argmax(dim=1) == labels).all()
 
 
-def test_images_without_labels_are_passed_over(unlabelled, partly_labelled, tmp_path):
+def test_images_without_labels_are_skipped(unlabelled, partly_labelled, tmp_path):
     step = tmp_path / "step"
     assert linear(config("random"), {"shards": unlabelled}, attempt_at(step)).facts == {"skipped": "no labels"}
     facts = linear(config("random"), {"shards": partly_labelled}, attempt_at(step)).facts
-    assert facts["images"] == TEST  # the two stray ones are not counted
+    assert facts["images"] == TEST  # the two without a label are not counted
