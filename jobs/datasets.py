@@ -13,7 +13,7 @@ from rich.console import Console
 
 from pipeline import cluster
 from pipeline.cluster.tasks import Executor
-from pipeline.config import RunConfig, absolute, load_config
+from pipeline.config import RunConfig, absolute_address, load_config
 from pipeline.data.dataset.survey import survey
 from pipeline.data.dataset.verify import Verification
 from pipeline.data.sources.listing import KINDS, list_source
@@ -120,7 +120,11 @@ def index_command(source: str, overrides: Sequence[str], *, store: str, workers:
 
 def index_config(source: str, store: str, overrides: Sequence[str]) -> RunConfig:
     """A run's configuration as far as shards depend on it: a run with the same `data` finds these shards done."""
-    document = {"store": absolute(store), "data": {"source": absolute(source)}, "model": {"size": "tiny"}}
+    document = {
+        "store": absolute_address(store),
+        "data": {"source": absolute_address(source)},
+        "model": {"size": "tiny"},
+    }
     with TemporaryDirectory() as folder:
         path = Path(folder) / "index.yaml"
         path.write_text(json.dumps(document))  # JSON is YAML

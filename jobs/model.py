@@ -40,7 +40,7 @@ def export(
     ] = [],  # noqa: B006 - typer copies it
 ) -> None:
     """Writes weights, configuration and a README that says how to load them into a folder."""
-    from pipeline.config import absolute, load_config
+    from pipeline.config import absolute_address, load_config
     from pipeline.errors import ConfigError
     from pipeline.runs.pretrainings import export as export_weights
     from pipeline.runs.pretrainings import pretraining_at, pretraining_of
@@ -52,6 +52,6 @@ def export(
         raise ConfigError(f"--set changes a configuration, and {target!r} is none: leave it out")
     else:
         found = pretraining_at(target)
-    store = open_store(absolute(out))
+    store = open_store(absolute_address(out))
     for key in export_weights(store, found.weights(at), found.model, to=to.value):
         typer.echo(str(store.local_path(key) or f"{store.uri}/{key}"))

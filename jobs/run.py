@@ -18,16 +18,15 @@ from pipeline.graph.plan import PlannedStep as GraphRow
 from pipeline.graph.runner import Outcome
 from pipeline.planning.estimate import (
     GIB,
-    as_set,
-    by_stage,
-    effort,
-    images_in_epoch,
-    proposal,
-    trainings,
-    worker_layout,
+    as_set_options,
+    estimate_effort,
+    estimate_memory,
+    images_per_epoch,
+    memory_by_stage,
+    propose_resources,
+    training_configs,
 )
-from pipeline.planning.hardware import Hardware, here, measured, prices
-from pipeline.planning.hardware import hardware as hardware_named
+from pipeline.planning.hardware import Hardware, hardware_named, local_hardware, read_prices, with_measured_peak
 from pipeline.reporting.forecast import Forecast, forecast_text
 from pipeline.reporting.reconstructions import terminal_reconstruction
 from pipeline.reporting.summaries import PlanRow, StepRow
@@ -132,14 +131,14 @@ def plan_command(
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
     config = _configured(config_path, overrides, refresh=refresh)
     hardware = _hardware(config, foreseen)
-    price = prices(foreseen.prices).get(hardware.name) if foreseen.prices else None
+    price = read_prices(foreseen.prices).get(hardware.name) if foreseen.prices else None
     rows = plan_run(config)
-    waiting = [row for row in rows if row.state != "cached" and trainings([row.step])]
+    waiting = [row for row in rows if row.state != "cached" and training_configs([row.step])]
     forecasts = {row.step.name: _forecast(row, config, hardware, foreseen, price) for row in waiting}
-    steps = list(trainings(row.step for row in waiting).values())
-    proposed = proposal(steps, config.resources, hardware) if steps else None
+    steps = list(training_configs(row.step for row in waiting).values())
+    proposed = propose_resources(steps, config.resources, hardware) if steps else None
     if as_json:
-        line = {"hardware": hardware.name, "proposed": as_set(proposed) if proposed else None}
+        line = {"hardware": hardware.name, "proposed": as_set_options(proposed) if proposed else None}
         print(json.dumps({"steps": [_plan_json(row, forecasts.get(row.step.name)) for row in rows], **line}))
         return 0
     shown = [_plan_row(row, forecasts.get(row.step.name)) for row in rows]
@@ -155,25 +154,25 @@ def _hardware(config: RunConfig, foreseen: Foreseen) -> Hardware:
     chosen = (
         hardware_named(foreseen.hardware)
         if foreseen.hardware
-        else here(workers=resources.worker_range[0], use_gpu=resources.use_gpu)
+        else local_hardware(workers=resources.worker_range[0], use_gpu=resources.use_gpu)
     )
-    chosen = chosen.as_measured(tflops=foreseen.tflops, mfu=foreseen.mfu)
-    for precision in {training.recipe.precision for training in trainings(build(config)).values()}:
-        chosen = measured(chosen, precision)
+    chosen = chosen.with_overrides(tflops=foreseen.tflops, mfu=foreseen.mfu)
+    for precision in {training.recipe.precision for training in training_configs(build(config)).values()}:
+        chosen = with_measured_peak(chosen, precision)
     return chosen
 
 
 def _forecast(
     row: GraphRow, config: RunConfig, hardware: Hardware, foreseen: Foreseen, price: float | None
 ) -> Forecast:
-    training, resources = trainings([row.step])[row.step.name], config.resources
-    images = images_in_epoch(row.step, open_store(config.store)) or foreseen.images
-    took = effort(training, resources, hardware, images=images) if images else None
+    training, resources = training_configs([row.step])[row.step.name], config.resources
+    images = images_per_epoch(row.step, open_store(config.store)) or foreseen.images
+    took = estimate_effort(training, resources, hardware, images=images) if images else None
     devices = 1 if hardware.kind == "cpu" else resources.worker_range[0]
     return Forecast(
         name=row.step.name,
-        layout=worker_layout(training, resources, hardware),
-        stages=by_stage(training, resources, hardware),
+        layout=estimate_memory(training, resources, hardware),
+        stages=memory_by_stage(training, resources, hardware),
         effort=took,
         cost=took.cost(devices=devices, price=price) if took and price is not None else None,
     )
@@ -218,7 +217,7 @@ def _configured(config_path: Path, overrides: Sequence[str], *, refresh: bool) -
     if not refresh:
         return config
     refreshed = refresh_sources(config, open_store(config.store))
-    print(f"mae: {refreshed.said}", file=sys.stderr)
+    print(f"mae: {refreshed.message}", file=sys.stderr)
     return refreshed.config
 
 
