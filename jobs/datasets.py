@@ -21,7 +21,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.graph.runner import Outcome
 from pipeline.graph.step import Step
 from pipeline.reporting.shard_pictures import survey_png, survey_table, terminal_sheet, verification_table
-from pipeline.reporting.terminal import ProgressDisplay
+from pipeline.reporting.progress import ProgressDisplay
 from pipeline.runs.datasets import FinishedDataset, dataset_in, datasets_of, make_datasets
 from pipeline.runs.hooks import detail_of
 from pipeline.runs.summary import EXIT_CODES

@@ -31,7 +31,8 @@ from pipeline.planning.hardware import hardware as hardware_named
 from pipeline.reporting.forecast import Forecast, forecast_text
 from pipeline.reporting.reconstructions import terminal_reconstruction
 from pipeline.reporting.summaries import PlanRow, StepRow
-from pipeline.reporting.terminal import ProgressDisplay, closing_table, plan_table
+from pipeline.reporting.progress import ProgressDisplay
+from pipeline.reporting.terminal import closing_table, plan_table
 from pipeline.runs.hooks import detail_of
 from pipeline.runs.refresh import refresh as refresh_sources
 from pipeline.runs.run import plan_run, run_pipeline
