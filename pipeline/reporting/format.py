@@ -1,6 +1,7 @@
 """Durations and counts as people read them.
 
-The same words in the terminal, on the page and in MLflow. Neither function fails: what is unknown becomes a dash."""
+The same words in the terminal, on the page and in MLflow. Neither function fails: what is unknown
+becomes a dash."""
 
 
 def clock(seconds: float | None) -> str:

@@ -1,7 +1,8 @@
 """Progress of the steps that are running.
 
-Everything goes to standard error, because standard output belongs to results. On a terminal every running step is one live line, and
-a finished one stays above it as plain text. Elsewhere (CI, `> log`) each running step prints a line about every ten seconds.
+Everything goes to standard error, because standard output belongs to results. On a terminal every
+running step is one live line, and a finished one stays above it as plain text. Elsewhere (CI, a
+log file) each running step prints a line about every ten seconds.
 Units: seconds; `images_per_s` over all workers; `loss` as the stage reports it.
 Why not rich.progress: docs/decisions/016-progress-bars.md."""
 
@@ -29,7 +30,9 @@ WIDE = 105
 
 
 class _RunningStep:
-    """How far a step is, and how fast. The rate covers the last half minute, because a resumed step does not start at zero."""
+    """How far a step is, and how fast.
+
+    The rate covers the last half minute, because a resumed step does not start at zero."""
 
     def __init__(self, name: str, now: float) -> None:
         self.name, self.began, self.printed_at = name, now, now
@@ -117,7 +120,8 @@ class ProgressDisplay:
     def update(self, step_name: str, done: int, total: int, unit: str, fields: Mapping[str, float]) -> None:
         """Record that `done` of `total` units are done (a total of 0 is unknown).
 
-        `images_per_s` and `eta_s` in `fields` replace the measured rate and the time left; all others are shown by name."""
+        `images_per_s` and `eta_s` in `fields` replace the measured rate and the time left; all
+        others are shown by name."""
         with self._lock:
             now = self._now()
             step = self._running.setdefault(step_name, _RunningStep(step_name, now))

@@ -140,6 +140,18 @@ def survey_table(survey: Survey) -> RenderableType:
     return Group(*parts, *_near_lines(survey.near_duplicates))
 
 
+def unreadable_line(survey: Survey) -> str:
+    """Return how many of the images chosen for the sheet cannot be read, or an empty string if all can."""
+    unreadable = [one for one in survey.shown if one.image is None]
+    if not unreadable:
+        return ""
+    first = unreadable[0]
+    return (
+        f"{len(unreadable)} of {len(survey.shown)} images cannot be read; `mae shards verify` says why. First: "
+        f"{first.source}: {first.trouble}"
+    )
+
+
 def near_line(facts: Mapping[str, Any]) -> str:
     """Near duplicates in a sentence."""
     held_out, compared, flat = (int(facts[name]) for name in ("held_out", "compared", "flat"))

@@ -1,6 +1,7 @@
 """Scores and step rows as plain values: what the terminal, the page, the figures and MLflow all show.
 
-Nothing is rendered here. Units: scores are top-1 accuracies as fractions in [0, 1]; seconds are wall-clock time."""
+Nothing is rendered here. Units: scores are top-1 accuracies as fractions in [0, 1]; seconds are
+wall-clock time."""
 
 import statistics
 from collections.abc import Sequence

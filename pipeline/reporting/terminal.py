@@ -1,7 +1,8 @@
 """Tables for a terminal: how a run ended, and what a run would do.
 
-They are renderables of rich and print nothing themselves. Print them with soft_wrap=True: addresses and details are lines of any
-length, which the terminal then wraps without a break in the text, so that they can be copied."""
+They are renderables of rich and print nothing themselves. Print them with soft_wrap=True: addresses
+and details are lines of any length, which the terminal then wraps without a break in the text, so
+that they can be copied."""
 
 from collections.abc import Mapping, Sequence
 
@@ -27,7 +28,9 @@ SYMBOLS: Mapping[str, tuple[str, str]] = {
 def closing_table(
     steps: Sequence[StepRow], *, scores: Sequence[Score] = (), addresses: Mapping[str, str]
 ) -> RenderableType:
-    """Return how a run ended: its steps, its scores, and where to look (`{"store": ..., "report": ..., "tracking": ...}`)."""
+    """Return how a run ended: its steps, its scores, and where to look.
+
+    `addresses` is printed as it comes, such as `{"store": ..., "report": ..., "tracking": ...}`."""
     parts: list[RenderableType] = [_steps_table(steps), ""]
     if details := {step.name: step.detail for step in steps if step.detail}:
         parts += [_lines(details), ""]
