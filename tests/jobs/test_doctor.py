@@ -28,7 +28,7 @@ def test_the_command_prints_a_table_and_ends_with_a_json_line(tmp_path):
     assert line["one_thread"]["threads"] == 1
 
 
-def test_what_is_asked_wrongly_is_one_line_and_exit_code_2(tmp_path):
+def test_wrong_options_are_one_line_and_exit_code_2(tmp_path):
     for arguments, words in (
         ([], "name what to check. There is one check so far: --data"),
         (["--data", "--images", str(tmp_path)], "holds no upright RGB JPEG"),

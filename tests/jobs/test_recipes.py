@@ -51,4 +51,4 @@ def test_its_layout_fits_what_it_says_and_the_steps_are_the_paper_s(config):
     pretraining = trainings(build(config))["pretrain"]
     assert worker_layout(pretraining, config.resources, hardware("H100")).fits
     took = effort(pretraining, config.resources, hardware("H100"), images=1_281_167)
-    assert took.steps == pytest.approx(1600 * 312, rel=0.003)  # 312 a epoch, the paper's, drops the last batch
+    assert took.steps == pytest.approx(1600 * 312, rel=0.003)  # the paper drops the last batch: 312 per epoch
