@@ -27,7 +27,7 @@ import torch
 
 from benchmarks import _timing as timing
 from mae_core import SIZES, MAEConfig
-from pipeline.planning.footprint import autoencoder, footprint
+from pipeline.planning.footprint import autoencoder_size, footprint
 from pipeline.training.engine.deepspeed_engine import Engine, MicroBatch
 from pipeline.training.engine.settings import EngineSettings
 from pipeline.training.spec.tasks import MAETask
@@ -156,7 +156,7 @@ def predicted_bytes(layout: Layout, model: MAEConfig) -> int:
     """Return the bytes that `mae plan` predicts for this device."""
     settings = layout.settings()
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
-    return footprint(autoencoder(model, settings), settings, workers=layout.workers, device=device).total
+    return footprint(autoencoder_size(model, settings), settings, workers=layout.workers, device=device).total
 
 
 def measure(layouts: Sequence[Layout], model: MAEConfig) -> dict[str, object]:

@@ -45,13 +45,13 @@ def export(
 
     Prints the paths of the files.
     """
-    from pipeline.config import absolute
+    from pipeline.config import absolute_address
     from pipeline.runs.pretrainings import export as export_weights
     from pipeline.runs.pretrainings import pretraining_at, pretraining_of
     from pipeline.storage import open_store
 
     config = config_at(target, overrides)
     pretraining = pretraining_of(config) if config else pretraining_at(target)
-    store = open_store(absolute(out))
+    store = open_store(absolute_address(out))
     for key in export_weights(store, pretraining.weights(at), pretraining.model, to=to.value):
         typer.echo(str(store.local_path(key) or f"{store.uri}/{key}"))

@@ -37,7 +37,7 @@ def read_config(path: Path, overrides: Sequence[str], *, refresh: bool) -> "RunC
     if not refresh:
         return config
     refreshed = refresh_sources(config, open_store(config.store))
-    typer.echo(f"mae: {refreshed.said}", err=True)
+    typer.echo(f"mae: {refreshed.message}", err=True)
     return refreshed.config
 
 

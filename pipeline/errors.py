@@ -1,18 +1,18 @@
-"""Errors a person can act on: each message names the file or field, the value, and the way out."""
+"""Errors that a user can act on. Each message names the file or field, its value, and what to do about it."""
 
 from mae_core.errors import ConfigError as ConfigError
 
 
 class PipelineError(Exception):
-    """A failure whose message is meant for the person at the terminal; commands print it without a traceback."""
+    """Base of the failures whose message is meant for the user; commands print it without a traceback."""
 
 
 class DataError(PipelineError):
-    """The images, shards or manifest are not what they must be."""
+    """Images, shards, a manifest or a receipt are not what they must be."""
 
 
 class StorageError(PipelineError):
-    """The object store or the disk refused: names location, operation and cause."""
+    """The object store or the disk refused an operation. The message names location, operation and cause."""
 
 
 class CheckpointError(PipelineError):
@@ -20,8 +20,8 @@ class CheckpointError(PipelineError):
 
 
 class Fenced(PipelineError):
-    """Another driver has claimed a higher generation of this step: this one stops and never claims again."""
+    """Another driver has claimed a higher generation of this step. This one stops and never claims again."""
 
 
 class Stopped(PipelineError):
-    """The stage was asked to stop, saved what it had, and goes on from there when the same command is run again."""
+    """The step was asked to stop and has saved its state. The same command continues from there."""

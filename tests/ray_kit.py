@@ -1,4 +1,4 @@
-"""A real Ray cluster of several nodes on this machine's loopback: each a `ray start` with a raylet of its own, ended by id."""
+"""A real Ray cluster of several nodes on this machine's loopback: each is a `ray start` with a raylet of its own, ended by id."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ QUICK = dict(line.split("=", 1) for line in RAY_ENV.read_text().splitlines() if 
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "40",
 }
 PATIENCE_S = 120.0
-"""For what takes seconds on an idle machine."""
+"""Limit for what takes seconds on an idle machine."""
 ALIVE = """
 import json, sys
 from ray._raylet import GcsClient
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 def until(condition: Callable[[], T], *, within_s: float = PATIENCE_S, alive: subprocess.Popen[str] | None = None) -> T:
-    """What the condition gives once it is something; the process that is to bring it about must live."""
+    """Wait until the condition is true and return its value. Fails if the process `alive`, which should make it so, has ended."""
     deadline = time.monotonic() + within_s
     while not (found := condition()):
         assert time.monotonic() < deadline, f"not within {within_s:g} s"
@@ -67,16 +67,16 @@ class Node:
         )
 
     def raylet(self) -> psutil.Process | None:
-        """Its raylet, when there is one."""
+        """Return its raylet, if there is one."""
         return next((one for one in self._below(self.process.pid) if one.name() == "raylet"), None)
 
     def workers(self) -> list[psutil.Process]:
-        """The training workers on it."""
+        """Return the training workers on it."""
         raylet = self.raylet()
         return [one for one in self._below(raylet.pid) if _is_worker(one)] if raylet else []
 
     def kill(self) -> None:
-        """As a power cut: the raylet first, and what runs on the node."""
+        """Kill the node like a power cut: first the raylet, then everything that runs on it."""
         raylet = self.raylet()
         below = self._below(self.process.pid)
         if raylet:
@@ -102,10 +102,10 @@ def _is_worker(process: psutil.Process) -> bool:
 
 
 class Cluster:
-    """A head without CPUs, where drivers live, and nodes with one CPU each."""
+    """A head without CPUs, on which drivers run, and nodes with one CPU each."""
 
     def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="maeray-"))  # short: Ray puts sockets below it
+        self.folder = Path(tempfile.mkdtemp(prefix="maeray-"))  # short, because Ray creates sockets in it
         with contextlib.closing(socket.socket()) as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -119,34 +119,34 @@ class Cluster:
         until(self._answers)
 
     def add(self, name: str) -> Node:
-        """One more node, as soon as the head counts it."""
+        """Start a node and wait until the head counts it."""
         self.nodes[name] = self._start(name, f"--address={self.address}", "--num-cpus=1")
         until(lambda: name in self.alive())
         return self.nodes[name]
 
     def only(self, *names: str) -> list[Node]:
-        """Exactly these nodes, which are ended or started."""
+        """Kill and start nodes until exactly these are alive."""
         for name in [name for name in self.nodes if name not in names or name not in self.alive()]:
             self.nodes.pop(name).kill()
         until(lambda: set(self.alive()) <= {"head", *names})
         return [self.nodes.get(name) or self.add(name) for name in names]
 
     def alive(self) -> dict[str, str]:
-        """Living nodes by name, their ids."""
+        """Return the ids of the live nodes by name."""
         done = subprocess.run(
             [sys.executable, "-c", ALIVE, self.address], env=self.env, capture_output=True, text=True, check=False
         )
-        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]  # Ray may say things of its own
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]  # Ray may print lines of its own
         return dict(json.loads(lines[-1])) if lines else {}
 
     def drain(self, name: str, *, deadline_s: int) -> None:
-        """The notice that a cloud gives."""
+        """Announce the node's end, as a cloud does for a spot instance."""
         options = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", f"--node-id={self.alive()[name]}"]
         call = [RAY, "drain-node", f"--address={self.address}", f"--deadline-remaining-seconds={deadline_s}", *options]
         subprocess.run(call, env=self.env, check=True, capture_output=True)
 
     def end(self) -> None:
-        """All nodes, the head last."""
+        """Kill all nodes, the head last."""
         for node in [*self.nodes.values(), self.head]:
             node.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -170,7 +170,7 @@ def _free_port() -> int:
 
 @contextlib.contextmanager
 def cluster() -> Iterator[Cluster]:
-    """One that ends with the block."""
+    """A cluster that ends with the block."""
     made = Cluster()
     try:
         yield made

@@ -1,4 +1,4 @@
-"""Tiny image sets, a configuration that runs in seconds, and the `mae` command as a person starts it."""
+"""Tiny image sets, a configuration that runs in seconds, and the `mae` command as a user starts it."""
 
 import ctypes
 import os
@@ -29,7 +29,7 @@ MODEL = {
 
 
 def write_images(folder: Path, count: int, *, classes: tuple[str, ...] = ("cat", "dog"), seed: int = 0) -> Path:
-    """Noise in class folders, or flat without classes; every image differs."""
+    """Write distinct images of noise into class folders, or into the folder itself without classes."""
     draw = np.random.default_rng(seed)
     for index in range(count):
         place = folder / classes[index % len(classes)] if classes else folder
@@ -40,7 +40,7 @@ def write_images(folder: Path, count: int, *, classes: tuple[str, ...] = ("cat",
 
 
 def document(store: str | Path, source: str | Path) -> dict[str, Any]:
-    """A whole run in seconds: 0.3 of the images are held out."""
+    """Return the configuration of a whole run that takes seconds. It holds out 0.3 of the images."""
     return {
         "name": "tiny",
         "store": str(store),
@@ -62,7 +62,7 @@ def write_config(path: Path, content: Mapping[str, Any]) -> Path:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's, without what would lead a run elsewhere, with the project's commands on PATH."""
+    """Return this process's environment, with the project's commands on PATH and without what would lead a run elsewhere."""
     away = ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_MODE")
     kept = {name: value for name, value in os.environ.items() if name not in away}
     return kept | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"} | more
@@ -73,14 +73,14 @@ _libc = ctypes.CDLL(None)
 
 
 def end_with_parent() -> None:
-    """For preexec_fn: a process in a session of its own is told to end when pytest is killed before it can do so (Linux)."""
+    """For preexec_fn: end a process in a session of its own if pytest is killed before it can end it (Linux only)."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def mae(
     *arguments: str | Path, cwd: Path = ROOT, timeout: float = 240, **more: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs `mae` to its end."""
+    """Run `mae` and wait for its end."""
     call = [sys.executable, "-m", "jobs.cli", *map(str, arguments)]
     return subprocess.run(
         call, cwd=cwd, env=environment(**more), capture_output=True, text=True, check=False, timeout=timeout
@@ -89,7 +89,7 @@ def mae(
 
 @pytest.fixture(scope="session")
 def migrated_database(tmp_path_factory) -> Path:
-    """MLflow takes seconds to make a database; runs get a copy of this one."""
+    """MLflow takes seconds to create a database, so each run gets a copy of this one."""
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     tracking.check_tracking(f"sqlite:///{path}")
     return path

@@ -1,8 +1,8 @@
-"""The one importer of ray outside training/on_ray.py: connect, run plain functions as tasks, progress, jobs.
+"""Runs as Ray jobs on a remote cluster, through the job API of its dashboard.
 
-Coordinating code reserves 0 CPUs, so that two training workers fit on two cores. In executor `in_process` nothing of
-Ray is imported.
-Errors: PipelineError when a cluster cannot be reached; a task's own PipelineError comes out as itself."""
+A job's id is `<run name>-<hash of its configuration>-<number>`, so that submitting a run twice does not start it twice.
+`address` is that of the dashboard, such as http://head:8265.
+Errors: PipelineError, in one line, if the cluster cannot be reached or refuses."""
 
 import asyncio
 import hashlib
@@ -16,11 +16,11 @@ from typing import Any, Literal
 from pipeline.errors import PipelineError
 
 STOP_WITHIN_S = "120"
-"""Between SIGTERM and SIGKILL when a job is stopped: time for a checkpoint. Ray's own is 3."""
+"""Seconds between SIGTERM and SIGKILL when a job is stopped: time for a checkpoint. Ray's default is 3."""
 
 
 def submit_run(name: str, config_text: str, *, address: str) -> str:
-    """Starts `mae run` of a checked configuration as a Ray job; returns its id. One that is under way is not started again."""
+    """Start `mae run` with a checked configuration as a Ray job and return its id, or that of the one already running."""
     stem = f"{name}-{hashlib.sha256(config_text.encode()).hexdigest()[:12]}"
     with _jobs(address) as client, tempfile.TemporaryDirectory(prefix="mae-submit-") as folder:
         earlier = [job for job in client.list_jobs() if (job.submission_id or "").startswith(f"{stem}-")]
@@ -29,7 +29,7 @@ def submit_run(name: str, config_text: str, *, address: str) -> str:
                 return str(job.submission_id)
         (Path(folder) / "run.yaml").write_text(config_text)
         job = {
-            "entrypoint": "mae run run.yaml --json || test $? -eq 4",  # 4: done, with a warning
+            "entrypoint": "mae run run.yaml --json || test $? -eq 4",  # exit code 4, done with a warning, is no failure
             "submission_id": f"{stem}-{len(earlier) + 1}",
             "runtime_env": {"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": STOP_WITHIN_S}},
             "metadata": {"run": name},
@@ -38,7 +38,7 @@ def submit_run(name: str, config_text: str, *, address: str) -> str:
 
 
 def _submitted(client: Any, job: Mapping[str, Any], *, within_s: float) -> str:
-    """A cluster that has only just begun has a dashboard before it can take jobs: asks again until it can."""
+    """Submit a job, trying again while a cluster that has just started has a dashboard but cannot run jobs yet."""
     deadline = time.monotonic() + within_s
     while True:
         try:
@@ -50,18 +50,18 @@ def _submitted(client: Any, job: Mapping[str, Any], *, within_s: float) -> str:
 
 
 def job_status(job: str, *, address: str) -> dict[str, str]:
-    """Where a job stands."""
+    """Return a job's id, status and message."""
     with _jobs(address) as client:
         return _row(client.get_job_info(job))
 
 
 def job_logs(job: str, *, address: str, until: Literal["now", "end"]) -> Iterator[str]:
-    """A job's output, as it comes when followed."""
+    """Yield a job's output: what there is now, or everything as it comes until the job ends."""
     with _jobs(address) as client:
         if until == "now":
             yield str(client.get_job_logs(job))
             return
-        client.get_job_info(job)
+        client.get_job_info(job)  # raises for an unknown job; tailing its log would end silently
         lines = client.tail_job_logs(job)
         loop = asyncio.new_event_loop()
         try:
@@ -74,7 +74,7 @@ def job_logs(job: str, *, address: str, until: Literal["now", "end"]) -> Iterato
 
 
 def stop_job(job: str, *, address: str) -> dict[str, str]:
-    """Asks a job to stop and waits until it has."""
+    """Ask a job to stop, wait until it has, and return its id, status and message."""
     with _jobs(address) as client:
         client.stop_job(job)
         while not (info := client.get_job_info(job)).status.is_terminal():
@@ -83,7 +83,7 @@ def stop_job(job: str, *, address: str) -> dict[str, str]:
 
 
 def list_runs(*, address: str) -> list[dict[str, str]]:
-    """All jobs the cluster remembers."""
+    """Return id, status and message of every job that the cluster remembers."""
     with _jobs(address) as client:
         return [_row(job) for job in client.list_jobs()]
 
@@ -95,7 +95,7 @@ def _row(job: Any) -> dict[str, str]:
 
 @contextmanager
 def _jobs(address: str) -> Iterator[Any]:
-    """A client of the cluster's job API; what it refuses is one clear line."""
+    """A client of the cluster's job API, whose errors become one-line PipelineErrors."""
     import aiohttp
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
@@ -104,13 +104,15 @@ def _jobs(address: str) -> Iterator[Any]:
         yield JobSubmissionClient(address)
     except AuthenticationError as cause:
         raise PipelineError(
-            f"{address}: the cluster refuses the token: does RAY_AUTH_TOKEN hold the cluster's token, and is RAY_AUTH_MODE=token?"
+            f"{address}: the cluster refuses the token. Set RAY_AUTH_TOKEN to the cluster's token and RAY_AUTH_MODE=token"
         ) from cause
     except (OSError, RuntimeError, ValueError, aiohttp.ClientError) as cause:
         lines = str(cause).strip().splitlines()
         first = (lines[0] if lines else type(cause).__name__).rstrip(".")
         unknown = "does not exist" in str(cause)
         hint = (
-            "`mae job list` names those there are" if unknown else "Is this the dashboard's address (http://head:8265)?"
+            "`mae job list` shows the existing ones"
+            if unknown
+            else "Is this the dashboard's address (http://head:8265)?"
         )
         raise PipelineError(f"{address}: {first}. {hint}") from cause

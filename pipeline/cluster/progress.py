@@ -1,52 +1,60 @@
-"""The one importer of ray outside training/on_ray.py: connect, run plain functions as tasks, progress, jobs.
+"""Progress of running steps, from any worker of the cluster to the driver's terminal.
 
-Coordinating code reserves 0 CPUs, so that two training workers fit on two cores. In executor `in_process` nothing of
-Ray is imported.
-Errors: PipelineError when a cluster cannot be reached; a task's own PipelineError comes out as itself."""
+An actor beside the driver keeps the newest update of each step; the driver polls it. Updates may be lost, and a failing actor
+never fails a step: progress is for the eye, results are in the store."""
 
 import time
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from pipeline.cluster.connection import beside_us
+from pipeline.cluster.connection import on_this_node
 
 
 class Progress(Protocol):
-    """Where a stage says how far it is; cheap, may be called often, never fails the stage."""
+    """Where a stage reports how far it is. Cheap to call often; never fails the stage."""
 
     def update(self, done: int, total: int, *, unit: str, **fields: float) -> None:
-        """`done` of `total` units; `fields` are shown beside the bar (loss=0.61, images_per_s=512)."""
+        """Report `done` of `total` units. `fields` are shown beside the bar (loss=0.61, images_per_s=512)."""
         ...
 
 
+class Update(NamedTuple):
+    """How far a step is."""
+
+    done: int
+    total: int
+    unit: str
+    fields: Mapping[str, float]
+
+
 class _Board:
-    """The actor that holds the newest word of every step under way."""
+    """The actor that keeps the newest update of every running step."""
 
     def __init__(self) -> None:
-        self.words: dict[str, tuple[int, int, str, Mapping[str, float]]] = {}
+        self.updates: dict[str, Update] = {}
 
-    def put(self, step: str, word: tuple[int, int, str, Mapping[str, float]]) -> None:
-        self.words[step] = word
+    def put(self, step: str, update: Update) -> None:
+        self.updates[step] = update
 
-    def take(self) -> dict[str, tuple[int, int, str, Mapping[str, float]]]:
-        words, self.words = self.words, {}
-        return words
+    def take(self) -> dict[str, Update]:
+        updates, self.updates = self.updates, {}
+        return updates
 
 
 class ProgressBoard:
-    """Carries progress from wherever a stage runs to the terminal of the driver."""
+    """The driver's end: hands out writers for steps and takes in what they report."""
 
     def __init__(self) -> None:
         import ray
 
-        self.actor = ray.remote(num_cpus=0, scheduling_strategy=beside_us())(_Board).remote()
+        self.actor = ray.remote(num_cpus=0, scheduling_strategy=on_this_node())(_Board).remote()
 
     def writer(self, step_name: str) -> Progress:
-        """What the stage of this step is handed."""
+        """Return the `Progress` to hand to the stage of a step; it can be pickled."""
         return _BoardWriter(self.actor, step_name)
 
-    def take(self) -> dict[str, tuple[int, int, str, Mapping[str, float]]]:
-        """The words since the last call: step -> (done, total, unit, fields); none when the board does not answer."""
+    def take(self) -> dict[str, Update]:
+        """Return the newest update of each step that reported since the last call; none if the actor does not answer."""
         import ray
 
         try:
@@ -56,7 +64,7 @@ class ProgressBoard:
 
 
 class _BoardWriter:
-    """A stage's end of the board; at most five words a second, the last one always."""
+    """A stage's end: sends at most five updates per second, and the final one always."""
 
     def __init__(self, actor: Any, step_name: str) -> None:
         self.actor, self.step_name, self.sent_at = actor, step_name, 0.0
@@ -65,4 +73,4 @@ class _BoardWriter:
         now = time.monotonic()
         if now - self.sent_at >= 0.2 or done >= total:
             self.sent_at = now
-            self.actor.put.remote(self.step_name, (done, total, unit, fields))
+            self.actor.put.remote(self.step_name, Update(done, total, unit, fields))

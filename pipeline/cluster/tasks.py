@@ -1,26 +1,26 @@
-"""The one importer of ray outside training/on_ray.py: connect, run plain functions as tasks, progress, jobs.
+"""Plain functions as Ray tasks, or one after the other in this process.
 
-Coordinating code reserves 0 CPUs, so that two training workers fit on two cores. In executor `in_process` nothing of
-Ray is imported.
-Errors: PipelineError when a cluster cannot be reached; a task's own PipelineError comes out as itself."""
+`map_tasks` does the work, with one CPU per task. `submit` starts what coordinates such work; it reserves no CPU, so that two
+training workers still fit on two cores.
+Errors: a task's own error comes out as itself, without Ray's wrapping; PipelineError if a submitted function's process dies."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from pipeline.cluster.connection import beside_us
+from pipeline.cluster.connection import on_this_node
 from pipeline.errors import PipelineError
 
 T = TypeVar("T")
 R = TypeVar("R")
 Executor = Literal["ray", "in_process"]
-"""`ray`: stages, tasks and workers are Ray's. `in_process`: everything in this process, one worker, a debugger works."""
+"""`ray`: stages, tasks and workers run on Ray. `in_process`: everything in this process, one worker, so that a debugger works."""
 IN_FLIGHT = 64
-"""Tasks handed to Ray at once."""
+"""Tasks handed to Ray at a time: enough to keep a cluster busy, few enough to be cancelled quickly after an error."""
 
 
-def own_error(error: BaseException) -> BaseException:
-    """The error a task raised, without Ray's wrapping."""
+def original_error(error: BaseException) -> BaseException:
+    """Return the error that a task raised, without Ray's wrapping."""
     cause = getattr(error, "cause", None)
     return cause if isinstance(cause, BaseException) else error
 
@@ -32,10 +32,10 @@ def map_tasks(
     executor: Executor,
     on_done: Callable[[int, R], None] | None = None,
 ) -> list[R]:
-    """Calls `function` on every item, as Ray tasks of one CPU or one after the other here; results in the order of the items.
+    """Call `function` on every item and return the results in the order of the items.
 
-    `on_done(index, result)` is called in the caller's process as each one ends. A function must bear being run twice: Ray runs
-    it again when a node dies. The first error ends the call and is raised as the function raised it."""
+    `on_done(index, result)` is called in the caller's process as each task ends. The function must be safe to run twice, because
+    Ray repeats a task whose node dies. The first error cancels the rest and is raised as the function raised it."""
     results: dict[int, R] = {}
     for index, result in _completed(function, items, executor):
         results[index] = result
@@ -68,7 +68,7 @@ def _completed(function: Callable[[T], R], items: Sequence[T], executor: Executo
                 try:
                     yield running[reference], ray.get(reference)
                 except ray.exceptions.RayTaskError as error:
-                    raise own_error(error) from None
+                    raise original_error(error) from None
                 del running[reference]
     finally:
         for reference in running:
@@ -77,41 +77,43 @@ def _completed(function: Callable[[T], R], items: Sequence[T], executor: Executo
 
 @dataclass
 class Handle:
-    """A function under way: ask `ready` now and then, take `result` once."""
+    """A submitted function: poll `ready`, then take `result` once."""
 
     reference: Any
 
     def ready(self, *, timeout_s: float) -> bool:
-        """Whether it has ended, waiting up to `timeout_s`."""
+        """Return whether it has ended, waiting for up to `timeout_s`."""
         import ray
 
         done, _ = ray.wait([self.reference], timeout=timeout_s)
         return bool(done)
 
     def result(self) -> Any:
-        """What it returned; raises what it raised."""
+        """Return what the function returned, or raise what it raised."""
         import ray
 
         try:
             return ray.get(self.reference)
         except ray.exceptions.RayTaskError as error:
-            raise own_error(error) from None
-        except ray.exceptions.RayError as error:  # killed, out of memory, its node lost: one line of what Ray says
+            raise original_error(error) from None
+        except ray.exceptions.RayError as error:  # killed, out of memory or its node lost; Ray's texts have many lines
             what = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise PipelineError(
                 f"the process that coordinated the step died ({type(error).__name__}: {what}). Run the same command again"
             ) from None
 
     def cancel(self) -> None:
-        """Cuts it off."""
+        """Kill the process that runs it."""
         import ray
 
         ray.cancel(self.reference, force=True)
 
 
 def submit(function: Callable[..., Any], *arguments: Any) -> Handle:
-    """Starts a coordinating function on the driver's node, whose fate it shares; it reserves no CPU and is not run again by Ray."""
+    """Start a coordinating function. It reserves no CPU and runs on the driver's node, so that it lives and dies with the driver.
+
+    Ray does not repeat it: a second run must first claim a generation, which only the driver does."""
     import ray
 
-    task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=beside_us())(function)
+    task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=on_this_node())(function)
     return Handle(task.remote(*arguments))

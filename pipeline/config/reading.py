@@ -1,6 +1,7 @@
-"""YAML and --set become one validated, frozen RunConfig, before anything starts.
+"""Read a YAML file and --set overrides into one validated, frozen RunConfig, before anything starts.
 
-Unknown keys, wrong types and impossible values are refused with file, field and way out (ConfigError)."""
+Unknown fields, wrong types and impossible values are refused with a ConfigError of one line per field: where it was written, its
+name, its value, and what to write instead (docs/decisions/017-no-omegaconf.md)."""
 
 import dataclasses
 import difflib
@@ -14,43 +15,44 @@ from pydantic import BaseModel, ValidationError
 
 from mae_core.config import MAEConfig
 from pipeline.cluster.resources import WORKERS_HINT
-from pipeline.config.fields import NAMING, DatasetConfig, RunConfig, Section
+from pipeline.config.fields import PATTERN_MEANINGS, DatasetConfig, RunConfig, Section
 from pipeline.errors import ConfigError
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a YAML file, applies `a.b=value` overrides, validates. Local paths become absolute."""
-    document = _read_yaml(path)
-    given = [_override(document, override) for override in overrides]
+    """Read a YAML file, apply `a.b=value` overrides and validate. Local paths become absolute."""
+    document, overridden = _read_and_override(path, overrides)
     try:
         config = RunConfig.model_validate(document)
     except ValidationError as error:
-        complaints = [_explain(problem) for problem in error.errors()]
+        problems = [_explain(problem) for problem in error.errors()]
     else:
-        complaints = list(_booleans_for_numbers(document, config))
-    if complaints:
-        # a union complains once a member: one line a field is enough
-        lines = {field: f"{_origin(path, given, field)}: {field}{text}" for field, text in reversed(complaints)}
+        problems = list(_booleans_for_numbers(document, config))
+    if problems:
+        # pydantic reports a union once per member; the first line of each field is enough
+        lines = {field: f"{_origin(path, overridden, field)}: {field}{text}" for field, text in reversed(problems)}
         raise ConfigError("\n".join(reversed(lines.values())))
     return _with_absolute_paths(config)
 
 
-def document_of(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """A YAML file with `a.b=value` overrides in it, not validated."""
+def read_document(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a YAML file and apply `a.b=value` overrides, without validation."""
+    return _read_and_override(path, overrides)[0]
+
+
+def _read_and_override(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     document = _read_yaml(path)
-    for override in overrides:
-        _override(document, override)
-    return document
+    return document, [_override(document, override) for override in overrides]
 
 
-def _origin(path: Path, given: Sequence[str], field: str) -> str:
-    """Where a field was written: the file, or --set."""
-    within = (pair for dotted in given for pair in ((field, dotted), (dotted, field)))
-    return "--set" if any(f"{inner}.".startswith(f"{outer}.") for inner, outer in within) else str(path)
+def _origin(path: Path, overridden: Sequence[str], field: str) -> str:
+    """Where a field was written: `--set` if it, its section or one of its own fields was overridden, or else the file."""
+    pairs = (pair for dotted in overridden for pair in ((field, dotted), (dotted, field)))
+    return "--set" if any(f"{inner}.".startswith(f"{outer}.") for inner, outer in pairs) else str(path)
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Safe YAML in which a key written twice is an error rather than the last one's."""
+    """Safe YAML in which a repeated key is an error; PyYAML would silently take the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002 - PyYAML's
         seen = set()
@@ -69,20 +71,20 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         document = yaml.load(path.read_text(), Loader=_UniqueKeys)  # noqa: S506 - a SafeLoader
     except (OSError, UnicodeDecodeError) as cause:
-        words = cause.strerror if isinstance(cause, OSError) else "it is not text"
-        raise ConfigError(f"{path}: cannot be read ({words}). Give the path of a YAML file") from cause
+        reason = cause.strerror if isinstance(cause, OSError) else "it is not text"
+        raise ConfigError(f"{path}: cannot be read ({reason}). Give the path of a YAML file") from cause
     except yaml.YAMLError as cause:
         where = getattr(cause, "problem_mark", None)
         line = f":{where.line + 1}" if where else ""
-        raise ConfigError(f"{path}{line}: not YAML ({getattr(cause, 'problem', cause)}). Mend that line") from cause
+        raise ConfigError(f"{path}{line}: not YAML ({getattr(cause, 'problem', cause)}). Correct that line") from cause
     if not isinstance(document, dict):
-        held = "is empty" if document is None else f"holds a {type(document).__name__}"
-        raise ConfigError(f"{path}: {held}: write a mapping of fields such as data, model, pretrain")
+        found = "is empty" if document is None else f"holds a {type(document).__name__}"
+        raise ConfigError(f"{path}: {found}: write a mapping of fields such as data, model, pretrain")
     return document
 
 
 def _override(document: dict[str, Any], override: str) -> str:
-    """Writes one `a.b=value` (or `a.0.b=value`) into the document; returns `a.b`."""
+    """Write one `a.b=value` (or `a.0.b=value` for a list's element) into the document. Returns `a.b`."""
     dotted, equals, text = override.partition("=")
     parts = dotted.strip().split(".")
     if not equals or not all(parts):
@@ -92,12 +94,13 @@ def _override(document: dict[str, Any], override: str) -> str:
     except yaml.YAMLError as cause:
         raise ConfigError(f"--set {override}: {text!r} is not a YAML value") from cause
     section: Any = document
-    for parent, part in zip(["", *parts], parts, strict=False):
+    for depth, part in enumerate(parts):
         key: Any = part
         if isinstance(section, list) and part.isdecimal() and int(part) < len(section):
             key = int(part)
         elif not isinstance(section, dict):
-            raise ConfigError(f"--set {override}: {parent} has no {part}, it holds {section!r}; write {parent} whole")
+            parent = ".".join(parts[:depth])
+            raise ConfigError(f"--set {override}: {parent} is {section!r} and has no {part}; set {parent} as a whole")
         if key is part and section.get(key) is None:
             section[key] = {}
         outer, section = section, section[key]
@@ -105,7 +108,7 @@ def _override(document: dict[str, Any], override: str) -> str:
     return ".".join(parts)
 
 
-_WORDS: Mapping[str, str] = {
+_MESSAGES: Mapping[str, str] = {
     "int_type": "is not a whole number",
     "int_parsing": "is not a whole number",
     "int_from_float": "is not a whole number",
@@ -126,11 +129,12 @@ _WORDS: Mapping[str, str] = {
     "model_type": "is not a section: write its fields below it",
     "dataclass_type": "is not a section: write its fields below it",
 }
-"""Pydantic's kinds of complaint as they are said here; `{}`: its context."""
+"""What to say for each of pydantic's error types. Braces are filled from the error's context."""
 
 
 def _explain(problem: Any) -> tuple[str, str]:
-    """What is wrong with which field: ("pretrain.epochs", " = 'three' is not a whole number")."""
+    """Put one of pydantic's errors into words: ("pretrain.epochs", " = 'three' is not a whole number")."""
+    # pydantic appends the member of a union to the location; `workers` is the only union that reaches this line
     union = next((i for i, part in enumerate(problem["loc"]) if str(part).startswith(("tuple[", "int"))), None)
     location = [str(part) for part in problem["loc"][:union] if not str(part).startswith("function-")]
     field, kind = ".".join(location), problem["type"]
@@ -139,23 +143,23 @@ def _explain(problem: Any) -> tuple[str, str]:
     if kind in ("extra_forbidden", "unexpected_keyword_argument", "invalid_key"):
         known = _known_fields(problem["loc"][:-1])
         near = difflib.get_close_matches(location[-1], known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+        hint = f"did you mean {near[0]}?" if near else f"the fields here are {', '.join(known)}"
         return field, f" is not a field; {hint}"
     if kind == "missing":
         if location[-1].isdecimal():
             return ".".join(location[:-1]), f" = {list(problem['input'])} has too few values"
         return field, f" is missing; add it, or --set {field}=..."
     if kind == "value_error":
-        return _own_words(location, str(problem["ctx"]["error"]))
+        return _from_own_validator(location, str(problem["ctx"]["error"]))
     if problem["input"] is None:
         return field, " is empty: give it a value, or leave it out"
-    words = NAMING.get(problem["ctx"]["pattern"]) if kind == "string_pattern_mismatch" else None
-    text = f"is not usable: write {words}" if words else _WORDS.get(kind, problem["msg"])
+    meaning = PATTERN_MEANINGS.get(problem["ctx"]["pattern"]) if kind == "string_pattern_mismatch" else None
+    text = f"is not usable: write {meaning}" if meaning else _MESSAGES.get(kind, problem["msg"])
     return field, f" = {problem['input']!r} {text.format_map(problem.get('ctx', {}))}"
 
 
-def _own_words(location: Sequence[str], message: str) -> tuple[str, str]:
-    """Our own validators say `name=value ...` of a field of theirs: the name joins the address."""
+def _from_own_validator(location: Sequence[str], message: str) -> tuple[str, str]:
+    """Our validators write `name=value ...` about one of their fields; that name is appended to the location."""
     named = re.match(r"([a-z_]+(?:\.[a-z_]+)*)(=.*)", message, re.DOTALL)
     if not named:
         return ".".join(location), f": {message}" if not message.startswith("is ") else f" {message}"
@@ -164,7 +168,7 @@ def _own_words(location: Sequence[str], message: str) -> tuple[str, str]:
 
 
 def _booleans_for_numbers(value: Any, read: Any, field: str = "") -> Iterator[tuple[str, str]]:
-    """`epochs: yes` is true in YAML and 1 to pydantic: neither is what was meant."""
+    """Find booleans that became numbers: `epochs: yes` is true in YAML and 1 in pydantic, and neither was meant."""
     if isinstance(value, bool) and not isinstance(read, bool):
         yield field, f" = {value} is not a number: YAML reads yes, no, on, off as true or false"
     pairs: Iterator[tuple[Any, Any]] = iter(())
@@ -177,7 +181,7 @@ def _booleans_for_numbers(value: Any, read: Any, field: str = "") -> Iterator[tu
 
 
 def _known_fields(location: Sequence[Any]) -> list[str]:
-    """Names of the fields at a place of the configuration."""
+    """Names of the fields in the section at `location`."""
     kind: Any = RunConfig
     for part in location:
         if isinstance(part, int):
@@ -194,13 +198,11 @@ def _known_fields(location: Sequence[Any]) -> list[str]:
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
-    """Steps run in other processes and directories, so local addresses must not depend on the current one."""
-    datasets = tuple(
-        dataset.model_copy(update=_absolute(dataset, "source", "labels")) for dataset in config.evaluation.datasets
-    )
+    """Make local addresses absolute, because steps run in other processes with other working directories."""
+    datasets = tuple(one.model_copy(update=_absolute(one, "source", "labels")) for one in config.evaluation.datasets)
     return config.model_copy(
         update={
-            "store": absolute(config.store),
+            "store": absolute_address(config.store),
             "data": config.data.model_copy(update=_absolute(config.data, "source", "labels")),
             "evaluation": config.evaluation.model_copy(update={"datasets": datasets}),
         }
@@ -208,9 +210,9 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
 
 
 def _absolute(section: Section, *names: str) -> dict[str, str]:
-    return {name: absolute(address) for name in names if (address := getattr(section, name)) is not None}
+    return {name: absolute_address(address) for name in names if (address := getattr(section, name)) is not None}
 
 
-def absolute(address: str) -> str:
-    """A local path made absolute; addresses with a scheme as they are, but for a slash at the end."""
+def absolute_address(address: str) -> str:
+    """Return a local path as absolute, and an address with a scheme without its trailing slash."""
     return address.rstrip("/") if "://" in address else str(Path(address).expanduser().absolute())

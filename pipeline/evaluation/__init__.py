@@ -1,1 +1,1 @@
-"""How good is an encoder? One file per protocol in `protocols/`, over shared encoder sources and cached features."""
+"""Evaluation of encoders: one file per protocol in `protocols/`, on shared encoder sources and cached features."""

@@ -1,7 +1,7 @@
-"""Where an encoder comes from: a pretraining of this store, initial weights, or a file by anybody.
+"""Where an encoder comes from: a pretraining in a store, random initial weights, or a file from elsewhere.
 
 The shape of a stored encoder is read from its file, never assumed.
-Errors: DataError for a damaged file; ConfigError for weights that are no encoder this package knows."""
+Errors: DataError for a damaged file; ConfigError for weights that are not of a known encoder."""
 
 import hashlib
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mae_core.config import ViTConfig
 from mae_core.vit import ViTEncoder, initialise
-from pipeline.evaluation.protocol import Subject
+from pipeline.evaluation.protocol import ProtocolConfig
 from pipeline.graph.step import StageInput
 from pipeline.storage import open_store
 from pipeline.weights import import_encoder, read_encoder, read_encoder_config
@@ -23,20 +23,20 @@ from pipeline.weights import import_encoder, read_encoder, read_encoder_config
 
 @dataclass(frozen=True)
 class Encoder:
-    """An encoder with its weights: names of ViTEncoder, float32."""
+    """An encoder's configuration and weights: float32, by the names of ViTEncoder."""
 
     config: ViTConfig
     weights: Mapping[str, Tensor]
 
     def build(self) -> ViTEncoder:
-        """Return it as a module in eval mode."""
+        """Return the encoder as a module in eval mode."""
         module = ViTEncoder(self.config)
         module.load_state_dict(dict(self.weights))
         return module.eval()
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of names and values: the same weights have the same digest wherever they come from."""
+        """SHA-256 of names, shapes and values: equal weights have equal digests, wherever they come from."""
         content = hashlib.sha256()
         for name, value in sorted(self.weights.items()):
             content.update(f"{name} {tuple(value.shape)}\n".encode())
@@ -45,10 +45,10 @@ class Encoder:
 
 
 class EncoderSource(Protocol):
-    """A small value that travels to workers, which load the encoder there."""
+    """A small value that is sent to workers, which load the encoder themselves."""
 
     def shape(self) -> ViTConfig:
-        """Return the encoder's configuration without reading its weights, where that is possible."""
+        """Return the encoder's configuration, without reading its weights if possible."""
         ...
 
     def load(self) -> Encoder:
@@ -58,10 +58,10 @@ class EncoderSource(Protocol):
 
 @dataclass(frozen=True)
 class Pretrained:
-    """The encoder that a pretraining step, or an export as safetensors, left in a store."""
+    """An encoder in our own format, written by a pretraining step or by `mae model export --format safetensors`."""
 
     uri: str
-    """Directory of `encoder.safetensors` and `config.json`."""
+    """Directory with `encoder.safetensors` and `config.json`."""
 
     def shape(self) -> ViTConfig:
         """Read `config.json`."""
@@ -74,7 +74,7 @@ class Pretrained:
 
 @dataclass(frozen=True)
 class Initial:
-    """An encoder with its initial weights, drawn from a seed."""
+    """An untrained encoder, whose initial weights are drawn from a seed."""
 
     config: ViTConfig
     seed: int
@@ -84,7 +84,7 @@ class Initial:
         return self.config
 
     def load(self) -> Encoder:
-        """Initialise a new encoder."""
+        """Initialise an encoder."""
         module = ViTEncoder(self.config)
         initialise(module, generator=torch.Generator().manual_seed(self.seed))
         return Encoder(self.config, module.state_dict())
@@ -92,12 +92,12 @@ class Initial:
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A file or folder in any layout that `pipeline.weights` reads: ours, timm's, Hugging Face's, the official one."""
+    """A file or folder in any layout that `pipeline.weights` reads: ours, timm's, Hugging Face's, the official MAE's."""
 
     path: Path
 
     def shape(self) -> ViTConfig:
-        """Read the file: the shapes of its tensors are the configuration."""
+        """Read the file. The configuration follows from the shapes of its tensors."""
         return self.load().config
 
     def load(self) -> Encoder:
@@ -106,8 +106,8 @@ class WeightsFile:
         return Encoder(imported.config, imported.weights)
 
 
-def encoder_source(subject: Subject, inputs: Mapping[str, StageInput]) -> EncoderSource:
+def encoder_source(config: ProtocolConfig, inputs: Mapping[str, StageInput]) -> Pretrained | Initial:
     """Return where the encoder of an evaluation step comes from."""
-    if subject.weights == "random":
-        return Initial(subject.encoder, subject.seed)
+    if config.weights == "random":
+        return Initial(config.encoder, config.seed)
     return Pretrained(inputs["pretrain"].store.uri)

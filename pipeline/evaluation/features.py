@@ -1,14 +1,14 @@
-"""Features of a frozen encoder, computed once per set of weights and shared by every protocol, seed and run of a store.
+"""Features of a frozen encoder, computed once and shared by every protocol, seed and run of a store.
 
     <store>/features/<key>/part-0000-of-0012.safetensors    values float32 [n, D], labels int64 [n], sample_ids int64 [n]
 
-The key covers the weights, the dataset, the split, the chosen samples and the pool. It is a cache, not an input of a step: it
-changes no fingerprint, and deleting the folder costs time only. Each part is written by the task that computed it, so that an
-interrupted evaluation goes on where it was.
-Images are read as in any evaluation: centre crop, no augmentation, each once.
+The key covers the encoder (shape and weights), the dataset, the split, the chosen samples and the pooling. Features are a cache,
+not an input of a step: they change no fingerprint, and deleting the folder costs only time. Each part is written by the task
+that computed it, so that an interrupted evaluation continues where it was.
+Images are read as in any evaluation: each once, centre crop, no augmentation.
 Errors: DataError for a sample or a part that cannot be read."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -22,22 +22,28 @@ from torch import Tensor
 from mae_core.patches import normalise_pixels
 from pipeline.cluster.resources import Resources
 from pipeline.cluster.tasks import map_tasks
-from pipeline.data.dataset.address import DatasetAddress
+from pipeline.data.dataset.address import DatasetAddress, dataset_address
 from pipeline.data.dataset.manifest import json_digest
 from pipeline.data.feed.loader import Loader
-from pipeline.data.feed.order import OrderConfig, SampleOrder
+from pipeline.data.feed.order import OrderConfig, SampleOrder, plain_slice
 from pipeline.data.feed.selection import Samples, Selection, select
 from pipeline.data.images.pictures import AugmentConfig
 from pipeline.errors import DataError
-from pipeline.evaluation.encoders import EncoderSource
-from pipeline.graph.step import Attempt
-from pipeline.storage import MissingObject, Store, open_store
+from pipeline.evaluation.encoders import EncoderSource, encoder_source
+from pipeline.evaluation.protocol import ProtocolConfig
+from pipeline.graph.step import Attempt, StageInput, canonical
+from pipeline.storage import Store, open_store
 from pipeline.training.spec.train_spec import node_cache
 
 FEATURES_VERSION = 1
-"""Part of every key; raise it when features change (another crop, another kind of input)."""
+"""Part of every key. Raise it when the computation changes, for example to another crop."""
 FOLDER = "features/"
 IMAGES_PER_TASK = 2048
+"""Size of a part: 10 MiB at ViT-H's width, and little work to repeat if a task is lost."""
+
+
+Pool = Literal["cls", "mean"]
+"""The feature of an image: its class token, or the mean of its patch tokens."""
 
 
 class Features(NamedTuple):
@@ -50,36 +56,57 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureRequest:
-    """Whose features, of which images."""
+    """Which features: of which encoder, for which images."""
 
     encoder: EncoderSource
     dataset: DatasetAddress
     split: str
     samples: Samples
     seed: int
-    """Chooses the samples where `samples` is a number."""
-    pool: Literal["cls", "mean"]
+    """Decides which samples are chosen if `samples` is a number."""
+    pool: Pool
 
     def selection(self) -> Selection:
         """Open the chosen samples."""
         return select(self.dataset.open(), self.split, self.samples, seed=self.seed)
 
 
-def take_features(request: FeatureRequest, attempt: Attempt) -> Features:
-    """Return the features, computing the parts that the store lacks as tasks."""
+def extract_splits(
+    config: ProtocolConfig, inputs: Mapping[str, StageInput], attempt: Attempt, *, pool: Pool
+) -> tuple[Features, Features]:
+    """Return the features of an evaluation step: of the labelled images of `train` that it may learn from, and of all of `test`."""
+
+    def features(split: str, samples: Samples) -> Features:
+        request = FeatureRequest(
+            encoder=encoder_source(config, inputs),
+            dataset=dataset_address(inputs["shards"]),
+            split=split,
+            samples=samples,
+            seed=config.seed,
+            pool=pool,
+        )
+        return extract_features(request, attempt)
+
+    return features("train", config.train_labels or "labelled"), features("test", "all")
+
+
+def extract_features(request: FeatureRequest, attempt: Attempt) -> Features:
+    """Return the features. Parts that the store lacks are computed first, as tasks."""
     selection = request.selection()
     total = int(selection.counts.sum())
     parts = max(1, -(-total // IMAGES_PER_TASK))
     store = open_store(attempt.root_uri.rpartition("/")[0]).at(f"{FOLDER}{_key(request, selection)}")
-    task = partial(_write_part, request, parts, store.uri, attempt.resources)
-    done = 0
+    present = {info.key for info in store.list()}
+    missing = [index for index in range(parts) if _part_name(index, parts) not in present]
+    done = total - sum(len(plain_slice(total, index, parts)) for index in missing)
 
     def on_done(_: int, images: int) -> None:
         nonlocal done
         done += images
         attempt.progress.update(done, total, unit=f"{request.split} images")
 
-    map_tasks(task, range(parts), executor=attempt.executor, on_done=on_done)
+    task = partial(_write_part, request, parts, store.uri, attempt.resources)
+    map_tasks(task, missing, executor=attempt.executor, on_done=on_done)
     read = [_read_part(store, _part_name(index, parts)) for index in range(parts)]
     return Features(*(torch.cat(columns) for columns in zip(*read, strict=True)))
 
@@ -90,8 +117,9 @@ def _key(request: FeatureRequest, selection: Selection) -> str:
     return json_digest(
         {
             "version": FEATURES_VERSION,
+            # in addition to the weights: with another number of heads, equal weights compute other features
+            "encoder": canonical(encoder.config),
             "weights": encoder.digest,
-            "pixels": [encoder.config.image_size, encoder.config.pixel_mean, encoder.config.pixel_std],
             "dataset": request.dataset.digest,
             "split": request.split,
             "samples": json_digest(ids),
@@ -101,13 +129,10 @@ def _key(request: FeatureRequest, selection: Selection) -> str:
 
 
 def _write_part(request: FeatureRequest, parts: int, store_uri: str, resources: Resources, index: int) -> int:
-    """Compute one part unless the store has it; return its number of images."""
-    store, name = open_store(store_uri), _part_name(index, parts)
-    try:
-        return len(_read_part(store, name).labels)
-    except MissingObject:
-        features = _compute(request, resources, index=index, parts=parts)
-    store.write(name, save({key: value.contiguous() for key, value in features._asdict().items()}))
+    """Compute and write one part. Returns its number of images."""
+    features = _compute(request, resources, index=index, parts=parts)
+    content = save({key: value.contiguous() for key, value in features._asdict().items()})
+    open_store(store_uri).write(_part_name(index, parts), content)
     return len(features.labels)
 
 
@@ -117,7 +142,7 @@ def _compute(request: FeatureRequest, resources: Resources, *, index: int, parts
     loader = Loader(
         selection,
         SampleOrder(selection.counts, OrderConfig(seed=request.seed)),
-        global_batch=1,
+        global_batch=1,  # of no effect on evaluation_batches, which splits the plain order among the ranks
         rank=index,
         world_size=parts,
         augment=AugmentConfig(kind="center", flip=False),
@@ -148,5 +173,5 @@ def _read_part(store: Store, name: str) -> Features:
         return Features(**load(data))
     except (SafetensorError, TypeError) as error:
         raise DataError(
-            f"{store.uri}/{name}: cached features are damaged ({error}). Delete the file and run again"
+            f"{store.uri}/{name}: cached features are damaged ({error}). Delete the file and run the same command again"
         ) from error

@@ -1,7 +1,13 @@
-"""The interface that every evaluation protocol implements, and the scores that it leaves in a receipt.
+"""The interface of an evaluation protocol, and the scores that it leaves in a receipt.
 
-A protocol is a module in `protocols/`, named as in the configuration. It declares its settings, the config of its step, a stage
-function, `VERSION`, and `PROTOCOL`, which ties them together."""
+A protocol is a module in `protocols/`, named as in the configuration. It declares
+  settings    what `evaluation.<name>` may say in the YAML file
+  a config    the step's config, a subclass of ProtocolConfig that holds the settings
+  a stage     the function that computes the scores, with the module's VERSION
+  PROTOCOL    an EvaluationProtocol that ties them together
+
+The rest follows from it: the configuration section, its checks and error messages, the steps for every dataset, encoder and seed,
+their fingerprints, and the rows of the report."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,18 +20,19 @@ from pipeline.graph.step import Attempt, StageInput, StageResult
 from pipeline.storage import Store
 
 EncoderOrigin = Literal["pretrained", "random"]
+"""`random` is the same architecture with its initial weights, as a baseline."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
-    """What is evaluated: the part of a step's config that all protocols share."""
+class ProtocolConfig:
+    """The part of an evaluation step's config that all protocols share: which encoder, and which labels it may learn from."""
 
     encoder: ViTConfig
     weights: EncoderOrigin
-    """`random`: the same architecture with its initial weights, as the baseline."""
     train_labels: int | None
-    """Train on this many labelled images, balanced over the classes; None: on all of them."""
+    """Number of labelled training images, balanced over the classes. None for all of them."""
     seed: int
+    """Of the random encoder's weights, the choice of labelled images, and whatever else the protocol draws."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,24 +40,25 @@ class EvaluationProtocol:
     """One way to score an encoder."""
 
     settings: type[Any]
-    """What `evaluation.<name>` may say in the configuration; its defaults are those of the paper."""
-    step_config: Callable[[Subject, Any], Subject]
-    """(subject, settings) -> the config of the step, all of which enters the fingerprint."""
+    """Class of the section `evaluation.<name>`: a frozen dataclass or pydantic model in which every field has a default."""
+    step_config: Callable[[ProtocolConfig, Any], ProtocolConfig]
+    """(common part, settings) -> the whole config of the step, all of which enters the fingerprint."""
     evaluate: Callable[[Any, Mapping[str, StageInput], Attempt], StageResult]
-    """The stage function: inputs `shards` and, for a pretrained encoder, `pretrain`; facts are ScoreFacts."""
+    """The stage. Its inputs are `shards` and, for a pretrained encoder, `pretrain`; its facts are ScoreFacts."""
     resume_point: Callable[[Store], str] | None = None
-    """As in `Step`, for protocols that train in a resumable loop."""
+    """As in `Step`, for protocols that train with checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreFacts(Facts):
-    """Scores on the test split, or why there are none."""
+    """Scores on the test split, or the reason why there are none."""
 
     skipped: str | None = None
-    """Why nothing was evaluated."""
+    """Why nothing was evaluated, such as `no labels`."""
     top1: float | None = None
     """Share of images whose class was ranked first, in [0, 1]."""
     top5: float | None = None
+    """Share of images whose class was among the first five, in [0, 1]."""
     loss: float | None = None
     """Mean cross entropy in nats."""
     images: int | None = None
@@ -58,6 +66,6 @@ class ScoreFacts(Facts):
 
 
 def skipped(shards: StageInput) -> StageResult | None:
-    """Return the result of an evaluation that cannot be done on this dataset, or None if it can."""
+    """Return the result to leave for a dataset that cannot be evaluated on, or None if it can be."""
     reason = DatasetFacts.read(shards.facts).unsuited
     return StageResult(ScoreFacts(skipped=reason).as_json()) if reason else None

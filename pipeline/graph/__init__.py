@@ -1,1 +1,1 @@
-"""Steps, fingerprints, receipts and the runner: what is done, what is missing, who may write."""
+"""The step graph: steps and their fingerprints, receipts of finished steps, and the runner that executes the rest."""

@@ -1,8 +1,9 @@
-"""What a run would do, without doing it: the order of the steps, what is done, and which field made the rest differ.
+"""The plan of a run: the order of its steps, which are already done, and which changed field makes the others run.
 
     <store>/history/<name>/<fingerprint[:12]>.json     identity of a finished step
 
-Errors: PipelineError when two different steps bear one name; DataError when a receipt cannot be read."""
+Planning only reads. Identities are kept so that a plan can say why a step runs again ("config.mask_ratio: 0.75 -> 0.8").
+Errors: PipelineError if two different steps have one name; DataError if a receipt cannot be read."""
 
 import contextlib
 import json
@@ -20,23 +21,24 @@ HISTORY = "history/"
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """What a run would do with a step."""
+    """A step and what a run would do with it."""
 
     step: Step
     state: Literal["cached", "to_run", "blocked"]
     differs: tuple[str, ...]
-    """Fields in which the step differs from the most similar one done before; empty: none was, or nothing differs."""
+    """Fields in which the step differs from the most similar finished step of its name; empty if there is none."""
     uri: str
+    """The step's directory."""
 
 
-def in_order(steps: Sequence[Step]) -> list[Step]:
-    """The steps with every input before what reads it; each name once."""
+def topological_order(steps: Sequence[Step]) -> list[Step]:
+    """Return the steps and all their inputs, each once, inputs before their readers."""
     ordered: dict[str, Step] = {}
 
     def add(step: Step) -> None:
         if step.name in ordered:
             if ordered[step.name].fingerprint != step.fingerprint:
-                raise PipelineError(f"two different steps are named {step.name}: give one of them another name")
+                raise PipelineError(f"two different steps are named {step.name}: rename one of them")
             return
         for source in step.inputs.values():
             add(source)
@@ -48,32 +50,32 @@ def in_order(steps: Sequence[Step]) -> list[Step]:
 
 
 def plan_graph(steps: Sequence[Step], *, store: Store, unable: Iterable[str] = ()) -> list[PlannedStep]:
-    """What a run would do; writes nothing. `unable`: names of steps that could not run (their source is absent)."""
+    """Return what a run would do with every step. `unable` names steps that cannot run, such as one without its source."""
     rows: dict[str, PlannedStep] = {}
-    for step in in_order(steps):
+    for step in topological_order(steps):
         root = store.at(step.directory)
-        if read_receipt(root) is not None:
+        if read_receipt(root) is not None:  # even if its inputs would have to run: a finished step is never repeated
             rows[step.name] = PlannedStep(step, "cached", (), root.uri)
             continue
-        stuck = step.name in unable or any(rows[source.name].state == "blocked" for source in step.inputs.values())
-        differs = nearest_difference(step.identity(), _history(store, step.name))
-        rows[step.name] = PlannedStep(step, "blocked" if stuck else "to_run", differs, root.uri)
+        blocked = step.name in unable or any(rows[source.name].state == "blocked" for source in step.inputs.values())
+        differs = nearest_difference(step.identity(), _earlier_identities(store, step.name))
+        rows[step.name] = PlannedStep(step, "blocked" if blocked else "to_run", differs, root.uri)
     return list(rows.values())
 
 
-def remember(store: Store, receipt: Receipt) -> None:
-    """Notes a finished step's identity for later plans; only they suffer when the store refuses."""
+def record_identity(store: Store, receipt: Receipt) -> None:
+    """Record the identity of a finished step for later plans."""
     key = f"{HISTORY}{receipt.step}/{receipt.fingerprint[:12]}.json"
-    with contextlib.suppress(StorageError):
+    with contextlib.suppress(StorageError):  # the step is complete either way; only a later plan explains less
         store.create(key, json.dumps(receipt.identity, sort_keys=True).encode())
 
 
-def _history(store: Store, name: str) -> list[Mapping[str, Any]]:
+def _earlier_identities(store: Store, name: str) -> list[Mapping[str, Any]]:
     return [json.loads(store.read(info.key)) for info in store.list(f"{HISTORY}{name}/")]
 
 
 def nearest_difference(identity: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """How `identity` differs from the one of `earlier` that differs least: lines `config.mask_ratio: 0.75 -> 0.8`."""
+    """Compare `identity` with the most similar of `earlier`. Returns lines such as `config.mask_ratio: 0.75 -> 0.8`."""
     differences = [_difference(dotted_fields(before), dotted_fields(identity)) for before in earlier]
     return min(differences, key=len, default=())
 
@@ -83,12 +85,13 @@ def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[st
     for key in sorted({*before, *after}):
         old, new = before.get(key, "absent"), after.get(key, "absent")
         if old != new:
-            lines.append(f"{key}: made anew" if key.startswith("inputs.") else f"{key}: {old} -> {new}")
+            # two fingerprints of an input would tell the user nothing; that input has a row of its own
+            lines.append(f"{key}: changed" if key.startswith("inputs.") else f"{key}: {old} -> {new}")
     return tuple(lines)
 
 
 def dotted_fields(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keys joined by dots; lists stay whole."""
+    """Flatten nested mappings into one, with keys joined by dots. Lists stay whole."""
     if not isinstance(value, Mapping):
         return {prefix: canonical(value)}
     flat: dict[str, Any] = {}

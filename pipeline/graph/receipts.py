@@ -1,11 +1,12 @@
-"""Receipts say that a step is complete; generations say who may write. Both are small JSON objects created once.
+"""Receipts mark finished steps; generations decide who may write. Both are small JSON objects, each created exactly once.
 
     <store>/<name>-<fingerprint[:12]>/gen/0007.json    claimed by put-if-absent before anything is written
                                       g0007/...        what that generation writes
-                                      receipt.json     created last: present = complete, names the generation it used
+                                      receipt.json     created last: names the generation whose files count
 
-A driver that finds a higher generation than its own is fenced: it stops and never claims again. A zombie writes into a
-place that nobody reads. Errors: Fenced; StorageError; DataError when a receipt cannot be read."""
+A driver that finds a higher generation than its own is fenced: it stops and never claims again. One that has not noticed yet
+(a zombie) can only write into its own generation, which nobody reads.
+Errors: Fenced; StorageError; DataError if a receipt cannot be read."""
 
 import hashlib
 import json
@@ -24,12 +25,13 @@ from pipeline.storage import MissingObject, Store
 
 RECEIPT = "receipt.json"
 CLAIMS = "gen/"
-VERSIONS_OF = ("mae-pipeline", "torch", "deepspeed", "ray", "numpy", "webdataset", "pyarrow", "pillow", "simplejpeg")
+PACKAGES = ("mae-pipeline", "torch", "deepspeed", "ray", "numpy", "webdataset", "pyarrow", "pillow", "simplejpeg")
+"""Packages on which results depend; a receipt records their versions."""
 
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A file that readers of the step rely on; `key` is relative to the generation's directory."""
+    """A file that readers of the step rely on. `key` is relative to the generation's directory."""
 
     key: str
     bytes: int
@@ -38,26 +40,26 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class Receipt:
-    """A complete step. Everything but `generation` and `made` is the same whoever made it, however often it was interrupted."""
+    """A finished step. All but `generation` and `made` is reproducible: it does not depend on interruptions or machines."""
 
     step: str
     fingerprint: str
     identity: Mapping[str, Any]
-    """Name, version, full config and the fingerprints of the inputs."""
+    """What the fingerprint covers: name, version, the whole config and the fingerprints of the inputs."""
     facts: Mapping[str, Any]
     files: tuple[OutputFile, ...]
     generation: int
     made: Mapping[str, Any]
-    """When, where, with which versions, in how many seconds."""
+    """When and where it was made, with which package versions, and in how many seconds."""
     kind: StepKind
 
     def as_input(self, root_uri: str) -> StageInput:
-        """The step as the stages that read it see it."""
+        """Return the step as the stages that read it see it."""
         return StageInput(root_uri, self.generation, self.fingerprint, self.facts, self.made)
 
 
 def read_receipt(root: Store) -> Receipt | None:
-    """The receipt of the step whose directory this is; None: not complete."""
+    """Return the receipt in a step's directory, or None if the step is not finished."""
     try:
         body = json.loads(root.read(RECEIPT))
         body["files"] = tuple(OutputFile(**file) for file in body["files"])
@@ -67,12 +69,12 @@ def read_receipt(root: Store) -> Receipt | None:
         return None
     except (ValueError, TypeError, KeyError) as cause:
         raise DataError(
-            f"{root.uri}/{RECEIPT} is not a receipt ({cause}). Delete it, and the same command makes the step again"
+            f"{root.uri}/{RECEIPT} is not a receipt ({cause}). Delete it, and the same command runs that step again"
         ) from cause
 
 
 def finished_steps(store: Store) -> Iterator[tuple[str, Receipt]]:
-    """Yield directory and receipt of every finished step of a run's store. Lists the whole store."""
+    """Yield the directory and receipt of every finished step in a run's store. Lists every object of the store."""
     for info in store.list():
         directory, _, name = info.key.rpartition("/")
         if name == RECEIPT and directory and "/" not in directory and (receipt := read_receipt(store.at(directory))):
@@ -80,18 +82,20 @@ def finished_steps(store: Store) -> Iterator[tuple[str, Receipt]]:
 
 
 def claims(root: Store) -> list[int]:
-    """Generations claimed so far, ascending."""
+    """Return the generations claimed so far, in ascending order."""
     return sorted(int(info.key.rpartition("/")[2].removesuffix(".json")) for info in root.list(CLAIMS))
 
 
 def read_claim(root: Store, generation: int) -> Mapping[str, Any]:
-    """What a generation wrote when it was claimed."""
+    """Return what was recorded when the generation was claimed."""
     return dict(json.loads(root.read(f"{CLAIMS}{generation:04d}.json")))
 
 
 def claim(root: Store, *, continues: str) -> int:
-    """Claims the next generation; whoever held an earlier one is fenced from now on."""
-    while True:
+    """Claim the next generation and return its number. Every earlier generation is fenced from now on.
+
+    `continues` is the key of what this generation starts from, recorded so that nobody deletes it."""
+    while True:  # the create fails if another driver took the number first
         generation = max(claims(root), default=0) + 1
         body = {"generation": generation, "continues": continues, "host": socket.gethostname(), "time": time.time()}
         if root.create(f"{CLAIMS}{generation:04d}.json", json.dumps(body).encode()):
@@ -99,19 +103,20 @@ def claim(root: Store, *, continues: str) -> int:
 
 
 def check_fence(root: Store, generation: int) -> None:
-    """Raises Fenced when a higher generation has been claimed."""
+    """Raise Fenced if a higher generation has been claimed."""
     highest = max(claims(root), default=generation)
     if highest > generation:
         raise Fenced(
-            f"{root.uri}: generation {highest} was claimed by another run while {generation} was at work here; "
-            f"this run stops, the other one goes on. Run the same command again when it has ended"
+            f"{root.uri}: generation {highest} was claimed by another run while {generation} was at work here. This run stops "
+            "and the other one continues. Run the same command again after it has ended"
         )
 
 
 def write_receipt(root: Store, step: Step, generation: int, result: StageResult, *, seconds: float) -> Receipt:
-    """Completes the step. When another generation was quicker, its receipt stands and is returned.
+    """Complete the step and return its receipt. If another generation was quicker, its receipt stands and is returned.
 
-    What is returned is read back, so that readers of the step see the same whether it was made in this run or in an earlier one."""
+    The receipt is read back from the store, so that readers of the step get the same JSON types (lists, text keys) whether the
+    step was made in this run or in an earlier one."""
     store = root.at(generation_key(generation))
     receipt = Receipt(
         kind=step.kind,
@@ -127,7 +132,7 @@ def write_receipt(root: Store, step: Step, generation: int, result: StageResult,
             "host": socket.gethostname(),
             "architecture": platform.machine(),
             "python": platform.python_version(),
-            "versions": versions(),
+            "versions": installed_versions(),
             "notes": result.notes,
         },
     )
@@ -136,20 +141,20 @@ def write_receipt(root: Store, step: Step, generation: int, result: StageResult,
     root.create(RECEIPT, body)
     standing = read_receipt(root)
     if standing is None:
-        raise DataError(f"{root.uri}/{RECEIPT} vanished while it was read. Run the same command again")
+        raise DataError(f"{root.uri}/{RECEIPT} was deleted while it was being written. Run the same command again")
     return standing
 
 
 def _kind_before_it_was_recorded(step_name: str) -> StepKind:
-    """Receipts written before version 0.2 lack the kind; step names were derived from it then."""
+    """Receipts written before version 0.2 lack the kind. At that time, a step's name began with it."""
     kinds: dict[str, StepKind] = {"snapshot": "snapshot", "shard": "shard", "join": "join"}
     kinds |= {"pretrain": "pretrain", "report": "report"}
     return kinds.get(re.split("[.-]", step_name)[0], "evaluate")
 
 
-def versions() -> dict[str, str]:
-    """Installed versions of what results depend on."""
-    return {name: metadata.version(name) for name in VERSIONS_OF}
+def installed_versions() -> dict[str, str]:
+    """Return the installed version of every package on which results depend."""
+    return {name: metadata.version(name) for name in PACKAGES}
 
 
 def _output_file(store: Store, key: str) -> OutputFile:

@@ -1,6 +1,7 @@
-"""Walks the graph: what has a receipt is cached, what is ready is claimed and run, what failed blocks what needs it.
+"""The runner of a graph: steps with a receipt are cached, ready ones are claimed and run, failed ones block their readers.
 
-The walker holds no state of its own: everything it knows is in the store, so that a killed driver started again goes on."""
+The runner keeps no state of its own. Everything it knows is in the store, so that a killed driver continues when it is started
+again."""
 
 import contextlib
 import logging
@@ -14,9 +15,7 @@ from typing import Literal, Protocol
 
 from pipeline import cluster
 from pipeline.errors import ConfigError, Fenced, PipelineError, Stopped, StorageError
-from pipeline.graph.plan import PlannedStep as PlannedStep
-from pipeline.graph.plan import in_order, remember
-from pipeline.graph.plan import plan_graph as plan_graph
+from pipeline.graph.plan import record_identity, topological_order
 from pipeline.graph.receipts import Receipt, claim, read_receipt, write_receipt
 from pipeline.graph.step import Attempt, StageInput, Step
 from pipeline.storage import Store, open_store
@@ -28,7 +27,7 @@ State = Literal["done", "cached", "failed", "stopped", "blocked"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a step in this run."""
+    """How a step ended in this run."""
 
     step: Step
     state: State
@@ -40,26 +39,26 @@ class Outcome:
 
 
 class Hooks(Protocol):
-    """What the run does around the steps: tracking and the terminal."""
+    """What a run does around its steps. Called on the driver, from the thread that walks the graph."""
 
     tracking_uri: str
 
     def begin(self, step: Step) -> str:
-        """A step starts; returns its MLflow run (empty: none)."""
+        """Note that a step starts. Returns the id of its MLflow run, or an empty string if it has none."""
         ...
 
     def progress(self, step_name: str, done: int, total: int, unit: str, fields: Mapping[str, float]) -> None:
-        """Word from a step under way."""
+        """Note how far a running step is."""
         ...
 
     def end(self, outcome: Outcome) -> None:
-        """A step ended, or was found done, or cannot run."""
+        """Note that a step ended, was found finished, or cannot run."""
         ...
 
 
 @dataclass(frozen=True)
-class _Direct:
-    """Progress of a stage that runs in this process."""
+class _InProcessProgress:
+    """Passes the progress of a stage in this process straight to the hooks."""
 
     hooks: Hooks
     step_name: str
@@ -70,31 +69,32 @@ class _Direct:
 
 @dataclass
 class _RunningStep:
-    """A step at work; `asked`: it has been told to stop."""
+    """A step that is running."""
 
     step: Step
     attempt: Attempt
     started: float
-    asked: bool = False
+    """Monotonic seconds."""
+    stop_requested: bool = False
 
 
 class GraphRun:
-    """One walk over a graph. `request_stop` may be called from a signal handler."""
+    """One walk over a graph. `request_stop` may be called from a signal handler, the rest from one thread."""
 
     def __init__(
         self, steps: Sequence[Step], *, store: Store, executor: cluster.Executor, hooks: Hooks, parallel: int = 1
     ) -> None:
-        self.steps = in_order(steps)
+        self.steps = topological_order(steps)
         self.store, self.executor, self.hooks, self.parallel = store, executor, hooks, parallel
         self.outcomes: dict[str, Outcome] = {}
         self.running: dict[str, tuple[_RunningStep, cluster.Handle]] = {}
-        self.here: _RunningStep | None = None
-        """The step at work in this process."""
+        self.in_process: _RunningStep | None = None
+        """The step that runs in this process."""
         self.stopping = False
         self.board: cluster.ProgressBoard | None = None
 
     def walk(self) -> list[Outcome]:
-        """Runs all that is not done; returns what became of every step, in their order."""
+        """Run every step that is not finished. Returns one outcome per step, inputs before their readers."""
         while len(self.outcomes) < len(self.steps):
             for step in self.steps:
                 if step.name not in self.outcomes and step.name not in self.running:
@@ -103,15 +103,17 @@ class GraphRun:
         return [self.outcomes[step.name] for step in self.steps]
 
     def request_stop(self) -> None:
-        """Starts nothing new; steps under way save and stop, those that cannot save are cut off (in process: by the
-        KeyboardInterrupt that this raises). It does no I/O: a signal handler must not wait for what it interrupts."""
+        """Start nothing new, and let running steps save and stop. Those that cannot save are interrupted.
+
+        Raises KeyboardInterrupt to interrupt a step in this process. Does no I/O: a signal handler that waited for a lock held by
+        the code that it interrupts would wait forever."""
         self.stopping = True
-        if self.here and self.here.step.resume_point is None:
-            self.here.asked = True
+        if self.in_process and self.in_process.step.resume_point is None:
+            self.in_process.stop_requested = True
             raise KeyboardInterrupt
 
     def _consider(self, step: Step) -> None:
-        """Settles a step whose inputs are settled, or starts it."""
+        """Start a step whose inputs are all settled, or settle it if there is nothing to start."""
         if len(self.running) >= self.parallel or any(one.name not in self.outcomes for one in step.inputs.values()):
             return
         inputs = {self.outcomes[one.name].state for one in step.inputs.values()}
@@ -125,7 +127,7 @@ class GraphRun:
             self._finish(Outcome(step, "failed", self._uri(step), error=error))
             return
         if receipt is not None:
-            remember(self.store, receipt)  # a driver killed right after the receipt had no time to
+            record_identity(self.store, receipt)  # again: a driver may have been killed right after the receipt
             self._finish(Outcome(step, "cached", self._uri(step), float(receipt.made["seconds"]), receipt))
         elif attempt is not None:
             self._start(_RunningStep(step, attempt, time.monotonic()))
@@ -147,7 +149,7 @@ class GraphRun:
             resources=step.resources,
             options=step.options,
             executor=self.executor,
-            progress=self.board.writer(step.name) if self.board else _Direct(self.hooks, step.name),
+            progress=self.board.writer(step.name) if self.board else _InProcessProgress(self.hooks, step.name),
             tracking_uri=self.hooks.tracking_uri,
             mlflow_run_id=self.hooks.begin(step),
         )
@@ -156,71 +158,73 @@ class GraphRun:
         step = work.step
         inputs = {name: self._receipt(source).as_input(self._uri(source)) for name, source in step.inputs.items()}
         if self.executor == "ray":
-            self.running[step.name] = (work, cluster.submit(execute, step, inputs, work.attempt))
+            self.running[step.name] = (work, cluster.submit(execute_step, step, inputs, work.attempt))
             return
         try:
-            self.here = work
-            if self.stopping:  # asked since the claim
+            self.in_process = work
+            if self.stopping:  # the signal came between the claim and the line above
                 self.request_stop()
             if step.resume_point is not None:
-                threading.Thread(target=self._pass_on_stop, args=(work,), daemon=True).start()
-            receipt = execute(step, inputs, work.attempt)
-            self.here = None
-        except BaseException as error:  # noqa: BLE001 - classified and told below, never swallowed
-            self.here = None
-            outcome = self._undone(work, error)
+                threading.Thread(target=self._forward_stop_request, args=(work,), daemon=True).start()
+            receipt = execute_step(step, inputs, work.attempt)
+            self.in_process = None
+        except BaseException as error:  # noqa: BLE001 - becomes the step's outcome, never swallowed
+            self.in_process = None
+            outcome = self._unfinished(work, error)
         else:
-            outcome = self._done(work, receipt)
+            outcome = self._finished(work, receipt)
         self._finish(outcome)
 
     def _collect(self) -> None:
         for name, (work, handle) in list(self.running.items()):
             if not handle.ready(timeout_s=0.2):
-                if self.stopping and not work.asked:
-                    self._ask(work, handle)
+                if self.stopping and not work.stop_requested:
+                    self._stop(work, handle)
                 continue
             try:
-                outcome = self._done(work, handle.result())
-            except Exception as error:  # noqa: BLE001 - classified and told below, never swallowed
-                outcome = self._undone(work, error)
-            self._tell_progress()
+                outcome = self._finished(work, handle.result())
+            except Exception as error:  # noqa: BLE001 - becomes the step's outcome, never swallowed
+                outcome = self._unfinished(work, error)
+            self._forward_progress()  # before the outcome: the terminal must not show progress of a step that has ended
             del self.running[name]
             self._finish(outcome)
-        self._tell_progress()
+        self._forward_progress()
 
-    def _pass_on_stop(self, work: _RunningStep) -> None:
-        """Beside a step that runs in this process: a request to stop reaches it through the store, as on a cluster."""
-        while self.here is work and not work.asked:
+    def _forward_stop_request(self, work: _RunningStep) -> None:
+        """Watch, in a thread of its own, for a request to stop, and pass it to the step through the store, as on a cluster."""
+        while self.in_process is work and not work.stop_requested:
             if self.stopping:
-                self._ask(work, None)
+                self._stop(work, None)
             time.sleep(0.1)
 
-    def _ask(self, work: _RunningStep, handle: cluster.Handle | None) -> None:
+    def _stop(self, work: _RunningStep, handle: cluster.Handle | None) -> None:
         if work.step.resume_point is not None:
             try:
-                work.attempt.root.create(stop_key(work.attempt.generation), b"{}")
+                work.attempt.root.create(stop_request_key(work.attempt.generation), b"{}")
             except StorageError as error:
-                log.warning("%s: cannot be asked to stop, trying again: %s", work.step.name, error)
+                log.warning("%s: the request to stop could not be written, trying again: %s", work.step.name, error)
                 return
         elif handle is not None:
             handle.cancel()
-        work.asked = True
+        work.stop_requested = True
 
-    def _tell_progress(self) -> None:
+    def _forward_progress(self) -> None:
         if self.board:
             for name, (done, total, unit, fields) in self.board.take().items():
                 self.hooks.progress(name, done, total, unit, fields)
 
-    def _done(self, work: _RunningStep, receipt: Receipt) -> Outcome:
-        remember(self.store, receipt)
+    def _finished(self, work: _RunningStep, receipt: Receipt) -> Outcome:
+        record_identity(self.store, receipt)
         seconds, run_id = time.monotonic() - work.started, work.attempt.mlflow_run_id
         return Outcome(work.step, "done", self._uri(work.step), seconds, receipt, mlflow_run_id=run_id)
 
-    def _undone(self, work: _RunningStep, error: BaseException) -> Outcome:
-        if work.asked and work.step.resume_point is None:  # whatever was raised, cutting it off is why
-            error = Stopped(f"{work.step.name}: cut off, as asked; the same command runs it again")
+    def _unfinished(self, work: _RunningStep, error: BaseException) -> Outcome:
+        if (
+            work.stop_requested and work.step.resume_point is None
+        ):  # whatever it raised, it raised because of the interrupt
+            error = Stopped(f"{work.step.name}: interrupted on request; the same command runs it again")
         stopped = isinstance(error, Stopped | Fenced | KeyboardInterrupt)
-        self.stopping |= stopped
+        self.stopping |= stopped  # one step that was stopped or fenced ends the whole run
         seconds, run_id = time.monotonic() - work.started, work.attempt.mlflow_run_id
         state: State = "stopped" if stopped else "failed"
         return Outcome(work.step, state, self._uri(work.step), seconds, error=error, mlflow_run_id=run_id)
@@ -239,8 +243,8 @@ class GraphRun:
         return self.store.at(step.directory).uri
 
 
-def execute(step: Step, inputs: Mapping[str, StageInput], attempt: Attempt) -> Receipt:
-    """Runs the stage's function and completes the step; on Ray this is the task that reserves no CPU."""
+def execute_step(step: Step, inputs: Mapping[str, StageInput], attempt: Attempt) -> Receipt:
+    """Run a step's stage and write its receipt. On a cluster this is the coordinating task, which reserves no CPU."""
     started = time.monotonic()
     root = open_store(attempt.root_uri)
     if step.fingerprint != attempt.fingerprint:
@@ -253,12 +257,14 @@ def execute(step: Step, inputs: Mapping[str, StageInput], attempt: Attempt) -> R
     except (PipelineError, ConfigError):
         raise
     except Exception:
-        with contextlib.suppress(StorageError):  # the error itself is worth more
+        with contextlib.suppress(
+            StorageError
+        ):  # the original error matters more than a traceback that cannot be stored
             root.write(f"failure/{attempt.generation:04d}.txt", traceback.format_exc().encode())
         raise
     return write_receipt(root, step, attempt.generation, result, seconds=time.monotonic() - started)
 
 
-def stop_key(generation: int) -> str:
-    """The object, in a step's directory, that asks this generation to save and stop."""
+def stop_request_key(generation: int) -> str:
+    """Return the key, in a step's directory, of the object that asks a generation to save and stop."""
     return f"stop/{generation:04d}.json"

@@ -1,10 +1,13 @@
-"""A step is what it computes, not where it runs: `Step`, its fingerprint, and what its function is handed.
+"""A node of the graph, its fingerprint, and the values that its function receives and returns.
 
-A stage is a plain function `(config, inputs, attempt) -> StageResult`. Its module holds `VERSION`, a whole number bumped
-by hand when the stage's results change. The fingerprint is a SHA-256 over name, version, canonical config and the
-fingerprints of the inputs; `resources` and the store never enter it: the same work on other machines is the same step.
-A field that a config gains later is marked ADDED_LATER: at its default it stays out, so that an upgrade runs nothing anew.
-Errors: ConfigError when a config holds a value that has no stable form (a set, NaN, an object)."""
+A *step* is a node of the graph (a training step, one update of the weights, is a `global_step`). A *stage* is the plain function
+`(config, inputs, attempt) -> StageResult` that a step runs. Its module holds `VERSION`, a whole number that is raised by hand
+whenever the stage's results change.
+
+The fingerprint is a SHA-256 over name, version, canonical config and the fingerprints of the inputs. `resources` and the store
+never enter it: the same work on other machines is the same step. A field that a config gains later is marked ADDED_LATER and
+stays out of the fingerprint at its default, so that an upgrade repeats no finished work.
+Errors: ConfigError if a config holds a value without a stable form (a set, NaN, an arbitrary object)."""
 
 import dataclasses
 import hashlib
@@ -23,12 +26,12 @@ from pipeline.cluster.tasks import Executor
 from pipeline.storage import Store, open_store
 
 StepKind = Literal["snapshot", "shard", "join", "pretrain", "evaluate", "report"]
-"""What a step does. Its name is for people and for the store; nothing reads meaning out of a name."""
+"""What a step does. Code asks for the kind; names are for people and for the store."""
 
 
 @dataclass(frozen=True)
 class StepGeneration:
-    """One generation of one step: where its files are."""
+    """Where the files of one generation of a step are."""
 
     root_uri: str
     """The step's directory, `<store>/<name>-<fingerprint[:12]>`."""
@@ -37,54 +40,54 @@ class StepGeneration:
 
     @property
     def root(self) -> Store:
-        """The step's directory: content-addressed objects and put-if-absent rows, common to all generations."""
+        """The step's directory. What all generations share (content-addressed objects, put-if-absent rows) is here."""
         return open_store(self.root_uri)
 
     @property
     def store(self) -> Store:
-        """The generation's own directory."""
+        """The directory that only this generation writes."""
         return self.root.at(generation_key(self.generation))
 
 
 @dataclass(frozen=True)
 class StageInput(StepGeneration):
-    """A finished step as its readers see it; the generation is the one that the receipt names."""
+    """A finished step as its readers see it. The generation is the one that the receipt names."""
 
     fingerprint: str
     facts: Mapping[str, Any]
-    """What the stage returned: small JSON values (digests, counts, scores)."""
+    """What the stage returned: small JSON values such as digests, counts and scores."""
     made: Mapping[str, Any] = field(default_factory=dict)
-    """When, where and in how many seconds it was made; for show only, never for results."""
+    """When, where and in how many seconds it was made. To be shown, never to be computed with."""
 
 
 @dataclass(frozen=True)
 class Attempt(StepGeneration):
-    """Where a stage may write, and how it may run: one claimed generation of one step."""
+    """One claimed generation of a step: where its stage may write, and how it runs."""
 
     continues: str
-    """What this generation was claimed to continue from, a key in the step's directory (a checkpoint); empty: from nothing."""
+    """Key, in the step's directory, of the checkpoint from which this generation continues; empty if it starts from nothing."""
     step_name: str
     fingerprint: str
     resources: Resources
     executor: Executor
     progress: Progress
     tracking_uri: str = ""
-    """MLflow's address; empty: no tracking."""
+    """Address of MLflow; empty for no tracking."""
     mlflow_run_id: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """As in the step."""
+    """Those of the step."""
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage leaves for the receipt."""
+    """What a stage returns for the receipt."""
 
     facts: Mapping[str, Any]
-    """Small JSON values, the same however often the work was interrupted."""
+    """Small JSON values that do not depend on how often the work was interrupted."""
     files: tuple[str, ...] = ()
-    """Keys, in the generation's directory, of the files that readers rely on."""
+    """Keys, in the generation's directory, of the files that readers rely on. The receipt holds their hashes."""
     notes: Mapping[str, Any] = field(default_factory=dict)
-    """How this attempt went (what it could take up from earlier ones); for show only."""
+    """How this attempt went, such as how much of earlier attempts it could reuse. To be shown only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,21 +95,21 @@ class Step:
     """A node of the graph."""
 
     kind: StepKind
-    """Outside the fingerprint."""
+    """Not part of the fingerprint."""
     name: str
-    """Unique in a workflow; also the directory's name (`pretrain`, `finetune-digits-pretrained-s0`)."""
+    """Unique in a graph; begins the directory's name (`pretrain`, `finetune-digits-pretrained-s0`)."""
     function: Callable[[Any, Mapping[str, StageInput], Attempt], StageResult]
-    """A top-level function of a stage's module, importable on any worker."""
+    """A top-level function of a stage's module, so that any worker can import it."""
     config: Any
     """A frozen dataclass or pydantic model; all of it enters the fingerprint."""
     inputs: Mapping[str, "Step"] = field(default_factory=dict)
-    resources: Resources = Resources()
-    """Where and how it runs; outside the fingerprint."""
+    resources: Resources = Resources()  # noqa: RUF009 - frozen
+    """Where and how it runs; not part of the fingerprint."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Options of this stage alone that change no result (`bad_share_stop`); outside the fingerprint."""
+    """Options of this stage that change no result (`bad_share_stop`); not part of the fingerprint."""
     resume_point: Callable[[Store], str] | None = None
-    """Finds in the step's directory what a new generation continues from (a checkpoint's key, or nothing). A step that has it
-    also stops gently when asked; the others are cut off, and their work is taken up again from what they left."""
+    """Returns the key of what a new generation continues from (a checkpoint in the step's directory), or an empty string. A step
+    that has a resume point saves and stops when asked to; the others are interrupted and reuse what they had written."""
 
     @property
     def version(self) -> int:
@@ -117,7 +120,7 @@ class Step:
         return version
 
     def identity(self) -> dict[str, Any]:
-        """Everything the fingerprint covers, as plain JSON values."""
+        """Return everything that the fingerprint covers, as plain JSON values."""
         return {
             "name": self.name,
             "version": self.version,
@@ -127,23 +130,25 @@ class Step:
 
     @property
     def fingerprint(self) -> str:
-        """64 hex digits."""
+        """SHA-256 of the identity, 64 hex digits."""
         text = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def directory(self) -> str:
-        """The step's place in the store."""
+        """The step's directory in the store."""
         return f"{self.name}-{self.fingerprint[:12]}"
 
 
 def generation_key(generation: int) -> str:
-    """Directory of one generation, `g0007`."""
+    """Return the name of a generation's directory, such as `g0007`."""
     return f"g{generation:04d}"
 
 
 def canonical(value: Any, where: str = "value") -> Any:
-    """Plain JSON values with one stable form; anything else is refused rather than guessed at. `where` names it in the refusal."""
+    """Return a value as plain JSON with exactly one form, so that equal values have equal fingerprints.
+
+    Raises ConfigError, naming the value by `where`, for anything that has no such form."""
     if hasattr(value, "model_dump") and not isinstance(value, type):
         return canonical(value.model_dump(mode="python"), where)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -158,6 +163,7 @@ def canonical(value: Any, where: str = "value") -> Any:
     if isinstance(value, float):
         if not math.isfinite(value):
             raise ConfigError(f"{where}={value!r} has no stable form in a fingerprint: write a finite number")
+        # 1.0 and 1 are the same value in YAML; beyond 2**53 a float no longer holds every whole number
         return int(value) if value.is_integer() and abs(value) < 2**53 else value
     if value is None or isinstance(value, (bool, int, str)):
         return value
@@ -166,5 +172,5 @@ def canonical(value: Any, where: str = "value") -> Any:
     )
 
 
-def _left_out(added: "dataclasses.Field[Any]", value: Any) -> bool:
-    return added.metadata.items() >= ADDED_LATER.items() and bool(value == added.default)
+def _left_out(config_field: "dataclasses.Field[Any]", value: Any) -> bool:
+    return config_field.metadata.items() >= ADDED_LATER.items() and bool(value == config_field.default)

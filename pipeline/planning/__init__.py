@@ -1,1 +1,1 @@
-"""What a run takes, before anything is held: memory, time, cost, and which layout fits the hardware."""
+"""Estimates made before a run starts: memory, time and cost, and which settings fit the hardware."""

@@ -1,9 +1,12 @@
-"""What a run will take before anything is held: memory of a worker, steps, hours, money; which layout fits; what cannot run.
+"""What training will take: memory of a worker, number of steps, time and cost; which settings fit, and which cannot.
 
-Units:  bytes, seconds, USD; a range is (at best, at worst) and comes from the hardware's range of use.
-Errors: ConfigError for a layout that cannot fit where the memory is known: named with field, values and a way out.
-Source: memory: pipeline.planning.footprint; time: operations of mae_core.cost over workers x peak x share of use. Blocks that
-are computed again are one more forward pass. Reading, evaluation on the test split and checkpoints are not in it."""
+Only steps of the graph that train with the engine are estimated: pretraining and fine-tuning. A *training step* is one update of
+the weights.
+
+Memory is from `pipeline.planning.footprint`. Time is the FLOPs of `mae_core.cost` divided by workers x peak x utilisation;
+recomputing activations costs one more forward pass. Reading data, evaluating and writing checkpoints are not included.
+Units:  bytes, seconds, USD. A range is (at best, at worst) and comes from the hardware's range of utilisation.
+Errors: ConfigError for settings that cannot fit into a known memory, with the settings to write instead."""
 
 import bisect
 import math
@@ -18,7 +21,15 @@ from pipeline.errors import ConfigError
 from pipeline.evaluation.protocols.finetune import FinetuneConfig
 from pipeline.graph.receipts import read_receipt
 from pipeline.graph.step import Step
-from pipeline.planning.footprint import MARGIN, Footprint, Model, autoencoder, classifier, footprint, with_checkpoint
+from pipeline.planning.footprint import (
+    MARGIN,
+    Footprint,
+    ModelSize,
+    autoencoder_size,
+    classifier_size,
+    footprint,
+    with_checkpoint_copy,
+)
 from pipeline.planning.hardware import Hardware
 from pipeline.storage import Store
 from pipeline.training.engine.settings import EngineSettings
@@ -27,83 +38,104 @@ from pipeline.training.spec.train_spec import PretrainConfig, engine_settings
 
 GIB = 2**30
 CLASSES = 1000
-"""Of a dataset that nobody has listed yet: a head of ImageNet's size, 1 M weights at most."""
-WORTHWHILE = 16
-"""Images in one forward pass below which a device idles: more ZeRO, or recomputation, is tried before so few."""
+"""Assumed for a dataset that has not been listed yet: a head of ImageNet's size, at most 1 M weights."""
+MIN_EFFICIENT_BATCH = 16
+"""Images per forward pass below which a device idles. A higher ZeRO stage or recomputation is preferred to smaller batches."""
 
-Training = PretrainConfig | FinetuneConfig
-"""Configurations of the steps that train with the engine."""
+TrainingConfig = PretrainConfig | FinetuneConfig
+"""Configs of the steps that train with the engine."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkerLayout:
-    """How a step trains, and what that takes of a worker."""
+class MemoryEstimate:
+    """Memory that a worker needs with given settings, and memory that it has."""
 
     resources: Resources
     settings: EngineSettings
     footprint: Footprint
-    share: int
-    """Bytes of the device that a worker has."""
+    available: int
+    """Bytes that the device has for a worker."""
 
     @property
     def fits(self) -> bool:
-        """With the margin by which the footprint may be off."""
-        return self.footprint.total * (1 + MARGIN) <= self.share
+        """Whether it fits even if the footprint is too low by its margin."""
+        return self.footprint.total * (1 + MARGIN) <= self.available
 
     @property
-    def impossible(self) -> bool:
-        """Even if the footprint is too high by its margin."""
-        return self.footprint.total * (1 - MARGIN) > self.share
+    def cannot_fit(self) -> bool:
+        """Whether it does not fit even if the footprint is too high by its margin. Neither of the two is a tight fit."""
+        return self.footprint.total * (1 - MARGIN) > self.available
 
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """Steps and time of one training step of the graph."""
+    """Length of one training."""
 
     steps: int
+    """Training steps."""
     images: int
     seconds: tuple[float, float] | None
-    """None: the hardware's peak is unknown."""
+    """None if the hardware's peak is unknown."""
 
     def cost(self, *, devices: int, price: float) -> tuple[float, float] | None:
-        """USD, at a price for an hour of one device."""
+        """Return the cost in USD, with `price` in USD per device and hour, or None if the time is unknown."""
         if self.seconds is None:
             return None
         low, high = self.seconds
         return low / 3600 * devices * price, high / 3600 * devices * price
 
 
-def worker_layout(training: Training, resources: Resources, hardware: Hardware) -> WorkerLayout:
-    """What a worker of this step holds."""
+def training_configs(steps: Iterable[Step]) -> dict[str, TrainingConfig]:
+    """Return the configs of those steps that train with the engine, by step name."""
+    return {step.name: step.config for step in steps if isinstance(step.config, PretrainConfig | FinetuneConfig)}
+
+
+def estimate_memory(training: TrainingConfig, resources: Resources, hardware: Hardware) -> MemoryEstimate:
+    """Return the memory of one worker, at the minimum number of workers."""
     workers = resources.worker_range[0]
     settings = engine_settings(training.recipe, resources, workers=workers)
-    model = _model(training, settings)
+    model = _model_size(training, settings)
     held = footprint(model, settings, workers=workers, device=hardware.kind)
     if resources.checkpoint_copy == "memory":
-        held = with_checkpoint(held, model, workers=workers, device=hardware.kind)
-    share = hardware.memory_bytes // workers if hardware.kind == "cpu" else hardware.memory_bytes
-    return WorkerLayout(resources=resources, settings=settings, footprint=held, share=share)
+        held = with_checkpoint_copy(held, model, workers=workers, device=hardware.kind)
+    available = hardware.memory_bytes // workers if hardware.kind == "cpu" else hardware.memory_bytes
+    return MemoryEstimate(resources=resources, settings=settings, footprint=held, available=available)
 
 
-def by_stage(training: Training, resources: Resources, hardware: Hardware) -> list[WorkerLayout]:
-    """The configured layout at every ZeRO stage."""
-    return [worker_layout(training, _changed(resources, zero_stage=stage), hardware) for stage in (1, 2, 3)]
+def memory_by_stage(training: TrainingConfig, resources: Resources, hardware: Hardware) -> list[MemoryEstimate]:
+    """Return the memory of one worker at ZeRO stages 1, 2 and 3, with all else as configured."""
+    return [estimate_memory(training, _changed(resources, zero_stage=stage), hardware) for stage in (1, 2, 3)]
 
 
-def proposal(steps: Sequence[Training], resources: Resources, hardware: Hardware) -> Resources | None:
-    """The lowest stage at which a worthwhile micro-batch fits in every step, with the largest that does; None: nothing fits."""
-    slice_ = math.ceil(max(step.recipe.global_batch for step in steps) / resources.worker_range[0])
-    found: list[Resources] = []
-    for way in _ways(resources, hardware):
-        best = _largest(steps, way, hardware, slice_)
-        if best and best.micro_batch >= min(WORTHWHILE, slice_):
+def check_memory(steps: Iterable[Step], resources: Resources, hardware: Hardware) -> None:
+    """Raise ConfigError if one of the steps cannot fit into the memory, and say which settings would."""
+    trainings = training_configs(steps)
+    for name, config in trainings.items():
+        estimate = estimate_memory(config, resources, hardware)
+        if estimate.cannot_fit:
+            proposed = propose_resources(list(trainings.values()), resources, hardware)
+            raise ConfigError(f"{name}: {_shortage(estimate, hardware)}. {_way_out(proposed)}")
+
+
+def propose_resources(
+    trainings: Sequence[TrainingConfig], resources: Resources, hardware: Hardware
+) -> Resources | None:
+    """Return settings that fit every training, or None if there are none.
+
+    The first candidate that allows an efficient micro-batch wins, with the largest that fits. If none does, the one with the
+    largest micro-batch wins."""
+    worker_batch = math.ceil(max(training.recipe.global_batch for training in trainings) / resources.worker_range[0])
+    fitting: list[Resources] = []
+    for candidate in _candidates(resources, hardware):
+        best = _with_largest_micro_batch(trainings, candidate, hardware, worker_batch)
+        if best and best.micro_batch >= min(MIN_EFFICIENT_BATCH, worker_batch):
             return best
-        found += [best] if best else []
-    return max(found, key=lambda one: one.micro_batch, default=None)
+        fitting += [best] if best else []
+    return max(fitting, key=lambda one: one.micro_batch, default=None)
 
 
-def as_set(resources: Resources) -> str:
-    """A proposal for the command line."""
+def as_set_options(resources: Resources) -> str:
+    """Return a proposal as `--set` options for the command line."""
     fields: dict[str, object] = {"micro_batch": resources.micro_batch, "zero_stage": resources.zero_stage}
     if resources.activation_checkpointing:
         fields["activation_checkpointing"] = "true"
@@ -114,14 +146,14 @@ def as_set(resources: Resources) -> str:
     return " ".join(f"--set resources.{name}={value}" for name, value in fields.items())
 
 
-def effort(training: Training, resources: Resources, hardware: Hardware, *, images: int) -> Effort:
-    """Of `images` in an epoch."""
+def estimate_effort(training: TrainingConfig, resources: Resources, hardware: Hardware, *, images: int) -> Effort:
+    """Return steps and time of a training with `images` per epoch, at the minimum number of workers."""
     recipe: Recipe = training.recipe
     steps = steps_total(images, recipe.global_batch, recipe.epochs)
     seen, peak = steps * recipe.global_batch, hardware.peaks.get(recipe.precision)
-    # a CPU's peak is that of all its cores together, whatever the number of workers
+    # a CPU's peak is that of all its cores together, however many workers share them
     devices = 1 if hardware.kind == "cpu" else resources.worker_range[0]
-    flops = seen * _flops(training, again=resources.activation_checkpointing)
+    flops = seen * _flops_per_image(training, recompute=resources.activation_checkpointing)
     seconds = None
     if peak:
         low, high = hardware.mfu
@@ -129,82 +161,74 @@ def effort(training: Training, resources: Resources, hardware: Hardware, *, imag
     return Effort(steps=steps, images=seen, seconds=seconds)
 
 
-def trainings(steps: Iterable[Step]) -> dict[str, Training]:
-    """Those of the steps that train with the engine, by name."""
-    return {step.name: step.config for step in steps if isinstance(step.config, PretrainConfig | FinetuneConfig)}
+def images_per_epoch(step: Step, store: Store) -> int | None:
+    """Return how many images a training step reads per epoch, or None if they have not been counted yet.
 
-
-def images_in_epoch(step: Step, store: Store) -> int | None:
-    """Images that a training step reads in an epoch, as its shards' receipt says, or their listing's; None: nobody has counted."""
+    They are counted in the receipt of its shards or, before these exist, in that of their snapshot."""
     limit = getattr(step.config, "train_labels", None)
     shards = step.inputs["shards"]
     if receipt := read_receipt(store.at(shards.directory)):
-        there = DatasetFacts.read(receipt.facts).counts.splits.get("train", Counts()).served
+        images = DatasetFacts.read(receipt.facts).counts.splits.get("train", Counts()).served
     elif (listing := shards.inputs.get("snapshot")) and (receipt := read_receipt(store.at(listing.directory))):
-        there = SnapshotFacts.read(receipt.facts).splits.get("train", 0)
+        images = SnapshotFacts.read(receipt.facts).splits.get("train", 0)
     else:
-        there = 0
-    return min(limit or there, there) or None
+        images = 0
+    return min(limit or images, images) or None
 
 
-def refuse_what_cannot_fit(steps: Iterable[Step], resources: Resources, hardware: Hardware) -> None:
-    """ConfigError for the first of the steps that no luck can fit into the memory that is there."""
-    training = trainings(steps)
-    for name, config in training.items():
-        asked = worker_layout(config, resources, hardware)
-        if asked.impossible:
-            way = proposal(list(training.values()), resources, hardware)
-            raise ConfigError(f"{name}: {_shortage(asked, hardware)}. {_way_out(way)}")
-
-
-def _shortage(asked: WorkerLayout, hardware: Hardware) -> str:
-    workers, chosen = asked.resources.worker_range[0], asked.resources
-    shared = f" for {workers} workers" if hardware.kind == "cpu" and workers > 1 else ""
+def _shortage(estimate: MemoryEstimate, hardware: Hardware) -> str:
+    workers, resources = estimate.resources.worker_range[0], estimate.resources
+    split = hardware.kind == "cpu" and workers > 1
+    shared = f" ({hardware.memory_bytes / GIB:.1f} GiB shared by {workers} workers)" if split else ""
     return (
-        f"resources.micro_batch={chosen.micro_batch} at zero_stage={chosen.zero_stage} needs about "
-        f"{asked.footprint.total / GIB:.1f} GiB a worker, and has {asked.share / GIB:.1f} of {hardware.name} with "
-        f"{hardware.memory_bytes / GIB:.1f} GiB{shared}"
+        f"resources.micro_batch={resources.micro_batch} at zero_stage={resources.zero_stage} needs about "
+        f"{estimate.footprint.total / GIB:.1f} GiB per worker, but a worker on {hardware.name} has "
+        f"{estimate.available / GIB:.1f} GiB{shared}"
     )
 
 
-def _way_out(way: Resources | None) -> str:
-    if way is None:
-        return "No micro-batch fits at any ZeRO stage: use more workers, or larger devices"
-    return f"Write {as_set(way)}; mae plan shows all"
+def _way_out(proposed: Resources | None) -> str:
+    if proposed is None:
+        return "No micro-batch fits at any ZeRO stage: use more workers or larger devices"
+    return f"Write {as_set_options(proposed)}; mae plan shows the details"
 
 
-def _ways(resources: Resources, hardware: Hardware) -> Iterator[Resources]:
-    """What is tried, the cheapest in time first. What somebody has turned on stays on."""
+def _candidates(resources: Resources, hardware: Hardware) -> Iterator[Resources]:
+    """Settings to try, fastest first. What the user has turned on stays on."""
     workers = resources.worker_range[0]
     stages = (1, 2, 3) if workers > 1 else (1,)
-    for recomputed in (False, True) if not resources.activation_checkpointing else (True,):
+    for recompute in (False, True) if not resources.activation_checkpointing else (True,):
         for stage in stages:
-            yield _changed(resources, zero_stage=stage, activation_checkpointing=recomputed)
+            yield _changed(resources, zero_stage=stage, activation_checkpointing=recompute)
     if hardware.kind == "cuda" and resources.offload == "none":
         yield _changed(resources, zero_stage=stages[-1], activation_checkpointing=True, offload="optimizer")
     if hardware.kind == "cpu" and resources.checkpoint_copy == "memory":
         yield _changed(resources, zero_stage=stages[-1], activation_checkpointing=True, checkpoint_copy="disk")
 
 
-def _largest(steps: Sequence[Training], way: Resources, hardware: Hardware, slice_: int) -> Resources | None:
-    """The largest micro-batch that fits of a worker's slice whole, in halves, in thirds, ..."""
+def _with_largest_micro_batch(
+    trainings: Sequence[TrainingConfig], candidate: Resources, hardware: Hardware, worker_batch: int
+) -> Resources | None:
+    """The candidate with the largest micro-batch that fits every training, or None."""
 
     def fits(size: int) -> bool:
-        return all(worker_layout(step, _changed(way, micro_batch=size), hardware).fits for step in steps)
+        return all(estimate_memory(one, _changed(candidate, micro_batch=size), hardware).fits for one in trainings)
 
-    whole, *parts = _sizes(slice_)
-    if fits(whole):  # apart: only what is cut keeps gradients beside the next activations
-        return _changed(way, micro_batch=whole)
+    whole, *parts = _micro_batch_sizes(worker_batch)
+    # Tried apart from the others: without accumulation no gradients are held beside the next activations, so that the whole batch
+    # may fit where half of it does not. Among the others, smaller is always cheaper, and bisection finds the largest.
+    if fits(whole):
+        return _changed(candidate, micro_batch=whole)
     found = bisect.bisect_left(parts, 1, key=fits)
-    return _changed(way, micro_batch=parts[found]) if found < len(parts) else None
+    return _changed(candidate, micro_batch=parts[found]) if found < len(parts) else None
 
 
-def _sizes(slice_: int) -> Iterator[int]:
-    """The different micro-batches that cut a slice into equally many rounds, the largest first."""
-    size = slice_
+def _micro_batch_sizes(worker_batch: int) -> Iterator[int]:
+    """The distinct sizes of a worker's batch whole, in halves, in thirds and so on, largest first. O(sqrt(worker_batch))."""
+    size = worker_batch
     yield size
     while size > 1:
-        size = math.ceil(slice_ / math.ceil(slice_ / (size - 1)))
+        size = math.ceil(worker_batch / math.ceil(worker_batch / (size - 1)))
         yield size
 
 
@@ -212,15 +236,15 @@ def _changed(resources: Resources, **fields: object) -> Resources:
     return resources.model_copy(update=fields)
 
 
-def _model(training: Training, settings: EngineSettings) -> Model:
+def _model_size(training: TrainingConfig, settings: EngineSettings) -> ModelSize:
     if isinstance(training, PretrainConfig):
-        return autoencoder(training.model, settings)
-    return classifier(training.encoder, settings, num_classes=CLASSES)
+        return autoencoder_size(training.model, settings)
+    return classifier_size(training.encoder, settings, num_classes=CLASSES)
 
 
-def _flops(training: Training, *, again: bool) -> int:
-    """Of one image's training step."""
+def _flops_per_image(training: TrainingConfig, *, recompute: bool) -> int:
+    """FLOPs of forward and backward pass."""
     if isinstance(training, PretrainConfig):
-        return training_flops(training.model) + (forward_flops(training.model) if again else 0)
+        return training_flops(training.model) + (forward_flops(training.model) if recompute else 0)
     forward = encoder_flops(training.encoder, visible_patches=training.encoder.num_patches)
-    return (4 if again else 3) * forward
+    return (4 if recompute else 3) * forward  # a backward pass costs two forward passes

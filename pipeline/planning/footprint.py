@@ -1,13 +1,13 @@
-"""What a training worker holds at most, from config and layout alone: weights, gradients, optimiser, activations, workspace.
+"""Peak memory of a training worker, computed from config and layout: weights, gradients, optimiser, activations, workspace.
 
-DeepSpeed keeps more than the textbook's 16 bytes a weight: float32 weights beside equal float32 ones at ZeRO-1 and 2, a bucket of
-gradients under way, the partition's gradients once more, flat and in float32, while AdamW steps. A step has four moments that can
-be the largest; the footprint is that of the largest one, and its parts add up to it.
+DeepSpeed holds more than the textbook's 16 bytes per weight: at ZeRO-1 and 2 a second copy of float32 weights, a bucket of
+gradients being reduced, and the partition's gradients a second time, flat and in float32, while AdamW steps. A training step has
+four moments that can be the largest. The footprint is that of the largest one, so that its parts add up to a total that occurs.
 
-Shapes: N weights, P = N / W of them a worker's own, b bytes a value of the compute precision, B weights in a reduce bucket.
-Units:  bytes. CUDA's context, NCCL's buffers and what the allocators waste are in `overhead`, as measured or assumed there.
-Errors: none.       Source: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py and stage3.py, read and traced
-(benchmarks/footprint.py compares with real processes); activations: mae_core.cost."""
+Shapes: N weights, P = N / W of them a worker's own partition, b bytes per value in the compute precision.
+Units:  bytes. CUDA's context, NCCL's buffers and what the allocators waste are in `overhead`, measured or assumed as said there.
+Source: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py and stage3.py, read and traced; activations: mae_core.cost.
+`python -m benchmarks.footprint` compares the result with real processes; docs/planning.md has the comparison."""
 
 import math
 from collections.abc import Mapping
@@ -21,161 +21,176 @@ from pipeline.training.engine.settings import LIVE_ELEMENTS, PREFETCH_ELEMENTS, 
 _MIB = 2**20
 Device = Literal["cpu", "cuda"]
 OVERHEAD: Mapping[Device, int] = {"cpu": 100 * _MIB, "cuda": 1024 * _MIB}
-"""CPU: measured, modules and buffers that come with the engine. CUDA: assumed, context and NCCL (nobody has measured it yet)."""
+"""CPU: measured, the modules and buffers that come with the engine. CUDA: assumed, for its context and NCCL; not yet measured."""
 STATE_BYTES = 12
-"""A weight's: itself and AdamW's two moments, float32."""
+"""Per weight: the weight itself and AdamW's two moments, in float32."""
 MARGIN = 0.15
-"""Share by which the real footprint may differ (docs/planning.md)."""
+"""Relative error to allow for in either direction (docs/planning.md)."""
 
 
 class Footprint(NamedTuple):
-    """One worker's memory at its largest moment."""
+    """One worker's memory at the largest moment of a training step."""
 
     weights: int
-    """In the compute precision, those gathered for the moment included."""
+    """In the compute precision, including those that ZeRO-3 gathers for the moment."""
     gradients: int
     optimizer: int
-    """Float32 weights and Adam's moments."""
+    """Float32 weights and AdamW's moments."""
     activations: int
     workspace: int
-    """Buckets, and copies while gradients are reduced and AdamW steps."""
+    """Buckets, and copies made while gradients are reduced and AdamW steps."""
     overhead: int
     copy: int = 0
-    """Of the state, for the checkpoint that is being written."""
+    """Copy of the state from which a checkpoint is written, if it is in the device's memory."""
     host: int = 0
-    """Of the node's memory on top, a worker: what is offloaded; on a GPU's host the copy, too."""
+    """Memory of the node, in addition to the device's: offloaded state and, on a GPU node, the checkpoint's copy."""
 
     @property
     def total(self) -> int:
-        """On the device."""
+        """Memory of the device."""
         return sum(self) - self.host
 
 
-class Model(NamedTuple):
-    """What of a model counts."""
+class ModelSize(NamedTuple):
+    """What the footprint needs to know of a model."""
 
     weights: int
-    group: int
-    """Weights of the largest optimiser group: AdamW steps group by group."""
-    last: int
-    """Weights whose gradients are there before the first activations of the others are free: the decoder's, the head's."""
+    largest_group: int
+    """Weights in the largest parameter group of the optimiser; AdamW steps group by group."""
+    last_weights: int
+    """Weights of the last layers (decoder or head). Their gradients exist before the encoder's activations can be freed."""
     activations: int
-    """Of one image, all at once."""
-    first: int
-    """Of one image, those that `last` leaves."""
+    """Bytes per image after the forward pass."""
+    first_activations: int
+    """Bytes per image that are left once the backward pass has gone through the last layers."""
 
 
-def autoencoder(config: MAEConfig, settings: EngineSettings) -> Model:
-    """Pretraining."""
+def autoencoder_size(config: MAEConfig, settings: EngineSettings) -> ModelSize:
+    """Return the size of an autoencoder in pretraining."""
     width, recompute = _width(settings), _recompute(settings)
     weights, encoder = _weights(config), _weights(config.encoder)
-    whole = config.encoder_input == "all"
     first = encoder_activation_bytes(
         config.encoder,
-        visible_patches=config.encoder.num_patches if whole else config.visible_patches,
+        visible_patches=config.encoder.num_patches if config.encoder_input == "all" else config.visible_patches,
         bytes_per_value=width,
         recompute=recompute,
     )
     everything = activation_bytes(config, bytes_per_value=width, recompute=recompute)
-    return Model(weights, weights, weights - encoder, everything + _pixels(config.encoder), min(first, everything))
+    return ModelSize(
+        weights=weights,
+        largest_group=weights,
+        last_weights=weights - encoder,
+        activations=everything + _pixels(config.encoder),
+        first_activations=min(first, everything),
+    )
 
 
-def classifier(config: ViTConfig, settings: EngineSettings, *, num_classes: int) -> Model:
-    """Fine-tuning: whole images."""
-    held = encoder_activation_bytes(
+def classifier_size(config: ViTConfig, settings: EngineSettings, *, num_classes: int) -> ModelSize:
+    """Return the size of a classifier in fine-tuning, which sees whole images."""
+    activations = encoder_activation_bytes(
         config,
         visible_patches=config.num_patches,
         bytes_per_value=_width(settings),
         recompute=_recompute(settings),
     )
     dim, head = config.embed_dim, (config.embed_dim + 1) * num_classes
-    layer = 4 * dim * dim + 2 * dim * config.mlp_dim  # the rate decays layer by layer: each is a group
-    return Model(_weights(config) + head, max(layer, head), head, held + _pixels(config), held)
+    layer = 4 * dim * dim + 2 * dim * config.mlp_dim  # the learning rate decays by layer, so each layer is a group
+    return ModelSize(
+        weights=_weights(config) + head,
+        largest_group=max(layer, head),
+        last_weights=head,
+        activations=activations + _pixels(config),
+        first_activations=activations,
+    )
 
 
-def footprint(model: Model, settings: EngineSettings, *, workers: int, device: Device) -> Footprint:
-    """At the largest of four moments: all activations are there, the first gradients are, all are, the weights move."""
+def footprint(model: ModelSize, settings: EngineSettings, *, workers: int, device: Device) -> Footprint:
+    """Return the footprint at the largest moment of a training step, without the checkpoint's copy."""
     return max(_moments(model, settings, workers=workers, device=device), key=lambda moment: moment.total)
 
 
-def with_checkpoint(held: Footprint, model: Model, *, workers: int, device: Device) -> Footprint:
-    """And the copy of a worker's state that is written while training goes on."""
+def with_checkpoint_copy(held: Footprint, model: ModelSize, *, workers: int, device: Device) -> Footprint:
+    """Add the copy of a worker's state from which a checkpoint is written while training continues."""
     copy = STATE_BYTES * math.ceil(model.weights / workers)
     return held._replace(copy=copy) if device == "cpu" else held._replace(host=held.host + copy)
 
 
-def _moments(model: Model, settings: EngineSettings, *, workers: int, device: Device) -> tuple[Footprint, ...]:
+def _moments(model: ModelSize, settings: EngineSettings, *, workers: int, device: Device) -> tuple[Footprint, ...]:
+    """The four candidates: after the forward pass, after the last layers' backward, after all of it, and in AdamW's step."""
     width, stage, images = _width(settings), settings.zero_stage, settings.micro_batch
     whole, own = width * model.weights, width * math.ceil(model.weights / workers)
     bucket = min(width * REDUCE_BUCKET_ELEMENTS, whole)
-    standing = _standing(own // width, whole, settings, device=device)
-    kept = 0 if stage == 3 or standing.host else own  # the partition's gradients once more, before AdamW takes them
-    under_way = whole if stage == 1 else bucket  # gradients of whole weights, not yet reduced
+    constant = _constant(own // width, whole, settings, device=device)
+    kept = 0 if stage == 3 or constant.host else own  # the partition's gradients once more, until AdamW takes them
+    unreduced = whole if stage == 1 else bucket  # ZeRO-1 reduces only after the whole backward pass
     earlier = (
         0 if settings.accumulation == 1 or stage == 3 else whole if stage == 1 else kept
-    )  # of earlier micro-batches
+    )  # gradients of earlier micro-batches
     gathered = min(width * (LIVE_ELEMENTS + PREFETCH_ELEMENTS), whole) if stage == 3 else 0
-    backward = standing._replace(
-        weights=standing.weights + gathered,
-        gradients=standing.gradients + earlier,
-        workspace=_copies(stage, device) * bucket,
+    backward = constant._replace(
+        weights=constant.weights + gathered,
+        gradients=constant.gradients + earlier,
+        workspace=_buckets(stage, device) * bucket,
     )
-    first = min(under_way, width * model.last) if stage > 1 or settings.accumulation == 1 else 0
+    first = min(unreduced, width * model.last_weights) if stage > 1 or settings.accumulation == 1 else 0
     moments = (
         backward._replace(activations=images * model.activations),
-        backward._replace(activations=images * model.first, gradients=backward.gradients + first),
-        backward._replace(gradients=standing.gradients + under_way + kept + (earlier if stage == 2 else 0)),
-        _moving(standing, math.ceil(model.group / workers), settings, kept=kept),
+        backward._replace(activations=images * model.first_activations, gradients=backward.gradients + first),
+        backward._replace(gradients=constant.gradients + unreduced + kept + (earlier if stage == 2 else 0)),
+        _optimizer_step(constant, math.ceil(model.largest_group / workers), settings, kept=kept),
     )
-    small = (images * model.activations, images * model.first + first, under_way, 0)
-    holes = _holes(model, settings, device=device)
-    # Activations go while gradients come, and those of other sizes do not find room where they were: the heap keeps both.
-    gone = images * model.activations if device == "cpu" else 0
+    # Small blocks (activations, gradients) fill the heap's holes first, and only what is left of the holes is overhead.
+    small = (images * model.activations, images * model.first_activations + first, unreduced, 0)
+    holes = _heap_holes(model, settings, device=device)
+    # On a CPU, activations are freed while gradients of other sizes arrive and do not fit where they were: the heap keeps both.
+    freed = images * model.activations if device == "cpu" else 0
     return tuple(
-        moment._replace(overhead=moment.overhead + max(holes - filled, left))
-        for moment, filled, left in zip(moments, small, (0, 0, gone, gone), strict=True)
+        moment._replace(overhead=moment.overhead + max(holes - filled, unusable))
+        for moment, filled, unusable in zip(moments, small, (0, 0, freed, freed), strict=True)
     )
 
 
-def _copies(stage: int, device: Device) -> int:
-    """Buckets at once: the one that fills, from ZeRO-2 on a flat copy of it, and gloo's own of what it scatters."""
+def _buckets(stage: int, device: Device) -> int:
+    """Buckets held at once: the one being filled, from ZeRO-2 on a flat copy of it and, at ZeRO-3 on CPUs, gloo's own copy."""
     return stage if device == "cpu" else min(stage, 2)
 
 
-def _holes(model: Model, settings: EngineSettings, *, device: Device) -> int:
-    """What the C library keeps of a CPU's first float32 weights, given up one by one while bf16 copies come between them.
+def _heap_holes(model: ModelSize, settings: EngineSettings, *, device: Device) -> int:
+    """Freed memory that the C library keeps on a CPU in bf16.
 
-    Small blocks (below 32 MiB: activations, gradients) go there, large ones do not. CUDA's allocator hands such blocks back."""
+    The first float32 weights are freed one by one, with bf16 copies allocated in between. Only small blocks (below 32 MiB:
+    activations, gradients) reuse those holes. CUDA's allocator hands such blocks back."""
     return 4 * model.weights if settings.precision == "bf16" and device == "cpu" else 0
 
 
-def _standing(own: int, whole: int, settings: EngineSettings, *, device: Device) -> Footprint:
-    """What is there all the time."""
+def _constant(own: int, whole: int, settings: EngineSettings, *, device: Device) -> Footprint:
+    """What is held throughout. `own`: weights of the partition; `whole`: bytes of all weights."""
     width, sharded = _width(settings), settings.zero_stage == 3
-    state = STATE_BYTES * own  # in float32 too the weights that AdamW moves are a second copy
+    state = STATE_BYTES * own  # in float32, too, the weights that AdamW updates are a second copy
     offloaded = settings.offload == "optimizer" and device == "cuda"
+    first_shards = width * own if sharded and device == "cpu" else 0  # freed at the start, kept by the C library
     return Footprint(
         weights=width * own if sharded else whole,
         gradients=width * own if sharded and not offloaded else 0,
         optimizer=0 if offloaded else state,
         activations=0,
         workspace=0,
-        overhead=OVERHEAD[device]
-        + (width * own if sharded and device == "cpu" else 0),  # the C library keeps the first cuts
+        overhead=OVERHEAD[device] + first_shards,
         host=state + (4 + width) * own if offloaded else 0,
     )
 
 
-def _moving(standing: Footprint, group: int, settings: EngineSettings, *, kept: int) -> Footprint:
-    """AdamW steps: a group's gradients are flat and float32, copied from what was kept."""
-    copies = 0 if standing.host else (4 if settings.precision == "fp32" else 6) * group
-    return standing._replace(gradients=standing.gradients + kept, workspace=copies)
+def _optimizer_step(constant: Footprint, group: int, settings: EngineSettings, *, kept: int) -> Footprint:
+    """AdamW's step, for which a group's gradients are copied, flat and in float32, from the kept ones."""
+    copies = 0 if constant.host else (4 if settings.precision == "fp32" else 6) * group
+    return constant._replace(gradients=constant.gradients + kept, workspace=copies)
 
 
 _weights = cache(parameter_count)
 
 
 def _width(settings: EngineSettings) -> int:
+    """Bytes per value in the compute precision."""
     return 2 if settings.precision == "bf16" else 4
 
 
@@ -184,5 +199,5 @@ def _recompute(settings: EngineSettings) -> Recompute:
 
 
 def _pixels(config: ViTConfig) -> int:
-    """Of one image: uint8 as it comes, and float32, as pixels and as patches."""
+    """Bytes per image: uint8 as loaded, and float32 twice, as pixels and as patches."""
     return config.in_channels * config.image_size[0] * config.image_size[1] * (1 + 4 + 4)

@@ -10,8 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.cluster.resources import Resources
-from pipeline.planning.estimate import Effort, Training, WorkerLayout, by_stage, effort, worker_layout
-from pipeline.planning.hardware import Hardware, hardware, here, measured, prices
+from pipeline.planning.estimate import (
+    Effort,
+    MemoryEstimate,
+    TrainingConfig,
+    estimate_effort,
+    estimate_memory,
+    memory_by_stage,
+)
+from pipeline.planning.hardware import Hardware, hardware_named, local_hardware, read_prices, with_measured_peak
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +38,7 @@ class Assumptions:
 
     def price(self, device: Hardware) -> float | None:
         """Return USD per hour of one device, or None where no price is known."""
-        return prices(self.prices).get(device.name) if self.prices else None
+        return read_prices(self.prices).get(device.name) if self.prices else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +46,9 @@ class Forecast:
     """What one training step will take."""
 
     name: str
-    layout: WorkerLayout
+    layout: MemoryEstimate
     """As configured."""
-    stages: Sequence[WorkerLayout]
+    stages: Sequence[MemoryEstimate]
     """The same at ZeRO stages 1, 2 and 3."""
     effort: Effort | None
     """None when the number of images is unknown."""
@@ -54,31 +61,37 @@ class Forecast:
         return sum(self.effort.seconds) / 2 if self.effort and self.effort.seconds else None
 
 
-def assumed_hardware(configs: Iterable[Training], resources: Resources, assumptions: Assumptions) -> Hardware:
+def assumed_hardware(configs: Iterable[TrainingConfig], resources: Resources, assumptions: Assumptions) -> Hardware:
     """Return the device to plan for, with its peak in every precision that the training steps use.
 
     A CPU's peak is in no table, so it is measured here: about a second per precision."""
     device = (
-        hardware(assumptions.hardware)
+        hardware_named(assumptions.hardware)
         if assumptions.hardware
-        else here(workers=resources.worker_range[0], use_gpu=resources.use_gpu)
+        else local_hardware(workers=resources.worker_range[0], use_gpu=resources.use_gpu)
     )
-    device = device.as_measured(tflops=assumptions.tflops, mfu=assumptions.mfu)
+    device = device.with_overrides(tflops=assumptions.tflops, mfu=assumptions.mfu)
     for precision in {config.recipe.precision for config in configs}:
-        device = measured(device, precision)
+        device = with_measured_peak(device, precision)
     return device
 
 
 def forecast_step(
-    name: str, config: Training, resources: Resources, device: Hardware, *, images: int | None, price: float | None
+    name: str,
+    config: TrainingConfig,
+    resources: Resources,
+    device: Hardware,
+    *,
+    images: int | None,
+    price: float | None,
 ) -> Forecast:
     """Forecast one training step. `images`: per epoch; `price`: USD per hour of one device."""
-    took = effort(config, resources, device, images=images) if images else None
+    took = estimate_effort(config, resources, device, images=images) if images else None
     devices = 1 if device.kind == "cpu" else resources.worker_range[0]  # all CPU workers share one machine
     return Forecast(
         name=name,
-        layout=worker_layout(config, resources, device),
-        stages=by_stage(config, resources, device),
+        layout=estimate_memory(config, resources, device),
+        stages=memory_by_stage(config, resources, device),
         effort=took,
         cost=took.cost(devices=devices, price=price) if took and price is not None else None,
     )

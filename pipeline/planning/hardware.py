@@ -1,9 +1,9 @@
-"""What runs are planned for: accelerators by their makers (hardware.yaml), this machine's CPU by a look at it, prices by the user.
+"""Devices to plan for: GPUs from a table of data sheets (hardware.yaml), this machine's GPU or CPU, and the user's prices.
 
-Units:  bytes, FLOP/s (2 a multiply-add), USD for an hour of one device; mfu is the share of the peak that a training step uses.
-Errors: ConfigError naming file, entry and way out.
-Source: hardware.yaml says it entry by entry. A CPU's peak is measured (peak.py); its share of use is
-the one of docs/performance.md."""
+Units:  bytes; FLOP/s, counting 2 FLOPs per multiply-add; USD per device and hour. `mfu` (model FLOPs utilisation) is the share of
+        the peak that training reaches.
+Errors: ConfigError naming file, entry and what to write instead.
+Source: hardware.yaml names one per entry. A CPU's peak is measured (`matmul_peak`); its mfu is from docs/performance.md."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -26,29 +26,31 @@ DTYPES: Mapping[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """One device that a worker has to itself; of a CPU, the whole machine."""
+    """One device: a GPU, of which each worker has its own, or a machine's CPU, which all its workers share."""
 
     name: str
     kind: Literal["cuda", "cpu"]
     memory_bytes: int
     peaks: Mapping[Precision, float]
-    """FLOP/s of dense matrix products."""
+    """FLOP/s of dense matrix products, by precision. Lacks those that are unknown or not measured yet."""
     mfu: tuple[float, float]
+    """(cautious, good) share of the peak."""
     source: str
+    """Where the figures come from, for the user."""
 
-    def as_measured(self, *, tflops: float | None, mfu: float | None) -> "Hardware":
-        """With a peak and a share of use that somebody measured, in place of the table's."""
+    def with_overrides(self, *, tflops: float | None, mfu: float | None) -> "Hardware":
+        """Return the device with the peak and the utilisation that the user gave, where they gave any."""
         for option, value, most in (("--tflops", tflops, math.inf), ("--mfu", mfu, 1.0)):
             if value is not None and not 0 < value <= most:
-                words = "a share such as 0.4" if option == "--mfu" else "TFLOP/s, dense, such as 312"
-                raise ConfigError(f"{option} {value} is not usable: write {words}")
+                example = "a share such as 0.4" if option == "--mfu" else "dense TFLOP/s such as 312"
+                raise ConfigError(f"{option} {value} is not usable: write {example}")
         peaks = self.peaks if tflops is None else dict.fromkeys(DTYPES, tflops * 1e12)
         return replace(self, peaks=peaks, mfu=self.mfu if mfu is None else (mfu, mfu))
 
 
 @cache
 def accelerators() -> Mapping[str, Hardware]:
-    """The table, by name."""
+    """Return the devices of hardware.yaml by name."""
     table = yaml.safe_load((resources.files("pipeline.planning") / "hardware.yaml").read_text())
     return {
         name: Hardware(
@@ -63,38 +65,38 @@ def accelerators() -> Mapping[str, Hardware]:
     }
 
 
-def hardware(name: str) -> Hardware:
-    """By name, in any case; `CPU` is this machine. Errors: ConfigError for one that is not in the table."""
+def hardware_named(name: str) -> Hardware:
+    """Return a device of the table, or this machine for `CPU`. Case does not matter. Raises ConfigError for other names."""
     if name.upper() == CPU:
-        return this_cpu()
+        return local_cpu()
     found = accelerators().get(name.upper())
     if found is None:
         known = ", ".join([*accelerators(), CPU])
-        raise ConfigError(f"--hardware {name} is unknown: write one of {known}; --tflops gives another peak")
+        raise ConfigError(f"--hardware {name} is unknown: write one of {known}. --tflops sets another peak")
     return found
 
 
-def this_cpu() -> Hardware:
-    """The machine that asks; how fast it is, `measured` finds out."""
+def local_cpu() -> Hardware:
+    """Return this machine's CPU, without its peak, which `with_measured_peak` adds."""
     return Hardware(
         name=CPU,
         kind="cpu",
         memory_bytes=host_memory_bytes(),
         peaks={},
-        mfu=(0.6, 0.75),
+        mfu=(0.6, 0.75),  # measured: docs/performance.md
         source="its peak measured now, by a matrix product on all cores",
     )
 
 
-def measured(device: Hardware, precision: Precision) -> Hardware:
-    """A CPU with its peak; others, and one whose peak was given, as they are."""
+def with_measured_peak(device: Hardware, precision: Precision) -> Hardware:
+    """Return a CPU whose peak is unknown with its peak, measured in about a second. Other devices are returned unchanged."""
     if device.kind != "cpu" or precision in device.peaks:
         return device
     return replace(device, peaks={**device.peaks, precision: matmul_peak(torch.device("cpu"), DTYPES[precision])})
 
 
-def this_gpu() -> Hardware | None:
-    """The first CUDA device here, with the memory it has and the peak of the table's entry that its name holds; None: no GPU."""
+def local_gpu() -> Hardware | None:
+    """Return this machine's first GPU, or None. Its memory is asked for; its peak is that of a table entry of the same family."""
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(0)
@@ -109,16 +111,21 @@ def this_gpu() -> Hardware | None:
     )
 
 
-def here(*, workers: int, use_gpu: bool | None) -> Hardware:
-    """What training on this machine runs on: a GPU a worker, when there are as many (or when told so), else the CPU."""
+def local_hardware(*, workers: int, use_gpu: bool | None) -> Hardware:
+    """Return what training would run on here: GPUs if `use_gpu` says so or, by default, if every worker can have one."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     wanted = gpus >= workers if use_gpu is None else use_gpu
-    return (wanted and this_gpu()) or this_cpu()
+    return (wanted and local_gpu()) or local_cpu()
 
 
-def of_cluster(kinds: Iterable[str]) -> Hardware | None:
-    """The largest device that these names of Ray's can mean; None where one is in no table, or there is none."""
-    families = [[entry for name, entry in accelerators().items() if _family(name) == _family(kind)] for kind in kinds]
+def cluster_hardware(gpu_types: Iterable[str]) -> Hardware | None:
+    """Return the largest device that Ray's names can stand for, or None if there are none or one is not in the table.
+
+    Ray's names do not tell variants with different memory apart (`A100` may have 40 or 80 GB). The largest is taken because this
+    serves to refuse runs that cannot possibly fit."""
+    families = [
+        [entry for name, entry in accelerators().items() if _family(name) == _family(kind)] for kind in gpu_types
+    ]
     if not all(families):
         return None
     return max((entry for family in families for entry in family), key=lambda one: one.memory_bytes, default=None)
@@ -129,26 +136,26 @@ def _family(name: str) -> str:
 
 
 def host_memory_bytes() -> int:
-    """Memory of this machine, or what a container of it may use."""
+    """Return the memory of this machine or, in a container, the container's limit."""
     lines = Path("/proc/meminfo").read_text().splitlines()
-    there = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:"))
-    limits = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-    given = [int(text) for path in limits if path.exists() and (text := path.read_text().strip()).isdigit()]
-    return min([there, *given])
+    total = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:"))
+    files = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # cgroup v2, v1
+    limits = [int(text) for path in files if path.exists() and (text := path.read_text().strip()).isdigit()]
+    return min([total, *limits])
 
 
-def prices(path: Path) -> Mapping[str, float]:
-    """USD for an hour of one device, by name, of a file that its user wrote; null stands for a price nobody knows."""
+def read_prices(path: Path) -> Mapping[str, float]:
+    """Read the user's prices: USD per device and hour, by device name. A null, for an unknown price, is left out."""
     try:
         table: Any = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as cause:
         raise ConfigError(f"{path}: cannot be read ({cause}). Start from a copy of jobs/prices.yaml") from cause
     if not isinstance(table, dict):
-        raise ConfigError(f"{path}: holds no mapping: write lines such as `H100: 2.5`")
+        raise ConfigError(f"{path}: holds no mapping. Write lines such as `H100: 2.5`")
     known = [*accelerators(), CPU]
     for name, price in table.items():
         if name not in known:
             raise ConfigError(f"{path}: {name!r} is unknown: write one of {', '.join(known)}")
         if price is not None and (isinstance(price, bool) or not isinstance(price, int | float) or not price >= 0):
-            raise ConfigError(f"{path}: {name} = {price!r} is no price: write USD for an hour of one device, or null")
+            raise ConfigError(f"{path}: {name} = {price!r} is not a price: write USD per device and hour, or null")
     return {name: float(price) for name, price in table.items() if price is not None}

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.cluster.resources import Resources
-from pipeline.planning.estimate import GIB, as_set
+from pipeline.planning.estimate import GIB, as_set_options
 from pipeline.planning.footprint import MARGIN
 from pipeline.planning.forecast import Forecast
 from pipeline.planning.hardware import Hardware
@@ -35,7 +35,11 @@ def forecast_text(forecasts: Iterable[Forecast], hardware: Hardware, proposed: R
     parts: list[RenderableType] = []
     for one in _distinct(forecasts):
         parts += [Text(f"\n{one.name} on {_devices(one, hardware)}"), _memory(one), Text(_time(one))]
-    words = as_set(proposed) if proposed else "more workers or larger devices: no micro-batch fits at any ZeRO stage"
+    words = (
+        as_set_options(proposed)
+        if proposed
+        else "more workers or larger devices: no micro-batch fits at any ZeRO stage"
+    )
     parts.append(Text.assemble("\nproposed: ", (words, "bold")))
     accuracy = f"Memory may be off by {MARGIN:.0%}. How memory and time are estimated: docs/planning.md"
     return Group(*parts, Text(accuracy, style="dim"))
@@ -60,7 +64,7 @@ def _devices(one: Forecast, hardware: Hardware) -> str:
     peak = hardware.peaks.get(one.layout.settings.precision)
     use = f"{shares[0]:.0%}" if shares[0] == shares[1] else f"{shares[0]:.0%} to {shares[1]:.0%}"
     speed = f", {use} of {peak / 1e12:.3g} TFLOP/s in {one.layout.settings.precision}" if peak else ""
-    return f"{on}, {one.layout.share / GIB:.1f} GiB each{speed} ({hardware.source})"
+    return f"{on}, {one.layout.available / GIB:.1f} GiB each{speed} ({hardware.source})"
 
 
 def _memory(one: Forecast) -> Table:
@@ -70,7 +74,7 @@ def _memory(one: Forecast) -> Table:
     for stage in one.stages:
         held, resources = stage.footprint, stage.resources
         asked = resources.zero_stage == one.layout.resources.zero_stage
-        words = "fits" if stage.fits else "no" if stage.impossible else "tight"
+        words = "fits" if stage.fits else "no" if stage.cannot_fit else "tight"
         numbers = [f"{getattr(held, part) / GIB:.2f}" for part in parts]
         style = "bold" if asked else ""
         label = f"ZeRO-{resources.zero_stage}{' set' if asked else ''}"

@@ -1,1 +1,1 @@
-"""One pipeline run: its graph, its checks, its walk, and how people find what earlier runs left."""
+"""Pipeline runs: the graph of one, its checks and execution; and what earlier runs left: datasets, pretrainings, garbage."""

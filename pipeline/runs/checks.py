@@ -1,4 +1,4 @@
-"""What is refused before anything is written or any GPU is held."""
+"""Checks that refuse a run before anything is written or any GPU is held."""
 
 import logging
 import os
@@ -9,17 +9,19 @@ from pipeline.cluster.tasks import Executor
 from pipeline.config import RunConfig
 from pipeline.data.sources.listing import list_source
 from pipeline.errors import ConfigError, PipelineError
-from pipeline.graph.runner import plan_graph
+from pipeline.graph.plan import plan_graph
 from pipeline.graph.step import Step
-from pipeline.planning.estimate import refuse_what_cannot_fit
-from pipeline.planning.hardware import here, of_cluster
+from pipeline.planning.estimate import check_memory
+from pipeline.planning.hardware import cluster_hardware, local_hardware
 from pipeline.storage import Store, open_store, probe
 
 log = logging.getLogger(__name__)
 
 
-def check_before(config: RunConfig, steps: Sequence[Step], store: Store, executor: Executor) -> None:
-    """Whatever can be refused before GPUs are held, or anything is written."""
+def check_before_start(config: RunConfig, steps: Sequence[Step], store: Store, executor: Executor) -> None:
+    """Check source, CPUs, memory and store. Raises ConfigError or PipelineError for the first problem.
+
+    Memory is only checked for this machine; for a cluster, see `check_fits_cluster`."""
     waiting = steps_to_run(steps, store)
     for step in waiting:
         if problem := source_problem(step):
@@ -28,45 +30,52 @@ def check_before(config: RunConfig, steps: Sequence[Step], store: Store, executo
     needed, there = low * config.resources.cpus_per_worker, os.cpu_count() or 1
     if executor == "ray" and "RAY_ADDRESS" not in os.environ and needed > there:
         raise ConfigError(
-            f"resources.workers={low} at cpus_per_worker={config.resources.cpus_per_worker} need {needed} CPUs, this machine has "
-            f"{there}: write fewer workers, or cpus_per_worker={there / low:.2f}"
+            f"resources.workers={low} at cpus_per_worker={config.resources.cpus_per_worker} need {needed} CPUs, but this machine "
+            f"has {there}: write fewer workers, or cpus_per_worker={there / low:.2f}"
         )
     if executor == "in_process" or "RAY_ADDRESS" not in os.environ:
-        alone = config.resources.model_copy(update={"workers": 1}) if executor == "in_process" else config.resources
-        refuse_what_cannot_fit(waiting, alone, here(workers=alone.worker_range[0], use_gpu=alone.use_gpu))
-    probe(store)
+        local = config.resources.model_copy(update={"workers": 1}) if executor == "in_process" else config.resources
+        check_memory(waiting, local, local_hardware(workers=local.worker_range[0], use_gpu=local.use_gpu))
+    probe(store)  # last, because it writes an object
 
 
 def steps_to_run(steps: Sequence[Step], store: Store) -> list[Step]:
-    """Those that a run would run."""
+    """Return the steps that a run would execute."""
     return [row.step for row in plan_graph(steps, store=store) if row.state == "to_run"]
 
 
 def check_fits_cluster(config: RunConfig, waiting: Sequence[Step]) -> None:
-    """Refuses what the cluster's GPUs cannot hold, by what Ray calls them; a cluster of CPUs, or of others, is not judged."""
-    count, kinds = cluster.gpus()
+    """Raise ConfigError for what the cluster's GPUs cannot hold. Clusters of CPUs or of unknown GPUs are not checked."""
+    count, gpu_types = cluster.gpu_inventory()
     resources = config.resources
-    if resources.use_gpu is not False and count >= resources.worker_range[0] and (device := of_cluster(kinds)):
-        refuse_what_cannot_fit(waiting, resources, device)
+    if (
+        resources.use_gpu is not False
+        and count >= resources.worker_range[0]
+        and (device := cluster_hardware(gpu_types))
+    ):
+        check_memory(waiting, resources, device)
 
 
-def warn_of_folders(store: Store, tracking_uri: str) -> None:
-    """On a cluster of several machines a folder of this one is not where the others look."""
+def warn_of_unshared_paths(store: Store, tracking_uri: str) -> None:
+    """Warn if store or tracking is a local path and other machines take part in the run."""
     nodes = cluster.node_count()
     if store.local_path("x") and nodes > 1:
         log.warning(
-            "store %s is a folder and the cluster has %d nodes: every one must see it under this path", store.uri, nodes
+            "store %s is a folder and the cluster has %d nodes: all of them must see it under this path",
+            store.uri,
+            nodes,
         )
     if tracking_uri.startswith("sqlite") and (nodes > 1 or ("RAY_ADDRESS" in os.environ and not store.local_path("x"))):
         log.warning(
-            "tracking %s is a file of the machine that drives the run: other nodes cannot write to it, and it goes when that "
-            "machine goes. Set tracking.uri or MLFLOW_TRACKING_URI to a server; the report and history.jsonl in the store "
-            "hold the curves either way",
+            "tracking %s is a file on the machine that drives the run: other nodes cannot write to it, and it is lost with that "
+            "machine. Set tracking.uri or MLFLOW_TRACKING_URI to a server. The curves are also in the store, in the report and "
+            "history.jsonl",
             tracking.redact_text(tracking_uri),
         )
 
 
 def source_problem(step: Step) -> PipelineError | ConfigError | None:
+    """Return why the source of a snapshot step cannot be listed, or None. Stops at the first image or table that it finds."""
     if step.kind != "snapshot":
         return None
     try:
@@ -75,7 +84,7 @@ def source_problem(step: Step) -> PipelineError | ConfigError | None:
             folder, _, name = labels.rpartition("/")
             if not open_store(folder or "/").exists(name):
                 return ConfigError(
-                    f"data.labels={labels!r} does not exist. Write the address of a .csv, .jsonl or .parquet file"
+                    f"data.labels={labels!r} does not exist: write the address of a .csv, .jsonl or .parquet file"
                 )
         next(item for item in list_source(step.config.source, besides=labels) if item.role != "ignored")
     except (PipelineError, ConfigError) as problem:

@@ -1,9 +1,10 @@
-"""A fork: another pretraining that goes on from a checkpoint of this one, weights, moments and position, under another recipe.
+"""Forks: a new pretraining that continues from a checkpoint of another one under a different recipe.
 
-Its configuration names the checkpoint (`fork`), so its fingerprint holds the digest, and the run of it is a step of its own in the
-same store. The parent's checkpoint is pinned: retention and gc leave it.
-What the position counts in must stay: data, seed, global batch; and what the weights are: the model's shape.
-Errors: ConfigError for a change that a fork cannot make; CheckpointError when there is no such checkpoint."""
+It takes over weights, AdamW's moments and the position in the data. The child's configuration names the checkpoint and its digest
+(`fork`), so that it has a fingerprint of its own and runs in the same store. The parent's checkpoint is pinned, which keeps
+retention and `gc` from deleting it. Data, seed and global batch must stay, because the position counts in them; so must the
+model's shape.
+Errors: ConfigError for a change that a fork cannot make; CheckpointError if there is no such checkpoint."""
 
 import hashlib
 import json
@@ -14,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.config import RunConfig, document_of, load_config
+from pipeline.config import RunConfig, load_config, read_document
 from pipeline.errors import ConfigError
 from pipeline.graph.plan import dotted_fields
 from pipeline.runs.pretrainings import checkpoint_at, pretraining_of
@@ -23,42 +24,42 @@ from pipeline.training.checkpoints.format import MANIFEST, open_checkpoint
 from pipeline.training.checkpoints.resume import StartPoint
 from pipeline.training.checkpoints.retention import PINS
 
-FREE = ("name", "tracking", "evaluation", "resources", "pretrain", "model.mask_ratio", "fork")
-"""What a fork may change, apart from BOUND."""
-BOUND = ("pretrain.global_batch",)
+MAY_CHANGE = ("name", "tracking", "evaluation", "resources", "pretrain", "model.mask_ratio", "fork")
+"""Sections and fields that a fork may change, except for those in MUST_STAY."""
+MUST_STAY = ("pretrain.global_batch",)
 
 
 def fork(path: Path, overrides: Sequence[str], *, at: int, out: Path) -> StartPoint:
-    """Writes the configuration of a run that goes on from the checkpoint of step `at` of the run of `path`."""
+    """Write to `out` the configuration of a run that continues from training step `at` of the run in `path`."""
     parent = load_config(path)
     root = pretraining_of(parent).root
     key = checkpoint_at(root, at)
-    document = document_of(path, overrides)
+    document = read_document(path, overrides)
     if "name" not in {override.partition("=")[0].strip() for override in overrides}:
         document["name"] = f"{parent.name[:48]}-from-{at}"
     start = _pinned(root, key)
     document |= {"store": parent.store, "fork": asdict(start)}
     if out.exists():
         raise ConfigError(f"--out {out} exists: name a new file")
-    text = f"# Goes on from step {at} of {path}.\n{yaml.safe_dump(document, sort_keys=False, allow_unicode=True)}"
+    text = f"# Continues from step {at} of {path}.\n{yaml.safe_dump(document, sort_keys=False, allow_unicode=True)}"
     out.write_text(text)
-    try:
+    try:  # checked as written, so that what the user gets is what was checked
         child = load_config(out)
-        refuse_unfit(parent, child)
-        _refuse_finished(root, key, child)
+        check_child(parent, child)
+        _check_epochs_left(root, key, child)
     except BaseException:
         out.unlink()
         raise
     return start
 
 
-def refuse_unfit(parent: RunConfig, child: RunConfig) -> None:
-    """ConfigError for the first field in which the child may not differ."""
+def check_child(parent: RunConfig, child: RunConfig) -> None:
+    """Raise ConfigError for the first field in which the child differs but must not."""
     for field in _differing(parent.model_dump(mode="json"), child.model_dump(mode="json")):
-        if _within(field, BOUND) or not _within(field, FREE):
+        if _within(field, MUST_STAY) or not _within(field, MAY_CHANGE):
             raise ConfigError(
-                f"--set {field}: a fork goes on with the weights and at the position of its parent, so this must stay as it is. "
-                f"It may change {', '.join(FREE[:-1])}, but for {', '.join(BOUND)}. Start a run of its own instead"
+                f"--set {field}: a fork continues with the weights and at the position of its parent, so this must stay as it is. "
+                f"A fork may change {', '.join(MAY_CHANGE[:-1])}, except {', '.join(MUST_STAY)}. Start a new run instead"
             )
 
 
@@ -72,17 +73,17 @@ def _within(field: str, sections: Sequence[str]) -> bool:
 
 
 def _pinned(root: Store, key: str) -> StartPoint:
-    """The checkpoint as a start, kept from now on."""
+    """Pin a checkpoint, so that nothing deletes it, and return it as the starting point of another run."""
     digest = hashlib.sha256(root.read(f"{key}/{MANIFEST}")).hexdigest()
     root.create(f"{PINS}{digest[:12]}.json", json.dumps({"checkpoint": key, "why": "forked"}).encode())
     return StartPoint(checkpoint=f"{root.uri.rpartition('/')[2]}/{key}", manifest_sha256=digest)
 
 
-def _refuse_finished(root: Store, key: str, child: RunConfig) -> None:
-    with open_checkpoint(root, key) as checkpoint:  # and its files are whole
+def _check_epochs_left(root: Store, key: str, child: RunConfig) -> None:
+    with open_checkpoint(root, key) as checkpoint:  # also verifies that its files are complete
         history = checkpoint.history()
     if history and history[-1]["epoch"] >= child.pretrain.epochs:
         raise ConfigError(
             f"--set pretrain.epochs={child.pretrain.epochs}: the checkpoint is at epoch {history[-1]['epoch']:.2f} already, "
-            "so nothing would be trained. Write more epochs, or an earlier --at"
+            "so nothing would be trained. Write more epochs or an earlier --at"
         )

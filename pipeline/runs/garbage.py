@@ -1,11 +1,12 @@
-"""What in a store nobody needs any more: what generations left that another one superseded, and checkpoints never committed.
+"""Garbage in a store: output of superseded generations, and checkpoints that were never committed.
 
-Judged is only what lies in generations' folders (g0007/...) of steps; shards, receipts, claims and steps as a whole never are.
-  a finished step     the generation of its receipt stays, and the checkpoints that receipt, pins and `made` name; of others nothing
-  an unfinished step  its newest generation is a run's that may be at work; of others the newest two checkpoints on its line, and
-                      what its claim and pins name
-Nothing is judged that was superseded, or finished, less than the age bound ago: whoever wrote it may not have noticed yet.
-Units: bytes, seconds since the epoch. Errors: StorageError, DataError."""
+Only objects in the generations' directories (g0007/...) of steps can be garbage; shards, receipts, claims and steps never are.
+  finished step     keeps the generation of its receipt, and the checkpoints that receipt and pins name; the rest is garbage
+  unfinished step   keeps its newest generation, whose run may be active, the two newest committed checkpoints, and those that its
+                    claim and pins name; the rest is garbage
+An object only counts once its generation has been superseded, or the step finished, for longer than the age limit: until then,
+the process that wrote it may not have noticed.
+Units: bytes; times in seconds since the epoch. Errors: StorageError, DataError."""
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -19,11 +20,11 @@ from pipeline.training.checkpoints.format import FOLDER, MANIFEST, committed
 from pipeline.training.checkpoints.retention import named_checkpoints
 
 FALLBACKS = 2
-"""Checkpoints of an unfinished step that stay: the newest, and the one before should it be damaged."""
+"""Checkpoints of an unfinished step to keep: the newest, and the one before it in case the newest is damaged."""
 
 
 class Unneeded(NamedTuple):
-    """An object that may go."""
+    """An object that can be deleted."""
 
     key: str
     bytes: int
@@ -32,30 +33,31 @@ class Unneeded(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class StepState:
-    """What is known of a step whose objects are judged."""
+    """What decides which objects of a step are garbage."""
 
     claimed: Mapping[int, float]
-    """When each generation was claimed."""
+    """Time at which each generation was claimed."""
     used: int | None
-    """The generation that the receipt names; None: not finished."""
+    """The generation that the receipt names; None if the step is not finished."""
     finished: float | None
+    """Time of the receipt; None if the step is not finished."""
     named: Collection[str]
-    """Keys of checkpoints that stay."""
+    """Keys of checkpoints to keep."""
 
     @property
     def live(self) -> int:
-        """The generation that readers look at."""
+        """The generation that counts: the receipt's, or else the newest."""
         return self.used if self.used is not None else max(self.claimed)
 
     def superseded(self, generation: int) -> float:
-        """When it was clear that a generation other than the live one is for nothing."""
+        """Return the time from which a generation other than the live one was of no use."""
         later = [time for other, time in self.claimed.items() if other > generation]
         ends = [*later, *([self.finished] if self.finished is not None else [])]
         return max(self.claimed[generation], min(ends))
 
 
 def unneeded_in_step(state: StepState, objects: Iterable[ObjectInfo], *, before: float) -> Iterator[Unneeded]:
-    """Which objects of a step's directory may go; `before`: the age bound as a time."""
+    """Yield those objects of a step's directory that were garbage at the time `before`."""
     held = list(objects)
     whole = {info.key.removesuffix(f"/{MANIFEST}") for info in held if info.key.endswith(f"/{MANIFEST}")}
     for info in held:
@@ -73,7 +75,7 @@ def unneeded_in_step(state: StepState, objects: Iterable[ObjectInfo], *, before:
 
 
 def unneeded(store: Store, *, before: float) -> Iterator[Unneeded]:
-    """Of a whole store, by key. Lists it once."""
+    """Yield the objects of a whole store that were garbage at the time `before`, by key. Lists the store once."""
     for directory, infos in groupby(store.list(), key=lambda info: info.key.partition("/")[0]):
         objects = [ObjectInfo(info.key.removeprefix(f"{directory}/"), info.size) for info in infos]
         if any(info.key.startswith(CLAIMS) for info in objects):
@@ -83,7 +85,7 @@ def unneeded(store: Store, *, before: float) -> Iterator[Unneeded]:
 
 
 def read_state(root: Store) -> StepState:
-    """Of the step whose directory this is."""
+    """Read the state of the step with this directory."""
     receipt = read_receipt(root)
     claimed = {generation: float(read_claim(root, generation)["time"]) for generation in claims(root)}
     highest = max(claimed, default=0)
@@ -99,6 +101,6 @@ def read_state(root: Store) -> StepState:
 
 
 def delete(store: Store, items: Iterable[Unneeded]) -> None:
-    """Removes them, manifests first: what is half removed does not exist."""
+    """Delete the objects, manifests first: a checkpoint without its manifest does not exist, so none is ever half there."""
     for one in sorted(items, key=lambda one: (not one.key.endswith(f"/{MANIFEST}"), one.key)):
         store.delete(one.key)

@@ -1,6 +1,6 @@
-"""What a run does around its steps: MLflow and the terminal are told what begins and how it ends.
+"""What a run does around its steps: it records them in MLflow and shows them in the terminal.
 
-What MLflow refuses becomes a warning: tracking never fails a run."""
+Tracking never fails a run: an error from MLflow becomes a warning."""
 
 import logging
 import subprocess
@@ -14,7 +14,7 @@ from pipeline.config import RunConfig
 from pipeline.data.dataset.facts import DatasetFacts
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.evaluation.protocol import ScoreFacts
-from pipeline.graph.receipts import Receipt, versions
+from pipeline.graph.receipts import Receipt, installed_versions
 from pipeline.graph.runner import Outcome
 from pipeline.graph.step import Step
 from pipeline.reporting.summaries import as_metrics
@@ -27,56 +27,64 @@ log = logging.getLogger(__name__)
 
 
 class Display(Protocol):
-    """Where a run shows how far it is."""
+    """The terminal, as a run uses it."""
 
     def update(self, step_name: str, done: int, total: int, unit: str, fields: Mapping[str, float]) -> None:
-        """A step under way."""
+        """Show how far a running step is."""
         ...
 
     def step_state(self, step_name: str, state: Any, *, detail: str = "") -> None:
-        """A step began or ended."""
+        """Show that a step began or ended."""
         ...
 
 
-class RunFamily:
-    """The runner's hooks: a parent run in MLflow with a child for each step, and the terminal."""
+class RunHooks:
+    """`pipeline.graph.runner.Hooks` for a real run: a parent run in MLflow with one child per step, and a display.
+
+    Opening the parent is the one call that may fail the run, since it comes before the first step."""
 
     def __init__(self, uri: str, config: RunConfig, display: Display) -> None:
         self.tracking_uri, self.config, self.display = uri, config, display
         self.open_children: dict[str, str] = {}
-        self.untold: list[Outcome] = []
-        """What MLflow could not be told when it happened."""
+        self.unreported: list[Outcome] = []
+        """Outcomes that MLflow refused when they happened; `close` tries them again."""
         self.run_id = tracking.open_parent(
             uri,
             experiment=config.tracking.experiment,
             name=config.name,
-            tags={"git.revision": git_revision(), **{f"version.{name}": v for name, v in versions().items()}},
+            tags={
+                "git.revision": _git_revision(),
+                **{f"version.{name}": v for name, v in installed_versions().items()},
+            },
             params=config.model_dump(),
         )
 
     def begin(self, step: Step) -> str:
+        """Open the step's child run and return its id, or an empty string if MLflow refused."""
         self.display.step_state(step.name, "running")
-        with warned(f"tracking of {step.name}"):
+        with failures_as_warnings(f"tracking of {step.name}"):
             self.open_children[step.name] = self._open(step)
         return self.open_children.get(step.name, "")
 
     def progress(self, step_name: str, done: int, total: int, unit: str, fields: Mapping[str, float]) -> None:
+        """Show how far a running step is."""
         self.display.update(step_name, done, total, unit, fields)
 
     def end(self, outcome: Outcome) -> None:
+        """Show and record how a step ended."""
         self.open_children.pop(outcome.step.name, None)
         self.display.step_state(outcome.step.name, outcome.state, detail=detail_of(outcome))
-        with warned(f"tracking of {outcome.step.name}"):
-            self.untold.append(outcome)
-            self._tell(outcome)
-            self.untold.remove(outcome)
+        with failures_as_warnings(f"tracking of {outcome.step.name}"):
+            self.unreported.append(outcome)  # stays there if the next line raises
+            self._record(outcome)
+            self.unreported.remove(outcome)
 
     def close(self, summary: RunSummary, store: Store) -> None:
-        """Scores, the page and its pictures on the parent run; and what could not be told before."""
-        for outcome in self.untold:
-            with warned(f"tracking of {outcome.step.name}"):
-                self._tell(outcome)
-        with warned("tracking of the run"):
+        """Close the parent run, with scores, report page and pictures. Outcomes that MLflow refused before are tried again."""
+        for outcome in self.unreported:
+            with failures_as_warnings(f"tracking of {outcome.step.name}"):
+                self._record(outcome)
+        with failures_as_warnings("tracking of the run"):
             tracking.log_scores(self.tracking_uri, self.run_id, as_metrics(summary.scores))
             page = next((o for o in summary.outcomes if o.step.kind == "report" and o.receipt), None)
             if page and page.receipt:
@@ -88,9 +96,9 @@ class RunFamily:
             tracking.close_run(self.tracking_uri, self.run_id, ended.get(summary.verdict, "FINISHED"))
 
     def abandon(self, status: tracking.RunStatus) -> None:
-        """The walk broke off: no run is left that says RUNNING."""
+        """Close the runs that are still open after the run broke off, so that none says RUNNING forever."""
         for run_id in (*self.open_children.values(), self.run_id):
-            with warned("tracking of the run"):
+            with failures_as_warnings("tracking of the run"):
                 tracking.close_run(self.tracking_uri, run_id, status)
 
     def _open(self, step: Step) -> str:
@@ -104,23 +112,25 @@ class RunFamily:
             params=step.identity()["config"],
         )
 
-    def _tell(self, outcome: Outcome) -> None:
-        """How a step ended, and what of its curve MLflow lacks: a cached one may have been made while MLflow was away."""
+    def _record(self, outcome: Outcome) -> None:
+        """Record how a step ended, and send what MLflow lacks of its curves.
+
+        A cached step can lack some, too: it may have been made while MLflow was down, or for another server."""
         step, receipt = outcome.step, outcome.receipt
-        if not receipt and not outcome.mlflow_run_id:  # it did not begin
+        if not receipt and not outcome.mlflow_run_id:  # it never began
             return
-        # asked for: a rollback opens another run than the one that the attempt began with
+        # looked up, because a rollback closes the run that the attempt began with and opens another
         run_id = tracking.find_child(
             self.tracking_uri, experiment=self.config.tracking.experiment, fingerprint=step.fingerprint
         )
         files = receipt.as_input(outcome.uri).store if receipt and step.resume_point else None
-        waits = files is not None and tracking.Journal(files).has_unsent(run_id or "")
+        has_unsent = files is not None and tracking.Journal(files).has_unsent(run_id or "")
         if run_id:
             tracking.link_child(self.tracking_uri, parent_run_id=self.run_id, name=step.name, run_id=run_id)
-        if outcome.state == "cached" and not waits:
+        if outcome.state == "cached" and not has_unsent:
             return
         run_id = run_id or self._open(step)
-        if files and waits:
+        if files and has_unsent:
             tracking.deliver(files, self.tracking_uri, run_id)
         self._log_result(outcome, run_id)
         status: Mapping[str, tracking.RunStatus] = {"done": "FINISHED", "cached": "FINISHED", "stopped": "KILLED"}
@@ -146,7 +156,7 @@ class RunFamily:
 
 
 def detail_of(outcome: Outcome) -> str:
-    """One line on why a step is not simply done."""
+    """Return one line on what the user should know of a step: its error, or a remark on its result; often empty."""
     if outcome.error is not None:
         text = str(outcome.error) or type(outcome.error).__name__
         return (
@@ -160,7 +170,7 @@ def detail_of(outcome: Outcome) -> str:
 
 
 def _remark(receipt: Receipt) -> str:
-    """What a person should know of a finished step."""
+    """What the user should know of a finished step."""
     if receipt.kind in {"shard", "join"}:
         return _remark_on_images(DatasetFacts.read(receipt.facts))
     if receipt.kind == "evaluate" and (reason := ScoreFacts.read(receipt.facts).skipped):
@@ -184,26 +194,26 @@ def _remark_on_images(facts: DatasetFacts) -> str:
 
 
 def _dataset_digest(receipt: Receipt) -> str:
-    """The digest of the dataset that a step made or was pretrained on, or an empty string."""
+    """Digest of the dataset that a step made or was pretrained on, or an empty string."""
     if receipt.kind in {"shard", "join"}:
         return DatasetFacts.read(receipt.facts).digest
     return PretrainFacts.read(receipt.facts).dataset_digest if receipt.kind == "pretrain" else ""
 
 
-def git_revision() -> str:
-    """The commit of the code that runs, with `+` when the tree has changes; `unknown` outside a checkout."""
-    here = Path(__file__).parent
+def _git_revision() -> str:
+    """Commit of the running code, with `+` if the tree has changes; `unknown` outside a checkout."""
+    folder = Path(__file__).parent
     try:
         revision = subprocess.run(
             ["git", "rev-parse", "--short=12", "HEAD"],
-            cwd=here,
+            cwd=folder,
             capture_output=True,
             text=True,
             check=True,
         ).stdout.strip()
         changed = subprocess.run(
             ["git", "status", "--porcelain", "-uno"],
-            cwd=here,
+            cwd=folder,
             capture_output=True,
             text=True,
             check=True,
@@ -214,7 +224,8 @@ def git_revision() -> str:
 
 
 @contextmanager
-def warned(what: str) -> Iterator[None]:
+def failures_as_warnings(what: str) -> Iterator[None]:
+    """Turn a PipelineError of the block into a logged warning that begins with `what`."""
     try:
         yield
     except PipelineError as error:

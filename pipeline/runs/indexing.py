@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pipeline.config import RunConfig, absolute, load_config
+from pipeline.config import RunConfig, absolute_address, load_config
 from pipeline.data.sources.listing import KINDS, list_source
 from pipeline.errors import ConfigError
 
@@ -19,9 +19,9 @@ def index_config(source: str, overrides: Sequence[str], *, store: str | None) ->
     """Return a run's configuration as far as its shards depend on it; the model in it is never built.
 
     `store` None: the default store of a run."""
-    document: dict[str, Any] = {"data": {"source": absolute(source)}, "model": {"size": "tiny"}}
+    document: dict[str, Any] = {"data": {"source": absolute_address(source)}, "model": {"size": "tiny"}}
     if store is not None:
-        document["store"] = absolute(store)
+        document["store"] = absolute_address(store)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "index.yaml"
         path.write_text(json.dumps(document))  # JSON is YAML

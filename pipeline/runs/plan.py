@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.cluster.resources import Resources
 from pipeline.config import RunConfig
 from pipeline.graph.plan import PlannedStep
-from pipeline.planning.estimate import GIB, as_set, images_in_epoch, proposal, trainings
+from pipeline.planning.estimate import GIB, as_set_options, images_per_epoch, propose_resources, training_configs
 from pipeline.planning.forecast import Assumptions, Forecast, assumed_hardware, forecast_step
 from pipeline.planning.hardware import Hardware
 from pipeline.reporting.forecast import cost_text
@@ -40,7 +40,7 @@ class RunPlan:
         return {
             "steps": [_step_json(step, self.forecasts.get(step.step.name)) for step in self.steps],
             "hardware": self.hardware.name,
-            "proposed": as_set(self.proposed) if self.proposed else None,
+            "proposed": as_set_options(self.proposed) if self.proposed else None,
         }
 
 
@@ -48,9 +48,9 @@ def forecast_run(config: RunConfig, assumptions: Assumptions) -> RunPlan:
     """Plan a run, and forecast the training steps that are not done."""
     steps, store, resources = plan_run(config), open_store(config.store), config.resources
     # The hardware is that of all training steps, done or not, so that its peak does not depend on what is cached.
-    hardware = assumed_hardware(trainings(row.step for row in steps).values(), resources, assumptions)
+    hardware = assumed_hardware(training_configs(row.step for row in steps).values(), resources, assumptions)
     waiting = {row.step.name: row.step for row in steps if row.state != "cached"}
-    configs = trainings(waiting.values())
+    configs = training_configs(waiting.values())
     price = assumptions.price(hardware)
     forecasts = {
         name: forecast_step(
@@ -58,12 +58,12 @@ def forecast_run(config: RunConfig, assumptions: Assumptions) -> RunPlan:
             training,
             resources,
             hardware,
-            images=images_in_epoch(waiting[name], store) or assumptions.images,
+            images=images_per_epoch(waiting[name], store) or assumptions.images,
             price=price,
         )
         for name, training in configs.items()
     }
-    proposed = proposal(list(configs.values()), resources, hardware) if configs else None
+    proposed = propose_resources(list(configs.values()), resources, hardware) if configs else None
     return RunPlan(hardware=hardware, steps=steps, forecasts=forecasts, proposed=proposed)
 
 

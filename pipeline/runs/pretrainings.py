@@ -1,6 +1,6 @@
-"""A pretraining as people ask for its weights: found by configuration, store or directory; finished, or at one of its checkpoints.
+"""Find a pretraining by configuration, store or directory, and read its weights: the final ones or those of a checkpoint.
 
-Errors: DataError when there is none, or several; CheckpointError when no checkpoint of that step is kept."""
+Errors: DataError if there is none or more than one; CheckpointError if the checkpoint that was asked for is not kept."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,60 +30,60 @@ class Pretraining:
     model: MAEConfig
 
     def weights(self, at: int | None) -> dict[str, Tensor]:
-        """Weights by the names of MaskedAutoencoder, float32; `at`: of this step's checkpoint, None: the finished ones."""
+        """Return the weights at training step `at`, or the final ones if it is None: float32, by names of MaskedAutoencoder."""
         if at is not None:
             return checkpoint_weights(self.root, checkpoint_at(self.root, at))
         receipt = read_receipt(self.root)
         if receipt is None:
-            raise DataError(f"{self.root.uri}: not finished. Name a checkpoint with --at: {_kept(self.root)}")
+            raise DataError(f"{self.root.uri}: not finished. Choose a checkpoint with --at: {_kept(self.root)}")
         return read_weights(receipt.as_input(self.root.uri).store, MODEL)
 
 
 def pretrain_step(config: RunConfig) -> Step:
-    """The pretraining of a run."""
+    """Return the pretraining step of a run."""
     return next(step for step in build(config) if step.kind == "pretrain")
 
 
 def pretraining_of(config: RunConfig) -> Pretraining:
-    """That of a configuration."""
+    """Return the pretraining of a configuration."""
     return Pretraining(open_store(config.store).at(pretrain_step(config).directory), config.model)
 
 
 def pretraining_at(address: str) -> Pretraining:
-    """The one in a step's directory, or the only finished one of a store."""
+    """Return the pretraining in a step's directory, or the only finished one of a store."""
     store = open_store(address)
     if not claims(store):
         folders = {directory for directory, receipt in finished_steps(store) if receipt.kind == "pretrain"}
         if len(folders) != 1:
-            found = f"several: {', '.join(sorted(folders))}" if folders else "no finished pretraining"
-            raise DataError(f"{store.uri} holds {found}. Give the YAML file of a run, or one step's directory")
+            found = f"several pretrainings: {', '.join(sorted(folders))}" if folders else "no finished pretraining"
+            raise DataError(f"{store.uri} holds {found}. Give the YAML file of a run, or the directory of one step")
         store = store.at(folders.pop())
     receipt = read_receipt(store)
     if receipt is None or receipt.kind != "pretrain":
-        what = f"a {receipt.step} step" if receipt else "a step that is not finished, so its model is not known"
+        what = f"a {receipt.step} step" if receipt else "a step that is not finished, so its model is unknown"
         raise DataError(f"{store.uri} is {what}. Give the YAML file of the run instead")
     return Pretraining(store, TypeAdapter(MAEConfig).validate_python(receipt.identity["config"]["model"]))
 
 
 def checkpoint_at(root: Store, step: int) -> str:
-    """Key of the committed checkpoint of a step."""
+    """Return the key of the committed checkpoint of a training step."""
     for key in committed(root):
         if step_of(key) == step:
             return key
-    raise CheckpointError(f"{root.uri}: no checkpoint of step {step} is kept. There are: {_kept(root)}")
+    raise CheckpointError(f"{root.uri}: no checkpoint of step {step} is kept. Available: {_kept(root)}")
 
 
 def checkpoint_weights(root: Store, key: str) -> dict[str, Tensor]:
-    """Weights of a verified checkpoint, by the names of MaskedAutoencoder."""
+    """Return the weights of a checkpoint, verified, by the names of MaskedAutoencoder."""
     with open_checkpoint(root, key) as checkpoint:
         return {name.removeprefix("model."): value for name, value in checkpoint.weights().items()}
 
 
 def export(store: Store, weights: Mapping[str, Tensor], model: MAEConfig, *, to: Format) -> tuple[str, ...]:
-    """Writes the weights for another program into an empty folder; returns the keys of its files."""
-    there = next(store.list(), None)
-    if there:
-        raise ConfigError(f"--out {store.uri} is not empty (it holds {there.key}): name a new folder")
+    """Write the weights in another program's format into an empty folder. Returns the keys of the files."""
+    existing = next(store.list(), None)
+    if existing:
+        raise ConfigError(f"--out {store.uri} is not empty (it holds {existing.key}): name a new folder")
     if to in ("hf-vitmae", "safetensors"):
         return export_autoencoder(store, weights, model, to="huggingface" if to == "hf-vitmae" else "safetensors")
     encoder = {name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")}
@@ -92,4 +92,4 @@ def export(store: Store, weights: Mapping[str, Tensor], model: MAEConfig, *, to:
 
 def _kept(root: Store) -> str:
     steps = sorted(step_of(key) for key in committed(root))
-    return ", ".join(map(str, steps)) or "none (resources.keep_every_steps keeps some along the way)"
+    return ", ".join(map(str, steps)) or "none (resources.keep_every_steps would keep some)"

@@ -1,7 +1,7 @@
-"""One pipeline run: checks everything that can be checked before anything is held, walks the graph, keeps MLflow informed.
+"""One pipeline run: check whatever can be checked in advance, walk the graph, record it in MLflow.
 
-Tracking never fails a run once it has begun: what MLflow refuses becomes a warning. Errors: ConfigError and PipelineError before
-the first step; afterwards every step's outcome is in the summary."""
+Errors: ConfigError and PipelineError before the first step, including those of MLflow. Once steps run, every failure is an outcome
+in the summary, and an error of MLflow is only a warning."""
 
 import logging
 import os
@@ -14,9 +14,16 @@ from pipeline import cluster, tracking
 from pipeline.cluster.resources import Resources
 from pipeline.cluster.tasks import Executor
 from pipeline.config import RunConfig
-from pipeline.graph.runner import GraphRun, PlannedStep, plan_graph
-from pipeline.runs.checks import check_before, check_fits_cluster, source_problem, steps_to_run, warn_of_folders
-from pipeline.runs.hooks import Display, RunFamily
+from pipeline.graph.plan import PlannedStep, plan_graph
+from pipeline.graph.runner import GraphRun
+from pipeline.runs.checks import (
+    check_before_start,
+    check_fits_cluster,
+    source_problem,
+    steps_to_run,
+    warn_of_unshared_paths,
+)
+from pipeline.runs.hooks import Display, RunHooks
 from pipeline.runs.summary import RunSummary, summarise
 from pipeline.runs.workflow import build
 from pipeline.storage import open_store
@@ -25,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 def plan_run(config: RunConfig) -> list[PlannedStep]:
-    """What a run would do; writes nothing."""
+    """Return what a run would do with every step. Writes nothing."""
     steps = build(config)
     store = open_store(config.store)
     problems = {step.name: problem for step in steps if (problem := source_problem(step))}
@@ -37,63 +44,64 @@ def plan_run(config: RunConfig) -> list[PlannedStep]:
 
 
 def run_pipeline(config: RunConfig, *, executor: Executor, display: Display) -> RunSummary:
-    """Runs all that is not done."""
+    """Run every step that is not finished and return how the run ended."""
     steps = build(config)
     store = open_store(config.store)
-    check_before(config, steps, store, executor)
+    check_before_start(config, steps, store, executor)
     uri = tracking.resolve_tracking_uri(config.tracking.uri, store_uri=store.uri)
     tracking.check_tracking(uri)
-    family = RunFamily(uri, config, display)
+    hooks = RunHooks(uri, config, display)
     on_cluster = executor == "ray" and any(row.state == "to_run" for row in plan_graph(steps, store=store))
     if on_cluster:
         cluster.connect()
-        warn_of_folders(store, uri)
-    walk = GraphRun(steps, store=store, executor=executor, hooks=family, parallel=config.resources.parallel_steps)
+        warn_of_unshared_paths(store, uri)
+    walk = GraphRun(steps, store=store, executor=executor, hooks=hooks, parallel=config.resources.parallel_steps)
     try:
         if on_cluster and "RAY_ADDRESS" in os.environ:
             check_fits_cluster(config, steps_to_run(steps, store))
-        with _stop_when_told(walk.request_stop, config.resources):
+        with _stop_on_signals(walk.request_stop, config.resources):
             outcomes = walk.walk()
     except BaseException as error:
-        family.abandon("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        hooks.abandon("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     finally:
         if on_cluster:
             cluster.disconnect()
-    summary = summarise(config, outcomes, run_id=family.run_id, addresses={"store": store.uri, "tracking": uri})
-    family.close(summary, store)
+    summary = summarise(config, outcomes, run_id=hooks.run_id, addresses={"store": store.uri, "tracking": uri})
+    hooks.close(summary, store)
     return summary
 
 
 @contextmanager
-def _stop_when_told(request_stop: Callable[[], None], resources: Resources) -> Iterator[None]:
-    """The first SIGINT or SIGTERM asks the run to save and stop; a second one cuts it off, a third one ends the process.
-    The wall clock is a first one (SIGALRM, in good time)."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+def _stop_on_signals(request_stop: Callable[[], None], resources: Resources) -> Iterator[None]:
+    """Stop the run on signals: the first SIGINT or SIGTERM lets it save, the second interrupts it, the third kills the process.
 
-    def on_both(handler: Any) -> None:
-        for number in before:
+    The time limit is a first signal: SIGALRM comes `grace_s` before wall_clock_s."""
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+
+    def handle_all(handler: Any) -> None:
+        for number in previous:
             signal.signal(number, handler)
 
-    def ask(number: int, *_: object) -> None:
-        on_both(cut_off)
+    def save_and_stop(number: int, *_: object) -> None:
+        handle_all(interrupt)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        asked = (
+        reason = (
             "asked to stop" if number != signal.SIGALRM else f"wall_clock_s={resources.wall_clock_s:g} is nearly over"
         )
-        log.warning("%s: what is under way is saved first; asked once more, it is cut off", asked)
+        log.warning("%s: saving what is running; a second signal interrupts it without saving", reason)
         request_stop()
 
-    def cut_off(*_: object) -> None:
-        on_both(signal.SIG_DFL)
+    def interrupt(*_: object) -> None:
+        handle_all(signal.SIG_DFL)
         raise KeyboardInterrupt
 
-    on_both(ask)
+    handle_all(save_and_stop)
     if resources.wall_clock_s is not None:
         signal.setitimer(signal.ITIMER_REAL, resources.wall_clock_s - resources.grace_s)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""How a run ended: its verdict and exit code, its scores, and where its results are."""
+"""How a run ended: verdict and exit code, scores, and where the results are."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,21 +22,22 @@ class RunSummary:
     outcomes: Sequence[Outcome]
     scores: Sequence[Score]
     addresses: Mapping[str, str]
+    """Of `store` and `tracking`, and of `report` and `encoder` if they were made."""
     bad_share: float
-    """Share of unreadable images, of the worst dataset."""
+    """Share of unreadable images in the dataset that has most."""
     verdict: Literal["done", "failed", "stopped", "warned"]
 
     @property
     def exit_code(self) -> int:
-        """0 done, 1 failed, 3 stopped and resumable, 4 done with more quarantined images than data.bad_share_warn."""
+        """0 done, 1 failed, 3 stopped and resumable, 4 done but with more unreadable images than data.bad_share_warn."""
         return EXIT_CODES[self.verdict]
 
 
 def summarise(
     config: RunConfig, outcomes: Sequence[Outcome], *, run_id: str, addresses: Mapping[str, str]
 ) -> RunSummary:
-    """What a walk came to. `addresses`: of the store and of MLflow."""
-    page = next(outcome for outcome in outcomes if outcome.step.name == "report")
+    """Summarise the outcomes of a run. `addresses`: those of the store and of MLflow."""
+    page = next(outcome for outcome in outcomes if outcome.step.kind == "report")
     scored = page.step.config.scored if isinstance(page.step.config, ReportConfig) else ()
     finished = {o.step.name: o.receipt.as_input(o.uri) for o in outcomes if o.receipt}
     made = [o.receipt for o in outcomes if o.receipt and o.receipt.kind in {"shard", "join"}]

@@ -1,15 +1,16 @@
-"""The whole graph on one screen: a RunConfig becomes Steps.
+"""The graph of a run: a RunConfig becomes Steps.
 
-    snapshot -> shard [-> join] -> pretrain -> { linear, finetune } x datasets x { pretrained, random } x seeds -> report
-Of several snapshots of the source each is a part, sharded by itself; join writes the manifest over all of them.
-An evaluation dataset that is the pretraining source itself shares its snapshot and shards. The random encoder's evaluations do
-not depend on pretraining, so another mask ratio does not run them again."""
+    snapshot -> shard [-> join] -> pretrain -> protocols x datasets x { pretrained, random } x seeds -> report
+
+If the source has several snapshots, each is a part that is sharded by itself, and `join` writes one manifest over all of them.
+An evaluation dataset that is the pretraining source shares its snapshots and shards. Evaluations of the random encoder do not
+depend on pretraining, so that another mask ratio does not repeat them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.config import RunConfig, SourceConfig
-from pipeline.evaluation.protocol import EncoderOrigin, Subject
+from pipeline.evaluation.protocol import EncoderOrigin, ProtocolConfig
 from pipeline.evaluation.protocols import ProtocolName, protocol_named
 from pipeline.graph.step import Step, canonical
 from pipeline.stages.join import JoinConfig, join
@@ -21,28 +22,28 @@ from pipeline.training.checkpoints.format import resume_point
 from pipeline.training.spec.train_spec import PretrainConfig
 
 OUTSIDE = ("name", "store", "resources", "tracking")
-"""Sections of the configuration that decide no result."""
+"""Sections of the configuration that change no result. The report's fingerprint leaves them out."""
 ORIGINS: tuple[EncoderOrigin, ...] = ("pretrained", "random")
 
 
 def build(config: RunConfig) -> list[Step]:
-    """Every step of the run, inputs before what reads them."""
-    here = _Source.of(config.data.source, config.data)
-    shards = {here: _dataset(config, here, snapshot_names(config), suffix="")}
+    """Return every step of the run, inputs before their readers."""
+    own = _Source.of(config.data.source, config.data)
+    shards = {own: _dataset(config, own, snapshot_names(config), suffix="")}
     pretrained = Step(
         kind="pretrain",
         name="pretrain",
         function=pretrain,
         config=PretrainConfig(model=config.model, recipe=config.pretrain, seed=config.seed, start=config.fork),
-        inputs={"shards": shards[here]},
+        inputs={"shards": shards[own]},
         resources=config.resources,
         resume_point=resume_point,
     )
     evaluations: dict[str, Step] = {}
     scored: list[Scored] = []
     for dataset in config.evaluation.datasets:
-        source = _Source.of(dataset.source, dataset) if dataset.source else here
-        if source not in shards:
+        source = _Source.of(dataset.source, dataset) if dataset.source else own
+        if source not in shards:  # its first snapshot only: --refresh grows the pretraining source, never a benchmark
             shards[source] = _dataset(config, source, snapshot_names(config)[:1], suffix=f"-{dataset.name}")
         for protocol in dataset.protocols:
             for encoder in ORIGINS:
@@ -51,7 +52,7 @@ def build(config: RunConfig) -> list[Step]:
                     inputs = {"shards": shards[source]} | ({"pretrain": pretrained} if encoder == "pretrained" else {})
                     evaluations[name] = _evaluation(config, name, protocol, encoder, seed, inputs)
                     scored.append(Scored(input=name, protocol=protocol, dataset=dataset.name, encoder=encoder))
-    # a join takes the place that a single part's shards have
+    # Inputs of the report, named `shard` and `shard-<dataset>` also where they are joins: its fingerprint covers the names.
     datasets = {f"shard{s.name.removeprefix('join').removeprefix('shard')}": s for s in shards.values()}
     inside = {key: value for key, value in config.model_dump().items() if key not in OUTSIDE}
     inside["data"] = {key: value for key, value in inside["data"].items() if not key.startswith("bad_share")}
@@ -75,7 +76,7 @@ def build(config: RunConfig) -> list[Step]:
 
 @dataclass(frozen=True)
 class _Source:
-    """Images at an address, and how they are read."""
+    """The address of images and how to read them. Equal sources share their snapshots and shards."""
 
     uri: str
     labels: str | None
@@ -89,18 +90,18 @@ class _Source:
 
 
 def snapshot_names(config: RunConfig) -> tuple[str, ...]:
-    """Names of the parts of data.source, oldest first."""
+    """Return the names of the snapshots of data.source, oldest first."""
     names = config.data.snapshot
     return (names,) if isinstance(names, str) else names
 
 
 def listings(config: RunConfig) -> list[Step]:
-    """The snapshots of data.source, part by part."""
+    """Return the snapshot steps of data.source, oldest first."""
     return _listings(config, _Source.of(config.data.source, config.data), snapshot_names(config), suffix="")
 
 
 def _dataset(config: RunConfig, source: _Source, names: Sequence[str], *, suffix: str) -> Step:
-    """The shards of a source; of several parts, their join."""
+    """The shard step of a source or, if it has several snapshots, the join of their shards."""
     parts = [_shards(config, source, step) for step in _listings(config, source, names, suffix=suffix)]
     if len(parts) == 1:
         return parts[0]
@@ -114,7 +115,7 @@ def _dataset(config: RunConfig, source: _Source, names: Sequence[str], *, suffix
 
 
 def _listings(config: RunConfig, source: _Source, names: Sequence[str], *, suffix: str) -> list[Step]:
-    """One snapshot a name; each lists what those before it do not."""
+    """One snapshot step per name. Each lists the images that the earlier ones do not."""
     steps: list[Step] = []
     for number, name in enumerate(names, 1):
         taken = SnapshotConfig(
@@ -127,7 +128,9 @@ def _listings(config: RunConfig, source: _Source, names: Sequence[str], *, suffi
             label_column=source.label_column,
             split_column=source.split_column,
         )
-        part = f".{number}" if steps else ""  # the first is the same step whether parts follow or not
+        part = (
+            f".{number}" if steps else ""
+        )  # the first keeps its name, so that later parts do not change its fingerprint
         steps.append(
             Step(
                 kind="snapshot",
@@ -145,7 +148,7 @@ def _numbered(parts: Sequence[Step]) -> dict[str, Step]:
 
 
 def _shards(config: RunConfig, source: _Source, listing: Step) -> Step:
-    """The shards of a snapshot."""
+    """The shard step of a snapshot."""
     data = config.data
     return Step(
         kind="shard",
@@ -170,12 +173,14 @@ def _evaluation(
     config: RunConfig, name: str, protocol: ProtocolName, origin: EncoderOrigin, seed: int, inputs: Mapping[str, Step]
 ) -> Step:
     evaluation, chosen = config.evaluation, protocol_named(protocol)
-    subject = Subject(encoder=config.model.encoder, weights=origin, train_labels=evaluation.train_labels, seed=seed)
+    common = ProtocolConfig(
+        encoder=config.model.encoder, weights=origin, train_labels=evaluation.train_labels, seed=seed
+    )
     return Step(
         kind="evaluate",
         name=name,
         function=chosen.evaluate,
-        config=chosen.step_config(subject, evaluation.settings(protocol)),
+        config=chosen.step_config(common, evaluation.settings(protocol)),
         inputs=inputs,
         resources=config.resources,
         resume_point=chosen.resume_point,

@@ -1,8 +1,8 @@
 """Masked autoencoder pretraining: shards in, an encoder out (He et al. 2021, arXiv 2111.06377).
 
-Output: encoder.safetensors, model.safetensors, config.json, basis.safetensors (target `pca` alone), reconstructions.npz (images
-uint8 [N, 4, H, W, 3]: original, visible patches, before training, after), history.jsonl. Errors: those of training; DataError when
-there is nothing to train on."""
+Output: encoder.safetensors, model.safetensors, config.json, basis.safetensors (only for target `pca`), history.jsonl, and
+reconstructions.npz (images uint8 [N, 4, H, W, 3]: original, visible patches, reconstruction before training, and after).
+Errors: those of training; DataError if there is nothing to train on."""
 
 import io
 import json
@@ -34,14 +34,15 @@ from pipeline.weights import write_weights
 
 VERSION = 1
 PANEL_IMAGES = 8
+"""Images in reconstructions.npz."""
 BASIS_IMAGES = 512
-"""Images whose patches give target `pca` its components: 100,352 patches at 224 px, for 768 numbers a patch."""
+"""Images from whose patches target `pca` takes its components: at 224 px, 100,352 patches of 768 values each."""
 HISTORY = "history.jsonl"
 RECONSTRUCTIONS = "reconstructions.npz"
 
 
 def pretrain(config: PretrainConfig, inputs: Mapping[str, StageInput], attempt: Attempt) -> StageResult:
-    """Trains the autoencoder and exports it."""
+    """Train the autoencoder and write its weights, history and reconstructions."""
     dataset = dataset_address(inputs["shards"])
     task = MAETask(model=config.model, weight_decay=config.recipe.weight_decay, seed=config.seed)
     spec = TrainSpec(
@@ -86,27 +87,27 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, StageInput], attempt: 
 
 
 def _basis(spec: TrainSpec, model: MAEConfig, attempt: Attempt) -> PatchBasis:
-    """The components of target `pca`: found once for the step, by whichever attempt comes first, so that none trains on others."""
+    """The components of target `pca`. The first attempt computes them for all later ones, which must train on the same targets."""
     if not attempt.root.exists(BASIS):
-        alone = World(0, 1, torch.device("cpu"), None)
+        single = World(0, 1, torch.device("cpu"), None)
         with closing(
-            spec.loader(spec.dataset.open(), "train", alone).evaluation_batches(BASIS_IMAGES, unreadable="substitute")
+            spec.loader(spec.dataset.open(), "train", single).evaluation_batches(BASIS_IMAGES, unreadable="substitute")
         ) as batches:
             images = next(batches).images
         pixels = normalise_pixels(images, mean=model.encoder.pixel_mean, std=model.encoder.pixel_std)
         patches = patchify(pixels, model.encoder.patch_size).flatten(0, 1)
         attempt.root.create(BASIS, save(patch_basis(patches, components=model.pca_components)._asdict()))
-    return PatchBasis(**load(attempt.root.read(BASIS)))
+    return PatchBasis(**load(attempt.root.read(BASIS)))  # read back: another attempt may have been quicker
 
 
 def _panel(
     config: PretrainConfig, spec: TrainSpec, shards: StageInput, basis: PatchBasis | None, weights: Mapping[str, Tensor]
 ) -> "np.typing.NDArray[np.uint8]":
-    """uint8 [N, 4, H, W, 3]: held-out images, what the encoder sees of them, and the model's guess before and after."""
+    """uint8 [N, 4, H, W, 3]: held-out images, their visible patches, and reconstructions before and after training."""
     split = "test" if "test" in DatasetFacts.read(shards.facts).splits else "train"
-    alone = World(0, 1, torch.device("cpu"), None)
+    single = World(0, 1, torch.device("cpu"), None)
     with closing(
-        spec.loader(spec.dataset.open(), split, alone).evaluation_batches(PANEL_IMAGES, unreadable="substitute")
+        spec.loader(spec.dataset.open(), split, single).evaluation_batches(PANEL_IMAGES, unreadable="substitute")
     ) as batches:
         batch = next(batches)
     encoder = config.model.encoder
@@ -131,6 +132,6 @@ def _panel(
 
 
 def _only_visible(pixels: Tensor, output: MAEOutput, patch_size: int, grid: tuple[int, int]) -> Tensor:
-    """Hidden patches in the mean colour: zero after normalisation."""
+    """Show hidden patches in the mean colour, which is zero after normalisation."""
     patches = patchify(pixels, patch_size) * (1 - output.masked.mask)[..., None]
     return unpatchify(patches, grid=grid, patch_size=patch_size)

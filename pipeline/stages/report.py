@@ -1,7 +1,7 @@
-"""The page of a run: loss, learning rate, images/s, reconstructions before and after, scores, data, steps, config.
+"""The report of a run: scores, loss and speed curves, reconstructions before and after training, data, steps, configuration.
 
-Output: index.html (self-contained), reconstructions.png, curves.png, scores.png. They hold times, so they are not part of the
-receipt's hashed files; the facts (scores) are. Errors: none of its own."""
+Output: index.html (self-contained), reconstructions.png, curves.png, scores.png. They hold times and are therefore not among the
+receipt's hashed files (docs/decisions/002-what-a-receipt-vouches-for.md); the scores are in its facts."""
 
 import datetime
 import io
@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline.data.dataset.facts import DatasetFacts
 from pipeline.evaluation.protocol import ScoreFacts
-from pipeline.graph.receipts import versions
+from pipeline.graph.receipts import installed_versions
 from pipeline.graph.step import Attempt, StageInput, StageResult
 from pipeline.reporting.figures import Curves, curve_png, scores_png
 from pipeline.reporting.format import count
@@ -33,9 +33,10 @@ PICTURES = ("reconstructions.png", "curves.png", "scores.png")
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """One evaluation step among the inputs."""
+    """An evaluation step among the report's inputs."""
 
     input: str
+    """Its name there."""
     protocol: str
     dataset: str
     encoder: Literal["pretrained", "random"]
@@ -43,18 +44,18 @@ class Scored:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """What the page is about."""
+    """What the report shows."""
 
     title: str
     scored: tuple[Scored, ...]
     sources: Mapping[str, str]
-    """Input that is a shard step -> where its images came from; the pretraining set is `shard`."""
+    """Address of the images for every input that is a dataset; the one for pretraining is named `shard`."""
     config: Mapping[str, Any]
-    """The resolved configuration, without what decides no result."""
+    """The resolved configuration, without the fields that change no result."""
 
 
 def report(config: ReportConfig, inputs: Mapping[str, StageInput], attempt: Attempt) -> StageResult:
-    """Draws the pictures and the page."""
+    """Draw the pictures and write the page."""
     scores = collect_scores(config.scored, inputs)
     pretrained = inputs["pretrain"]
     panel = np.load(io.BytesIO(pretrained.store.read("reconstructions.npz")), allow_pickle=False)["images"]
@@ -90,7 +91,7 @@ def report(config: ReportConfig, inputs: Mapping[str, StageInput], attempt: Atte
             datasets=[_dataset_card(name, config, inputs) for name in config.sources],
             steps=[_step_row(name, step) for name, step in inputs.items()],
             config=config.config,
-            versions=versions(),
+            versions=installed_versions(),
             hardware={"machine": platform.machine(), "CPUs": str(os.cpu_count()), "system": platform.platform()},
             command="mae run CONFIG.yaml",
             addresses={
@@ -106,7 +107,7 @@ def report(config: ReportConfig, inputs: Mapping[str, StageInput], attempt: Atte
 
 
 def collect_scores(scored: tuple[Scored, ...], inputs: Mapping[str, StageInput]) -> list[Score]:
-    """Scores over their seeds, in order of first appearance; skipped evaluations have none."""
+    """Collect top-1 scores over seeds, in order of first appearance. Skipped evaluations have none."""
     values: dict[tuple[str, str, str], list[float]] = {}
     for one in scored:
         top1 = ScoreFacts.read(inputs[one.input].facts).top1
@@ -116,10 +117,10 @@ def collect_scores(scored: tuple[Scored, ...], inputs: Mapping[str, StageInput])
 
 
 def _speed(rows: Sequence[Mapping[str, float]]) -> Card:
-    """Images a second, and what of the time was waited; histories of older versions lack some of it."""
+    """Images per second, and the shares of time spent waiting. Histories of older versions lack some of the columns."""
     shares = {"mfu": "of the peak used", "data_wait": "waiting for data", "checkpoint_wait": "for checkpoints"}
     means = {key: statistics.fmean(row[key] for row in rows if key in row) for key in shares if key in rows[-1]}
-    note = ", ".join(f"{100 * means[key]:.1f} % {said}" for key, said in shares.items() if key in means)
+    note = ", ".join(f"{100 * means[key]:.1f} % {label}" for key, label in shares.items() if key in means)
     speed = statistics.median(row["images_per_s"] for row in rows)
     return Card(label="pretraining speed", value=f"{count(speed)} images/s", note=note)
 

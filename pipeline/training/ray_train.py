@@ -59,7 +59,7 @@ def await_room(attempt: Attempt) -> str:
     """Waits until the fewest workers fit on the nodes that stay; returns why it did not wait longer, empty: they fit."""
     need, (least, _) = attempt.resources.per_worker, attempt.resources.worker_range
     store, until = StoreSupervisor(attempt), time.monotonic() + attempt.resources.node_wait_s
-    while cluster.room(need, of="all") < least:
+    while cluster.worker_capacity(need, of="all") < least:
         if reason := store.should_stop():
             return "asked to stop" if reason == "asked" else "another run has claimed a higher generation"
         if time.monotonic() >= until:
@@ -75,7 +75,7 @@ def _trainer(work: Work, spec: TrainSpec, attempt: Attempt, notes: str) -> Torch
     least, most = resources.worker_range
     # Ray Train counts a draining node as room until it is dead, and would wait for it: it is told what stays. When there is
     # more, the loop stops for it (`resized`) with a checkpoint, where Ray Train itself would cut the workers off.
-    most = max(least, min(most, cluster.room(need, of="all")))
+    most = max(least, min(most, cluster.worker_capacity(need, of="all")))
     return TorchTrainer(
         _on_worker,
         train_loop_config={"work": work, "spec": spec, "attempt": attempt, "cpus": resources.cpus_per_worker},

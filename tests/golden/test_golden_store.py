@@ -1,4 +1,4 @@
-"""An upgrade must not lose finished work: a store of an earlier version is read as it is, checkpoints included."""
+"""An upgrade must not lose finished work: a store of an earlier version, with its checkpoints, is read as it is."""
 
 import json
 import shutil
@@ -9,12 +9,12 @@ import pytest
 import yaml
 from run_kit import mae, write_images
 
-SOURCE = Path("/tmp/mae-golden/images")  # part of the fingerprints in the archive
+SOURCE = Path("/tmp/mae-golden/images")  # fixed, because the fingerprints in the archive cover it
 
 
 @pytest.fixture(scope="module")
 def images():
-    """The images that the store was made of; each is drawn from a seed."""
+    """The images from which the store was made, drawn again from their seeds."""
     if SOURCE.exists():
         shutil.rmtree(SOURCE)
     write_images(SOURCE, 30)
@@ -46,7 +46,7 @@ def test_every_step_but_the_report_is_cached(old, snapshot):
     assert set.union(*states.values()) == {"cached"}
 
 
-def test_its_checkpoints_are_audited_exported_and_gone_on_from(old):
+def test_its_checkpoints_can_be_audited_exported_and_forked(old):
     audited = mae("shards", "audit", old / "store")
     assert audited.returncode == 0, audited.stderr
     assert audited.stdout.count("each once an epoch") == 6  # two pretrainings, four fine-tunings
@@ -60,5 +60,5 @@ def test_its_checkpoints_are_audited_exported_and_gone_on_from(old):
     assert (steps["pretrain"]["state"], steps["shard"]["state"]) == ("done", "cached")
     store = old / "store" / steps["pretrain"]["uri"].rpartition("/")[2]
     rows = [json.loads(line) for line in (store / "g0001" / "history.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows][:3] == [2, 4, 6]  # the parent's own rows, and on from there
+    assert [row["step"] for row in rows][:3] == [2, 4, 6]  # the parent's rows come first
     assert rows[-1]["step"] > 6

@@ -6,8 +6,8 @@ from run_kit import ROOT
 from mae_core import SIZES
 from mae_core.schedules import scaled_lr
 from pipeline.config import load_config
-from pipeline.planning.estimate import effort, trainings, worker_layout
-from pipeline.planning.hardware import hardware
+from pipeline.planning.estimate import estimate_effort, estimate_memory, training_configs
+from pipeline.planning.hardware import hardware_named
 from pipeline.runs.workflow import build
 
 SHAPES = {"base": (768, 12, 12, 16), "large": (1024, 24, 16, 16), "huge": (1280, 32, 16, 14)}
@@ -48,7 +48,7 @@ def test_fine_tuning_is_table_9_and_the_probe_table_10(config, size):
 
 
 def test_its_layout_fits_what_it_says_and_the_steps_are_the_paper_s(config):
-    pretraining = trainings(build(config))["pretrain"]
-    assert worker_layout(pretraining, config.resources, hardware("H100")).fits
-    took = effort(pretraining, config.resources, hardware("H100"), images=1_281_167)
+    pretraining = training_configs(build(config))["pretrain"]
+    assert estimate_memory(pretraining, config.resources, hardware_named("H100")).fits
+    took = estimate_effort(pretraining, config.resources, hardware_named("H100"), images=1_281_167)
     assert took.steps == pytest.approx(1600 * 312, rel=0.003)  # the paper drops the last batch: 312 per epoch

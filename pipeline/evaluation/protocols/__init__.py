@@ -1,4 +1,5 @@
-"""Evaluation protocols by name. A new one is a module here and its name in `ProtocolName`."""
+"""Evaluation protocols by name. To add one, write a module here (see `pipeline.evaluation.protocol`) and add its name to
+`ProtocolName`."""
 
 from importlib import import_module
 from typing import Literal, get_args
@@ -10,6 +11,6 @@ PROTOCOL_NAMES: tuple[ProtocolName, ...] = get_args(ProtocolName)
 
 
 def protocol_named(name: ProtocolName) -> EvaluationProtocol:
-    """Return the protocol that the module of this name declares."""
+    """Return the `PROTOCOL` of the module with this name."""
     protocol: EvaluationProtocol = import_module(f"{__name__}.{name}").PROTOCOL
     return protocol

@@ -1,6 +1,7 @@
-"""Fine-tuning of all weights with layer-wise decay of the learning rate, through the same loop as pretraining.
+"""Fine-tuning of all weights, with a learning rate that decays from layer to layer, in the same loop as pretraining.
 
-Output: classifier.safetensors, history.jsonl. Facts: FinetuneFacts. Errors: those of training."""
+Source: He et al. 2021, arXiv 2111.06377, A.1. Output: classifier.safetensors, history.jsonl. Facts: FinetuneFacts.
+Errors: those of training."""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from pipeline.data.dataset.address import dataset_address
 from pipeline.data.dataset.facts import DatasetFacts
 from pipeline.data.feed.order import OrderConfig
 from pipeline.evaluation.encoders import Pretrained, encoder_source
-from pipeline.evaluation.protocol import EvaluationProtocol, ScoreFacts, Subject, skipped
+from pipeline.evaluation.protocol import EvaluationProtocol, ProtocolConfig, ScoreFacts, skipped
 from pipeline.graph.step import Attempt, StageInput, StageResult
 from pipeline.training.checkpoints.format import open_checkpoint, resume_point
 from pipeline.training.facts import TrainingFacts, incident_fields
@@ -27,24 +28,24 @@ CLASSIFIER = "classifier.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(Subject):
-    """What decides the score."""
+class FinetuneConfig(ProtocolConfig):
+    """Everything that decides the score."""
 
     recipe: FinetuneRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneFacts(ScoreFacts, TrainingFacts):
-    """The scores, and how the training went."""
+    """The scores, and how training went."""
 
 
-def step_config(subject: Subject, settings: FinetuneRecipe) -> FinetuneConfig:
+def step_config(common: ProtocolConfig, settings: FinetuneRecipe) -> FinetuneConfig:
     """Return the config of the step."""
-    return FinetuneConfig(**vars(subject), recipe=settings)
+    return FinetuneConfig(**vars(common), recipe=settings)
 
 
 def finetune(config: FinetuneConfig, inputs: Mapping[str, StageInput], attempt: Attempt) -> StageResult:
-    """Train encoder and head on the labelled training split and score them on the test split."""
+    """Train encoder and head on the labelled part of the training split and score them on the test split."""
     shards = inputs["shards"]
     if result := skipped(shards):
         return result

@@ -1,12 +1,12 @@
-"""Linear probe on frozen features: standardise, then one linear layer (He et al. 2021, arXiv 2111.06377, A.1).
+"""Linear probe on frozen features: one linear layer, trained with SGD in float32 (He et al. 2021, arXiv 2111.06377, A.1).
 
-Features are standardised by the training split's mean and deviation. The paper's BatchNorm without affine converges to the same
-statistics; taking them once lets the encoder run once per image instead of once per epoch. The classifier is trained with SGD, all in
-float32. Output: probe.safetensors. Facts: ScoreFacts. Errors: those of reading the shards."""
+Features are standardised by the training split's mean and standard deviation. The paper's BatchNorm without affine parameters
+converges to the same statistics; computing them once lets the encoder run once per image instead of once per epoch
+(docs/decisions/001-linear-probe-on-cached-features.md).
+Output: probe.safetensors (mean, deviation [D]; weight [classes, D]; bias [classes]). Facts: ScoreFacts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -16,12 +16,9 @@ from torch.nn import functional as F
 
 from mae_core.metrics import topk_counts
 from mae_core.schedules import scaled_lr, warmup_cosine
-from pipeline.data.dataset.address import dataset_address
 from pipeline.data.dataset.facts import DatasetFacts
-from pipeline.data.feed.selection import Samples
-from pipeline.evaluation.encoders import encoder_source
-from pipeline.evaluation.features import FeatureRequest, Features, take_features
-from pipeline.evaluation.protocol import EvaluationProtocol, ScoreFacts, Subject, skipped
+from pipeline.evaluation.features import Features, Pool, extract_splits
+from pipeline.evaluation.protocol import EvaluationProtocol, ProtocolConfig, ScoreFacts, skipped
 from pipeline.graph.step import Attempt, StageInput, StageResult
 
 VERSION = 1
@@ -30,16 +27,16 @@ MOMENTUM = 0.9
 
 
 class LinearSettings(BaseModel):
-    """A linear classifier on frozen features, standardised as by BatchNorm without affine (arXiv 2111.06377, A.1)."""
+    """A linear classifier on frozen, standardised features (arXiv 2111.06377, A.1)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
-    pool: Literal["cls", "mean"] = "cls"
-    """Feature: the class token or the mean of the patch tokens, both after the encoder's final norm."""
+    pool: Pool = "cls"
+    """The feature of an image: its class token or the mean of its patch tokens, both after the encoder's final norm."""
     epochs: int = Field(90, ge=1)
     batch: int = Field(16384, ge=1)
     base_lr: float = Field(0.1, gt=0)
-    """Learning rate at a batch of 256; SGD with momentum 0.9, cosine decay."""
+    """Learning rate per 256 images of the batch; SGD with momentum 0.9 and cosine decay."""
     warmup_epochs: float = Field(10.0, ge=0)
 
     @model_validator(mode="after")
@@ -50,15 +47,15 @@ class LinearSettings(BaseModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearConfig(Subject):
-    """What decides the score."""
+class LinearConfig(ProtocolConfig):
+    """Everything that decides the score."""
 
     probe: LinearSettings
 
 
-def step_config(subject: Subject, settings: LinearSettings) -> LinearConfig:
+def step_config(common: ProtocolConfig, settings: LinearSettings) -> LinearConfig:
     """Return the config of the step."""
-    return LinearConfig(**vars(subject), probe=settings)
+    return LinearConfig(**vars(common), probe=settings)
 
 
 def linear(config: LinearConfig, inputs: Mapping[str, StageInput], attempt: Attempt) -> StageResult:
@@ -66,19 +63,7 @@ def linear(config: LinearConfig, inputs: Mapping[str, StageInput], attempt: Atte
     shards = inputs["shards"]
     if result := skipped(shards):
         return result
-
-    def features(split: str, samples: Samples) -> Features:
-        request = FeatureRequest(
-            encoder=encoder_source(config, inputs),
-            dataset=dataset_address(shards),
-            split=split,
-            samples=samples,
-            seed=config.seed,
-            pool=config.probe.pool,
-        )
-        return take_features(request, attempt)
-
-    train, test = features("train", config.train_labels or "labelled"), features("test", "all")
+    train, test = extract_splits(config, inputs, attempt, pool=config.probe.pool)
     mean, deviation = train.values.mean(dim=0), train.values.std(dim=0, correction=0).clamp_min(1e-6)
     head = fit(
         train._replace(values=(train.values - mean) / deviation),
@@ -94,7 +79,7 @@ def linear(config: LinearConfig, inputs: Mapping[str, StageInput], attempt: Atte
 
 
 def fit(train: Features, settings: LinearSettings, *, num_classes: int, seed: int) -> nn.Linear:
-    """Train the head with SGD and cosine decay. The seed decides its initial weights and the order of the samples."""
+    """Train the head. The seed decides its initial weights and the order of the samples."""
     count = len(train.labels)
     batch = min(settings.batch, count)
     generator = torch.Generator().manual_seed(seed)

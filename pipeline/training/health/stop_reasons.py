@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 from pipeline import cluster
 from pipeline.errors import Fenced, StorageError
 from pipeline.graph.receipts import check_fence
-from pipeline.graph.runner import stop_key
+from pipeline.graph.runner import stop_request_key
 from pipeline.graph.step import Attempt
 from pipeline.training.world import World
 
@@ -66,7 +66,7 @@ class StoreSupervisor:
         self.asked_at = now
         try:
             check_fence(self.attempt.root, self.attempt.generation)
-            return "asked" if self.attempt.root.exists(stop_key(self.attempt.generation)) else ""
+            return "asked" if self.attempt.root.exists(stop_request_key(self.attempt.generation)) else ""
         except Fenced:
             return "fenced"
         except StorageError as error:
@@ -108,10 +108,10 @@ def supervise(attempt: Attempt, world: World) -> Supervision:
     """What this worker of the world is to look at."""
     notices: list[tuple[Callable[[], bool], StopReason]] = [(_terminated.is_set, "preempted")]
     if attempt.executor == "ray":
-        notices.append((Streak(cluster.here_drains, every_s=DRAIN_EVERY_S, length=1), "preempted"))
+        notices.append((Streak(cluster.this_node_is_draining, every_s=DRAIN_EVERY_S, length=1), "preempted"))
         _, most = attempt.resources.worker_range
         if world.is_first and world.size < most:
             need = attempt.resources.per_worker
-            grown = Streak(lambda: cluster.room(need, of="free") > 0, every_s=GROW_EVERY_S, length=2)
+            grown = Streak(lambda: cluster.worker_capacity(need, of="free") > 0, every_s=GROW_EVERY_S, length=2)
             notices.append((grown, "resized"))
     return Supervision(StoreSupervisor(attempt) if world.is_first else None, notices)

@@ -1,4 +1,4 @@
-"""This machine's own cluster."""
+"""Clusters that `connect` starts on this machine."""
 
 import subprocess
 import sys
@@ -16,6 +16,6 @@ for _ in range(2):
 
 @pytest.mark.system
 def test_a_process_may_start_a_cluster_more_than_once():
-    """Ray's client remembers its first token, so the second cluster must have the same."""
+    """Ray's client keeps using its first token, so the second cluster must accept it."""
     done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, check=False, timeout=180)
     assert done.stdout.splitlines() == ["[3, 2]", "[3, 2]"], done.stderr

@@ -1,4 +1,4 @@
-"""The configuration at its border: what is refused and in which words, and what enters the fingerprints."""
+"""Reading a configuration: what is refused and with which message, what is accepted, and what enters the fingerprints."""
 
 import copy
 import dataclasses
@@ -37,7 +37,7 @@ def complaint_of(tmp_path: Path, text: str) -> str:
     return complaint(path).replace(str(path), "FILE")
 
 
-# --- what is refused, in which words ---------------------------------------------------------------------------------------
+# --- what is refused, with which message -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def complaint_of(tmp_path: Path, text: str) -> str:
             "evaluation.datasets=[{name: a, sorce: x}]",
             "evaluation.datasets.0.sorce is not a field; did you mean source?",
         ),
-        ("tracking.zzz=1", "tracking.zzz is not a field; known here: uri, experiment"),
+        ("tracking.zzz=1", "tracking.zzz is not a field; the fields here are uri, experiment"),
         # wrong types
         ("pretrain.epochs=three", "pretrain.epochs = 'three' is not a whole number"),
         ("pretrain.epochs=2.5", "pretrain.epochs = 2.5 is not a whole number"),
@@ -74,7 +74,7 @@ def complaint_of(tmp_path: Path, text: str) -> str:
         ("model=7", "model = 7 is not a section: write its fields below it"),
         ("resources.workers=two", "resources.workers = 'two': write a number from 1, or [min, max]"),
         ("resources.workers=[2, x]", "resources.workers = [2, 'x']: write a number from 1, or [min, max]"),
-        # nothing where something must be
+        # empty and missing values
         ("data.source=", "data.source is empty: give it a value, or leave it out"),
         ("store=''", "store is empty: write a folder or s3://bucket/prefix"),
         ("tracking.experiment=''", "tracking.experiment = '' is empty: write a name"),
@@ -88,7 +88,7 @@ def complaint_of(tmp_path: Path, text: str) -> str:
         ("resources.workers=0", "resources.workers = 0: write a number from 1, or [min, max]"),
         (
             "resources.wall_clock_s=60",
-            "resources.wall_clock_s = 60 leaves nothing to train in: write more than grace_s=120",
+            "resources.wall_clock_s = 60 leaves no time to train: write more than grace_s=120",
         ),
         ("resources.workers=[4, 2]", "resources.workers = (4, 2): write a number from 1, or [min, max]"),
         ("resources.zero_stage=4", "resources.zero_stage = 4 is unknown: write 1, 2 or 3"),
@@ -97,13 +97,13 @@ def complaint_of(tmp_path: Path, text: str) -> str:
             "evaluation.datasets.0.protocols=[knn]",
             "evaluation.datasets.0.protocols.0 = 'knn' is unknown: write 'linear'",
         ),
-        ("evaluation.datasets.0.protocols=[linear, linear]", "protocols = ['linear', 'linear']: write each once"),
+        ("evaluation.datasets.0.protocols=[linear, linear]", "protocols = ['linear', 'linear']: write each only once"),
         ("evaluation.datasets=[{name: a}, {name: a}]", "evaluation.datasets = ['a', 'a'] has a name twice"),
         (
             "evaluation.datasets.0.name=A B",
-            "evaluation.datasets.0.name = 'A B' is not usable: write 1 to 32 small letters",
+            "evaluation.datasets.0.name = 'A B' is not usable: write 1 to 32 lower-case letters",
         ),
-        ("evaluation.seeds=[]", "evaluation.seeds = []: write at least one, each once"),
+        ("evaluation.seeds=[]", "evaluation.seeds = []: write at least one, and each only once"),
         ("name=a/b", "name = 'a/b' is not usable: write 1 to 64 letters, digits, dots, _ or -"),
         ("model.size=gigantic", "model.size = 'gigantic' is unknown: write one of tiny, small, base, large, huge"),
         ("model.size=[base]", "model.size = ['base'] is unknown"),
@@ -121,14 +121,14 @@ def complaint_of(tmp_path: Path, text: str) -> str:
         ("data.source=s3://b/../c", "data.source: s3://b/../c: '../c' is not a valid key"),
     ],
 )
-def test_a_wrong_value_is_answered_with_its_field_and_the_way_out(path, override, words):
+def test_a_wrong_value_is_reported_with_its_field_and_what_to_write(path, override, words):
     text = complaint(path, override)
     assert text.startswith(f"--set: {words}" if not words.startswith("protocols") else "--set: evaluation.datasets.0.")
     assert words in text
     assert not [word for word in JARGON if word in text.replace("YAML reads", "")]
 
 
-def test_what_stands_in_the_file_is_answered_with_the_files_name(tmp_path):
+def test_a_wrong_value_in_the_file_is_reported_with_the_files_name(tmp_path):
     content = document("/s", "/i") | {"seeds": 3}
     content["pretrain"]["epochs"] = "many"
     path = write_config(tmp_path / "run.yaml", content)
@@ -151,16 +151,16 @@ def test_what_stands_in_the_file_is_answered_with_the_files_name(tmp_path):
         ("model: {}\ndata:\n  source: x\n  source: y\n", "FILE:4: not YAML (key 'source' is written twice)"),
         ("? [a]\n: 1\n", "FILE:1: not YAML (a key is not a name)"),
         ("data: !!python/object:os.system x", "FILE:1: not YAML (could not determine a constructor"),
-        ("model: {}\ndata: {source: x}\n7: 1\n", "FILE: 7 is not a field; known here: name"),
+        ("model: {}\ndata: {source: x}\n7: 1\n", "FILE: 7 is not a field; the fields here are name"),
         ("model: {}\n", "FILE: data is missing; add it, or --set data=..."),
         ("model: {}\ndata: {seed: 1}\n", "FILE: data.source is missing; add it, or --set data.source=..."),
     ],
 )
-def test_what_is_no_configuration_is_answered_with_the_line(tmp_path, text, words):
+def test_a_file_that_is_no_configuration_is_refused_with_the_line(tmp_path, text, words):
     assert words in complaint_of(tmp_path, text)
 
 
-def test_a_file_that_cannot_be_read_is_answered(tmp_path):
+def test_a_file_that_cannot_be_read_is_refused(tmp_path):
     assert complaint(tmp_path / "absent.yaml").endswith(
         "absent.yaml: cannot be read (No such file or directory). Give the path of a YAML file"
     )
@@ -176,11 +176,14 @@ def test_a_file_that_cannot_be_read_is_answered(tmp_path):
         ("=3", "--set =3: write field=value"),
         ("a..b=3", "--set a..b=3: write field=value"),
         ("pretrain.epochs=[", "'[' is not a YAML value"),
-        ("pretrain.epochs.x=3", "epochs has no x, it holds 2; write epochs whole"),
-        ("evaluation.datasets.1.name=x", "datasets has no 1, it holds [{'name': 'toy'}]; write datasets whole"),
+        ("pretrain.epochs.x=3", "pretrain.epochs is 2 and has no x; set pretrain.epochs as a whole"),
+        (
+            "evaluation.datasets.1.name=x",
+            "evaluation.datasets is [{'name': 'toy'}] and has no 1; set evaluation.datasets as a whole",
+        ),
     ],
 )
-def test_an_override_that_is_none_is_answered(path, override, words):
+def test_a_malformed_override_is_refused(path, override, words):
     assert words in complaint(path, override)
 
 
@@ -212,7 +215,7 @@ def test_merged_keys_of_yaml_work(tmp_path):
 
 
 @pytest.mark.parametrize("size", sorted(SIZES))
-def test_a_size_stands_for_its_encoder_and_what_is_said_beside_it_wins(tmp_path, size):
+def test_a_size_is_replaced_by_its_encoder_and_given_fields_override_it(tmp_path, size):
     def model(**fields: Any) -> Any:
         content = {"data": {"source": "x"}, "model": {"size": size, **fields}}
         return load_config(write_config(tmp_path / "run.yaml", content)).model
@@ -253,7 +256,7 @@ def test_the_configuration_in_the_kubernetes_manifest_loads(tmp_path):
 
 OUTSIDE = ("name", "store", "resources.", "tracking.", "data.bad_share_warn", "data.bad_share_stop")
 OTHER: dict[str, Any] = {
-    # fields for which a neighbour of the value is not valid: another valid one
+    # another valid value, for fields where the rule in `another` would give an invalid one
     "model.encoder.image_size.0": 32,
     "model.encoder.image_size.1": 32,
     "model.encoder.patch_size": 8,
@@ -283,7 +286,7 @@ OTHER: dict[str, Any] = {
     "store": "/data/other",
 }
 FIXED = ("model.masking", "model.encoder.in_channels")
-"""Fields that have one valid value today."""
+"""Fields that have only one valid value today."""
 
 
 def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -341,7 +344,7 @@ def whole() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("field", [field for field, _ in leaves(whole())])
-def test_a_field_makes_something_anew_unless_it_only_says_where_and_how(field):
+def test_every_field_changes_a_fingerprint_unless_it_only_says_where_and_how(field):
     content = whole()
     value = dict(leaves(content))[field]
     if field in FIXED:
@@ -351,6 +354,11 @@ def test_a_field_makes_something_anew_unless_it_only_says_where_and_how(field):
     before = {step.name: step.fingerprint for step in build(RunConfig.model_validate(content))}
     after = {step.name: step.fingerprint for step in build(changed(content, field, another(field, value)))}
     assert (before == after) == field.startswith(OUTSIDE), field
+
+
+def test_reading_stays_small_enough_not_to_need_a_library():
+    # docs/decisions/017-no-omegaconf.md
+    assert len((ROOT / "pipeline/config/reading.py").read_text().splitlines()) < 220
 
 
 def test_every_section_is_walked():

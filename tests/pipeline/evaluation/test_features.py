@@ -1,4 +1,4 @@
-"""Features are those of the encoder that was asked for, do not depend on how many tasks compute them, and are computed once."""
+"""Features are of the requested encoder, do not depend on the number of tasks, and are computed only once."""
 
 import shutil
 from dataclasses import replace
@@ -13,7 +13,7 @@ from pipeline.data.dataset.address import DatasetAddress, dataset_address
 from pipeline.errors import DataError
 from pipeline.evaluation import features as features_module
 from pipeline.evaluation.encoders import Initial, Pretrained, WeightsFile
-from pipeline.evaluation.features import FOLDER, FeatureRequest, take_features
+from pipeline.evaluation.features import FOLDER, FeatureRequest, extract_features
 from pipeline.weights import ENCODER, read_encoder, read_weights
 
 
@@ -32,36 +32,36 @@ def request_for(shards):
     return request
 
 
-def test_they_are_the_encoders_that_was_asked_for(request_for, pretrained, tmp_path):
+def test_they_are_of_the_requested_encoder(request_for, pretrained, tmp_path):
     attempt = attempt_at(tmp_path / "step")
-    untrained = take_features(request_for(), attempt).values
-    trained = take_features(request_for(encoder=Pretrained(pretrained.store.uri)), attempt).values
+    untrained = extract_features(request_for(), attempt).values
+    trained = extract_features(request_for(encoder=Pretrained(pretrained.store.uri)), attempt).values
     assert untrained.shape == (TEST, 16)
     assert not torch.allclose(untrained, trained, atol=0.1)
-    # the class token after the final norm has mean 0 and variance 1 over its width, but for the norm's trained scale
+    # the class token comes from the final norm: mean 0 and variance 1 over its width while the norm is untrained
     torch.testing.assert_close(untrained.mean(dim=1), torch.zeros(TEST), rtol=0, atol=1e-5)
     torch.testing.assert_close(untrained.std(dim=1, correction=0), torch.ones(TEST), rtol=0, atol=1e-3)
 
 
 def test_parts_of_a_split_are_the_split(request_for, tmp_path, monkeypatch):
-    whole = take_features(request_for(split="train"), attempt_at(tmp_path / "1" / "step"))
+    whole = extract_features(request_for(split="train"), attempt_at(tmp_path / "1" / "step"))
     assert len(whole.labels) == TRAIN
     for images in (31, 9, 1):
         monkeypatch.setattr(features_module, "IMAGES_PER_TASK", images)
-        parts = take_features(request_for(split="train"), attempt_at(tmp_path / f"of-{images}" / "step"))
+        parts = extract_features(request_for(split="train"), attempt_at(tmp_path / f"of-{images}" / "step"))
         assert torch.equal(parts.labels, whole.labels)
         assert torch.equal(parts.sample_ids, whole.sample_ids)
         torch.testing.assert_close(parts.values, whole.values, rtol=0, atol=1e-5)  # batches of other sizes
 
 
 def test_few_labels_are_equally_many_of_each_class(request_for, tmp_path):
-    few = take_features(request_for(split="train", samples=9), attempt_at(tmp_path / "step"))
+    few = extract_features(request_for(split="train", samples=9), attempt_at(tmp_path / "step"))
     assert few.labels.bincount().tolist() == [3, 3, 3]
 
 
 @pytest.fixture
 def copied(shards, tmp_path) -> DatasetAddress:
-    """The dataset in a folder of its own, so that its images can be taken away."""
+    """The dataset in a folder of its own, so that its images can be deleted."""
     address = dataset_address(shards)
     for uri, name in ((address.root_uri, "root"), (address.manifest_uri, "manifest")):
         shutil.copytree(uri.removeprefix("file://"), tmp_path / name)
@@ -72,29 +72,53 @@ def test_they_are_computed_once_for_a_set_of_weights_wherever_these_come_from(
     request_for, copied, pretrained, tmp_path
 ):
     asked = replace(request_for(encoder=Pretrained(pretrained.store.uri)), dataset=copied)
-    first = take_features(asked, attempt_at(tmp_path / "store" / "step-a"))
+    first = extract_features(asked, attempt_at(tmp_path / "store" / "step-a"))
     shutil.rmtree(tmp_path / "root" / "shards")
-    assert all(map(torch.equal, first, take_features(asked, attempt_at(tmp_path / "store" / "step-b"))))
+    assert all(map(torch.equal, first, extract_features(asked, attempt_at(tmp_path / "store" / "step-b"))))
     folder = Path(pretrained.store.uri.removeprefix("file://"))
     same_weights = replace(asked, encoder=WeightsFile(folder))
-    assert all(map(torch.equal, first, take_features(same_weights, attempt_at(tmp_path / "store" / "step-c"))))
+    assert all(map(torch.equal, first, extract_features(same_weights, attempt_at(tmp_path / "store" / "step-c"))))
     for other in (
         replace(asked, pool="mean"),
         replace(asked, samples="labelled", split="train"),
         replace(asked, encoder=Initial(encoder_config(), SEED)),
     ):
-        with pytest.raises(DataError):  # nothing in the cache is taken for it, and the images are gone
-            take_features(other, attempt_at(tmp_path / "store" / "step-d"))
+        with pytest.raises(DataError):  # the cache has nothing for it, and the images are gone
+            extract_features(other, attempt_at(tmp_path / "store" / "step-d"))
+
+
+def test_equal_weights_with_other_heads_are_another_encoder(request_for, tmp_path):
+    # no tensor's shape tells the number of heads
+    attempt = attempt_at(tmp_path / "step")
+    one, other = (
+        Initial(replace(encoder_config(), num_heads=heads), SEED) for heads in (encoder_config().num_heads, 1)
+    )
+    assert one.load().digest == other.load().digest
+    first, second = (extract_features(request_for(encoder=source), attempt).values for source in (one, other))
+    assert not torch.allclose(first, second, atol=1e-3)
+
+
+def test_only_missing_parts_are_computed(request_for, tmp_path, monkeypatch):
+    monkeypatch.setattr(features_module, "IMAGES_PER_TASK", 9)
+    attempt = attempt_at(tmp_path / "store" / "step")
+    first = extract_features(request_for(), attempt)
+    paths = sorted((tmp_path / "store" / FOLDER).rglob("*.safetensors"))
+    written = [path.stat().st_mtime_ns for path in paths]
+    paths[1].unlink()
+    assert all(map(torch.equal, first, extract_features(request_for(), attempt)))
+    again = [path.stat().st_mtime_ns for path in paths]
+    assert (again[0], again[2:]) == (written[0], written[2:])
+    assert again[1] != written[1]
 
 
 def test_a_damaged_part_is_named(request_for, tmp_path):
-    take_features(request_for(), attempt_at(tmp_path / "store" / "step"))
+    extract_features(request_for(), attempt_at(tmp_path / "store" / "step"))
     (part,) = (tmp_path / "store" / FOLDER).rglob("*.safetensors")
     part.write_bytes(part.read_bytes()[:-8])
     with pytest.raises(
         DataError, match=r"part-0000-of-0001\.safetensors: cached features are damaged .*Delete the file"
     ):
-        take_features(request_for(), attempt_at(tmp_path / "store" / "step"))
+        extract_features(request_for(), attempt_at(tmp_path / "store" / "step"))
 
 
 def test_every_source_knows_the_shape_of_its_encoder(pretrained):

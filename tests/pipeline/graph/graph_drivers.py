@@ -1,7 +1,7 @@
-"""Drivers of the small graph in processes of their own, to be killed, and what every history of theirs must end in.
+"""Drivers of the small graph in processes of their own, to be killed, and the state that every such history must end in.
 
-The processes are forked from a server that has imported everything (a plain start takes 2.5 s of importing torch); this
-process is their parent and waits for them."""
+The processes are forked from a server that has already imported torch, which takes seconds. This process is their parent and
+waits for them."""
 
 import hashlib
 import multiprocessing
@@ -26,20 +26,20 @@ from pipeline.storage import open_store
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["pipeline.graph.runner"])
 MARK = "MAE_TEST_RUN"
-"""In the environment of a driver and of all that it starts: how its Ray processes are found when it is gone."""
+"""Environment variable of a driver and of all that it starts, by which its Ray processes are found after its death."""
 
 HERE = str(Path(__file__).parent)
-"""Where Ray's workers find the stages: a test's PYTHONPATH."""
+"""The PYTHONPATH with which Ray's workers find the stages."""
 
 
 class Silent:
-    """Hooks that note what they are told."""
+    """Hooks that record their calls."""
 
     tracking_uri = ""
 
     def __init__(self) -> None:
         self.begun: list[str] = []
-        self.words: list[tuple[str, int, int, str, Mapping[str, float]]] = []
+        self.updates: list[tuple[str, int, int, str, Mapping[str, float]]] = []
         self.ended: list[tuple[str, str]] = []
 
     def begin(self, step: Step) -> str:
@@ -47,14 +47,14 @@ class Silent:
         return ""
 
     def progress(self, step_name: str, done: int, total: int, unit: str, fields: Mapping[str, float]) -> None:
-        self.words.append((step_name, done, total, unit, dict(fields)))
+        self.updates.append((step_name, done, total, unit, dict(fields)))
 
     def end(self, outcome: Outcome) -> None:
         self.ended.append((outcome.step.name, outcome.state))
 
 
 def drive(folder: str, tick_s: float, executor: Executor, mark: str, wire: Any) -> None:
-    """A driver's whole life: says that it is ready, waits for the word, walks, says what became of the steps."""
+    """Life of a driver: report ready, wait for the start, walk the graph, report the states of the steps."""
     os.environ[MARK] = mark
     if executor == "ray":
         os.environ.pop("RAY_ADDRESS", None)
@@ -85,7 +85,7 @@ class Driver:
         self.wire.send("go")
 
     def killed_after(self, seconds: float) -> bool:
-        """SIGKILL at that moment, unless the driver has ended before."""
+        """Kill the driver at that moment, unless it has already ended. Returns whether it was killed."""
         if self.wire.poll(seconds):
             return False
         self.process.kill()
@@ -94,7 +94,7 @@ class Driver:
         return True
 
     def states(self) -> dict[str, str]:
-        """What became of the steps; the process has ended then."""
+        """Wait for the end of the process and return the states of the steps."""
         states: dict[str, str] = self.wire.recv()
         self.process.join()
         assert self.process.exitcode == 0
@@ -110,7 +110,7 @@ def walk_to_the_end(
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """All that a store may be relied on for: every receipt (but `generation` and `made`), its files and shared objects."""
+    """Return all that a store guarantees: every receipt (except `generation` and `made`), its files and shared objects."""
     found: dict[str, Any] = {}
     for step in small_graph({}):
         root = open_store(f"{folder}/store").at(step.directory)
@@ -127,7 +127,7 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 def kill_and_go_on(folder: Path, *, seed: int, tick_s: float, span_s: float, executor: Executor, mark: str = "") -> int:
-    """Kills a driver at random moments of `span_s` up to 3 times, and starts it again until it ends; how often it was killed."""
+    """Kill a driver up to 3 times at random moments within `span_s`, restarting it until it ends. Returns the number of kills."""
     moments = random.Random(seed)
     for kills in range(3):
         driver = Driver(folder, tick_s=tick_s, executor=executor, mark=mark)
@@ -140,18 +140,18 @@ def kill_and_go_on(folder: Path, *, seed: int, tick_s: float, span_s: float, exe
 
 
 def check_like_undisturbed(folder: Path, undisturbed: Mapping[str, Any], *, kills: int) -> None:
-    """Same results, no more work than the kills cost, and nothing left to do."""
+    """Check that results are the same, that the kills cost no more work than they must, and that nothing is left to do."""
     assert results(folder) == undisturbed
-    told = (folder / "log").read_text().splitlines()
-    # in process a kill costs at most the tick under way, or the plain step under way, once; on Ray a worker that outlives its
-    # driver for a moment may tell one tick more
-    assert len(told) - len(set(told)) <= 2 * kills
+    lines = (folder / "log").read_text().splitlines()
+    # In process, a kill costs at most the current tick, or the current plain step. On Ray, a worker that outlives its driver for a
+    # moment may record one tick more.
+    assert len(lines) - len(set(lines)) <= 2 * kills
     assert set(walk_to_the_end(folder, tick_s=0).values()) == {"cached"}
-    assert (folder / "log").read_text().splitlines() == told
+    assert (folder / "log").read_text().splitlines() == lines
 
 
 def processes_of(mark: str) -> dict[int, str]:
-    """Living processes with the mark in their environment: pid -> command."""
+    """Return the live processes with the mark in their environment: pid -> command."""
     found = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
@@ -164,7 +164,7 @@ def processes_of(mark: str) -> dict[int, str]:
 
 
 def left_behind(mark: str, *, within_s: float) -> dict[int, str]:
-    """What of a mark still lives after `within_s`; it is ended here, one by one."""
+    """Return the processes of a mark that are still alive after `within_s`, and kill them one by one."""
     until = time.monotonic() + within_s
     while (found := processes_of(mark)) and time.monotonic() < until:
         time.sleep(0.2)

@@ -1,6 +1,6 @@
-"""Tiny real stages for the tests of the graph: they write files and tell a log, line by line, what they did.
+"""Tiny real stages for the tests of the graph: they write files and record what they did, line by line, in a log.
 
-The log's path and a tick's length come with the options, so that they are outside every fingerprint."""
+The log's path and the length of a tick are options, so that they are not part of any fingerprint."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from typing import Any
 from pipeline import errors
 from pipeline.errors import Stopped
 from pipeline.graph.receipts import check_fence, claims
-from pipeline.graph.runner import stop_key
+from pipeline.graph.runner import stop_request_key
 from pipeline.graph.step import Attempt, StageInput, StageResult, Step, generation_key
 
 VERSION = 1
@@ -28,8 +28,8 @@ class Work:
     ticks: int = 4
 
 
-def tell(attempt: Attempt, line: str) -> None:
-    """Appends a line; short appends of several processes do not mix."""
+def record(attempt: Attempt, line: str) -> None:
+    """Append a line. Short appends by several processes do not mix."""
     with Path(attempt.options["log"]).open("a") as file:
         file.write(line + "\n")
 
@@ -49,8 +49,8 @@ def finished(attempt: Attempt, text: str) -> StageResult:
 
 
 def write(config: Work, inputs: Mapping[str, StageInput], attempt: Attempt) -> StageResult:
-    """Hashes its configuration and what its inputs wrote."""
-    tell(attempt, attempt.step_name)
+    """Hash the configuration and what the inputs wrote."""
+    record(attempt, attempt.step_name)
     for done in range(config.ticks):
         attempt.progress.update(done, config.ticks, unit="ticks", half=0.5)
         tick(attempt)
@@ -59,13 +59,13 @@ def write(config: Work, inputs: Mapping[str, StageInput], attempt: Attempt) -> S
 
 
 def objects(config: Work, inputs: Mapping[str, StageInput], attempt: Attempt) -> StageResult:
-    """Content-addressed objects under the step's root, each with a row that is put if absent; a new generation adds the missing."""
+    """Write content-addressed objects into the step's root, each with a put-if-absent row. A new generation adds missing ones."""
     keys = []
     for index in range(config.ticks):
         row = f"rows/{index}.json"
         if not attempt.root.exists(row):
             tick(attempt)
-            tell(attempt, f"{attempt.step_name} {index}")
+            record(attempt, f"{attempt.step_name} {index}")
             data = digest([config.value, index]).encode() * 500
             key = f"objects/{hashlib.sha256(data).hexdigest()}"
             attempt.root.write(key, data)
@@ -75,36 +75,36 @@ def objects(config: Work, inputs: Mapping[str, StageInput], attempt: Attempt) ->
 
 
 def count(config: Work, inputs: Mapping[str, StageInput], attempt: Attempt) -> StageResult:
-    """A chain of hashes, saved at every link; goes on from the link that its generation was claimed to continue from."""
+    """Compute a chain of hashes, saved at every link. Continues from the link that its generation was claimed with."""
     saved = json.loads(attempt.root.read(attempt.continues)) if attempt.continues else {"done": 0, "chain": ""}
     for done in range(saved["done"], config.ticks):
         attempt.progress.update(done, config.ticks, unit="links")
         tick(attempt)
-        if attempt.root.exists(stop_key(attempt.generation)):
+        if attempt.root.exists(stop_request_key(attempt.generation)):
             raise Stopped(f"stopped at {done} of {config.ticks}, saved")
-        tell(attempt, f"{attempt.step_name} {done}")
+        record(attempt, f"{attempt.step_name} {done}")
         saved = {"done": done + 1, "chain": digest([config.value, done, saved["chain"]])}
         attempt.store.write(f"links/{done:04d}.json", json.dumps(saved).encode())
     return finished(attempt, saved["chain"])
 
 
 def newest_link(root: Any) -> str:
-    """The furthest link of any generation."""
+    """Return the furthest link of any generation."""
     links = [info.key for number in claims(root) for info in root.list(f"{generation_key(number)}/links/")]
     return max(links, key=lambda key: key.rpartition("/")[2], default="")
 
 
 def fails(config: Work, inputs: Mapping[str, StageInput], attempt: Attempt) -> StageResult:
-    """Raises, as long as the options say so, an error of the pipeline's (by name) or one of Python's."""
-    tell(attempt, attempt.step_name)
+    """Raise the pipeline's error that the option `broken` names, or ZeroDivisionError for any other name."""
+    record(attempt, attempt.step_name)
     if broken := attempt.options["broken"]:
         raise getattr(errors, broken, ZeroDivisionError)("images/7.jpg is not an image. Remove it")
-    return finished(attempt, "mended")
+    return finished(attempt, "repaired")
 
 
 def dies_once(config: Work, inputs: Mapping[str, StageInput], attempt: Attempt) -> StageResult:
-    """Leaves a half-written output and takes its process with it; the second time it does not."""
-    tell(attempt, attempt.step_name)
+    """Write half of the output and kill the process; succeed the second time."""
+    record(attempt, attempt.step_name)
     attempt.store.write("half.txt", b"half")
     if attempt.generation == 1:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -112,7 +112,7 @@ def dies_once(config: Work, inputs: Mapping[str, StageInput], attempt: Attempt) 
 
 
 def meets(config: Work, inputs: Mapping[str, StageInput], attempt: Attempt) -> StageResult:
-    """Ends only when two steps are at work at the same time."""
+    """End only when two steps run at the same time."""
     meeting = Path(attempt.options["meeting"])
     (meeting / attempt.step_name).touch()
     for _ in range(600):
@@ -123,7 +123,7 @@ def meets(config: Work, inputs: Mapping[str, StageInput], attempt: Attempt) -> S
 
 
 def small_graph(options: Mapping[str, Any], *, ticks: int = 4) -> list[Step]:
-    """A graph in the pipeline's shape: listing -> shards -> training -> two probes -> page."""
+    """Return a graph of the pipeline's shape: listing -> shards -> training -> two probes -> page."""
     listing = Step(kind="report", name="listing", function=write, config=Work(1, ticks), options=options)
     shards = Step(
         kind="report",

@@ -66,7 +66,7 @@ def test_the_first_receipt_stands(root):
 
 
 def test_racing_receipts_are_one(root):
-    # both have passed the fence: what the slower one is told is what the quicker one wrote
+    # all have passed the fence; the slower ones get what the quickest wrote
     generation = claim(root, continues="")
     with ThreadPoolExecutor(4) as racers:
         receipts = list(racers.map(lambda score: complete(root, generation, {"score": score}), range(4)))
@@ -74,7 +74,7 @@ def test_racing_receipts_are_one(root):
 
 
 def test_a_receipt_is_the_same_fresh_and_read_again(root):
-    # else a stage would see tuples and whole-number keys in the run that made its input, lists and text in the next
+    # otherwise a stage would see tuples and integer keys in the run that made its input, and lists and text keys in the next
     fresh = complete(root, claim(root, continues=""), {"shape": (1, 2), "per_label": {7: 1}})
     assert fresh == read_receipt(root)
     assert fresh.facts == {"shape": [1, 2], "per_label": {"7": 1}}
@@ -102,7 +102,7 @@ def test_an_output_that_was_not_written_makes_no_receipt(root):
 @pytest.mark.parametrize(
     "damage", [b"", b"{", b"[]", b"{}", b"\xff", b'{"files": [{"key": "a"}]}', b'{"files": [], "later": 1}']
 )
-def test_a_damaged_receipt_is_named_and_not_taken_for_none(damage, tmp_path):
+def test_a_damaged_receipt_is_an_error_and_does_not_count_as_missing(damage, tmp_path):
     root = FileStore(tmp_path)
     root.write(RECEIPT, damage)
     with pytest.raises(DataError, match=f"{tmp_path}/{RECEIPT} is not a receipt .*Delete it"):

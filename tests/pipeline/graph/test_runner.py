@@ -1,4 +1,4 @@
-"""The walker on tiny real steps: twice, changed, dry, failing, stopped, in this process and on a real Ray."""
+"""The runner on tiny real steps: twice, changed, planned only, failing, stopped, killed; in this process and on a real Ray."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ from pipeline.cluster.resources import Resources
 from pipeline.errors import DataError, Fenced, PipelineError, Stopped, StorageError
 from pipeline.graph.plan import dotted_fields, nearest_difference, plan_graph
 from pipeline.graph.receipts import RECEIPT, claim, claims, read_receipt
-from pipeline.graph.runner import GraphRun, execute, stop_key
+from pipeline.graph.runner import GraphRun, execute_step, stop_request_key
 from pipeline.graph.step import Attempt, Step
 from pipeline.storage import FileStore
 
@@ -35,15 +35,15 @@ def ray():
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
         patch.setenv("PYTHONPATH", HERE)
-        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):  # `connect` sets them: as they were, afterwards
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):  # `connect` sets them; this restores them afterwards
             patch.setenv(name, os.environ.get(name, ""))
         cluster.connect(cpus=2)
         yield
         cluster.disconnect()
 
 
-def told(options) -> list[str]:
-    """What the stages said since the last look."""
+def recorded(options) -> list[str]:
+    """Return what the stages have recorded since the last call."""
     log = Path(options["log"])
     lines = log.read_text().splitlines() if log.exists() else []
     log.write_text("")
@@ -72,7 +72,7 @@ def alone(function, options, name="alone", **more) -> Step:
 def test_second_run_computes_nothing(store, options):
     steps = small_graph(options)
     first, second = walk(steps, store), walk(steps, store)
-    assert names(told(options)) == ["listing", "shards", "training", "near", "far", "page"]
+    assert names(recorded(options)) == ["listing", "shards", "training", "near", "far", "page"]
     assert set(states(first).values()) == {"done"}
     assert set(states(second).values()) == {"cached"}
     assert [outcome.receipt for outcome in second] == [outcome.receipt for outcome in first]
@@ -88,31 +88,31 @@ def test_steps_given_out_of_order_run_in_order(store, options):
 def test_a_changed_field_runs_again_exactly_what_depends_on_it(store, options):
     listing, shards, training, near, far, page = small_graph(options)
     walk([page], store)
-    told(options)
+    recorded(options)
     other = dataclasses.replace(training, config=Work(30, 8))
     far = dataclasses.replace(far, inputs={"training": other})
     page = dataclasses.replace(page, inputs={"near": near, "far": far})
     outcomes = walk([listing, shards, other, near, far, page], store)
-    assert names(told(options)) == ["training", "far", "page"]
+    assert names(recorded(options)) == ["training", "far", "page"]
     assert [name for name, state in states(outcomes).items() if state == "cached"] == ["listing", "shards", "near"]
     assert set(states(walk(small_graph(options), store)).values()) == {"cached"}  # the old ones are still there
 
 
 def test_changed_resources_run_nothing_again(store, options, tmp_path):
     walk(small_graph(options), store)
-    told(options)
+    recorded(options)
     moved = options | {"tick_s": 1.0, "workers": 64, "zero_stage": 3}
     assert set(states(walk(small_graph(moved), store, parallel=4)).values()) == {"cached"}
-    assert told(options) == []
+    assert recorded(options) == []
 
 
 def test_a_step_whose_receipt_was_deleted_runs_again_from_what_it_left(store, options):
     steps = small_graph(options)
     walk(steps, store)
-    told(options)
+    recorded(options)
     store.at(steps[1].directory).delete(RECEIPT)
     assert states(walk(steps, store))["shards"] == "done"
-    assert told(options) == []  # its objects were all there
+    assert recorded(options) == []  # its objects were all there
 
 
 def test_two_different_steps_of_one_name_are_refused(store, options):
@@ -139,7 +139,7 @@ def test_the_plan_names_what_would_run_and_why_and_writes_nothing(store, options
     assert [(row.step.name, row.state, row.differs) for row in rows] == [
         ("listing", "cached", ()),
         ("shards", "blocked", ("config.ticks: 4 -> 5",)),
-        ("near", "blocked", ("inputs.shards: made anew",)),
+        ("near", "blocked", ("inputs.shards: changed",)),
     ]
     rows = plan_graph([listing, changed, near], store=store)
     assert [row.state for row in rows] == ["cached", "to_run", "to_run"]
@@ -183,11 +183,11 @@ def test_a_failing_step_blocks_only_what_needs_it(store, options):
     outcomes = walk([bad, needs, last, free], store)
     assert states(outcomes) == {"bad": "failed", "needs": "blocked", "last": "blocked", "free": "done"}
     assert isinstance(outcomes[0].error, DataError)
-    mended = dataclasses.replace(bad, options=options | {"broken": ""})
-    inputs = {"bad": mended}
+    repaired = dataclasses.replace(bad, options=options | {"broken": ""})
+    inputs = {"bad": repaired}
     needs = dataclasses.replace(needs, inputs=inputs)
     last = dataclasses.replace(last, inputs={"needs": needs})
-    assert states(walk([mended, needs, last, free], store)) == {
+    assert states(walk([repaired, needs, last, free], store)) == {
         "bad": "done", "needs": "done", "last": "done", "free": "cached",
     }  # fmt: skip
 
@@ -234,15 +234,15 @@ def test_code_that_differs_from_the_drivers_is_refused(store, options):
     root = store.at(step.directory)
     attempt = Attempt(root.uri, 1, "", step.name, "0" * 64, Resources(), "in_process", progress=None, options=options)
     with pytest.raises(PipelineError, match="Install the same version of mae-pipeline on every machine"):
-        execute(step, {}, attempt)
-    assert told(options) == []
+        execute_step(step, {}, attempt)
+    assert recorded(options) == []
 
 
 # --- stopping
 
 
 class StopsAt(Silent):
-    """Asks the run to stop at the first word of a step, as a signal would: in the middle of its work."""
+    """Requests a stop at the first progress update of a step, in the middle of its work, as a signal would."""
 
     def __init__(self, step_name: str) -> None:
         super().__init__()
@@ -266,9 +266,9 @@ def test_a_stop_lets_a_step_save_and_the_next_run_goes_on_from_there(store, opti
         "listing": "done", "shards": "done", "training": "stopped", "near": "stopped", "far": "stopped", "page": "stopped",
     }  # fmt: skip
     assert isinstance(outcomes[2].error, Stopped)
-    assert store.at(steps[2].directory).exists(stop_key(1))
-    walk(steps, store)  # the old request is to the first generation: it stops no other
-    lines = told(options)
+    assert store.at(steps[2].directory).exists(stop_request_key(1))
+    walk(steps, store)  # the old request is for the first generation and stops no other
+    lines = recorded(options)
     assert sorted(line for line in lines if line.startswith("training ")) == [f"training {link}" for link in range(8)]
 
 
@@ -281,7 +281,7 @@ def test_a_stop_cuts_off_a_step_that_cannot_save(store, options):
     assert set(states(walk(steps, store)).values()) == {"done", "cached"}
 
 
-def test_what_is_done_is_told_so_in_a_stopped_run(store, options):
+def test_a_finished_step_is_reported_as_cached_in_a_stopped_run(store, options):
     steps = small_graph(options)
     walk(steps[:2], store)
     run = GraphRun([steps[0], steps[3]], store=store, executor="in_process", hooks=Silent())
@@ -315,7 +315,7 @@ def test_a_failure_while_stopping_is_still_a_failure(store, options):
 
 
 class ClaimsToo(Silent):
-    """Another driver, that claims a step as soon as this one is at work on it."""
+    """Another driver, which claims a step as soon as this one runs it."""
 
     def __init__(self, root) -> None:
         super().__init__()
@@ -346,7 +346,7 @@ def test_two_drivers_at_once_end_in_one_result(tmp_path, store, options):
         driver.go()
     ends = [driver.states() for driver in drivers]
     assert {state for end in ends for state in end.values()} <= {"done", "cached", "stopped"}
-    assert any("stopped" not in end.values() for end in ends)  # one of them came through
+    assert any("stopped" not in end.values() for end in ends)  # one of them finished the graph
     assert results(together) == results(tmp_path / "alone")
     assert set(walk_to_the_end(together, tick_s=0).values()) == {"cached"}
 
@@ -358,7 +358,7 @@ def test_two_drivers_at_once_end_in_one_result(tmp_path, store, options):
 def test_a_killed_driver_goes_on_to_the_same_results(seed, tmp_path):
     walk_to_the_end(tmp_path / "alone", tick_s=0)
     kills = kill_and_go_on(tmp_path / "killed", seed=seed, tick_s=0.04, span_s=0.8, executor="in_process")
-    assert kills > 0  # 28 ticks take longer than the span
+    assert kills > 0  # its 28 ticks take longer than the span of the kills
     check_like_undisturbed(tmp_path / "killed", results(tmp_path / "alone"), kills=kills)
 
 
@@ -375,7 +375,7 @@ def test_the_graph_on_ray_is_the_graph_in_process(ray, store, options, tmp_path)
         4,
         "ticks",
         {"half": 0.5},
-    ) in hooks.words or hooks.words  # the newest word; earlier ones may be passed over
+    ) in hooks.updates or hooks.updates  # only the newest update is sure to arrive
     walk_to_the_end(tmp_path / "alone", tick_s=0)
     assert results(tmp_path) == results(tmp_path / "alone")
     assert set(states(walk(steps, store)).values()) == {"cached"}
@@ -425,11 +425,11 @@ def test_a_stop_on_ray_saves_what_can_save_and_cuts_off_the_rest(ray, store, opt
     outcomes = stopped_walk([saves, cannot], store, "saves", executor="ray", parallel=2)
     assert states(outcomes) == {"saves": "stopped", "cannot": "stopped"}
     assert "saved" in str(outcomes[0].error)
-    assert "cut off" in str(outcomes[1].error)
+    assert "interrupted" in str(outcomes[1].error)
     assert read_receipt(store.at(cannot.directory)) is None
 
 
-def test_a_fence_on_ray_stops_what_else_is_at_work(ray, store, options):
+def test_a_fence_on_ray_stops_the_other_running_steps(ray, store, options):
     slow = options | {"tick_s": 0.2}
     fenced = Step(kind="report", name="training", function=write, config=Work(1, 200), options=slow)
     saves = Step(
@@ -438,4 +438,4 @@ def test_a_fence_on_ray_stops_what_else_is_at_work(ray, store, options):
     hooks = ClaimsToo(store.at(fenced.directory))
     outcomes = walk([fenced, saves], store, executor="ray", parallel=2, hooks=hooks)
     assert [type(outcome.error) for outcome in outcomes] == [Fenced, Stopped]
-    assert json.loads(store.at(saves.directory).read(stop_key(1))) == {}
+    assert json.loads(store.at(saves.directory).read(stop_request_key(1))) == {}

@@ -1,4 +1,4 @@
-"""The fingerprint covers what a step computes and nothing of where it runs."""
+"""The fingerprint covers what a step computes, and nothing about where it runs."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ STEP = Step(
 
 
 def test_the_fingerprint_of_a_fixed_step_stays(monkeypatch):
-    # An upgrade must never restart a ten-day run: when this fails, mend the change, not the number.
+    # An upgrade must never restart a ten-day run: if this fails, correct the change, not the number.
     monkeypatch.setattr(graph_stages, "VERSION", 1)
     assert STEP.fingerprint == "aee9adedd4b15ca2b2ecb925ef63c1ed808775f144123e0abeccbcf05497d283"
     assert STEP.directory == f"shard-{STEP.fingerprint[:12]}"
@@ -122,7 +122,7 @@ plain = st.recursive(
 @settings(deadline=None)
 @given(plain)
 def test_the_canonical_form_is_a_fixed_point(value):
-    # what a receipt holds went through it once: compared with a config of today it must come out the same
+    # a receipt holds the canonical form of an earlier config; it must compare equal to that of today's
     assert canonical(canonical(value)) == canonical(value)
 
 

@@ -1,11 +1,11 @@
-"""The footprint's arithmetic; that real processes hold it is tests/system/test_footprint_layouts.py's to say."""
+"""The footprint's arithmetic. tests/system/test_footprint_layouts.py compares it with real processes."""
 
 from dataclasses import replace
 
 import pytest
 
 from mae_core import SIZES, MAEConfig, activation_bytes, parameter_count
-from pipeline.planning.footprint import OVERHEAD, autoencoder, classifier, footprint, with_checkpoint
+from pipeline.planning.footprint import OVERHEAD, autoencoder_size, classifier_size, footprint, with_checkpoint_copy
 from pipeline.training.engine.settings import EngineSettings
 
 HUGE = MAEConfig(encoder=SIZES["huge"]())
@@ -14,7 +14,7 @@ SETTINGS = EngineSettings(precision="bf16", zero_stage=1, micro_batch=1, accumul
 
 
 def held(settings: EngineSettings = SETTINGS, *, workers: int = 8, device="cuda", model: MAEConfig = HUGE):
-    return footprint(autoencoder(model, settings), settings, workers=workers, device=device)
+    return footprint(autoencoder_size(model, settings), settings, workers=workers, device=device)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 8, 64])
@@ -28,7 +28,7 @@ def test_weights_and_states_by_hand(workers):
 
 
 def test_when_adamw_steps_it_has_gradients_twice_and_in_float32():
-    # one worker in bf16: 2 + 12 stand, 2 kept, 2 flat, 4 float32
+    # bytes per weight for one worker in bf16: 2 + 12 held throughout, 2 kept, 2 flat, 4 in float32
     one = held(workers=1)
     assert one.total - one.overhead == pytest.approx(22 * WEIGHTS, rel=1e-6)
 
@@ -64,11 +64,11 @@ def test_an_offloaded_optimiser_is_the_host_s_and_on_a_cpu_nothing_changes():
 
 
 def test_the_copy_for_a_checkpoint_is_the_cpu_s_memory():
-    model = autoencoder(HUGE, SETTINGS)
+    model = autoencoder_size(HUGE, SETTINGS)
     on_gpu, on_cpu = (
         (
             held(workers=2, device=device),
-            with_checkpoint(held(workers=2, device=device), model, workers=2, device=device),
+            with_checkpoint_copy(held(workers=2, device=device), model, workers=2, device=device),
         )
         for device in ("cuda", "cpu")
     )
@@ -78,6 +78,6 @@ def test_the_copy_for_a_checkpoint_is_the_cpu_s_memory():
 
 def test_fine_tuning_sees_whole_images():
     settings = replace(SETTINGS, micro_batch=64)
-    one = footprint(classifier(HUGE.encoder, settings, num_classes=1000), settings, workers=8, device="cuda")
+    one = footprint(classifier_size(HUGE.encoder, settings, num_classes=1000), settings, workers=8, device="cuda")
     assert one.activations > 2 * held(settings).activations
     assert one.weights == 2 * (parameter_count(HUGE.encoder) + 1281 * 1000)

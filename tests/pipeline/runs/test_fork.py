@@ -1,4 +1,4 @@
-"""A fork's configuration, and weights out of a checkpoint: from real checkpoints of a tiny model that nobody had to train."""
+"""A fork's configuration, and weights exported from checkpoints. The checkpoints are real, of a tiny untrained model."""
 
 import json
 from dataclasses import replace
@@ -29,7 +29,7 @@ from pipeline.weights import import_autoencoder, import_encoder
 
 @pytest.fixture
 def path(tmp_path):
-    """A run of 2 epochs in 8 steps, of which checkpoints 4 and 6 are there; nothing was trained."""
+    """A run of 2 epochs in 8 steps with checkpoints of steps 4 and 6, without any training."""
     path = write_config(tmp_path / "run.yaml", document(tmp_path / "store", write_images(tmp_path / "images", 4)))
     root = root_of(path)
     claim(root, continues="")
@@ -76,10 +76,10 @@ def test_a_fork_is_a_run_of_its_own_that_shares_what_came_before(path, tmp_path)
     assert same.fingerprint != pretrain_step(parent).fingerprint  # the digest is in it, whatever the recipe
     other = pretrain_step(child.model_copy(update={"fork": replace(start, manifest_sha256="0" * 64)}))
     assert other.fingerprint != pretrain_step(child).fingerprint
-    assert "# Goes on from step 4" in out.read_text()
+    assert "# Continues from step 4" in out.read_text()
 
 
-def test_what_was_forked_stays(path, tmp_path):
+def test_a_forked_checkpoint_is_kept(path, tmp_path):
     root = root_of(path)
     fork(path, [], at=4, out=tmp_path / "fork.yaml")
     Pruner(root, 1, Retention(last=1, every_steps=None, best=0)).prune()
@@ -95,8 +95,8 @@ def test_what_was_forked_stays(path, tmp_path):
         ("data.test_share=0.2", "data.test_share"),
     ],
 )
-def test_what_the_position_or_the_weights_hang_on_is_refused(path, tmp_path, change, field):
-    with pytest.raises(ConfigError, match=f"--set {field}: a fork goes on with the weights and at the position"):
+def test_changing_what_the_position_or_the_weights_depend_on_is_refused(path, tmp_path, change, field):
+    with pytest.raises(ConfigError, match=f"--set {field}: a fork continues with the weights and at the position"):
         fork(path, [change], at=4, out=tmp_path / "fork.yaml")
     assert not (tmp_path / "fork.yaml").exists()
 
@@ -105,7 +105,7 @@ def test_a_fork_that_would_train_nothing_or_has_no_checkpoint_is_refused(path, t
     out = tmp_path / "fork.yaml"
     with pytest.raises(ConfigError, match=r"pretrain.epochs=1: the checkpoint is at epoch 1.00 already"):
         fork(path, ["pretrain.epochs=1"], at=4, out=out)
-    with pytest.raises(CheckpointError, match=r"no checkpoint of step 5 is kept. There are: 4, 6"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 5 is kept. Available: 4, 6"):
         fork(path, [], at=5, out=out)
     with pytest.raises(ConfigError, match="nonsense is not a field"):
         fork(path, ["pretrain.nonsense=1"], at=4, out=out)
@@ -160,13 +160,13 @@ def test_weights_of_a_checkpoint_for_others(path, tmp_path, form):
 
 def test_an_export_that_cannot_be_says_why(path, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(DataError, match=r"not finished. Name a checkpoint with --at: 4, 6"):
+    with pytest.raises(DataError, match=r"not finished. Choose a checkpoint with --at: 4, 6"):
         mae("model", "export", path, "--format", "timm", "--out", out)
-    with pytest.raises(CheckpointError, match=r"no checkpoint of step 7 is kept. There are: 4, 6"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 7 is kept. Available: 4, 6"):
         mae("model", "export", path, "--format", "timm", "--out", out, "--at", 7)
     with pytest.raises(DataError, match=r"no finished pretraining. Give the YAML file"):
         mae("model", "export", tmp_path / "store", "--format", "timm", "--out", out)
-    with pytest.raises(DataError, match="not finished, so its model is not known"):
+    with pytest.raises(DataError, match="not finished, so its model is unknown"):
         mae("model", "export", root_of(path).local_path("x").parent, "--format", "timm", "--out", out, "--at", 6)
     (out / "mine").mkdir(parents=True)
     (out / "mine" / "file").write_text("x")

@@ -1,4 +1,4 @@
-"""What may go from a store: decided from numbers, then found in a folder, and what is needed always stays."""
+"""Garbage in a store: decided from numbers, then found in a folder. What is needed always stays."""
 
 import json
 import time
@@ -60,7 +60,7 @@ def test_the_age_counts_from_when_it_was_superseded(before, goes):
 
 @pytest.fixture
 def store(tmp_path):
-    """A finished and an unfinished pretraining with three generations each, a fork's pin, and what no step is."""
+    """A finished and an unfinished pretraining with three generations each, a fork's pin, and objects that belong to no step."""
     root = FileStore(tmp_path)
     old = time.time() - 3 * DAY
     for directory in ("pretrain-done", "pretrain-going"):

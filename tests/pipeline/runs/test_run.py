@@ -1,4 +1,4 @@
-"""Whole runs in this process: real images, real training, real MLflow in SQLite. Small enough for seconds."""
+"""Whole runs in this process, small enough for seconds: real images, real training, real MLflow in SQLite."""
 
 import io
 import json
@@ -26,9 +26,9 @@ from pipeline.data.feed.substitution import Substitution
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.graph.receipts import Receipt
 from pipeline.graph.runner import Outcome
-from pipeline.runs.checks import warn_of_folders
+from pipeline.runs.checks import warn_of_unshared_paths
 from pipeline.runs.hooks import detail_of
-from pipeline.runs.run import _stop_when_told, plan_run, run_pipeline
+from pipeline.runs.run import _stop_on_signals, plan_run, run_pipeline
 from pipeline.runs.summary import RunSummary, as_json, verdict_line
 from pipeline.runs.workflow import build
 from pipeline.storage import open_store
@@ -50,7 +50,7 @@ STEPS = [
 
 @dataclass
 class Silent:
-    """A display that remembers."""
+    """A display that records its calls."""
 
     said: list[tuple[str, str, str]] = field(default_factory=list)
 
@@ -79,7 +79,7 @@ def facts(summary: RunSummary, name: str) -> Mapping[str, Any]:
     return outcome.receipt.facts
 
 
-# --- one run, looked at from all sides -------------------------------------------------------------------------------------
+# --- one run, seen from all sides -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def client(uri: str) -> Any:
 
 
 def children(summary: RunSummary) -> dict[str, Any]:
-    """Step -> its MLflow run, by the tags of the parent."""
+    """Return the MLflow run of each step, found by the tags of the parent run."""
     mlflow = client(summary.addresses["tracking"])
     tags = mlflow.get_run(summary.run_id).data.tags
     prefix = tracking.STEP_TAG
@@ -280,7 +280,7 @@ def test_an_evaluation_on_another_dataset_has_its_own_shards(tmp_path, store):
 
 
 def spoil(folder: Path, count: int) -> None:
-    """Turns that many images into text."""
+    """Replace this many images by text."""
     for path in sorted(folder.rglob("*.png"))[:count]:
         path.write_bytes(b"not an image")
 
@@ -294,7 +294,7 @@ def test_many_bad_images_are_said_with_exit_code_4(tmp_path, store):
     assert set(states(summary).values()) == {"done"}
     assert "3.3% of the images are unreadable, more than data.bad_share_warn=1.0%" in verdict_line(config, summary)
     assert [detail_of(o) for o in summary.outcomes if o.step.name == "shard"] == ["2 images quarantined"]
-    # judged again, nothing made anew
+    # judged again, and nothing is repeated
     calmer = load_config(tmp_path / "run.yaml", ["data.bad_share_warn=0.04"])
     again = go(calmer)
     assert (again.exit_code, set(states(again).values())) == (0, {"cached"})
@@ -326,7 +326,7 @@ def test_too_many_bad_images_stop_the_run_and_a_higher_bound_goes_on(tmp_path, s
 
 
 def a_zoo(folder: Path) -> tuple[set[str], dict[str, str]]:
-    """Images of every kind; the names of the good ones, and of the bad ones with their reason."""
+    """Write images of every kind. Returns the names of the good ones, and the bad ones with their reasons."""
     write_images(folder, 30)
     draw = np.random.default_rng(1)
     pixels = draw.integers(0, 256, (24, 20, 3), dtype=np.uint8)
@@ -451,7 +451,7 @@ def test_what_other_machines_cannot_see_is_warned_of(store, tracking_uri, nodes,
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     if remote:
         monkeypatch.setenv("RAY_ADDRESS", "auto")
-    warn_of_folders(open_store(store), tracking_uri)
+    warn_of_unshared_paths(open_store(store), tracking_uri)
     assert [record.getMessage().split()[0] for record in caplog.records] == warned
 
 
@@ -512,10 +512,10 @@ def test_the_closing_table_names_images_that_others_stood_in_for():
 
 def test_the_wall_clock_asks_once_and_in_good_time(caplog):
     asked, began = [], time.monotonic()
-    with _stop_when_told(lambda: asked.append(time.monotonic() - began), Resources(wall_clock_s=0.5, grace_s=0.3)):
+    with _stop_on_signals(lambda: asked.append(time.monotonic() - began), Resources(wall_clock_s=0.5, grace_s=0.3)):
         time.sleep(0.6)
     assert len(asked) == 1
     assert 0.2 <= asked[0] < 0.5
-    assert "wall_clock_s=0.5 is nearly over: what is under way is saved first" in caplog.text
+    assert "wall_clock_s=0.5 is nearly over: saving what is running" in caplog.text
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
     assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL

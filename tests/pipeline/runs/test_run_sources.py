@@ -128,7 +128,7 @@ def test_one_name_in_a_list_is_that_name_and_a_later_part_leaves_the_first_alone
 
 
 def test_fingerprints_of_what_was_there_before_stay(tmp_path):
-    # An upgrade must never restart a ten-day run: when this fails, mend the change, not the numbers.
+    # An upgrade must never restart a ten-day run: if this fails, correct the change, not the numbers.
     path = write_config(tmp_path / "run.yaml", {"data": {"source": "/data/x"}, "model": {"size": "tiny"}})
     made = {step.name: step.fingerprint for step in build(load_config(path))}
     assert made["snapshot"] == "8a4dcf9e9a207383d1538665c7e219457fec02e179144dee7cfee519254478b9"
@@ -172,7 +172,7 @@ def test_refresh_takes_in_what_is_new_once_and_writes_no_old_shard_again(tmp_pat
     assert (code, said) == (0, [f"mae: refresh: {source} is not listed yet; this run lists it for the first time"])
     assert set(told.values()) == {"done"}
     code, told, said = mae(refresh=True)
-    assert said == [f'mae: refresh: nothing is new in {source}; to keep to it write data.snapshot: "1"']
+    assert said == [f'mae: refresh: nothing is new in {source}; to pin this state write data.snapshot: "1"']
     assert set(told.values()) == {"cached"}
 
     write_images(source / "new", 12, seed=1)
@@ -182,14 +182,14 @@ def test_refresh_takes_in_what_is_new_once_and_writes_no_old_shard_again(tmp_pat
     rows = json.loads(planned.stdout)["steps"]
     assert [row["state"] for row in rows[:5]] == ["cached", "to_run", "cached", "to_run", "to_run"]
     code, told, said = mae(refresh=True)
-    assert said == [f'mae: refresh: a new part in {source}; to keep to it write data.snapshot: ["1", "2"]']
+    assert said == [f'mae: refresh: a new part in {source}; to pin this state write data.snapshot: ["1", "2"]']
     assert code == 0
     assert [told[name] for name in ("snapshot", "shard", "snapshot.2", "shard.2", "join", "pretrain")] == (
         ["cached"] * 2 + ["done"] * 4
     )
     assert {p: p.stat().st_mtime_ns for p in times} == times
     code, told, said = mae(refresh=True)
-    assert said == [f'mae: refresh: nothing is new in {source}; to keep to it write data.snapshot: ["1", "2"]']
+    assert said == [f'mae: refresh: nothing is new in {source}; to pin this state write data.snapshot: ["1", "2"]']
     assert set(told.values()) == {"cached"}
     code, told, said = mae(refresh=False)  # the file still says "1"
     assert (said, set(told.values())) == ([], {"cached"})

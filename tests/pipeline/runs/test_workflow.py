@@ -15,8 +15,8 @@ PINNED = {
     "linear-digits-pretrained-s0": "454be2757d96",
     "linear-digits-random-s0": "361ea9132482",
 }
-"""Of jobs/configs/digits.yaml. They move with a stage's VERSION, and with a changed default, which is a change of results; a new
-field is to be marked ADDED_LATER instead. The report shows the configuration, so its own moves with every field."""
+"""Of jobs/configs/digits.yaml. They change with a stage's VERSION and with a changed default, which both change results. A new
+field must be marked ADDED_LATER instead. The report shows the configuration, so its fingerprint changes with every field."""
 
 
 def test_golden_fingerprints_of_a_run():

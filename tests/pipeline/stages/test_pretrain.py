@@ -1,4 +1,4 @@
-"""The pretraining stage, run whole: what it leaves is what was trained."""
+"""The pretraining stage as a whole: what it writes is what was trained."""
 
 import dataclasses
 import io
@@ -49,7 +49,7 @@ def test_the_panel_shows_held_out_images_before_and_after(pretrained):
     assert images.dtype == np.uint8
     original, visible, before, after = images.transpose(1, 0, 2, 3, 4)
     shown = (original == visible).all(axis=-1).mean()
-    assert 0.2 < shown < 0.5  # 4 of 16 patches, and pixels that happen to have the mean colour
+    assert 0.2 < shown < 0.5  # 4 of 16 patches, plus pixels that happen to have the mean colour
     assert (before != after).any()
 
 

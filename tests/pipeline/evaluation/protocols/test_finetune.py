@@ -1,4 +1,4 @@
-"""The fine-tuning stage, run whole on one and two workers: scores over all test images, from the weights that were asked for."""
+"""Fine-tuning as a whole on one and two workers: it scores the requested weights over all test images."""
 
 import json
 from dataclasses import replace
@@ -37,7 +37,7 @@ def finetune_here(of: FinetuneConfig, inputs: dict[str, StageInput], attempt: At
 
 
 def test_images(shards: StageInput) -> tuple[torch.Tensor, torch.Tensor]:
-    """All test images as evaluation cuts them, one after the other and without the loader: uint8 [n, H, W, 3], labels [n]."""
+    """Return all test images as evaluation crops them, read without the loader: uint8 [n, H, W, 3], labels [n]."""
     selection = Selection.all(dataset_address(shards).open(), "test")
     centre = AugmentConfig(kind="center", flip=False)
     images, labels = [], []
@@ -83,7 +83,7 @@ def train_here(spec, attempt):
 
 @pytest.mark.parametrize(("workers", "zero_stage"), [(2, 1), pytest.param(3, 3, marks=pytest.mark.system)])
 def test_any_number_of_workers_counts_every_test_image_once(teams, shards, tmp_path, workers, zero_stage):
-    """23 images over 2 or 3 workers, with ZeRO-3's forward passes kept in step; equal to one worker's score."""
+    """23 images on 2 or 3 workers, whose forward passes ZeRO-3 needs in equal number, score as on one worker."""
     scores = []
     for size, stage in ((1, 1), (workers, zero_stage)):
         attempt = attempt_at(tmp_path / str(size), zero_stage=stage)
@@ -126,14 +126,14 @@ def test_the_encoder_is_the_pretrained_one_and_the_head_is_fresh(pretrained):
     assert not torch.equal(heads[0], heads[2])
 
 
-def test_images_without_labels_are_passed_over(unlabelled, tmp_path):
+def test_images_without_labels_are_skipped(unlabelled, tmp_path):
     attempt = attempt_at(tmp_path)
     result = finetune(config("random"), {"shards": unlabelled}, attempt)
     assert (result.facts, result.files) == ({"skipped": "no labels"}, ())
     assert list(attempt.store.list()) == []
 
 
-def test_a_dataset_without_a_test_split_is_passed_over(shards, tmp_path):
+def test_a_dataset_without_a_test_split_is_skipped(shards, tmp_path):
     lacking = replace(shards, facts=dict(shards.facts) | {"splits": ["train"]})
     result = finetune(config("random"), {"shards": lacking}, attempt_at(tmp_path))
     assert result.facts == {"skipped": "no test split"}

@@ -1,4 +1,4 @@
-"""The linear probe, run whole: features of the weights that were asked for, every test image counted once."""
+"""The linear probe as a whole: it scores the requested weights and counts every test image once."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from training_kit import SEED, TEST, attempt_at, encoder_config
 from pipeline.data.dataset.address import dataset_address
 from pipeline.evaluation import features as features_module
 from pipeline.evaluation.encoders import encoder_source
-from pipeline.evaluation.features import FeatureRequest, Features, take_features
+from pipeline.evaluation.features import FeatureRequest, Features, extract_features
 from pipeline.evaluation.protocols.linear import PROBE, LinearConfig, LinearSettings, fit, linear
 
 
@@ -33,7 +33,7 @@ def test_the_score_is_the_saved_probes_over_all_test_images(shards, pretrained, 
         seed=SEED,
         pool="cls",
     )
-    test = take_features(request, attempt_at(tmp_path / "elsewhere" / "step"))  # not from the same cache
+    test = extract_features(request, attempt_at(tmp_path / "elsewhere" / "step"))  # not from the same cache
     logits = (test.values - probe["mean"]) / probe["deviation"] @ probe["weight"].T + probe["bias"]
     assert facts["top1"] == pytest.approx(float((logits.argmax(dim=1) == test.labels).double().mean()))
     loss = torch.nn.functional.cross_entropy(logits, test.labels)
@@ -65,8 +65,8 @@ def test_fitting_is_the_same_every_time_and_separates_what_can_be_separated():
     assert (heads[0](values).argmax(dim=1) == labels).all()
 
 
-def test_images_without_labels_are_passed_over(unlabelled, partly_labelled, tmp_path):
+def test_images_without_labels_are_skipped(unlabelled, partly_labelled, tmp_path):
     step = tmp_path / "step"
     assert linear(config("random"), {"shards": unlabelled}, attempt_at(step)).facts == {"skipped": "no labels"}
     facts = linear(config("random"), {"shards": partly_labelled}, attempt_at(step)).facts
-    assert facts["images"] == TEST  # the two stray ones are not counted
+    assert facts["images"] == TEST  # the two without a label are not counted

@@ -11,7 +11,7 @@ from training_kit import Team, attempt_at, mae_spec, resources, spoiled
 
 from pipeline.cluster.resources import Resources
 from pipeline.graph.receipts import claim
-from pipeline.graph.runner import stop_key
+from pipeline.graph.runner import stop_request_key
 from pipeline.tracking import NullTracker
 from pipeline.training import launch
 from pipeline.training.checkpoints import format as checkpoints
@@ -50,7 +50,7 @@ def test_a_higher_generation_and_a_request_come_before_a_notice(tmp_path):
     assert supervision.should_stop() == ""
     clock.now += 0.5
     assert supervision.should_stop() == "preempted"
-    attempt.root.create(stop_key(1), b"{}")
+    attempt.root.create(stop_request_key(1), b"{}")
     clock.now += 1
     assert supervision.should_stop() == "asked"
     claim(attempt.root, continues="")

@@ -35,7 +35,7 @@ from pipeline.data.feed.loader import Batch
 from pipeline.data.feed.selection import Selection
 from pipeline.errors import DataError, Fenced
 from pipeline.graph.receipts import claim
-from pipeline.graph.runner import stop_key
+from pipeline.graph.runner import stop_request_key
 from pipeline.graph.step import Attempt, StageInput
 from pipeline.storage import FileStore, S3Store
 from pipeline.tracking import NullTracker
@@ -488,7 +488,7 @@ def test_the_supervisor_reads_the_store_once_a_second(tmp_path):
     attempt = attempt_at(tmp_path / "step")
     supervisor = StoreSupervisor(attempt, clock=lambda: now[0])
     assert supervisor.should_stop() == ""
-    attempt.root.create(stop_key(attempt.generation), b"{}")
+    attempt.root.create(stop_request_key(attempt.generation), b"{}")
     assert supervisor.should_stop() == ""  # asked a moment ago
     now[0] += 1.0
     assert supervisor.should_stop() == "asked"
@@ -505,7 +505,7 @@ def test_a_store_that_does_not_answer_stops_no_training(s3_endpoint, tmp_path, c
 
 def test_a_stop_asked_through_the_store_is_answered_as_stopped(teams, shards, tmp_path):
     attempt = attempt_at(tmp_path / "step")
-    attempt.root.create(stop_key(attempt.generation), b"{}")
+    attempt.root.create(stop_request_key(attempt.generation), b"{}")
     answer = teams(1).outcomes(run_training_here, mae_spec(shards, attempt), attempt)[0]
     assert answer.kind == "Stopped"
     assert "stopped at step 0 of 10" in answer.message
