@@ -1,29 +1,31 @@
-"""make demo: the whole pipeline on scikit-learn's digits, with embedded defaults (local Ray, a folder as store, SQLite MLflow).
+"""`make demo`: the whole pipeline on scikit-learn's handwritten digits.
 
-Leaves OUT/summary.json: scores, seconds by step, and where the report, the store and the tracking lie."""
+Ray runs on this machine, the store is a folder, MLflow's database is SQLite. Writes OUT/summary.json:
+mean scores, seconds per step, and where the report, the store and MLflow's database are."""
 
 import json
 import os
-import sys
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from pipeline.runs.summary import RunSummary
+
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path(".demo"),
-    seeds: Annotated[int, typer.Option(min=1, help="Evaluations are repeated with so many seeds.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder for everything that the demo writes.")] = Path(".demo"),
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds to evaluate with.")] = 1,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Ten epochs instead of a hundred: does it run at all?")
+        bool, typer.Option("--quick", help="Train 10 epochs instead of 100, to see whether it runs at all.")
     ] = False,
 ) -> None:
-    """Runs the digits configuration in OUT."""
+    """Run jobs/configs/digits.yaml with everything in one folder."""
     from jobs.digits import write_digits
-    from jobs.run import run_and_show
     from pipeline.config import load_config
-    from pipeline.runs.summary import RunSummary
+    from pipeline.runs.terminal import run_and_show
 
     out = out.absolute()
     out.mkdir(parents=True, exist_ok=True)
@@ -31,19 +33,20 @@ def demo(
         f"store={out / 'store'}",
         f"data.source={write_digits(out / 'digits')}",
         f"evaluation.seeds={list(range(seeds))}",
+        # two workers also fit on a machine with one core
         f"resources.cpus_per_worker={min(1.0, (os.cpu_count() or 1) / 2)}",
         *(["pretrain.epochs=10"] if quick else []),
     ]
     with resources.as_file(resources.files("jobs") / "configs" / "digits.yaml") as path:
-        summary: RunSummary = run_and_show(load_config(path, overrides), executor="ray")
+        summary = run_and_show(load_config(path, overrides), executor="ray")
     if summary.exit_code == 0:
-        (out / "summary.json").write_text(json.dumps(as_summary(summary), indent=1) + "\n")
-        print(f"summary   {out / 'summary.json'}", file=sys.stderr)
+        (out / "summary.json").write_text(json.dumps(results(summary), indent=1) + "\n")
+        typer.echo(f"summary   {out / 'summary.json'}", err=True)
     raise typer.Exit(summary.exit_code)
 
 
-def as_summary(summary: Any) -> dict[str, Any]:
-    """Mean scores by protocol and encoder, seconds by step, addresses."""
+def results(summary: "RunSummary") -> dict[str, Any]:
+    """Return mean scores by protocol and encoder, seconds by step, and addresses."""
     scores: dict[str, dict[str, float]] = {}
     for score in summary.scores:
         scores.setdefault(score.protocol, {})[score.encoder] = score.mean
@@ -55,7 +58,7 @@ def as_summary(summary: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    """A person's mistake is one clear line."""
+    """Entry point of `make demo`."""
     from jobs.cli import guarded
 
     guarded(lambda: typer.run(demo))

@@ -1,8 +1,9 @@
-"""scikit-learn's bundled handwritten digits (1,797 of 8 x 8 pixels) as a tree of image files, with three bad ones planted.
+"""scikit-learn's bundled handwritten digits, 1,797 of 8 x 8 pixels, as a tree of image files with three bad ones.
 
     FOLDER/train/3/0042.png    1,397 images (with held_out="val": 1,097)
-    FOLDER/test/7/1700.png     400 images (with held_out="val": the 300 that come out of train, to choose settings by)
-The split is fixed: a keyed permutation cut at fixed places. Images are enlarged to 16 x 16 (bicubic) and stored as PNG."""
+    FOLDER/test/7/1700.png     400 images (with held_out="val": the 300 taken out of train, to choose settings on)
+
+The split is fixed: a keyed permutation, cut at fixed places. Images are enlarged to 16 x 16 (bicubic) and stored as PNG."""
 
 from pathlib import Path
 from typing import Literal
@@ -19,11 +20,11 @@ BAD = {
     "train/5/bad-truncated.png": None,
     "train/8/bad-text.jpg": b"this is not an image\n",
 }
-"""Planted to end in quarantine: empty, truncated (half of a good file), and text under an image's name."""
+"""Files that must end up in quarantine: empty, truncated (None: half of a good file), and text with an image's name."""
 
 
 def write_digits(folder: Path, *, held_out: Literal["test", "val"] = "test") -> Path:
-    """Writes the tree (once: the finished folder appears by rename); returns it."""
+    """Write the tree unless it exists, and return its folder. The finished folder appears by rename, so it is whole."""
     from sklearn.datasets import load_digits
 
     if folder.exists():

@@ -1,16 +1,17 @@
-"""mae model export: a pretraining's weights for timm, Hugging Face, or as plain safetensors."""
+"""`mae model export`."""
 
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Weights of a pretraining.")
+from jobs.options import Overrides, config_at
+
+app = typer.Typer(no_args_is_help=True)
 
 
 class Format(StrEnum):
-    """Whom the folder is for."""
+    """The library that the folder is for."""
 
     TIMM = "timm"
     HF_VIT = "hf-vit"
@@ -20,7 +21,7 @@ class Format(StrEnum):
 
 @app.callback()
 def model() -> None:
-    """Weights of a pretraining."""
+    """Export the weights of a pretraining."""
 
 
 @app.command()
@@ -28,30 +29,29 @@ def export(
     target: Annotated[
         str,
         typer.Argument(
-            help="YAML file of a run, its store, or the pretrain step's directory.",
+            help="The YAML file of a run, its store, or the directory of its pretrain step.",
             metavar="CONFIG.yaml|STORE|STEP_DIR",
         ),
     ],
-    to: Annotated[Format, typer.Option("--format", help="hf-vitmae and safetensors hold the decoder, too.")],
+    to: Annotated[
+        Format,
+        typer.Option("--format", help="timm and hf-vit get the encoder; hf-vitmae and safetensors the decoder too."),
+    ],
     out: Annotated[str, typer.Option(help="A new folder, or s3://bucket/prefix.", metavar="FOLDER")],
-    at: Annotated[int | None, typer.Option(help="Step of a checkpoint; left out: the finished weights.")] = None,
-    overrides: Annotated[
-        list[str], typer.Option("--set", help="Overrides a field of the configuration.", metavar="FIELD=VALUE")
-    ] = [],  # noqa: B006 - typer copies it
+    at: Annotated[int | None, typer.Option(help="Step of a checkpoint. Default: the finished weights.")] = None,
+    overrides: Overrides = [],  # noqa: B006 - typer copies it
 ) -> None:
-    """Writes weights, configuration and a README that says how to load them into a folder."""
-    from pipeline.config import absolute_address, load_config
-    from pipeline.errors import ConfigError
+    """Write weights, their configuration and a README that says how to load them into a new folder.
+
+    Prints the paths of the files.
+    """
+    from pipeline.config import absolute_address
     from pipeline.runs.pretrainings import export as export_weights
     from pipeline.runs.pretrainings import pretraining_at, pretraining_of
     from pipeline.storage import open_store
 
-    if target.endswith((".yaml", ".yml")):
-        found = pretraining_of(load_config(Path(target), overrides))
-    elif overrides:
-        raise ConfigError(f"--set changes a configuration, and {target!r} is none: leave it out")
-    else:
-        found = pretraining_at(target)
+    config = config_at(target, overrides)
+    pretraining = pretraining_of(config) if config else pretraining_at(target)
     store = open_store(absolute_address(out))
-    for key in export_weights(store, found.weights(at), found.model, to=to.value):
+    for key in export_weights(store, pretraining.weights(at), pretraining.model, to=to.value):
         typer.echo(str(store.local_path(key) or f"{store.uri}/{key}"))

@@ -1,98 +1,172 @@
-"""mae shards verify, inspect, index, audit: are shards as they were written, what is in them, were the right samples trained on?"""
+"""`mae shards verify`, `inspect`, `index`, `audit`.
+
+Are the shards as they were written, what is in them, and did training read the right samples?"""
 
 import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Shards, and what was read from them.")
+from jobs.options import AsJson, Overrides, config_at
 
+if TYPE_CHECKING:
+    from pipeline.runs.datasets import FinishedDataset
+
+app = typer.Typer(no_args_is_help=True, help="Verify, inspect and index shards; audit what was read from them.")
 
 Target = Annotated[
     str,
     typer.Argument(
-        help="YAML file of a run, or the directory of a shard or join step.", metavar="CONFIG.yaml|STEP_DIR"
+        help="The YAML file of a run, or the directory of a shard or join step.", metavar="CONFIG.yaml|STEP_DIR"
     ),
 ]
-Set = Annotated[list[str], typer.Option("--set", help="Overrides a field of the configuration.", metavar="FIELD=VALUE")]
+LOCAL_UNLESS_LARGE = (
+    "CPUs to use. 1 reads in this process, without a cluster. Default: a cluster if there is much to read."
+)
 
 
 @app.command()
 def verify(
     target: Target,
-    overrides: Set = [],  # noqa: B006 - typer copies it
-    workers: Annotated[int | None, typer.Option(min=1, help="CPUs; 1 reads here, without a cluster.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON line a dataset on standard output.")] = False,
+    overrides: Overrides = [],  # noqa: B006 - typer copies it
+    workers: Annotated[int | None, typer.Option(min=1, help=LOCAL_UNLESS_LARGE)] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Reads every byte of the shards back, and names each damage with the shard, the sample and what to do about it.
+    """Read every byte of the shards, and name each damage with its shard, its sample and how to repair it.
 
-    Exit code 1 when anything was found. Nothing is written.
+    Nothing is written. Exit code 1 when any damage was found.
     """
-    from jobs.datasets import verify_command
+    from rich.console import Console
 
-    raise typer.Exit(verify_command(target, overrides, workers=workers, as_json=as_json))
+    from pipeline.reporting.progress import ProgressDisplay
+    from pipeline.reporting.shard_pictures import verification_table
+    from pipeline.runs.executor import connected, executor_for_reading
+    from pipeline.runs.verification import verify as verify_dataset
+
+    datasets = _datasets(target, overrides)
+    executor = executor_for_reading(datasets, workers=workers)
+    with connected(executor, workers=workers), ProgressDisplay() as display:
+        found = [
+            verify_dataset(one, executor=executor, progress=display.for_step(f"verify {one.receipt.step}"))
+            for one in datasets
+        ]
+    console = Console(stderr=as_json, highlight=False)
+    for verification in found:
+        console.print(verification_table(verification), soft_wrap=True)
+    if as_json:
+        for verification in found:
+            typer.echo(json.dumps({"clean": verification.clean, **asdict(verification)}))
+    raise typer.Exit(0 if all(verification.clean for verification in found) else 1)
 
 
 @app.command()
 def inspect(
     target: Target,
-    overrides: Set = [],  # noqa: B006
-    out: Annotated[Path, typer.Option(help="The picture.", metavar="FILE.png")] = Path("shards.png"),
-    split: Annotated[str | None, typer.Option(help="One split; left out: all.")] = None,
-    samples: Annotated[int, typer.Option(min=1, max=400, help="Images on the sheet.")] = 32,
-    seed: Annotated[int, typer.Option(min=0, help="Of the choice of images.")] = 0,
+    overrides: Overrides = [],  # noqa: B006 - typer copies it
+    out: Annotated[Path, typer.Option(help="Where to write the picture.", metavar="FILE.png")] = Path("shards.png"),
+    split: Annotated[str | None, typer.Option(help="Show one split only. Default: all.")] = None,
+    samples: Annotated[int, typer.Option(min=1, max=400, help="Number of images on the contact sheet.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for choosing the images.")] = 0,
 ) -> None:
-    """Draws images, sizes and labels into one picture; counts, quarantine and near duplicates in a table."""
-    from jobs.datasets import inspect_command
+    """Draw images, sizes and labels into one picture, and print counts, quarantine and near duplicates.
 
-    raise typer.Exit(inspect_command(target, overrides, out=out, split=split, samples=samples, seed=seed))
+    Of a run with several datasets, the one of pretraining is shown.
+    """
+    from rich.console import Console
+
+    from pipeline.data.dataset.survey import survey
+    from pipeline.errors import ConfigError
+    from pipeline.reporting.shard_pictures import survey_png, survey_table, terminal_sheet, unreadable_line
+
+    dataset = _datasets(target, overrides)[0]
+    manifest = dataset.address.open()
+    if split is not None and split not in manifest.splits:
+        raise ConfigError(f"--split {split!r} is none of this dataset's: write {' or '.join(manifest.splits)}")
+    seen = survey(manifest, splits=[split] if split else manifest.splits, images=samples, seed=seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_bytes(survey_png(seen))
+    console = Console(highlight=False)
+    if sys.stdout.isatty() and seen.shown:
+        console.print(terminal_sheet(seen.shown))
+        console.print()
+    console.print(survey_table(seen), soft_wrap=True)
+    if line := unreadable_line(seen):
+        console.print(f"\n{line}", soft_wrap=True, markup=False)
+    typer.echo(f"\ndataset  {manifest.digest[:12]}  {dataset.step_uri}\npicture  {out.absolute()}")
 
 
 @app.command()
 def index(
     source: Annotated[str, typer.Argument(help="Folder or s3:// prefix of WebDataset tars.", metavar="TARS")],
-    overrides: Set = [],  # noqa: B006
-    store: Annotated[str, typer.Option(help="Where the index goes: a folder or s3://bucket/prefix.")] = ".mae/store",
-    workers: Annotated[int | None, typer.Option(min=1, help="CPUs; left out or 1: here, without a cluster.")] = None,
+    overrides: Overrides = [],  # noqa: B006 - typer copies it
+    store: Annotated[
+        str | None,
+        typer.Option(
+            help="Where to write the index: a folder or s3://bucket/prefix. Default: .mae/store, as for a run."
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="CPUs to use. 1, the default, reads in this process, without a cluster.")
+    ] = None,
 ) -> None:
-    """Indexes tars of others where they lie: offsets, checksums, labels. `mae run` on them, with this store, goes on from there."""
-    from jobs.datasets import index_command
+    """Index existing WebDataset tars without copying them: offsets, checksums, labels.
 
-    raise typer.Exit(index_command(source, overrides, store=store, workers=workers))
+    `mae run` with the same source and store then skips straight to pretraining.
+    """
+    from rich.console import Console
+
+    from pipeline.data.dataset.survey import survey
+    from pipeline.reporting.progress import ProgressDisplay
+    from pipeline.reporting.shard_pictures import survey_table
+    from pipeline.runs.datasets import datasets_of, make_datasets
+    from pipeline.runs.executor import connected, executor_for_indexing
+    from pipeline.runs.indexing import index_config
+    from pipeline.runs.summary import EXIT_CODES
+    from pipeline.runs.terminal import TerminalHooks
+
+    config = index_config(source, overrides, store=store)
+    executor = executor_for_indexing(workers=workers)
+    with connected(executor, workers=workers), ProgressDisplay() as display:
+        outcomes = make_datasets(config, executor=executor, hooks=TerminalHooks(display))
+    states = {outcome.state for outcome in outcomes}
+    if states - {"done", "cached"}:
+        raise typer.Exit(EXIT_CODES["stopped" if "stopped" in states else "failed"])
+    dataset = datasets_of(config)[0]
+    manifest = dataset.address.open()
+    Console(highlight=False).print(survey_table(survey(manifest, splits=manifest.splits, images=0)), soft_wrap=True)
+    typer.echo(f"\ndataset  {manifest.digest[:12]}  {dataset.step_uri}")
 
 
 @app.command()
 def audit(
     address: Annotated[
-        str, typer.Argument(help="A run's store, or one training step's directory in it.", metavar="STORE_OR_STEP")
+        str, typer.Argument(help="A run's store, or the directory of one training step in it.", metavar="STORE_OR_STEP")
     ],
     dataset: Annotated[
         str | None,
-        typer.Option(help="Directory of the step that made the dataset, where it is in another store.", metavar="DIR"),
+        typer.Option(help="Directory of the step that made the dataset, if it is in another store.", metavar="DIR"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON line a training step.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Compares the ids that reached the devices, as the newest checkpoint recorded them, with the order's arithmetic.
+    """Check that training read every sample once per epoch, by the ids that the newest checkpoint recorded.
 
-    Exit code 1 when a sample came more or less often than once an epoch, recorded substitutions excused.
+    Exit code 1 when a sample was read more or less often. Recorded substitutions and skipped steps
+    are excused.
     """
-    from dataclasses import asdict
+    from pipeline.runs.audit import audit as audit_steps
 
-    from pipeline.errors import DataError
-    from pipeline.graph.receipts import claims
-    from pipeline.storage import open_store
-    from pipeline.training.checkpoints.audit import audit as audit_step
-    from pipeline.training.checkpoints.audit import dataset_at, training_steps
-
-    store = open_store(address)
-    steps = [store] if claims(store) else [store.at(name) for name in training_steps(store)]
-    if not steps:
-        raise DataError(
-            f"{store.uri}: no training step with a committed checkpoint. Give a run's store, or a step's directory"
-        )
-    given = dataset_at(open_store(dataset)) if dataset else None
-    results = [audit_step(step, dataset=given) for step in steps]
+    results = audit_steps(address, dataset=dataset)
     for result in results:
         typer.echo(json.dumps({**asdict(result), "agrees": result.agrees}) if as_json else result.line)
     raise typer.Exit(0 if all(result.agrees for result in results) else 1)
+
+
+def _datasets(target: str, overrides: Sequence[str]) -> "list[FinishedDataset]":
+    from pipeline.runs.datasets import dataset_in, datasets_of
+
+    config = config_at(target, overrides)
+    return datasets_of(config) if config else [dataset_in(target)]

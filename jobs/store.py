@@ -1,4 +1,4 @@
-"""mae store gc: what in a store nobody needs any more, and away with it."""
+"""`mae store gc`."""
 
 import json
 import time
@@ -7,26 +7,32 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="A run's store.")
+from jobs.options import AsJson
+
+app = typer.Typer(no_args_is_help=True)
 
 
 @app.callback()
 def store() -> None:
-    """A run's store."""
+    """Find and delete what a run's store no longer needs."""
 
 
 @app.command()
 def gc(
     address: Annotated[str, typer.Argument(help="A run's store: a folder or s3://bucket/prefix.", metavar="STORE")],
-    delete: Annotated[bool, typer.Option("--delete", help="Removes what is listed; left out: lists alone.")] = False,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete what is listed. Default: only list it.")] = False,
     older_than_hours: Annotated[
-        float, typer.Option(min=0, help="Since it was superseded: a run may not have noticed yet.")
+        float,
+        typer.Option(
+            min=0, help="Hours since it was superseded. A run that was superseded notices only after a while."
+        ),
     ] = 24.0,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON line.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Lists what superseded generations left and what was never committed, with sizes; no receipt, claim or fork names it.
+    """List, with sizes, what superseded generations left and checkpoints that were never committed.
 
-    Shards, receipts, results and what a run may be writing are never among it.
+    Shards, receipts, results, what a running step may be writing, and what a receipt, claim or fork
+    names are never among it.
     """
     from pipeline.runs import garbage
     from pipeline.storage import open_store
@@ -39,9 +45,13 @@ def gc(
     if as_json:
         typer.echo(json.dumps({"objects": [one._asdict() for one in found], "bytes": total, "deleted": delete}))
         return
-    for (folder, why), group in groupby(found, key=lambda one: ("/".join(one.key.split("/")[:-1]), one.why)):
+    for (folder, why), group in groupby(found, key=lambda one: (one.key.rpartition("/")[0], one.why)):
         items = list(group)
-        size = sum(one.bytes for one in items) / 2**20
-        typer.echo(f"{size:12.1f} MiB  {len(items):6d} objects  {folder}  {why}")
-    said = "deleted" if delete else "to delete with --delete" if found else "nothing to delete"
-    typer.echo(f"{total / 2**20:12.1f} MiB  {len(found):6d} objects  {said}")
+        typer.echo(_line(sum(one.bytes for one in items), len(items), f"{folder}  {why}"))
+    typer.echo(
+        _line(total, len(found), "deleted" if delete else "to delete with --delete" if found else "nothing to delete")
+    )
+
+
+def _line(size: int, objects: int, words: str) -> str:
+    return f"{size / 2**20:12.1f} MiB  {objects:6d} objects  {words}"

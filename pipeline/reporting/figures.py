@@ -1,8 +1,10 @@
-"""Curves and score bars as PNG bytes, in one calm style that reads on white and on black.
+"""Training curves and score bars as PNG bytes, in one style for light and dark backgrounds.
 
-Backgrounds are transparent and all words mid-grey, so that one picture serves the light page, the dark page and MLflow. Colours are
-from Okabe and Ito (2008), told apart with any colour vision. Figures are built without pyplot: no global state, any thread.
-Units: learning rate as given (absolute, not base), images/s over all workers, scores in [0, 1] drawn as per cent."""
+Backgrounds are transparent and all text is mid-grey, so that one picture serves the light page, the
+dark page and MLflow. The colours are those of Okabe and Ito (2008), which can be told apart with any
+colour vision. Figures are built without pyplot, which keeps global state: any thread may draw.
+Units: learning rate as given (absolute, not base); images/s over all workers; scores in [0, 1], drawn
+as per cent."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -52,10 +54,10 @@ STYLE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Curves:
-    """What a training measured; all sequences are equally long."""
+    """What a training run measured; all sequences have the same length."""
 
     steps: Sequence[int]
-    """`global_step` of each point, rising."""
+    """`global_step` of each point, increasing."""
     images_seen: Sequence[float]
     loss: Sequence[float]
     learning_rate: Sequence[float]
@@ -63,7 +65,7 @@ class Curves:
 
 
 def curve_png(curves: Curves, *, loss_name: str = "Loss on hidden patches") -> bytes:
-    """Loss, learning rate and speed one below the other: global steps run along the bottom, images seen along the top."""
+    """Return loss, learning rate and speed, one below the other: global steps along the bottom, images seen along the top."""
     with rc_context(STYLE):
         figure = Figure(figsize=(10, 8.2), layout="constrained")
         panels: Sequence[Axes] = figure.subplots(3, 1, sharex=True, height_ratios=[2.4, 1, 1])
@@ -90,7 +92,9 @@ def curve_png(curves: Curves, *, loss_name: str = "Loss on hidden patches") -> b
 
 
 def scores_png(scores: Sequence[Score]) -> bytes:
-    """Pretrained beside random for every protocol, one panel a dataset; whiskers are one standard deviation over seeds."""
+    """Return bars of pretrained beside random for every protocol, one panel per dataset.
+
+    Whiskers are one standard deviation over the seeds."""
     datasets = list(dict.fromkeys(score.dataset for score in scores))
     protocols = list(dict.fromkeys(score.protocol for score in scores))
     encoders = list(dict.fromkeys(score.encoder for score in scores))
@@ -142,7 +146,7 @@ def _draw_bars(axes: Axes, found: Sequence[tuple[float, Score]], *, width: float
 
 
 def _draw_line(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str) -> None:
-    """A noisy series is drawn faint, with its running median in full colour."""
+    """Draw a series; a long one is drawn faint, with its running median in full colour, since losses are noisy."""
     window = len(values) // 60
     if window >= 3:
         axes.plot(steps, values, color=colour, alpha=0.28, linewidth=1)
@@ -151,19 +155,20 @@ def _draw_line(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str) -
 
 
 def _running_median(values: np.ndarray, window: int) -> np.ndarray:
-    """Median of each point's neighbourhood; windows are cut short at the ends."""
+    """Return the median around each point; windows are cut short at the ends."""
     half = window // 2
     return np.array([np.nanmedian(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
 
 
 def _mark_last(axes: Axes, steps: np.ndarray, values: np.ndarray) -> None:
     if len(values):
+        # the median of the last sixtieth: a single last value says little about a noisy loss
         tail = float(np.nanmedian(values[-max(1, len(values) // 60) :]))
         axes.annotate(f"{tail:.4g}", (steps[-1], tail), (8, 0), textcoords="offset points", va="center", weight="bold")
 
 
 def _images_seen_on_top(axes: Axes, steps: np.ndarray, images: np.ndarray) -> None:
-    """A second scale; global batches are equally large, so it is the first one times a constant."""
+    """Add a second scale. All global batches have the same size, so it is the first one times a constant."""
     per_step = float(images[-1] / steps[-1]) if len(steps) and steps[-1] else 1.0
     top = axes.secondary_xaxis("top", functions=(_times(per_step), _times(1 / per_step)))
     top.set_xlabel("images seen", labelpad=6)
@@ -177,8 +182,8 @@ def _times(factor: float) -> Callable[[ArrayLike], ArrayLike]:
 
 
 def as_png(figure: Figure) -> bytes:
-    """Its bytes; drawn on nothing."""
-    FigureCanvasAgg(figure)
+    """Return a figure as PNG bytes with a transparent background."""
+    FigureCanvasAgg(figure)  # becomes the figure's canvas, which pyplot would otherwise provide
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=DOTS_PER_INCH, transparent=True)
     return out.getvalue()

@@ -1,17 +1,18 @@
-"""What training will take, as a person reads it: memory part by part for every ZeRO stage, steps, hours, cost, a proposal.
+"""A forecast as text: memory part by part at every ZeRO stage, steps, hours, cost, and the proposed layout.
 
-Units:  GiB a worker; hours as a clock; USD. A range is what the hardware's range of use makes of it."""
+Units: GiB per worker; time as a clock; USD. Ranges come from the range of the hardware's use (mfu)."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from pipeline.cluster.resources import Resources
-from pipeline.planning.estimate import GIB, Effort, MemoryEstimate, as_set_options
+from pipeline.planning.estimate import GIB, as_set_options
 from pipeline.planning.footprint import MARGIN
+from pipeline.planning.forecast import Forecast
 from pipeline.planning.hardware import Hardware
 from pipeline.reporting.format import clock, count
 from pipeline.reporting.terminal import plain_table
@@ -26,36 +27,13 @@ PARTS: Mapping[str, str] = {
     "copy": "save",
     "host": "host",
 }
-"""A footprint's parts, in words that fit into 80 columns."""
+"""The parts of a footprint, in words so short that the table fits into 80 columns."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Forecast:
-    """Of one training step."""
-
-    name: str
-    layout: MemoryEstimate
-    stages: Sequence[MemoryEstimate]
-    """The same at ZeRO 1, 2 and 3."""
-    effort: Effort | None
-    """None: nobody knows how many images there are."""
-    cost: tuple[float, float] | None
-
-    @property
-    def seconds(self) -> float | None:
-        """The middle of the range."""
-        return sum(self.effort.seconds) / 2 if self.effort and self.effort.seconds else None
-
-    @property
-    def cost_words(self) -> str:
-        """`$1 230 to $2 050`; nothing without a price."""
-        return f"${count(self.cost[0])} to ${count(self.cost[1])}" if self.cost else ""
-
-
-def forecast_text(forecasts: Sequence[Forecast], hardware: Hardware, proposed: Resources | None) -> RenderableType:
-    """All of them, and what is proposed for them together. Print it with soft_wrap=True."""
+def forecast_text(forecasts: Iterable[Forecast], hardware: Hardware, proposed: Resources | None) -> RenderableType:
+    """Return each different forecast, and the layout proposed for all of them together. Print it with soft_wrap=True."""
     parts: list[RenderableType] = []
-    for one in forecasts:
+    for one in _distinct(forecasts):
         parts += [Text(f"\n{one.name} on {_devices(one, hardware)}"), _memory(one), Text(_time(one))]
     words = (
         as_set_options(proposed)
@@ -63,7 +41,21 @@ def forecast_text(forecasts: Sequence[Forecast], hardware: Hardware, proposed: R
         else "more workers or larger devices: no micro-batch fits at any ZeRO stage"
     )
     parts.append(Text.assemble("\nproposed: ", (words, "bold")))
-    return Group(*parts, Text(f"Memory is foreseen to {MARGIN:.0%}, time as said above: docs/planning.md", style="dim"))
+    accuracy = f"Memory may be off by {MARGIN:.0%}. How memory and time are estimated: docs/planning.md"
+    return Group(*parts, Text(accuracy, style="dim"))
+
+
+def cost_text(forecast: Forecast) -> str:
+    """Return `$1 230 to $2 050`, or an empty string without a price."""
+    return f"${count(forecast.cost[0])} to ${count(forecast.cost[1])}" if forecast.cost else ""
+
+
+def _distinct(forecasts: Iterable[Forecast]) -> list[Forecast]:
+    """Keep one forecast of those that differ in name only: the encoders and seeds of a protocol."""
+    first: dict[Any, Forecast] = {}
+    for one in forecasts:
+        first.setdefault((one.layout.settings, one.layout.footprint, one.effort), one)
+    return list(first.values())
 
 
 def _devices(one: Forecast, hardware: Hardware) -> str:
@@ -92,10 +84,12 @@ def _memory(one: Forecast) -> Table:
 
 def _time(one: Forecast) -> str:
     settings = one.layout.settings
-    batch = f"micro-batch {settings.micro_batch}, {settings.accumulation} a step"
+    batch = f"micro-batch {settings.micro_batch}, {settings.accumulation} per step"
     if one.effort is None:
-        return f"{batch}; how many images there are is known after the shard step, or say --images 1281167"
+        return (
+            f"{batch}; time unknown: the images are counted by the shard step, or give their number: --images 1281167"
+        )
     said = f"{batch}; {count(one.effort.steps)} steps, {count(one.effort.images)} images"
     if one.effort.seconds:
         said += f", {clock(one.effort.seconds[0])} to {clock(one.effort.seconds[1])}"
-    return f"{said}, {one.cost_words}" if one.cost else said
+    return f"{said}, {cost_text(one)}" if one.cost else said

@@ -1,7 +1,8 @@
-"""The page of a run: one HTML file that needs nothing else, to be opened from a folder, mailed or printed.
+"""The page of a run: one HTML file that needs nothing else and can be opened from a folder, mailed or printed.
 
-No scripts, no remote fonts, no links out; pictures are inside. All text is escaped: class names and paths come from strangers.
-Secrets in the config are hidden here too, since the file travels further than the store."""
+It has no scripts, no remote fonts and no links; pictures are embedded. All text is escaped, because
+class names and paths come from the data. Secrets in the configuration are hidden here too, since the
+file travels further than the store."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -21,30 +22,30 @@ class Card:
     """One headline number."""
 
     label: str
-    """What it is, `images served`."""
+    """What it counts, such as `images served`."""
     value: str
-    """The number with its unit, ready to show."""
+    """The number with its unit, as shown."""
     note: str = ""
-    """One line below, `of 1 797 listed`."""
+    """One line below it, such as `of 1 797 listed`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetCard:
-    """What became of one data source. listed = stored + quarantined; stored = served + duplicates."""
+    """What became of the images of one source: listed = stored + quarantined, stored = served + duplicates."""
 
     name: str
     source: str
     """Where the images came from."""
     listed: int
-    """Files the snapshot names."""
+    """Files that the snapshot names."""
     stored: int
     """Samples written into shards."""
     served: int
-    """Samples that training sees."""
+    """Samples that training reads."""
     duplicates: int
-    """Stored, not served: their bytes equal another sample's."""
+    """Stored but not served: their bytes equal another sample's."""
     quarantined: int
-    """Not stored: unreadable or against the policy."""
+    """Not stored: unreadable, or refused by the policy for images."""
     reasons: tuple[tuple[str, str], ...] = ()
     """The first quarantined samples, (key, reason)."""
     digest: str = ""
@@ -53,40 +54,40 @@ class DatasetCard:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """All that the page shows, as plain values. Empty sections are left out."""
+    """Everything that the page shows, as plain values. Empty sections are left out."""
 
     title: str
     """The run's name."""
     summary: str
-    """One line: model, data, epochs, what came out."""
+    """One line: model, data, epochs, result."""
     created: str
-    """When the report was written, ready to show."""
+    """When the report was written, as shown."""
     scores: Sequence[Score] = ()
-    """Every protocol, dataset and encoder; the headline cards and the table are made from these."""
+    """Every protocol, dataset and encoder; the headline cards and the table come from these."""
     cards: Sequence[Card] = ()
     """Further headline numbers, shown after the scores."""
     reconstructions_png: bytes | None = None
     """From `reconstruction_grid_png`."""
     reconstructions_note: str = ""
-    """One line above the grid, `8 held-out images, mask ratio 0.75`."""
+    """One line above the grid, such as `8 held-out images, mask ratio 0.75`."""
     curves_png: bytes | None = None
     """From `curve_png`."""
     scores_png: bytes | None = None
     """From `scores_png`."""
     datasets: Sequence[DatasetCard] = ()
-    """The pretraining set first, then those of the evaluation."""
+    """The pretraining dataset first, then those of the evaluation."""
     steps: Sequence[StepRow] = ()
     """In the order of the graph."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    """The resolved config; secrets are hidden on the way in."""
+    """The resolved configuration; secrets are hidden before it is drawn."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Packages, git revision, stage versions."""
     hardware: Mapping[str, str] = field(default_factory=dict)
     """CPU, GPU, memory, workers, ZeRO stage."""
     command: str = ""
-    """What to type to get the same run, on one or several lines."""
+    """The command that repeats the run, on one or several lines."""
     addresses: Mapping[str, str] = field(default_factory=dict)
-    """Where things are: store, tracking, encoder."""
+    """Where results are: store, tracking, encoder."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class _ScoreCard:
 
 
 def render_page(report: ReportData) -> str:
-    """The whole page as one text."""
+    """Return the page as HTML."""
     loader = jinja2.PackageLoader("pipeline.reporting", package_path="")
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

@@ -1,8 +1,8 @@
-"""What the model sees and what it paints: a labelled grid as PNG, and the same in half blocks for the terminal.
+"""What the model sees and what it reconstructs: a labelled grid as PNG, and coloured half blocks for the terminal.
 
-Shapes: rows [N, 4, H, W, 3] uint8, columns original, visible patches, reconstruction before training, after training.
-Honesty: with normalised targets the model predicts each hidden patch up to its mean and spread; a picture that borrows
-those from the original says so under the grid."""
+Shapes: rows [N, 4, H, W, 3] uint8; columns: original, visible patches, reconstruction before training,
+after training. With normalised targets the model predicts each hidden patch up to its mean and spread.
+A picture that takes those from the original says so below the grid."""
 
 from io import BytesIO
 from pathlib import Path
@@ -34,12 +34,14 @@ def reconstruction_grid_png(
     titles: tuple[str, ...] = TITLES,
     statistics: Literal["predicted", "true"] = "predicted",
 ) -> bytes:
-    """Draws N rows under column titles; small images grow by a whole factor with hard edges, large ones keep their size.
+    """Return N rows below column titles as PNG bytes.
 
-    The background is transparent and words are mid-grey: one picture for the light page and the dark one."""
+    Small images are enlarged by a whole factor with hard edges; large ones keep their size. The
+    background is transparent and text is mid-grey: one picture for the light page and the dark one.
+    Raises PipelineError for rows of another shape or type."""
     if rows.ndim != 5 or rows.shape[1] != len(titles) or rows.shape[4] != 3 or rows.dtype != np.uint8:
         raise PipelineError(
-            f"reconstructions are {rows.dtype} {rows.shape}: uint8 [N, {len(titles)}, H, W, 3] is needed"
+            f"reconstructions are {rows.dtype} {rows.shape}, and uint8 [N, {len(titles)}, H, W, 3] is needed"
         )
     count, columns, height, width, _ = rows.shape
     scale = tile_scale(height)
@@ -66,17 +68,17 @@ def reconstruction_grid_png(
 
 
 def tile_scale(height: int) -> int:
-    """The whole factor by which images of this height are enlarged."""
+    """Return the whole factor by which images of this height are enlarged."""
     return max(1, round(SMALLEST_TILE / height))
 
 
 def tile_top() -> int:
-    """The first row of pixels below the titles."""
+    """Return the first row of pixels below the titles."""
     return 36
 
 
 def plain_font(name: str, size: float) -> ImageFont.FreeTypeFont:
-    """A font that travels with matplotlib: the same letters as in the figures, on every machine."""
+    """Return a font that comes with matplotlib: the same letters as in the figures, on every machine."""
     return ImageFont.truetype(str(Path(mpl.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"), size)
 
 
@@ -97,10 +99,10 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 
 def half_blocks(image: Images, *, columns: int) -> Text:
-    """An image [H, W, 3] as coloured half blocks: each character shows two pixels, one above the other."""
+    """Return an image [H, W, 3] as coloured half blocks: each character shows two pixels, one above the other."""
     height, width = image.shape[:2]
     if columns > width:
-        columns -= columns % width  # a whole factor, so that all pixels grow alike
+        columns -= columns % width  # a whole factor, so that all pixels get the same width
     rows = max(2, 2 * round(columns * height / width / 2))
     kind = Image.Resampling.NEAREST if columns >= width else Image.Resampling.BOX
     pixels = np.asarray(Image.fromarray(image).resize((columns, rows), kind))
@@ -114,7 +116,7 @@ def half_blocks(image: Images, *, columns: int) -> Text:
 
 
 def terminal_reconstruction(original: Images, masked: Images, reconstruction: Images, *, columns: int = 24) -> Table:
-    """Original, what the encoder sees, and what the model painted, side by side; for terminals with colours."""
+    """Return original, visible patches and reconstruction side by side, for terminals with colours."""
     grid = Table.grid(padding=(0, 2))
     for _ in range(3):
         grid.add_column(justify="center", width=columns)

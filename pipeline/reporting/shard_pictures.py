@@ -1,7 +1,7 @@
-"""What people see of a dataset: a contact sheet with histograms as one PNG, and tables for the terminal.
+"""What `mae shards` shows of a dataset: a contact sheet with histograms as one PNG, and tables for the terminal.
 
-The picture has a transparent background and mid-grey words, for light pages and dark ones, as all figures here. A frame marks
-what is not served: orange a duplicate, red an image that cannot be read.
+As in all figures here, the background is transparent and text is mid-grey, for light pages and dark
+ones. A frame marks what is not served: orange for a duplicate, red for an image that cannot be read.
 Shapes: images [H, W, 3] uint8 of any size. Units: pixels, bytes."""
 
 import io
@@ -30,7 +30,7 @@ ORANGE, RED = "#d55e00", "#c8102e"
 _TILE = 168
 _GAP = 14
 _WORDS = 40
-"""Pixels of the two lines under a tile."""
+"""Height in pixels of the two lines of text below a tile."""
 _COLUMNS = 8
 _LABELS = 30
 _REASONS = 12
@@ -40,7 +40,7 @@ _FILE_NAME = 20
 
 
 def survey_png(survey: Survey) -> bytes:
-    """The contact sheet, and the histograms below it."""
+    """Return the contact sheet with the histograms below it, as PNG bytes."""
     sheet = contact_sheet(survey.shown)
     charts = Image.open(io.BytesIO(histograms_png(survey, width=sheet.width)))
     whole = Image.new("RGBA", (max(sheet.width, charts.width), sheet.height + _GAP + charts.height))
@@ -52,7 +52,9 @@ def survey_png(survey: Survey) -> bytes:
 
 
 def contact_sheet(shown: Sequence[Shown]) -> Image.Image:
-    """Rows of eight tiles with label, size and mark; small images grow by a whole factor with hard edges."""
+    """Return rows of eight tiles with label, size and mark.
+
+    Small images are enlarged by a whole factor with hard edges."""
     rows = max(1, -(-len(shown) // _COLUMNS))
     size = (_COLUMNS * (_TILE + _GAP) - _GAP, rows * (_TILE + _WORDS + _GAP) - _GAP)
     sheet = Image.new("RGBA", size)
@@ -76,14 +78,14 @@ def contact_sheet(shown: Sequence[Shown]) -> Image.Image:
 
 
 def mark_of(shown: Shown) -> tuple[str, str]:
-    """The word and the colour that mark a tile; empty for an image that training sees."""
+    """Return the word and the colour that mark a tile, or two empty strings for an image that training reads."""
     if shown.image is None:
         return "unreadable", RED
     return ("", "") if shown.served else ("duplicate", ORANGE)
 
 
 def fitted(image: NDArray[np.uint8], side: int) -> Image.Image:
-    """The whole image within a square."""
+    """Return the whole image, scaled into a square of `side` pixels."""
     picture = Image.fromarray(image)
     longest = max(picture.size)
     if longest <= side:
@@ -94,7 +96,7 @@ def fitted(image: NDArray[np.uint8], side: int) -> Image.Image:
 
 
 def histograms_png(survey: Survey, *, width: int) -> bytes:
-    """Sizes, labels and reasons of quarantine; `width` in pixels."""
+    """Return histograms of sizes, labels and reasons for quarantine as PNG bytes, `width` pixels wide."""
     labels = _top(survey.label_counts, _LABELS)
     reasons = _top({refusals.reason: refusals.count for refusals in survey.refusals}, _REASONS)
     tall = max(len(labels), len(reasons), 4)
@@ -119,7 +121,7 @@ def histograms_png(survey: Survey, *, width: int) -> bytes:
 
 
 def survey_table(survey: Survey) -> RenderableType:
-    """Splits, what was refused, and near duplicates. Print it with soft_wrap=True."""
+    """Return splits, refused images and near duplicates. Print it with soft_wrap=True."""
     numbers = ["listed", "served", "duplicates", "quarantined", "classes", "shards", "in shards"]
     table = plain_table(["split"], numbers=numbers)
     for one in survey.splits:
@@ -131,7 +133,7 @@ def survey_table(survey: Survey) -> RenderableType:
         parts.append(
             Text(
                 f"{count(kept)} of {count(len(survey.lengths))} images kept their bytes; sides {_range(survey.widths)} x "
-                f"{_range(survey.heights)} pixels, {bytes_text(float(np.median(survey.lengths)))} in the middle"
+                f"{_range(survey.heights)} pixels, median size {bytes_text(float(np.median(survey.lengths)))}"
             )
         )
     for refusals in survey.refusals:
@@ -140,10 +142,22 @@ def survey_table(survey: Survey) -> RenderableType:
     return Group(*parts, *_near_lines(survey.near_duplicates))
 
 
+def unreadable_line(survey: Survey) -> str:
+    """Return how many of the images chosen for the sheet cannot be read, or an empty string if all can."""
+    unreadable = [one for one in survey.shown if one.image is None]
+    if not unreadable:
+        return ""
+    first = unreadable[0]
+    return (
+        f"{len(unreadable)} of {len(survey.shown)} images cannot be read; `mae shards verify` says why. First: "
+        f"{first.source}: {first.trouble}"
+    )
+
+
 def near_line(facts: Mapping[str, Any]) -> str:
-    """Near duplicates in a sentence."""
+    """Return the near duplicates across splits in one sentence."""
     held_out, compared, flat = (int(facts[name]) for name in ("held_out", "compared", "flat"))
-    left_out = f"; {count(flat)} of one colour or nearly so are left out" if flat else ""
+    left_out = f"; {count(flat)} images of nearly one colour are left out" if flat else ""
     return (
         f"{count(held_out)} of {count(compared)} images of val and test look like one of train (perceptual hashes within "
         f"{facts['distance']} of 64 bits){left_out}"
@@ -151,7 +165,7 @@ def near_line(facts: Mapping[str, Any]) -> str:
 
 
 def terminal_sheet(shown: Sequence[Shown], *, columns: int = 18) -> Table:
-    """A few images in half blocks, for terminals with colours."""
+    """Return a few images in half blocks, for terminals with colours."""
     some = [one for one in shown if one.image is not None][:_IN_TERMINAL]
     grid = Table.grid(padding=(0, 2))
     for _ in some:
@@ -164,7 +178,7 @@ def terminal_sheet(shown: Sequence[Shown], *, columns: int = 18) -> Table:
 
 
 def verification_table(verification: Verification) -> RenderableType:
-    """What was read, and every finding with its way out. Print it with soft_wrap=True."""
+    """Return what was read, and every finding with its repair. Print it with soft_wrap=True."""
     read = (
         f"{verification.step}  {count(verification.shards)} shards, {count(verification.samples)} images, "
         f"{bytes_text(verification.bytes)} read: "
@@ -186,7 +200,7 @@ def verification_table(verification: Verification) -> RenderableType:
     parts += [table, ""]
     parts += [_line(f"{_name(finding)}  ", finding.what) for finding in shown]
     if len(verification.findings) > len(shown):
-        parts.append(Text(f"and {count(len(verification.findings) - len(shown))} more: --json has all", style="dim"))
+        parts.append(Text(f"and {count(len(verification.findings) - len(shown))} more: --json lists all", style="dim"))
     repairs: dict[str, list[str]] = {}
     for finding in verification.findings:
         addresses = repairs.setdefault(finding.repair, [])
@@ -198,12 +212,12 @@ def verification_table(verification: Verification) -> RenderableType:
 
 
 def bytes_text(size: float) -> str:
-    """`812 B`, `34.1 KB`, `128 MB`: powers of 1000."""
+    """Return a size in powers of 1000: `812 B`, `34.1 KB`, `128 MB`."""
     for unit in ("B", "KB", "MB", "GB", "TB"):
         if size < 999.5 or unit == "TB":
             return f"{size:.0f} {unit}" if unit == "B" or size >= 99.5 else f"{size:.3g} {unit}"
         size /= 1000
-    raise AssertionError("the last unit takes all")
+    raise AssertionError("TB has no upper limit")
 
 
 def _several(number: int, what: str) -> str:
@@ -237,7 +251,7 @@ def _histogram(axes: Axes, values: NDArray[np.generic], title: str, colour: str)
     if not len(values):
         return
     low, high = float(values.min()), float(values.max())
-    if low == high:  # a bar as wide as the panel would say that all sizes are there
+    if low == high:  # hist() would fill the panel with one bar, as if all sizes occurred
         axes.bar([low], [len(values)], width=max(abs(low), 1) * 0.05, color=colour)
         axes.set_xlim(low - max(abs(low), 1) * 0.5, low + max(abs(low), 1) * 0.5)
     else:
@@ -246,7 +260,7 @@ def _histogram(axes: Axes, values: NDArray[np.generic], title: str, colour: str)
 
 
 def _bars(axes: Axes, counts: Mapping[str, int], title: str, colour: str, *, places: int) -> None:
-    """Horizontal bars from the top; `places` of them would fill the panel."""
+    """Draw horizontal bars from the top; `places` of them would fill the panel."""
     axes.set_title(title)
     axes.grid(visible=False, axis="y")
     if not counts:
@@ -271,7 +285,7 @@ def _range(values: NDArray[np.int64]) -> str:
 
 
 def _cut(text: str, font: ImageFont.FreeTypeFont) -> str:
-    """As much of a text as a tile is wide."""
+    """Return as much of a text as fits below a tile."""
     if font.getlength(text) <= _TILE:
         return text
     while text and font.getlength(f"{text}…") > _TILE:

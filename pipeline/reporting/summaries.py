@@ -1,6 +1,7 @@
-"""Plain rows that every view shows: the terminal, the page, the figures and MLflow. No rendering here.
+"""Scores and step rows as plain values: what the terminal, the page, the figures and MLflow all show.
 
-Units: scores are fractions in [0, 1] where the protocol says accuracy; seconds are wall clock."""
+Nothing is rendered here. Units: scores are top-1 accuracies as fractions in [0, 1]; seconds are
+wall-clock time."""
 
 import statistics
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ PlanState = Literal["cached", "to_run", "blocked"]
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """One protocol on one dataset with one encoder, over all its seeds."""
+    """The score of one protocol on one dataset with one encoder, over all seeds."""
 
     protocol: str
     """`knn`, `linear`, `attentive`, `partial`, `finetune`."""
@@ -21,27 +22,27 @@ class Score:
     encoder: str
     """`pretrained`, or `random` for the same architecture without pretraining."""
     values: tuple[float, ...]
-    """Top-1 accuracy in [0, 1], one for each seed."""
+    """Top-1 accuracy in [0, 1], one per seed."""
 
     @property
     def mean(self) -> float:
-        """Mean over seeds."""
+        """Mean over the seeds."""
         return statistics.fmean(self.values)
 
     @property
     def sd(self) -> float | None:
-        """Sample standard deviation over seeds; None with a single seed."""
+        """Sample standard deviation over the seeds; None with a single seed."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     @property
     def text(self) -> str:
-        """`97.1 ± 0.3 %`; a single seed shows no spread."""
+        """`97.1 ± 0.3 %`, without the spread for a single seed."""
         return f"{100 * self.mean:.1f} %" if self.sd is None else f"{100 * self.mean:.1f} ± {100 * self.sd:.1f} %"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRow:
-    """A step as it ended, or as it stands."""
+    """A step as it ended, or as it stands now."""
 
     name: str
     state: StepState
@@ -50,27 +51,27 @@ class StepRow:
     generation: int | None = None
     uri: str = ""
     detail: str = ""
-    """Why it failed, was stopped or is blocked."""
+    """Why it failed, stopped or is blocked, or a remark on a finished one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRow:
-    """A step as `mae plan` foresees it."""
+    """A step as `mae plan` shows it; `pipeline.graph.plan.PlannedStep` with its numbers."""
 
     name: str
     state: PlanState
     fingerprint: str = ""
     differs: str = ""
-    """The field that made it differ from the nearest finished step, `pretrain.mask_ratio 0.75 -> 0.6`."""
+    """The fields in which it differs from the most similar finished step, `config.model.mask_ratio: 0.75 -> 0.6`."""
     memory_gib: float | None = None
-    """Peak of one worker's accelerator or process."""
+    """Peak memory of one worker: its GPU's, or its process's on a CPU."""
     seconds: float | None = None
     cost: str = ""
-    """With its unit, `$12.40`."""
+    """With its unit, `$1 230 to $2 050`."""
 
 
 def pairs(scores: Sequence[Score]) -> dict[tuple[str, str], dict[str, Score]]:
-    """(dataset, protocol) -> encoder -> score, in order of first appearance."""
+    """Group scores as (dataset, protocol) -> encoder -> score, in order of first appearance."""
     found: dict[tuple[str, str], dict[str, Score]] = {}
     for score in scores:
         found.setdefault((score.dataset, score.protocol), {})[score.encoder] = score
@@ -78,7 +79,7 @@ def pairs(scores: Sequence[Score]) -> dict[tuple[str, str], dict[str, Score]]:
 
 
 def as_metrics(scores: Sequence[Score]) -> dict[str, float]:
-    """Names under which MLflow compares runs: `score/<protocol>/<dataset>/<encoder>`, `.../sd` and `.../seeds`."""
+    """Name scores as MLflow compares them: `score/<protocol>/<dataset>/<encoder>`, `.../sd` and `.../seeds`."""
     metrics: dict[str, float] = {}
     for score in scores:
         key = f"score/{score.protocol}/{score.dataset}/{score.encoder}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.config import RunConfig
 from pipeline.data.dataset.facts import DatasetFacts
@@ -65,3 +65,42 @@ def summarise(
         bad_share=bad_share,
         verdict=verdict,
     )
+
+
+def verdict_line(config: RunConfig, summary: RunSummary) -> str:
+    """Return what happened, and what to do about it."""
+    if summary.verdict == "failed":
+        return "failed: fix what the table names and run the same command again; finished steps stay finished"
+    if summary.verdict == "stopped":
+        return "stopped, nothing is lost: the same command goes on from here"
+    if summary.verdict == "warned":
+        return (
+            f"done, but {summary.bad_share:.1%} of the images are unreadable, more than data.bad_share_warn="
+            f"{config.data.bad_share_warn:.1%}: quarantine.parquet in the shard step's folder names them"
+        )
+    return "done"
+
+
+def as_json(summary: RunSummary) -> dict[str, Any]:
+    """Return the JSON line that ends `mae run --json`."""
+    scores: dict[str, Any] = {}
+    for score in summary.scores:
+        entry = {"mean": score.mean, "sd": score.sd, "values": list(score.values)}
+        scores.setdefault(score.dataset, {}).setdefault(score.protocol, {})[score.encoder] = entry
+    return {
+        "run": summary.run_id,
+        "verdict": summary.verdict,
+        "steps": [
+            {
+                "name": outcome.step.name,
+                "kind": outcome.step.kind,
+                "fingerprint": outcome.step.fingerprint,
+                "state": outcome.state,
+                "uri": outcome.uri,
+                "seconds": round(outcome.seconds, 3),
+            }
+            for outcome in summary.outcomes
+        ],
+        "scores": scores,
+        "addresses": dict(summary.addresses),
+    }

@@ -30,7 +30,7 @@ __all__ = ["migrated_database", "store"]
 
 
 def only_line(done: subprocess.CompletedProcess[str]) -> str:
-    """Standard error, which must be one line of ours."""
+    """Return standard error, which must be a single line that begins with `mae: `."""
     assert "Traceback" not in done.stderr
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1, done.stderr
@@ -104,7 +104,7 @@ def test_a_wrong_configuration_is_one_line_and_exit_code_2(tmp_path, command):
     assert not (tmp_path / "store").exists()
 
 
-def test_a_missing_and_an_empty_source_are_one_line_and_exit_code_2_and_mending_them_is_enough(tmp_path, store):
+def test_a_missing_and_an_empty_source_are_one_line_and_exit_code_2_and_images_are_enough_to_go_on(tmp_path, store):
     content = document(store, tmp_path / "images")
     content["evaluation"]["datasets"] = []
     path = write_config(tmp_path / "run.yaml", content)
@@ -153,13 +153,13 @@ def test_a_full_disk_stops_the_run_in_one_line_and_space_lets_it_go_on(tmp_path,
         done = mae("run", path, "--in-process", "--json")
         assert done.returncode == 1
         assert "Traceback" not in done.stderr
-        told = [line for line in done.stderr.splitlines() if line.startswith("shard: failed")]
-        assert len(told) == 1
-        assert "no space left" in told[0]
-        assert "Free some, or choose another store; finished work is kept" in told[0]
+        failures = [line for line in done.stderr.splitlines() if line.startswith("shard: failed")]
+        assert len(failures) == 1
+        assert "no space left" in failures[0]
+        assert "Free some, or choose another store; finished work is kept" in failures[0]
         states = {step["name"]: step["state"] for step in json.loads(done.stdout)["steps"]}
         assert (states["shard"], states["pretrain"]) == ("failed", "blocked")
-        assert not list(disk.rglob(".tmp-*"))  # nothing half written
+        assert not list(disk.rglob(".tmp-*"))  # no file is half written
         subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
         done = mae("run", path, "--in-process", "--json")
         assert done.returncode == 0, done.stderr
@@ -223,7 +223,7 @@ def test_run_json_and_then_plan_says_what_a_changed_field_costs(config):
 
 @contextlib.contextmanager
 def running(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
-    """`mae` under way, in a process group of its own; gone afterwards."""
+    """Run `mae` in a process group of its own, and kill it afterwards if it still runs."""
     call = [sys.executable, "-m", "jobs.cli", *map(str, arguments)]
     process = subprocess.Popen(
         call,
@@ -243,12 +243,12 @@ def running(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def wait_for(root: Path, pattern: str, process: subprocess.Popen[str], *, within_s: float = 180) -> Path:
+def wait_for_file(root: Path, pattern: str, process: subprocess.Popen[str], *, within_s: float = 180) -> Path:
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         if found := sorted(root.glob(pattern)):
             return found[-1]
-        assert process.poll() is None, "the run ended by itself"
+        assert process.poll() is None, "the run ended before it was stopped"
         time.sleep(0.1)
     raise AssertionError(f"no {pattern} in {root} within {within_s} s")
 
@@ -269,7 +269,7 @@ def test_a_signal_saves_and_stops_and_the_same_command_goes_on(config, store):
     lengthened(config, 110)
     for attempt, number in enumerate((signal.SIGINT, signal.SIGTERM), start=1):
         with running("run", config, "--in-process", "--json") as process:
-            wait_for(store, f"pretrain-*/g{attempt:04d}/checkpoints/*/manifest.json", process)
+            wait_for_file(store, f"pretrain-*/g{attempt:04d}/checkpoints/*/manifest.json", process)
             process.send_signal(number)
             stdout, _ = process.communicate(timeout=180)
         assert process.returncode == 3, number
@@ -288,7 +288,7 @@ def test_a_signal_saves_and_stops_and_the_same_command_goes_on(config, store):
 def test_a_second_signal_cuts_off_at_once_with_exit_code_3(config, store):
     lengthened(config, 3000)
     with running("run", config, "--in-process", "--json") as process:
-        wait_for(store, "pretrain-*/g0001/checkpoints/*/manifest.json", process)
+        wait_for_file(store, "pretrain-*/g0001/checkpoints/*/manifest.json", process)
         process.send_signal(signal.SIGINT)
         time.sleep(0.05)
         process.send_signal(signal.SIGINT)

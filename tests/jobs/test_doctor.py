@@ -1,4 +1,4 @@
-"""`mae doctor --data`: the arithmetic by hand, and the command."""
+"""`mae doctor --data` as a user types it."""
 
 import json
 
@@ -7,35 +7,7 @@ from run_kit import mae
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from jobs.doctor import Need, chosen_peaks, needs
 from pipeline.data.images.photos import photos
-from pipeline.errors import ConfigError
-from pipeline.planning.hardware import accelerators
-
-
-def test_cores_that_a_gpu_needs_by_hand():
-    # 40 % of 300 TFLOP/s is 120e12 a second: 1200 images of 0.1 TFLOP, 12 of 10; a core makes 400
-    found = needs({"small": 0.1e12, "big": 10e12}, {"card": 300e12}, share_of_peak=0.4, images_per_core_s=400.0)
-    assert found == [
-        Need("small", "card", pytest.approx(1200.0), pytest.approx(3.0)),
-        Need("big", "card", pytest.approx(12.0), pytest.approx(0.03)),
-    ]
-
-
-@pytest.mark.parametrize("share", [0.0, -0.4, 1.2, 40.0])
-def test_a_share_of_the_peak_is_a_fraction(share):
-    with pytest.raises(ConfigError, match=rf"the share of the peak is {share}, not in \(0, 1\]"):
-        needs({"base": 1e9}, {"card": 1e12}, share_of_peak=share, images_per_core_s=1.0)
-
-
-def test_peaks_are_named_or_given():
-    assert chosen_peaks(["H200", "A100"], None) == {"H200": 989e12, "A100": 312e12}
-    assert chosen_peaks([], 165.0) == {"165 TFLOP/s": 165e12}
-    assert set(chosen_peaks([], None)) <= set(accelerators())
-    with pytest.raises(ConfigError, match="--gpu K80 is unknown here"):
-        chosen_peaks(["A100", "K80"], None)
-    with pytest.raises(ConfigError, match=r"--tflops -1\.0 is no peak"):
-        chosen_peaks([], -1.0)
 
 
 def test_the_command_prints_a_table_and_ends_with_a_json_line(tmp_path):
@@ -56,9 +28,9 @@ def test_the_command_prints_a_table_and_ends_with_a_json_line(tmp_path):
     assert line["one_thread"]["threads"] == 1
 
 
-def test_what_is_asked_wrongly_is_one_line_and_exit_code_2(tmp_path):
+def test_wrong_options_are_one_line_and_exit_code_2(tmp_path):
     for arguments, words in (
-        ([], "say what is to be looked at: --data"),
+        ([], "name what to check. There is one check so far: --data"),
         (["--data", "--images", str(tmp_path)], "holds no upright RGB JPEG"),
     ):
         done = mae("doctor", *arguments)

@@ -50,12 +50,12 @@ def start_command(port: int, dashboard: int, agent: int, folder: Path) -> Sequen
         str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2",
         "--node-ip-address=127.0.0.1", f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
         "--object-store-memory=200000000", f"--temp-dir={folder}",
-        f"--dashboard-agent-listen-port={agent}",  # its own is one number for all clusters of a machine, and jobs come through it
+        f"--dashboard-agent-listen-port={agent}",  # its default is the same for every cluster of a machine
     ]  # fmt: skip
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """The head and what it started: its session, found by its id."""
+    """End the head and everything it started: all of its session, by its id."""
     process.send_signal(signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(5)
@@ -66,7 +66,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    folder = Path(tempfile.mkdtemp(prefix="maeray-"))  # short: Ray puts sockets below it
+    folder = Path(tempfile.mkdtemp(prefix="maeray-"))  # short: Ray puts sockets below it, whose paths are limited
     port, dashboard, agent = free_ports(3)
     process = subprocess.Popen(
         start_command(port, dashboard, agent, folder / "ray"),
@@ -115,12 +115,12 @@ def until(condition: Any, *, within_s: float) -> None:
 
 
 @pytest.mark.system
-def test_a_run_is_submitted_once_stopped_and_taken_up_again(head, tmp_path, migrated_database):
+def test_a_run_is_submitted_once_stopped_and_resumed(head, tmp_path, migrated_database):
     config = written(tmp_path, migrated_database, epochs=1000)
     job = submitted(head, config)
     assert job.startswith("tiny-")
     assert job.endswith("-1")
-    assert submitted(head, config) == job  # under way: not a second time
+    assert submitted(head, config) == job  # it is running, so it is not started a second time
     until(lambda: list((tmp_path / "store").glob("pretrain-*/g0001/checkpoints/*/manifest.json")), within_s=240)
     assert head.status(job) == "RUNNING"
     assert "pretrain: running" in head.job("logs", job).stdout

@@ -51,4 +51,4 @@ def test_its_layout_fits_what_it_says_and_the_steps_are_the_paper_s(config):
     pretraining = training_configs(build(config))["pretrain"]
     assert estimate_memory(pretraining, config.resources, hardware_named("H100")).fits
     took = estimate_effort(pretraining, config.resources, hardware_named("H100"), images=1_281_167)
-    assert took.steps == pytest.approx(1600 * 312, rel=0.003)  # 312 a epoch, the paper's, drops the last batch
+    assert took.steps == pytest.approx(1600 * 312, rel=0.003)  # the paper drops the last batch: 312 per epoch

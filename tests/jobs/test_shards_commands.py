@@ -1,4 +1,4 @@
-"""`mae shards` as a person types it: exit codes, JSON, the picture, and an index of tars that lie somewhere."""
+"""`mae shards` as a user types it: exit codes, JSON, the picture, and the index of existing tars."""
 
 import io
 import json
@@ -32,7 +32,7 @@ class Silent:
 
 @pytest.fixture
 def config(tmp_path):
-    """A run whose shards are made."""
+    """A run whose shards have been made."""
     source = write_images(tmp_path / "images", 40)
     (source / "cat" / "empty.jpg").write_bytes(b"")
     path = write_config(tmp_path / "run.yaml", document(tmp_path / "store", source))
@@ -41,7 +41,7 @@ def config(tmp_path):
 
 
 def shards(*arguments):
-    """Exit code and standard output, in this process: importing torch takes seconds."""
+    """Return exit code and standard output. In this process, since importing torch takes seconds."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -89,7 +89,7 @@ def test_inspect_draws_and_tells(config, tmp_path):
     assert "\ntrain" not in said
 
 
-def test_wrong_input_is_refused_in_words(config, tmp_path):
+def test_wrong_input_is_refused_with_a_reason(config, tmp_path):
     with pytest.raises(ConfigError, match="--split 'dev' is none of this dataset's: write test or train"):
         shards("inspect", config, "--split", "dev", "--out", tmp_path / "x.png")
     with pytest.raises(ConfigError, match="--set changes a configuration"):

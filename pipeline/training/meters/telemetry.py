@@ -145,7 +145,7 @@ def shown(row: Mapping[str, float]) -> dict[str, float]:
     """What of a row stands in the progress line: what may be wrong only when it is."""
     line = {"loss": row["loss"]}
     if row["substitutions"]:
-        line["stand-ins"] = row["substitutions"]
+        line["substituted"] = row["substitutions"]
     if lost := row["skipped_steps"] + row["stepped_over"]:
         line["lost steps"] = lost
     line |= {"wait": round(row["data_wait"], 2), "mfu": round(row["mfu"], 3)}

@@ -1,4 +1,4 @@
-"""Pictures decode, have the size they say, and show what was given at the place it belongs."""
+"""Pictures decode, have the expected size, and show what was given in its place."""
 
 from io import BytesIO
 

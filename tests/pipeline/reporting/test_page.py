@@ -1,4 +1,4 @@
-"""The page: one file, nothing from outside, nothing unescaped, all the numbers."""
+"""The page is one file: it loads nothing from outside, escapes everything, and holds all the numbers."""
 
 import re
 

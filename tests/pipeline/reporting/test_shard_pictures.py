@@ -1,4 +1,4 @@
-"""What people see of a dataset: the picture shows what is there, and the tables say it in words."""
+"""The picture of a dataset shows what is in it, and the tables state it."""
 
 import io
 import re
@@ -27,7 +27,7 @@ from pipeline.reporting.shard_pictures import (
 from pipeline.storage import open_store
 
 PITCH = (182, 222)
-"""Tile and gap; tile, words and gap."""
+"""Width: tile and gap. Height: tile, text and gap."""
 
 
 def said(renderable, width=200):
@@ -145,7 +145,7 @@ def test_histograms_of_one_image_and_of_many_classes(tmp_path, count):
     assert (drawn[..., 3] > 0).mean() > 0.02
 
 
-def test_tables_say_it_in_words(manifest):
+def test_tables_state_counts_quarantine_and_near_duplicates(manifest):
     text = said(survey_table(survey(manifest, splits=manifest.splits, images=0)))
     assert re.search(r"train +37 +30 +4 +3 +3 +\d+ +[\d.]+ KB", text)
     assert "45 of 45 images kept their bytes; sides 32 to 40 x 20 to 24 pixels" in text
@@ -178,7 +178,7 @@ def test_findings_and_what_to_delete_are_listed_once():
     assert clean.strip() == "shard  4 shards, 100 images, 1 MB read: all as written"
 
 
-def test_sizes_in_words():
+def test_sizes_as_text():
     sizes = {
         0: "0 B",
         999: "999 B",

@@ -18,7 +18,6 @@ import pytest
 from PIL import Image
 from run_kit import document, migrated_database, store, write_config, write_images
 
-from jobs.run import as_line, verdict_line
 from pipeline import cluster, tracking
 from pipeline.cluster.resources import Resources
 from pipeline.cluster.tasks import Executor
@@ -30,7 +29,7 @@ from pipeline.graph.runner import Outcome
 from pipeline.runs.checks import warn_of_unshared_paths
 from pipeline.runs.hooks import detail_of
 from pipeline.runs.run import _stop_on_signals, plan_run, run_pipeline
-from pipeline.runs.summary import RunSummary
+from pipeline.runs.summary import RunSummary, as_json, verdict_line
 from pipeline.runs.workflow import build
 from pipeline.storage import open_store
 from pipeline.training.facts import IncidentFacts, incident_fields
@@ -244,7 +243,7 @@ def test_the_page_and_its_pictures_are_artifacts_and_need_nobody(finished, tmp_p
 
 def test_the_json_line_has_its_contract(finished):
     _, summary = finished
-    line = json.loads(json.dumps(as_line(summary)))
+    line = json.loads(json.dumps(as_json(summary)))
     assert {"run", "steps", "scores"} <= line.keys()
     assert [step["name"] for step in line["steps"]] == STEPS
     for step in line["steps"]:
@@ -489,7 +488,7 @@ def test_a_run_in_a_bucket_leaves_no_secret_anywhere(
         caplog.text,
         said.out,
         said.err,
-        json.dumps(as_line(summary)),
+        json.dumps(as_json(summary)),
     ):
         assert SECRET not in text
     bucket = open_store(f"s3://{s3_bucket}")

@@ -9,8 +9,9 @@ from data_kit import tar_bytes, write_table
 from PIL import Image
 from run_kit import SIDE, document, migrated_database, store, write_config, write_images
 from test_run import Silent, facts, states
+from typer.testing import CliRunner
 
-from jobs.run import Foreseen, plan_command, run_command
+from jobs.cli import app
 from pipeline.config import load_config
 from pipeline.runs.refresh import known_parts, next_name
 from pipeline.runs.run import plan_run, run_pipeline
@@ -156,16 +157,16 @@ def test_the_next_part_is_the_number_after_what_is_pinned():
     assert known_parts(("base",), pinned.__contains__) == ("base",)
 
 
-def test_refresh_takes_in_what_is_new_once_and_writes_no_old_shard_again(tmp_path, store, capsys):
+def test_refresh_takes_in_what_is_new_once_and_writes_no_old_shard_again(tmp_path, store):
     source = write_images(tmp_path / "images", 40)
     path = write_config(tmp_path / "run.yaml", document(store, source) | {"evaluation": {"datasets": []}})
 
     def mae(*, refresh):
-        code = run_command(path, [], executor="in_process", refresh=refresh, as_json=True)
-        said = capsys.readouterr()
-        line = json.loads(said.out.strip().splitlines()[-1])
-        refreshed = [text for text in said.err.splitlines() if text.startswith("mae: refresh")]
-        return code, {step["name"]: step["state"] for step in line["steps"]}, refreshed
+        options = ["--in-process", "--json", *(["--refresh"] if refresh else [])]
+        done = CliRunner().invoke(app, ["run", str(path), *options])
+        line = json.loads(done.stdout.strip().splitlines()[-1])
+        refreshed = [text for text in done.stderr.splitlines() if text.startswith("mae: refresh")]
+        return done.exit_code, {step["name"]: step["state"] for step in line["steps"]}, refreshed
 
     code, told, said = mae(refresh=True)
     assert (code, said) == (0, [f"mae: refresh: {source} is not listed yet; this run lists it for the first time"])
@@ -176,8 +177,9 @@ def test_refresh_takes_in_what_is_new_once_and_writes_no_old_shard_again(tmp_pat
 
     write_images(source / "new", 12, seed=1)
     times = {p: p.stat().st_mtime_ns for p in store.rglob("*.tar")}
-    assert plan_command(path, [], foreseen=Foreseen(), refresh=True, as_json=True) == 0
-    rows = json.loads(capsys.readouterr().out)["steps"]
+    planned = CliRunner().invoke(app, ["plan", str(path), "--refresh", "--json"])
+    assert planned.exit_code == 0
+    rows = json.loads(planned.stdout)["steps"]
     assert [row["state"] for row in rows[:5]] == ["cached", "to_run", "cached", "to_run", "to_run"]
     code, told, said = mae(refresh=True)
     assert said == [f'mae: refresh: a new part in {source}; to pin this state write data.snapshot: ["1", "2"]']

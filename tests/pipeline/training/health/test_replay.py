@@ -1,10 +1,8 @@
 """Bundles of bad steps, and the same steps once more in one process: from the library and through the command."""
 
-import io
 import json
 import math
 import re
-from contextlib import redirect_stdout
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +10,9 @@ import pytest
 from guard_kit import run, spoilt_spec, train_here
 from run_kit import mae
 from training_kit import StopAfter, attempt_at, classification_spec, computed_by_step, mae_spec
+from typer.testing import CliRunner
 
-from jobs.replay import replay_command
+from jobs.cli import app
 from pipeline.errors import DataError
 from pipeline.graph.step import Attempt
 from pipeline.storage import open_store
@@ -87,9 +86,8 @@ def test_a_specification_survives_json(shards, tmp_path):
 
 
 def replay_as_json(address: str, step: int) -> tuple[int, dict[str, Any]]:
-    with redirect_stdout(io.StringIO()) as printed:
-        code = replay_command(address, step=step, most_steps=9, as_json=True)
-    return code, json.loads(printed.getvalue().splitlines()[-1])
+    done = CliRunner().invoke(app, ["replay", address, "--step", str(step), "--most-steps", "9", "--json"])
+    return done.exit_code, json.loads(done.stdout.splitlines()[-1])
 
 
 def test_the_command_finds_the_last_bundle_and_reproduces_it(teams, shards, tmp_path):
@@ -112,4 +110,4 @@ def test_the_command_finds_the_last_bundle_and_reproduces_it(teams, shards, tmp_
 
 def test_the_command_says_where_there_is_nothing_to_replay(tmp_path):
     with pytest.raises(DataError, match="no bundle of a bad step"):
-        replay_command(str(tmp_path), step=None, most_steps=9, as_json=False)
+        CliRunner().invoke(app, ["replay", str(tmp_path)], catch_exceptions=False)

@@ -155,7 +155,7 @@ def test_the_line_shows_what_is_wrong_only_when_it_is():
         }
     )
     assert {key: loud[key] for key in loud.keys() - quiet.keys()} == {
-        "stand-ins": 2,
+        "substituted": 2,
         "lost steps": 4,
         "saving": 0.1,
         "slow rank": 7,
