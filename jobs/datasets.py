@@ -14,8 +14,8 @@ from rich.console import Console
 from pipeline import cluster
 from pipeline.cluster.tasks import Executor
 from pipeline.config import RunConfig, absolute, load_config
+from pipeline.data.dataset.integrity import Verification
 from pipeline.data.dataset.survey import survey
-from pipeline.data.dataset.verify import Verification
 from pipeline.data.sources.listing import KINDS, list_source
 from pipeline.errors import ConfigError, DataError
 from pipeline.graph.runner import Outcome

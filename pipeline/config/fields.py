@@ -21,6 +21,7 @@ from pydantic import (
 
 from mae_core.config import SIZES, MAEConfig
 from pipeline.cluster.resources import Resources
+from pipeline.data.images.intake import IntakePolicy
 from pipeline.errors import StorageError
 from pipeline.evaluation.protocols import PROTOCOL_NAMES, ProtocolName, protocol_named
 from pipeline.storage import open_store
@@ -97,10 +98,10 @@ class DataConfig(SourceConfig):
     """Of the random split and of the assignment of images to shards."""
     test_share: float = Field(0.1, ge=0, lt=1)
     """Share of the images held out as `test` when the source has no explicit splits."""
-    image_max_short_side: int = Field(512, ge=16)
-    """Larger images are resized to this short side once, when they are stored."""
-    image_max_pixels: int = Field(100_000_000, ge=1)
-    """Images of more pixels are quarantined, not decoded."""
+    image_max_short_side: int = Field(IntakePolicy.image_max_short_side, ge=16)
+    """See IntakePolicy."""
+    image_max_pixels: int = Field(IntakePolicy.image_max_pixels, ge=1)
+    """See IntakePolicy."""
     shard_max_bytes: int = Field(128 * 2**20, ge=2**16)
     min_shards: int = Field(16, ge=1)
     bad_share_warn: float = Field(0.01, ge=0, le=1)
