@@ -171,7 +171,7 @@ def _orphans(root: Store, keys: Sequence[str]) -> list[Finding]:
 def _records(root: Store, step: str, keys: set[str]) -> dict[str, str]:
     """Return, by key relative to the root, the address of the record of each of a step's shards that has one."""
     store = root.at(step) if step else root
-    key_of = {key.removeprefix(f"{step}/"): key for key in keys}
+    key_of = {key.removeprefix(f"{step}/"): key for key in keys}  # a record names its shard relative to its step
     return {key_of[key]: f"{store.uri}/{record}" for key, record in find_records(store, key_of).items()}
 
 

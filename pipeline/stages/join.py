@@ -87,6 +87,7 @@ def join(config: JoinConfig, inputs: Mapping[str, StageInput], attempt: Attempt)
         classes=unite([manifest.classes for manifest in manifests]),
         policy=manifests[0].policy,
     )
+    # each part has already counted the duplicates among its own images
     before = sum(manifest.counts.total.duplicates for manifest in manifests)
     facts = replace(
         facts,
@@ -106,6 +107,7 @@ def arrange(manifests: Sequence[Manifest], directories: Sequence[str]) -> list[D
         labels = [label_of[name] for name in manifest.classes]
         parts.append(DatasetPart(manifest, directory, first_id, first_shard, labels))
         first_id += manifest.counts.total.listed
+        # numbers and not a count: a shard whose images were all refused has a number but no row
         first_shard += max(manifest.shard_numbers, default=-1) + 1
     return parts
 

@@ -110,7 +110,7 @@ class Earlier:
 
     def __init__(self, parts: Sequence[Iterator[tuple[str, int]]]) -> None:
         """`parts`: (path, size), each in path order."""
-        self._entries = heapq.merge(*parts)
+        self._entries = heapq.merge(*parts)  # streams: no part is held in memory
         self._head = next(self._entries, None)
         self.known = self.changed = self.gone = 0
 

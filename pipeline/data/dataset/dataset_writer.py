@@ -48,6 +48,7 @@ def publish(
     ]
     facts = write_manifest(
         store,
+        # the search for near duplicates collects its hashes on the way, which saves a third pass over the samples
         samples=(
             near.add(row["shard"], row["split"], copies.mark(row["shard"], samples_of[row["shard"]]())) for row in rows
         ),

@@ -170,6 +170,7 @@ def _findings(tar: _Tar, shard: ShardRow, samples: Sequence[SampleRow], *, label
     members, broken = _walk(tar)
     with tar.path.open("rb") as file:
         wrong = {one["key"]: problems for one in samples if (problems := list(_sample_problems(file, one)))}
+    # a whole tar with a wrong sample means that the manifest is at fault rather than the bytes
     whole = tar.size == shard["bytes"] and tar.sha256 == shard["sha256"]
     if not whole or broken:
         yield _tar_finding(tar, shard, samples, members, broken, wrong=wrong.keys())

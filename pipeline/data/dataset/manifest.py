@@ -42,6 +42,7 @@ from pipeline.storage.files import RangeFile
 SCHEMA_VERSION = 1
 MANIFEST_FILES = ("samples.parquet", "shards.parquet", "quarantine.parquet", "manifest.json")
 _TABLES_HELD = 64
+"""Shards whose samples stay in memory."""
 _COUNTS = TypeAdapter(DatasetCounts)
 
 
@@ -68,12 +69,14 @@ def write_manifest(
     content = ContentHash(SAMPLES.names)
     with tempfile.TemporaryDirectory() as folder:
         paths = {name: Path(folder) / name for name in MANIFEST_FILES[:3]}
+        # page checksums, because without them a flipped bit in a table would silently become another sample
         with pq.ParquetWriter(
             paths["samples.parquet"], SAMPLES, compression="zstd", write_page_checksum=True
         ) as writer:
             for shard, table in zip(shards.to_pylist(), samples, strict=True):
                 rows = table.select(SAMPLES.names).cast(SAMPLES).sort_by("offset")
                 _check_shard(shard, rows)
+                # one row group per shard, so that a reader of a shard fetches its rows and no others
                 writer.write_table(rows, row_group_size=max(1, rows.num_rows))
                 content.update(rows)
                 stored[shard["split"]] += rows.num_rows
@@ -133,7 +136,7 @@ class Manifest:
         self._row_group = {shard: index for index, shard in enumerate(shards.column("shard").to_pylist())}
         self._samples = samples
         self._held: OrderedDict[int, SampleTable] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # a ParquetFile does not serve several threads at a time
 
     @classmethod
     def open(cls, store: Store, root: Store) -> "Manifest":
@@ -146,6 +149,7 @@ class Manifest:
                     "Run its shard step again"
                 )
             shards = pq.read_table(io.BytesIO(store.read("shards.parquet")), page_checksum_verification=True)
+            # samples.parquet grows with the dataset, so only its footer is read here
             local = store.local_path("samples.parquet")
             source = local or RangeFile(store, "samples.parquet", document["bytes"]["samples.parquet"])
             samples = pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True)

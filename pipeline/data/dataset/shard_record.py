@@ -64,6 +64,7 @@ def record_key(plan_digest: str, suffix: str = "") -> str:
 
 def write_record(root: Store, key: str, record: ShardRecord) -> ShardResult:
     """Write a record unless there is one, and return what is stored: another task may have been first."""
+    # sorted keys: equal records are equal bytes, and find_records relies on the order
     root.create(key, json.dumps(record, sort_keys=True).encode())
     return read_record(root, key, reused=False)
 

@@ -68,8 +68,10 @@ def write_shard(
         if samples:
             sha256 = file_sha256(path)
             record |= {"key": f"shards/{sha256[:2]}/{sha256}.tar", "bytes": path.stat().st_size, "sha256": sha256}
+            # an attempt that was killed before it wrote its record may have left exactly these bytes
             if not root.exists(record["key"]):
                 root.upload(record["key"], path)
+    # under the plan's own key the record would be final, and an image that could not be read would never be tried again
     if not image_column and any(row["reason"] in _UNREAD for row in quarantine):
         key = record_key(plan.digest, f"-{json_digest(record)[:16]}")
     return write_record(root, key, record)
@@ -113,6 +115,7 @@ def _write_tar(
     samples: list[SampleRow] = []
     quarantine: list[QuarantineRow] = []
     rows: list[SnapshotRow] = plan.samples.to_pylist()
+    # fixed owner, mode and time: the tar's bytes, and so its key, must not depend on who writes it and when
     with path.open("wb") as file, TarWriter(file, "root", "root", 0o444, encoder=False, mtime=0) as tar:
         for row in rows:
             image = accept(row)

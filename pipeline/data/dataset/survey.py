@@ -108,6 +108,7 @@ def survey(manifest: Manifest, *, splits: Sequence[str], images: int, seed: int 
         classes_of[shard["split"]].update(here.keys() - {NO_LABEL})
         policies.update(samples.column("policy").to_pylist())
         priority = hash64(samples.column("sample_id").to_numpy(), key64("inspect", seed))
+        # the lowest of all are among the lowest of each shard, so no more than `images` rows are kept at a time
         first = np.argsort(priority)[:images]
         chosen = ((int(priority[row]), shard["shard"], samples.slice(int(row), 1).to_pylist()[0]) for row in first)
         lowest = heapq.nsmallest(images, [*lowest, *chosen], key=lambda entry: entry[:2])

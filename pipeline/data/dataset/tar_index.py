@@ -121,6 +121,7 @@ def _index(
         for number, sample in enumerate(found):
             member, label = image_of(sample), label_of(sample, file, label_field)
             name = label if isinstance(label, str) else None
+            # a quarantined sample may have no single member to name, so its row starts as that of its key
             row: SnapshotRow = {**tar, "sample_id": number, "path": f"{tar['path']}/{sample.key}", "size": 0}
             if isinstance(member, Member):
                 row |= {"path": f"{tar['path']}/{member.name}", "size": member.size}

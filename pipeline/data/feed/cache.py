@@ -79,7 +79,7 @@ class ShardCache:
         with self._explained(bytes):
             if not _touched(path):
                 with self._locked(sha256):
-                    if not _touched(path):
+                    if not _touched(path):  # whoever held the lock before may have fetched it
                         self._download(key, path, sha256=sha256, size=bytes)
         return path
 
@@ -157,7 +157,7 @@ class ShardCache:
     def _fetch(self, key: str, target: Path, *, sha256: str, size: int) -> None:
         """Download and check a shard; retry once if the bytes are wrong, and whenever a full disk yields space by evictions."""
         store, name = locate_shard(self.store, key)
-        tries_left = _DOWNLOAD_TRIES
+        tries_left = _DOWNLOAD_TRIES  # a full disk costs no try: each eviction makes progress, and shards run out
         while True:
             try:
                 store.download(name, target)
@@ -237,6 +237,7 @@ class ShardCache:
 
     @contextlib.contextmanager
     def _locked(self, name: str, *, wait: int = 0) -> Iterator[None]:
+        # a descriptor per use: flock excludes open files from each other, so it works between threads as well
         path = self.directory / "locks" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)

@@ -51,6 +51,7 @@ def expected_ids(
     whole = range(-(-first // total), last // total)  # epochs that are complete within these steps
     if whole:
         everything = all_ids(selection)
+        # independent of the order, so whole epochs need no shuffles
         digest += sum(ids_digest(np.full_like(everything, epoch), everything) for epoch in whole)
         parts = [(first, whole.start * total), (whole.stop * total, last)]
     else:

@@ -167,6 +167,7 @@ class Loader:
         try:
             for slots in steps:
                 shards = [int(shard) for shard in np.unique(slots.shards) if self._remote[shard]]
+                # a step enters the lookahead only when its shards fit; otherwise they would evict shards needed before them
                 while len(ahead) > _FETCH_AHEAD or (ahead and lookahead.bytes_with(shards) > self.fetch_bytes):
                     ready, its_shards = ahead.popleft()
                     read.append(its_shards)
@@ -193,6 +194,7 @@ class Loader:
         unreadable: Literal["stop", "substitute"],
     ) -> tuple[Batch, list[Future[list[Substitution]]]]:
         count = len(slots.positions)
+        # allocated once and filled in place by the threads; from pinned memory, the copy to the device overlaps with computation
         labels, sample_ids, epochs = (
             torch.empty(count, dtype=torch.int64, pin_memory=self.pin_memory) for _ in range(3)
         )
@@ -249,6 +251,7 @@ class Loader:
         sample_id = int(rows.sample_ids[index])
         others = candidates(rows.sample_ids, sample_id, seed=self.seed, epoch=epoch)
         for candidate in map(int, others):
+            # its crop follows from its own id, so it looks as it would where the order itself asks for it
             own = uniform_rows(self.seed, [epoch], rows.sample_ids[[candidate]], "augment", AUGMENT_UNIFORMS)[0]
             image = self._image(shard, candidate, own, config)
             if not isinstance(image, Unreadable):

@@ -79,9 +79,8 @@ class SampleOrder:
             )
         bounds = np.arange(config.lanes + 1)
         shortest, longer = divmod(self.samples_per_epoch, config.lanes)
-        self._lane_bounds = bounds * shortest + np.minimum(
-            bounds, longer
-        )  # [L + 1] lane j is line[bounds[j]:bounds[j + 1]]
+        # [L + 1] lane j is line[bounds[j]:bounds[j + 1]]
+        self._lane_bounds = bounds * shortest + np.minimum(bounds, longer)
         # a batch may straddle two epochs, and each lane two windows while it passes from one to the next
         self._line = lru_cache(maxsize=4)(self._make_line)
         self._shuffle = lru_cache(maxsize=2 * config.lanes + 2)(self._make_shuffle)
@@ -103,6 +102,7 @@ class SampleOrder:
     def rank_slice(self, step: int, global_batch: int, rank: int, world_size: int) -> Slots:
         """Return one rank's part of the step's batch. Together the ranks have each sample once, at any world size."""
         positions = np.arange(step * global_batch, (step + 1) * global_batch)
+        # sorted by lane, so that a rank's slice touches few lanes and therefore few shards
         by_lane = np.argsort(positions % self.samples_per_epoch % self.config.lanes, kind="stable")
         part = plain_slice(global_batch, rank, world_size)
         return self.locate(positions[by_lane[part.start : part.stop]])
@@ -122,6 +122,7 @@ class SampleOrder:
         line = self._line(epoch)
         pieces = np.searchsorted(line.ends, on_line, side="right")
         windows = (pieces - line.lane_first[lanes]) // self.config.window_shards
+        # positions of one window are handled together, so that each permutation is needed once
         group = lanes * (len(line.shards) + 1) + windows
         by_group = np.argsort(group, kind="stable")
         shuffled = np.empty_like(on_line)
@@ -129,6 +130,7 @@ class SampleOrder:
             lane, window = int(lanes[chosen[0]]), int(windows[chosen[0]])
             first = line.lane_first[lane] + window * self.config.window_shards
             last = min(first + self.config.window_shards, len(line.shards)) - 1
+            # a lane may begin and end inside a shard: the shuffle must stay within the lane
             begin = max(self._lane_bounds[lane], line.starts[first])
             end = min(self._lane_bounds[lane + 1], line.ends[last])
             shuffled[chosen] = begin + self._shuffle(epoch, lane, window, int(end - begin))[on_line[chosen] - begin]

@@ -55,6 +55,7 @@ class Selection:
         served = table.column("served").to_numpy().astype(np.int64)
         self.counts: Int64s = served if chosen is None else np.array([len(rows) for rows in chosen], dtype=np.int64)
         """[S] number of selected samples of each shard."""
+        # a cache per object, not on the method: a cache of the class would keep every selection alive
         self.rows = lru_cache(maxsize=_ROWS_HELD)(self._read_rows)
         """Shard index -> Rows."""
 

@@ -14,7 +14,7 @@ class Feed:
 
     def batch(self, step: int) -> Batch:
         """Return this rank's part of a step."""
-        if self.batches is None or step != self.ahead:
+        if self.batches is None or step != self.ahead:  # a jump: what was read ahead is of no use
             self.close()
             self.batches = self.loader.from_step(step, self.total_steps)
         self.ahead = step + 1

@@ -181,7 +181,7 @@ def _decoded(data: bytes) -> Image.Image:
 
 
 def _reencode(image: Image.Image, max_side: int) -> Accepted | Refused:
-    reasons = []
+    reasons = []  # in a fixed order: `policy` is part of the dataset's digest
     jpeg = image.format in {"JPEG", "MPO"}
     if not jpeg:
         reasons.append(str(image.format).lower())

@@ -71,6 +71,7 @@ def synthetic(number: int) -> bytes:
     pixels = np.stack([light + warm, light - 0.4 * (warm + cool), light + cool], axis=-1) + rng.uniform(80, 170)
     ground = Image.fromarray(_bytes(pixels))
     picture = Image.blend(ground, _with_shapes(rng, ground), float(rng.uniform(0.35, 0.8)))
+    # luma and chroma grain: it decides the size in bytes, and so the time that a decoder takes
     grain = rng.normal(0, _GRAIN, (height, width, 1)) + rng.normal(0, _GRAIN / 2, (height, width, 3))
     buffer = io.BytesIO()
     colour = 0 if number % 5 == 4 else 2  # 4:4:4, 4:2:0

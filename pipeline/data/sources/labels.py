@@ -55,6 +55,7 @@ class Labels:
 
     def match(self, paths: Sequence[str]) -> LabelMatch:
         """Return labels and splits of the next images of the listing."""
+        # both sides are in path order, so the rows of this batch end where its last path would be inserted
         end = bisect_right(range(len(self._paths)), paths[-1], lo=self._next, key=lambda row: self._paths[row].as_py())
         rows = self._table.slice(self._next, end - self._next)
         self._next = end

@@ -42,6 +42,7 @@ def find_layout(folders: Collection[tuple[str, ...]]) -> FolderLayout:
                 f"data.source: there are images next to the split folders {', '.join(sorted(tops))}, so their split is unknown. "
                 "Move them into one of these folders, or out of the source"
             )
+        # train/cat and test/cat are one class, so classes are united over the splits
         return FolderLayout("folders", tuple(sorted({parts[1] for parts in folders if len(parts) > 1})))
     return FolderLayout("pool", tuple(sorted(tops)))
 
@@ -96,6 +97,7 @@ def class_order(names: Collection[str]) -> tuple[str, ...]:
 
 def keyed_hash(seed: int, path: str, *, purpose: Literal["split", "shard", "row_group"]) -> int:
     """Return 64 random bits that belong to this path, the same on every machine and at every retry."""
+    # a hash rather than a shuffle: a file that is added later moves no other file to another split
     data = f"{purpose}:{seed}:{path}".encode()
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 

@@ -166,5 +166,6 @@ def _row_starts(table: pq.ParquetFile) -> list[int]:
 def _image_bytes(group: pq.RowGroupMetaData, column: str) -> int:
     """Return the average stored size of the group's images, from the footer alone."""
     chunks = (group.column(index) for index in range(group.num_columns))
+    # a struct column has one chunk per field, all of whose paths begin with the column's name
     total = sum(c.total_compressed_size for c in chunks if c.path_in_schema.split(".")[0] == column)
     return int(-(-total // max(1, group.num_rows)))

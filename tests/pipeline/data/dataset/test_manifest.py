@@ -11,7 +11,7 @@ import pytest
 from pipeline.data.dataset import manifest as module
 from pipeline.data.dataset.facts import Counts
 from pipeline.data.dataset.manifest import MANIFEST_FILES, Manifest, write_manifest
-from pipeline.data.dataset.schema import QUARANTINE, SAMPLES, SHARDS
+from pipeline.data.dataset.schema import QUARANTINE, SAMPLES, SHARDS, SNAPSHOT, TABLE_SNAPSHOT
 from pipeline.errors import DataError, StorageError
 from pipeline.storage import open_store
 
@@ -91,6 +91,23 @@ def test_what_is_written_is_read(store):
     written = json.loads(store.at("g0001").read("manifest.json"))["counts"]
     assert written == {"total": asdict(manifest.counts.total), "splits": facts.as_json()["counts"]["splits"]}
     assert facts.shards == 3
+
+
+def test_the_columns_of_the_tables_stay():
+    # SCHEMA_VERSION promises these columns to readers: if this fails, fix the change, or raise SCHEMA_VERSION.
+    columns = {
+        "samples": "sample_id int64, shard int32, offset int64, length int64, crc32 int64, sha256 string, dhash64 uint64, "
+        "width int32, height int32, original_width int32, original_height int32, label int32, key string, source string, "
+        "split string, served bool, policy string",
+        "shards": "shard int32, key string, bytes int64, samples int32, served int32, sha256 string, split string",
+        "quarantine": "source string, split string, label int32, reason string, detail string, bytes int64",
+        "snapshot": "sample_id int64, path string, size int64, label int32, split string",
+        "table snapshot": "sample_id int64, path string, size int64, label int32, split string, row_group int32",
+    }
+    schemas = (SAMPLES, SHARDS, QUARANTINE, SNAPSHOT, TABLE_SNAPSHOT)
+    for schema, expected in zip(schemas, columns.values(), strict=True):
+        assert ", ".join(f"{field.name} {field.type}" for field in schema) == expected
+        assert not any(field.nullable for field in schema)
 
 
 def test_offset_order_whatever_order_came_in(tmp_path):

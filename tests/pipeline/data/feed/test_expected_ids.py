@@ -96,7 +96,7 @@ def test_one_too_many_one_too_few_and_several():
     assert words(batches) == f"1 too few: sample {lost} of epoch {first} came once too rarely"
     batches = list(seen(COUNTS, BATCH, 0, STOP))
     batches += batches[3:4]
-    assert words(batches) == "12 too many: which samples, the sum alone does not tell; more than one is wrong"
+    assert words(batches) == "12 too many: more than one sample is wrong, and the sum alone cannot tell which"
 
 
 def substitution(step, place, *, stand_in=0):
