@@ -30,7 +30,8 @@ from benchmarks import _data
 from benchmarks import _timing as timing
 from pipeline.data.dataset.duplicates import find_duplicates
 from pipeline.data.dataset.near_duplicates import NearDuplicateSearch
-from pipeline.data.dataset.shard_plan import IntakePolicy, opened_snapshot, plan_shards
+from pipeline.data.dataset.shard_plan import open_snapshot, plan_shards
+from pipeline.data.images.intake import IntakePolicy
 from pipeline.data.sources.listing import SourceItem
 from pipeline.stages import snapshot as stage
 from pipeline.storage import open_store
@@ -64,7 +65,7 @@ def plan(count: int, root: Path) -> Cost:
     store = _data.attempt(root).store
 
     def planned() -> None:
-        with opened_snapshot(store, stage.SNAPSHOT_FILE) as table:
+        with open_snapshot(store, stage.SNAPSHOT_FILE) as table:
             plans = plan_shards(table, seed=0, shard_max_bytes=2**27, min_shards=16, policy=IntakePolicy())
             for shard in range(min(100, len(plans))):
                 _ = plans[shard].digest
@@ -88,7 +89,7 @@ def near_duplicates(count: int, root: Path) -> Cost:
     def searched() -> None:
         search = NearDuplicateSearch()
         for number, split, table in _shards(count):
-            search.shown(number, split, table)
+            search.add(number, split, table)
         search.find()
 
     return measured(searched)

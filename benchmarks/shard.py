@@ -36,10 +36,10 @@ from webdataset import ShardWriter
 from benchmarks import _data
 from benchmarks import _timing as timing
 from pipeline import cluster
-from pipeline.data.dataset.shard_plan import IntakePolicy, ShardPlan, opened_snapshot, plan_shards
+from pipeline.data.dataset.shard_plan import ShardPlan, open_snapshot, plan_shards
 from pipeline.data.dataset.shard_writer import write_shard
 from pipeline.data.images.decode_speed import cores
-from pipeline.data.images.intake import Taken, dhash64, take_in
+from pipeline.data.images.intake import Accepted, IntakePolicy, accept_image, dhash64
 
 ONE, TWO = "ours, 1 task", "ours, 2 tasks"
 WRITER, WRITER_OUR_INTAKE = "ShardWriter, Pillow", "ShardWriter, our intake"
@@ -72,10 +72,10 @@ def pillow_checks(data: bytes) -> tuple[bytes, int]:
 
 def our_checks(data: bytes) -> tuple[bytes, int]:
     """Check an image as our tasks do. Raises ValueError if it is refused."""
-    taken = take_in(data, max_side=_POLICY.image_max_short_side, max_pixels=_POLICY.image_max_pixels)
-    if not isinstance(taken, Taken):
-        raise ValueError(f"{taken.reason}: {taken.detail}")
-    return taken.data, taken.dhash64
+    accepted = accept_image(data, _POLICY)
+    if not isinstance(accepted, Accepted):
+        raise ValueError(f"{accepted.reason}: {accepted.detail}")
+    return accepted.data, accepted.dhash64
 
 
 def write_with_shardwriter(
@@ -128,7 +128,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
         scratch = Path(name)
         source = _data.write_files(found.files, scratch / "images", copies=-(-wanted // len(found.files)))
         listing = _data.listed(source, scratch / "snapshot")
-        with opened_snapshot(listing.store, "snapshot.parquet") as snapshot:
+        with open_snapshot(listing.store, "snapshot.parquet") as snapshot:
             plans = list(plan_shards(snapshot, seed=0, shard_max_bytes=2**27, min_shards=_SHARDS, policy=_POLICY))
         images = sum(len(plan.samples) for plan in plans)
         ways: dict[str, Way] = {

@@ -1,4 +1,4 @@
-"""Sources of every kind, small and real, through the real snapshot and shard stages."""
+"""Small real sources of every kind, taken through the real snapshot and shard stages."""
 
 import io
 import json
@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.cluster.resources import Resources
-from pipeline.data.dataset.manifest import Manifest, locate
+from pipeline.data.dataset.address import locate_shard
+from pipeline.data.dataset.manifest import Manifest
 from pipeline.graph.step import Attempt, StageInput
 from pipeline.stages.shard import ShardStageConfig, shard
 from pipeline.stages.snapshot import SnapshotConfig, snapshot
@@ -23,7 +24,7 @@ OPTIONS = {"bad_share_stop": 0.05, "bad_share_warn": 0.01}
 
 
 class Bar:
-    """Progress that remembers."""
+    """Progress that records its updates."""
 
     def __init__(self):
         self.seen = []
@@ -35,7 +36,7 @@ class Bar:
 def picture(
     number: int, kind: str = "JPEG", *, size: tuple[int, int] = (32, 24), mode: str = "RGB", **options
 ) -> bytes:
-    """Noise, another for each number; `size` is width, height."""
+    """Return noise that depends on the number; `size` is (width, height)."""
     noise = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(noise).convert(mode).save(buffer, kind, **options)
@@ -43,7 +44,7 @@ def picture(
 
 
 def tar_bytes(members: Iterable[tuple[str, bytes]], **options: Any) -> bytes:
-    """A tar of these members as Python's tarfile writes it."""
+    """Return a tar of these members, written by Python's tarfile."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", **options) as tar:
         for name, data in members:
@@ -54,7 +55,7 @@ def tar_bytes(members: Iterable[tuple[str, bytes]], **options: Any) -> bytes:
 
 
 def labelled(numbers: Iterable[int], *, classes: int = 3) -> list[tuple[str, bytes]]:
-    """Members of samples with a .cls each."""
+    """Return the members of samples, each with a .cls."""
     return [
         member
         for number in numbers
@@ -70,7 +71,7 @@ def write_tars(source: Path, tars: Mapping[str, list[tuple[str, bytes]]]) -> str
 
 
 def write_table(path: Path, columns: Mapping[str, Any], *, rows_per_group: int = 10) -> str:
-    """A Parquet table; returns its folder."""
+    """Write a Parquet table and return its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(dict(columns)), path, row_group_size=rows_per_group)
     return str(path.parent)
@@ -82,7 +83,7 @@ def attempt(root: Path | str, *, generation: int = 1, executor: Any = "in_proces
 
 
 def listed(source: str, root: Path | str, *earlier: StageInput, **options: Any) -> StageInput:
-    """The snapshot of a source, as the shard stage sees it; `earlier`: the parts before."""
+    """Return the snapshot of a source, as the shard stage sees it. `earlier`: the earlier parts."""
     handed = attempt(root)
     config = SnapshotConfig(source=source, **{"test_share": 0.0, "seed": 0} | options)
     result = snapshot(config, {f"part{number}": part for number, part in enumerate(earlier)}, handed)
@@ -98,7 +99,7 @@ def sharded(
     generation: int = 1,
     **options: Any,
 ) -> StageInput:
-    """The shards of a snapshot, as later stages see them."""
+    """Return the shards of a snapshot, as later stages see them."""
     stop = options.pop("bad_share_stop", OPTIONS["bad_share_stop"])
     handed = attempt(root, executor=executor, generation=generation, bad_share_stop=stop)
     config = ShardStageConfig(source=source, **{"seed": 0, "shard_max_bytes": 20_000, "min_shards": 4} | options)
@@ -111,13 +112,13 @@ def manifest_of(shards: StageInput) -> Manifest:
 
 
 def stored(shards: StageInput, root: Any = None) -> dict[str, dict[str, Any]]:
-    """Source -> row, with the bytes as they lie in the tar as `data` and the class's name as `class`."""
+    """Return source -> row, with the bytes in the tar as `data` and the class's name as `class`."""
     manifest = Manifest.open(shards.store, root or shards.root)
     found = {}
     for split in manifest.splits:
-        for line in manifest.shards(split).to_pylist():
-            store, key = locate(manifest.root, line["key"])
-            for row in manifest.stored_samples(line["shard"]).to_pylist():
+        for one in manifest.shards(split).to_pylist():
+            store, key = locate_shard(manifest.root, one["key"])
+            for row in manifest.stored_samples(one["shard"]).to_pylist():
                 row["data"] = store.read_range(key, row["offset"], row["length"])
                 row["class"] = None if row["label"] < 0 else manifest.classes[row["label"]]
                 found[row["source"]] = row
@@ -125,7 +126,7 @@ def stored(shards: StageInput, root: Any = None) -> dict[str, dict[str, Any]]:
 
 
 def quarantined(shards: StageInput) -> dict[str, str]:
-    """Source -> reason."""
+    """Return source -> reason."""
     rows = pq.read_table(io.BytesIO(shards.store.read("quarantine.parquet"))).to_pylist()
     return {row["source"]: row["reason"] for row in rows}
 

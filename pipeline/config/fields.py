@@ -22,6 +22,7 @@ from pydantic import (
 
 from mae_core.config import SIZES, MAEConfig
 from pipeline.cluster.resources import Resources
+from pipeline.data.images.intake import IntakePolicy
 from pipeline.errors import StorageError
 from pipeline.evaluation.protocols import PROTOCOL_NAMES, ProtocolName, protocol_named
 from pipeline.storage import open_store
@@ -101,10 +102,10 @@ class DataConfig(SourceConfig):
     """Decides the random split and which shard an image goes to."""
     test_share: float = Field(0.1, ge=0, lt=1)
     """Share of the images held out as `test` when the source has no explicit splits."""
-    image_max_short_side: int = Field(512, ge=16)
-    """Images whose shorter side is longer than this are resized to it once, when they are stored."""
-    image_max_pixels: int = Field(100_000_000, ge=1)
-    """Images with more pixels are quarantined without being decoded."""
+    image_max_short_side: int = Field(IntakePolicy.image_max_short_side, ge=16)
+    """See IntakePolicy."""
+    image_max_pixels: int = Field(IntakePolicy.image_max_pixels, ge=1)
+    """See IntakePolicy."""
     shard_max_bytes: int = Field(128 * 2**20, ge=2**16)
     min_shards: int = Field(16, ge=1)
     """Smallest number of shards of the training split, if it has enough images. The order of images is shuffled by shards."""

@@ -1,1 +1,1 @@
-"""From files to batches: snapshot, shards, manifest, order, decode, loader."""
+"""Images on their way from the source through the stored dataset to training batches."""

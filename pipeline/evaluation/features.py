@@ -23,7 +23,7 @@ from mae_core.patches import normalise_pixels
 from pipeline.cluster.resources import Resources
 from pipeline.cluster.tasks import map_tasks
 from pipeline.data.dataset.address import DatasetAddress, dataset_address
-from pipeline.data.dataset.manifest import json_digest
+from pipeline.data.dataset.digests import json_digest
 from pipeline.data.feed.loader import Loader
 from pipeline.data.feed.order import OrderConfig, SampleOrder, plain_slice
 from pipeline.data.feed.selection import Samples, Selection, select

@@ -6,7 +6,6 @@ Shapes: images [H, W, 3] uint8 of any size. Units: pixels, bytes."""
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -19,8 +18,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.data.dataset.survey import Shown, Survey
-from pipeline.data.dataset.verify import Finding, Verification
+from pipeline.data.dataset.facts import NearDuplicateFacts
+from pipeline.data.dataset.integrity import Finding, Verification
+from pipeline.data.dataset.survey import ShownImage, Survey
 from pipeline.reporting.figures import BLUE, DOTS_PER_INCH, FAINT, GREEN, PURPLE, STYLE, as_png
 from pipeline.reporting.format import count
 from pipeline.reporting.reconstructions import INK, half_blocks, plain_font
@@ -51,7 +51,7 @@ def survey_png(survey: Survey) -> bytes:
     return out.getvalue()
 
 
-def contact_sheet(shown: Sequence[Shown]) -> Image.Image:
+def contact_sheet(shown: Sequence[ShownImage]) -> Image.Image:
     """Return rows of eight tiles with label, size and mark.
 
     Small images are enlarged by a whole factor with hard edges."""
@@ -77,7 +77,7 @@ def contact_sheet(shown: Sequence[Shown]) -> Image.Image:
     return sheet
 
 
-def mark_of(shown: Shown) -> tuple[str, str]:
+def mark_of(shown: ShownImage) -> tuple[str, str]:
     """Return the word and the colour that mark a tile, or two empty strings for an image that training reads."""
     if shown.image is None:
         return "unreadable", RED
@@ -125,7 +125,8 @@ def survey_table(survey: Survey) -> RenderableType:
     numbers = ["listed", "served", "duplicates", "quarantined", "classes", "shards", "in shards"]
     table = plain_table(["split"], numbers=numbers)
     for one in survey.splits:
-        figures = (one.listed, one.served, one.duplicates, one.quarantined, one.classes, one.shards)
+        counts = one.counts
+        figures = (counts.listed, counts.served, counts.duplicates, counts.quarantined, one.classes, one.shards)
         table.add_row(Text(one.split, style="bold"), *map(count, figures), bytes_text(one.shard_bytes))
     parts: list[RenderableType] = [table, ""]
     kept = survey.policies.get("kept", 0) + survey.policies.get("indexed", 0)
@@ -154,17 +155,16 @@ def unreadable_line(survey: Survey) -> str:
     )
 
 
-def near_line(facts: Mapping[str, Any]) -> str:
+def near_line(facts: NearDuplicateFacts) -> str:
     """Return the near duplicates across splits in one sentence."""
-    held_out, compared, flat = (int(facts[name]) for name in ("held_out", "compared", "flat"))
-    left_out = f"; {count(flat)} images of nearly one colour are left out" if flat else ""
+    left_out = f"; {count(facts.flat)} images of nearly one colour are left out" if facts.flat else ""
     return (
-        f"{count(held_out)} of {count(compared)} images of val and test look like one of train (perceptual hashes within "
-        f"{facts['distance']} of 64 bits){left_out}"
+        f"{count(facts.held_out)} of {count(facts.compared)} images of val and test look like one of train (perceptual hashes "
+        f"within {facts.distance} of 64 bits){left_out}"
     )
 
 
-def terminal_sheet(shown: Sequence[Shown], *, columns: int = 18) -> Table:
+def terminal_sheet(shown: Sequence[ShownImage], *, columns: int = 18) -> Table:
     """Return a few images in half blocks, for terminals with colours."""
     some = [one for one in shown if one.image is not None][:_IN_TERMINAL]
     grid = Table.grid(padding=(0, 2))
@@ -230,11 +230,11 @@ def _name(finding: Finding) -> str:
     return f"shard {finding.shard}" + (f" sample {finding.sample}" if finding.sample else "")
 
 
-def _near_lines(facts: Mapping[str, Any]) -> list[RenderableType]:
-    if not facts["compared"] and not facts["flat"]:
+def _near_lines(facts: NearDuplicateFacts) -> list[RenderableType]:
+    if not facts.compared and not facts.flat:
         return []
     lines: list[RenderableType] = [_line("\nnear duplicates  ", near_line(facts))]
-    return [*lines, *(_line("  ", f"{pair['held_out']} and {pair['train']}") for pair in facts["examples"])]
+    return [*lines, *(_line("  ", f"{pair.held_out} and {pair.train}") for pair in facts.examples)]
 
 
 def _line(name: str, text: str) -> Text:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pipeline.config import RunConfig
 from pipeline.graph.receipts import Receipt, read_receipt
 from pipeline.runs.workflow import listings, snapshot_names
-from pipeline.stages.snapshot import holds_news
+from pipeline.stages.snapshot import has_new_files
 from pipeline.storage import Store
 
 
@@ -32,7 +32,7 @@ def refresh(config: RunConfig, store: Store) -> Refreshed:
         )
     pinned = known_parts(configured, lambda names: bool(_receipts(config, names, store)))
     parts = [receipt.as_input(uri) for uri, receipt in _receipts(config, pinned, store)]
-    names = (*pinned, next_name(pinned)) if holds_news(config.data.source, config.data.labels, parts) else pinned
+    names = (*pinned, next_name(pinned)) if has_new_files(config.data.source, config.data.labels, parts) else pinned
     finding = "a new part" if names != pinned else "nothing is new"
     chosen = names if len(names) > 1 else names[0]
     as_yaml = f'"{chosen}"' if isinstance(chosen, str) else "[" + ", ".join(f'"{name}"' for name in chosen) + "]"

@@ -12,8 +12,9 @@ from PIL import Image
 from torchvision.transforms import functional
 
 from benchmarks import _data, decode, loader, order, scale, shard
-from pipeline.data.dataset.shard_plan import opened_snapshot, plan_shards
-from pipeline.data.dataset.shard_writer import read_samples, write_shard
+from pipeline.data.dataset.shard_plan import open_snapshot, plan_shards
+from pipeline.data.dataset.shard_record import read_samples
+from pipeline.data.dataset.shard_writer import write_shard
 from pipeline.data.images.decode_speed import CROP, SIZE
 from pipeline.data.images.photos import photos
 from pipeline.data.images.pictures import is_mirrored
@@ -96,7 +97,7 @@ def test_every_way_of_decoding_makes_the_same_picture(files):
 def test_all_loaders_yield_pictures_of_the_same_kind_from_the_same_shards(folder, files, tmp_path):
     plan = loader.Plan(workers=1, batch=16, timed=4, warmup=0, rounds=1)
     manifest = _data.sharded(folder, tmp_path, shards=2)
-    assert manifest.counts["total"]["served"] == len(files)
+    assert manifest.counts.total.served == len(files)
     tars = [manifest.root.local_path(key) for key in manifest.shards("train").column("key").to_pylist()]
     sides = {
         "ours": loader.ours(manifest, plan, tmp_path),
@@ -121,7 +122,7 @@ def test_ratios_are_taken_within_a_turn():
 
 def test_the_loop_around_shardwriter_records_what_our_rows_record(folder, tmp_path):
     listing = _data.listed(folder, tmp_path / "snapshot")
-    with opened_snapshot(listing.store, "snapshot.parquet") as snapshot:
+    with open_snapshot(listing.store, "snapshot.parquet") as snapshot:
         plans = list(plan_shards(snapshot, seed=0, shard_max_bytes=2**27, min_shards=2, policy=shard._POLICY))
     theirs = shard.write_with_shardwriter(plans, folder, tmp_path / "theirs", shard.our_checks)
     write = partial(write_shard, source=str(folder), root_uri=str(tmp_path / "ours"), policy=shard._POLICY)

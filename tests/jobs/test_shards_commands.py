@@ -94,7 +94,7 @@ def test_wrong_input_is_refused_with_a_reason(config, tmp_path):
         shards("inspect", config, "--split", "dev", "--out", tmp_path / "x.png")
     with pytest.raises(ConfigError, match="--set changes a configuration"):
         shards("verify", tmp_path / "store", "--set", "data.seed=1")
-    with pytest.raises(DataError, match="shards are not made yet"):
+    with pytest.raises(DataError, match="shards of this configuration do not exist yet"):
         shards("verify", config, "--set", "data.seed=1")
     assert not (tmp_path / "x.png").exists()
 

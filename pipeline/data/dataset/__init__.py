@@ -1,1 +1,1 @@
-"""A dataset in the store: shards, their manifest, duplicates, and the checks that read it back."""
+"""A stored dataset: shards, their manifest, and what is known about both."""

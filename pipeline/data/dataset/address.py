@@ -1,29 +1,49 @@
-"""Where a finished dataset is: the one thing that a worker needs to open it."""
+"""Where a finished dataset and its shards are: all that a worker needs to open them."""
 
 from dataclasses import dataclass
 
 from pipeline.data.dataset.facts import DatasetFacts
 from pipeline.data.dataset.manifest import Manifest
 from pipeline.graph.step import StageInput
-from pipeline.storage import open_store
+from pipeline.storage import Store, open_store
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetAddress:
-    """A finished shard step: where its manifest and its shards lie."""
+    """Where the manifest and the shards of a finished shard or join step are."""
 
     manifest_uri: str
     root_uri: str
+    """What the shards' keys are relative to."""
     digest: str
     """The manifest's: the identity of the dataset."""
 
     def open(self) -> Manifest:
-        """Reads the manifest."""
+        """Read the manifest."""
         return Manifest.open(open_store(self.manifest_uri), open_store(self.root_uri))
 
 
 def dataset_address(shards: StageInput) -> DatasetAddress:
-    """Where a finished shard step left its dataset; a join's shards lie in the steps of its parts, beside its own."""
+    """Return where a finished shard or join step left its dataset."""
     facts = DatasetFacts.read(shards.facts)
+    # a join writes no shards: those of its parts are in other steps' directories, so keys start at the store's root
     root_uri = shards.root_uri.rpartition("/")[0] if facts.keys_from == "store" else shards.root_uri
     return DatasetAddress(manifest_uri=shards.store.uri, root_uri=root_uri, digest=facts.digest)
+
+
+def is_indexed(key: str) -> bool:
+    """Return whether a shard's key is the address of a tar that was indexed in place, rather than a key below the root."""
+    return "://" in key
+
+
+def locate_shard(root: Store, key: str) -> tuple[Store, str]:
+    """Return the store that holds a shard, and the shard's key in that store."""
+    if not is_indexed(key):
+        return root, key
+    folder, _, name = key.rpartition("/")
+    return open_store(folder), name
+
+
+def shard_address(root: Store, key: str) -> str:
+    """Return a shard's address for messages."""
+    return key if is_indexed(key) else f"{root.uri}/{key}"

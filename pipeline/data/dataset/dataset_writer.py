@@ -1,16 +1,17 @@
-"""A dataset's shards under one manifest: exact duplicates marked, near duplicates counted, facts for the receipt.
+"""Put a dataset's shards under one manifest: mark exact duplicates, count near duplicates, and return the facts.
 
-Memory: see duplicates.py and near_duplicates.py. Errors: those of the manifest."""
+Memory: that of both searches, see duplicates.py and near_duplicates.py. Errors: those of the manifest."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
 from pipeline.data.dataset.duplicates import find_duplicates
-from pipeline.data.dataset.manifest import NO_LABEL, SHARDS, write_manifest
+from pipeline.data.dataset.facts import DatasetFacts, QuarantinedImage
+from pipeline.data.dataset.manifest import write_manifest
 from pipeline.data.dataset.near_duplicates import NearDuplicateSearch, near_duplicate_facts
+from pipeline.data.dataset.schema import NO_LABEL, SHARDS, QuarantineTable, SampleTable, ShardRow
 from pipeline.storage import Store
 
 _EXAMPLES = 10
@@ -18,56 +19,64 @@ _EXAMPLES = 10
 
 @dataclass(frozen=True)
 class StoredShard:
-    """A shard that lies somewhere, in terms of the whole dataset."""
+    """A shard that is stored somewhere, with ids, labels and number as in the whole dataset."""
 
-    line: Mapping[str, Any]
-    """Its row of shards.parquet, but for `served`."""
-    samples: Callable[[], Any]
-    """Reads its samples (SAMPLES); `served` is found here."""
+    row: ShardRow
+    """Its row of shards.parquet; `served` is not known yet and ignored."""
+    samples: Callable[[], SampleTable]
+    """Reads its samples; `served` is ignored here too."""
 
 
 def publish(
     store: Store,
     shards: Sequence[StoredShard],
     *,
-    quarantine: Any,
+    quarantine: QuarantineTable,
     listed: Mapping[str, int],
     classes: Sequence[str],
-    policy: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Writes the manifest; facts of `write_manifest` and what was found in the images. Samples are read twice.
+    policy: Mapping[str, int],
+) -> DatasetFacts:
+    """Write the manifest and return the dataset's facts. Samples are read twice rather than kept in memory.
 
-    `quarantine`: rows (QUARANTINE), sorted by split and source; `listed`: images of each split.
+    `quarantine` is sorted by split and source; `listed` has the images of each split.
     """
-    copies = find_duplicates((one.line["shard"], one.line["split"], one.samples()) for one in shards)
+    copies = find_duplicates((one.row["shard"], one.row["split"], one.samples()) for one in shards)
     near = NearDuplicateSearch()
-    samples_of = {one.line["shard"]: one.samples for one in shards}
-    lines = [
-        {**one.line, "served": one.line["samples"] - len(copies.within.get(one.line["shard"], ()))} for one in shards
+    samples_of = {one.row["shard"]: one.samples for one in shards}
+    rows: list[ShardRow] = [
+        {**one.row, "served": one.row["samples"] - len(copies.within.get(one.row["shard"], ()))} for one in shards
     ]
     facts = write_manifest(
         store,
+        # the search for near duplicates collects its hashes on the way, which saves a third pass over the samples
         samples=(
-            near.shown(line["shard"], line["split"], copies.mark(line["shard"], samples_of[line["shard"]]()))
-            for line in lines
+            near.add(row["shard"], row["split"], copies.mark(row["shard"], samples_of[row["shard"]]())) for row in rows
         ),
-        shards=pa.Table.from_pylist(lines, schema=SHARDS),
+        shards=pa.Table.from_pylist(rows, schema=SHARDS),
         quarantine=quarantine,
         listed=listed,
         classes=classes,
         policy=policy,
     )
     examples = quarantine.slice(0, _EXAMPLES).select(["source", "reason"]).to_pylist()
-    return facts | {
-        "quarantined": quarantine.num_rows,
-        "bad_share": quarantine.num_rows / max(1, sum(listed.values())),
-        "quarantine_examples": examples,
-        "duplicates_across_splits": copies.across,
-        "near_duplicates_across_splits": near_duplicate_facts(near.find(), lambda number: samples_of[number]()),
-    }
+    return replace(
+        facts,
+        quarantined=quarantine.num_rows,
+        bad_share=quarantine.num_rows / max(1, sum(listed.values())),
+        quarantine_examples=tuple(QuarantinedImage(**example) for example in examples),
+        duplicates_across_splits=copies.across,
+        near_duplicates_across_splits=near_duplicate_facts(near.find(), lambda shard: samples_of[shard]()),
+    )
 
 
-def relabelled(column: Any, labels: Sequence[int]) -> Any:
-    """Labels of a part (an Arrow column) as labels of the whole; `labels`: the new one of each of its classes."""
+def relabel(column: pa.ChunkedArray, labels: Sequence[int]) -> pa.Array:
+    """Translate the labels of a part into labels of the whole. `labels`: the new label of each of the part's classes."""
     new = [NO_LABEL if label == NO_LABEL else labels[label] for label in column.to_pylist()]
     return pa.array(new, pa.int32())
+
+
+def with_columns(table: pa.Table, columns: Mapping[str, pa.Array]) -> pa.Table:
+    """Return the table with these columns replaced."""
+    for name, column in columns.items():
+        table = table.set_column(table.column_names.index(name), name, column)
+    return table

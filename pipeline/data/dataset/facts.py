@@ -1,6 +1,6 @@
-"""What a receipt says of a listing (snapshot step) and of a dataset (shard and join steps).
+"""Facts in the receipts of a snapshot step (a listing) and of shard and join steps (a dataset).
 
-Units: numbers are of images; shares are fractions in [0, 1]."""
+Units: counts are of images; shares are fractions in [0, 1]."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,20 +17,21 @@ class SnapshotFacts(Facts):
     kind: SourceKind = "images"
     """What the source holds."""
     listed: int
-    """Images; of tars, the tars themselves, whose images are counted when they are indexed."""
+    """Images. For a source of tars, the tars: their images are counted when they are indexed."""
     ignored: int
-    """Files that are none of these."""
+    """Files that are neither images, tars nor tables."""
     classes: tuple[str, ...]
     splits: Mapping[str, int]
+    """Split -> listed images (or tars)."""
     source: str
     unlabelled: int | None = None
-    """Images without a label, where a labels file or a table says the labels."""
+    """Images without a label, if a labels file or a table assigns the labels."""
     known: int | None = None
-    """Of a later part: files that an earlier part lists."""
+    """Later parts only: files that an earlier part lists."""
     changed: int | None = None
-    """Of a later part: files whose size has changed since an earlier part listed them. They are listed again."""
+    """Later parts only: files whose size has changed since an earlier part listed them. They are listed again."""
     gone: int | None = None
-    """Of a later part: files that an earlier part lists and the source no longer holds."""
+    """Later parts only: files that an earlier part lists and the source no longer holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class Counts:
     served: int = 0
     """Those that training reads."""
     duplicates: int = 0
-    """Stored and not served: the bytes equal those of another sample of the split."""
+    """Stored but not served: the bytes equal those of another sample of the split."""
     quarantined: int = 0
 
 
@@ -99,13 +100,13 @@ class DatasetFacts(Facts):
     duplicates_across_splits: int = 0
     near_duplicates_across_splits: NearDuplicateFacts | None = None
     other_members: int | None = None
-    """Of indexed tars: files that belong to no sample."""
+    """Indexed tars only: files that belong to no sample."""
     duplicates_across_parts: int | None = None
-    """Of a join: images of one part whose bytes another part holds too."""
+    """Joins only: images of one part whose bytes another part holds too."""
     parts: Mapping[str, Counts] | None = None
-    """Of a join: the counts of each part, by snapshot name."""
+    """Joins only: the counts of each part, by snapshot name."""
     keys_from: Literal["store"] | None = None
-    """Of a join: shard keys are relative to the run's store rather than to the step's directory."""
+    """Joins only: shard keys are relative to the run's store rather than to the step's directory."""
 
     @property
     def unsuited(self) -> str:

@@ -1,243 +1,170 @@
-"""The dataset's manifest: which image lies where, written last and read by row group.
+"""The dataset's manifest: which image is where, written last and read by row group.
 
-Files, in a generation's directory: samples.parquet (a row a sample, a row group a shard, in shard and offset order),
-shards.parquet (a row a shard that holds samples), quarantine.parquet (a row a refused image), manifest.json (written
-last: its presence means complete). Shards lie under a root, at `key`; tars of others, indexed where they are, at an
-address of their own (`locate`).
-Units: bytes; offsets count from the start of the tar to the first byte of the image.
-Digest: SHA-256 over the columns' values, so that neither Parquet's encoding nor the number of tasks or generations that
-made the files can change it; `detail`, words for people, is left out, and so are the folders above shards and indexed tars.
-Counts: listed = stored + quarantined and stored = served + duplicates, in every split, or nothing is written or opened.
+Files, in a generation's directory: samples.parquet (one row per sample, one row group per shard, in shard and offset
+order), shards.parquet (one row per shard that holds samples), quarantine.parquet (one row per refused image) and
+manifest.json (written last: its presence means the dataset is complete). `pipeline.data.dataset.schema` has the columns.
+Shards are under a root, at `key`; tars indexed in place are at an address of their own (`locate_shard`).
+Digest: SHA-256 over the columns' values, so neither Parquet's encoding nor the number of tasks or generations that made the
+files can change it. It leaves out `detail` (words for people) and the folders above shards and indexed tars.
+Counts: listed = stored + quarantined and stored = served + duplicates in every split, or nothing is written or opened.
 Errors: DataError when files are missing, damaged, or do not add up."""
 
-import hashlib
 import io
 import json
 import tempfile
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter
 
+from pipeline.data.dataset.digests import ContentHash, content_digest, json_digest
+from pipeline.data.dataset.facts import Counts, DatasetCounts, DatasetFacts
+from pipeline.data.dataset.schema import (
+    QUARANTINE,
+    SAMPLES,
+    SHARDS,
+    QuarantineTable,
+    SampleTable,
+    ShardRow,
+    ShardTable,
+)
 from pipeline.errors import DataError
-from pipeline.storage import MissingObject, Store, open_store
+from pipeline.storage import MissingObject, Store
 from pipeline.storage.files import RangeFile
 
 SCHEMA_VERSION = 1
 MANIFEST_FILES = ("samples.parquet", "shards.parquet", "quarantine.parquet", "manifest.json")
-NO_LABEL = -1
 _TABLES_HELD = 64
-
-
-def _schema(**types: Any) -> Any:
-    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in types.items()])
-
-
-SAMPLES = _schema(
-    sample_id=pa.int64(),  # row number in the snapshot; in an indexed tar, counted through the tars
-    shard=pa.int32(),
-    offset=pa.int64(),
-    length=pa.int64(),
-    crc32=pa.int64(),  # zlib's, of the stored bytes
-    sha256=pa.string(),  # of the stored bytes, hex
-    dhash64=pa.uint64(),  # perceptual: near duplicates differ in few bits
-    width=pa.int32(),  # as stored
-    height=pa.int32(),
-    original_width=pa.int32(),
-    original_height=pa.int32(),
-    label=pa.int32(),  # index into classes, NO_LABEL = none
-    key=pa.string(),  # webdataset's __key__
-    source=pa.string(),  # path relative to the source
-    split=pa.string(),
-    served=pa.bool_(),  # False: an exact duplicate of a sample that is served
-    policy=pa.string(),  # "kept", or "reencoded:" and why: "reencoded:exif,cmyk"
-)
-SHARDS = _schema(
-    shard=pa.int32(),
-    key=pa.string(),  # relative to the manifest's root, or the address of a tar indexed in place
-    bytes=pa.int64(),
-    samples=pa.int32(),
-    served=pa.int32(),
-    sha256=pa.string(),
-    split=pa.string(),
-)
-QUARANTINE = _schema(
-    source=pa.string(),
-    split=pa.string(),
-    label=pa.int32(),
-    reason=pa.string(),  # a short class: unreadable, truncated, empty, too_many_pixels, ...
-    detail=pa.string(),
-    bytes=pa.int64(),
-)
-
-
-class ContentHash:
-    """A hash of a table's values, fed in any number of pieces; the way Arrow holds them does not enter."""
-
-    def __init__(self, columns: Sequence[str]) -> None:
-        self._hashes = {name: (hashlib.sha256(), hashlib.sha256()) for name in columns}
-
-    def update(self, table: Any) -> None:
-        """Adds the rows of a table after those seen."""
-        for name, (values, lengths) in self._hashes.items():
-            column = table.column(name)
-            if pa.types.is_string(column.type):
-                texts = [text.encode() for text in column.to_pylist()]
-                values.update(b"".join(texts))
-                lengths.update(np.fromiter(map(len, texts), "<i8", len(texts)).tobytes())
-            else:
-                numbers = column.to_numpy()
-                values.update(numbers.astype(numbers.dtype.newbyteorder("<")).tobytes())
-
-    def hexdigest(self) -> str:
-        """64 hex digits."""
-        parts = {name: [values.hexdigest(), lengths.hexdigest()] for name, (values, lengths) in self._hashes.items()}
-        return json_digest(parts)
-
-
-def locate(root: Store, key: str) -> tuple[Store, str]:
-    """Where a shard lies: its store, and its key there. A key that is an address (`s3://...`) is not below the root."""
-    if "://" not in key:
-        return root, key
-    folder, _, name = key.rpartition("/")
-    return open_store(folder), name
-
-
-def shard_address(root: Store, key: str) -> str:
-    """A shard's place in words, for messages."""
-    return key if "://" in key else f"{root.uri}/{key}"
-
-
-def json_digest(value: Any) -> str:
-    """SHA-256 of plain JSON values in their one canonical form."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+"""Shards whose samples stay in memory."""
+_COUNTS = TypeAdapter(DatasetCounts)
 
 
 def write_manifest(
     store: Store,
     *,
-    samples: Iterable[Any],
-    shards: Any,
-    quarantine: Any,
+    samples: Iterable[SampleTable],
+    shards: ShardTable,
+    quarantine: QuarantineTable,
     listed: Mapping[str, int],
     classes: Sequence[str],
-    policy: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Writes the four files, manifest.json last; returns the facts {digest, counts, classes, shards, splits}.
+    policy: Mapping[str, int],
+) -> DatasetFacts:
+    """Write the four files, manifest.json last, and return digest, counts, classes, shards and splits.
 
-    `samples` yields one table for each row of `shards`, in that order (SAMPLES; read once, one held at a time); `shards`
-    and `quarantine` are tables; `listed` says how many images the snapshot lists in each split.
+    `samples` yields one table per row of `shards`, in the same order; it is read once, one table at a time.
+    `listed`: images that the snapshot lists in each split.
     """
     shards = shards.select(SHARDS.names).cast(SHARDS).sort_by("shard")
-    order = [("split", "ascending"), ("source", "ascending")]
-    quarantine = quarantine.select(QUARANTINE.names).cast(QUARANTINE).sort_by(order)
-    counts = {split: _no_counts() | {"listed": count} for split, count in listed.items()}
-    for split in quarantine.column("split").to_pylist():
-        _of_split(counts, split)["quarantined"] += 1
+    quarantine = (
+        quarantine.select(QUARANTINE.names).cast(QUARANTINE).sort_by([("split", "ascending"), ("source", "ascending")])
+    )
+    stored, served = Counter[str](), Counter[str]()
     content = ContentHash(SAMPLES.names)
     with tempfile.TemporaryDirectory() as folder:
         paths = {name: Path(folder) / name for name in MANIFEST_FILES[:3]}
+        # page checksums, because without them a flipped bit in a table would silently become another sample
         with pq.ParquetWriter(
             paths["samples.parquet"], SAMPLES, compression="zstd", write_page_checksum=True
         ) as writer:
             for shard, table in zip(shards.to_pylist(), samples, strict=True):
                 rows = table.select(SAMPLES.names).cast(SAMPLES).sort_by("offset")
                 _check_shard(shard, rows)
+                # one row group per shard, so that a reader of a shard fetches its rows and no others
                 writer.write_table(rows, row_group_size=max(1, rows.num_rows))
                 content.update(rows)
-                count = _of_split(counts, shard["split"])
-                count["stored"] += rows.num_rows
-                count["served"] += shard["served"]
-                count["duplicates"] += rows.num_rows - shard["served"]
+                stored[shard["split"]] += rows.num_rows
+                served[shard["split"]] += shard["served"]
         pq.write_table(shards, paths["shards.parquet"], compression="zstd", write_page_checksum=True)
         pq.write_table(quarantine, paths["quarantine.parquet"], compression="zstd", write_page_checksum=True)
-        all_counts = {"total": _total(counts), "splits": counts}
-        check_counts(all_counts, store.uri)
-        hashes = {"samples": content.hexdigest(), "shards": _digest_of(_without_folders(shards), SHARDS.names)}
-        hashes["quarantine"] = _digest_of(quarantine, [name for name in QUARANTINE.names if name != "detail"])
-        identity = {"schema": SCHEMA_VERSION, "tables": hashes, "classes": list(classes), "policy": dict(policy)}
-        document = {
-            "schema": SCHEMA_VERSION,
-            "digest": json_digest(identity | {"counts": all_counts}),
-            "counts": all_counts,
-            "classes": list(classes),
-            "policy": dict(policy),
-            "bytes": {name: path.stat().st_size for name, path in paths.items()},
+        counts = _counts(listed, stored, served, Counter(quarantine.column("split").to_pylist()))
+        check_counts(counts, store.uri)
+        hashes = {
+            "samples": content.hexdigest(),
+            "shards": content_digest(_without_folders(shards), SHARDS.names),
+            "quarantine": content_digest(quarantine, [name for name in QUARANTINE.names if name != "detail"]),
         }
+        shared = {"schema": SCHEMA_VERSION, "classes": list(classes), "policy": dict(policy), "counts": asdict(counts)}
+        digest = json_digest(shared | {"tables": hashes})
+        sizes = {name: path.stat().st_size for name, path in paths.items()}
         for name, path in paths.items():
             store.upload(name, path)
+    document = shared | {"digest": digest, "bytes": sizes}
     store.write("manifest.json", json.dumps(document, indent=1, sort_keys=True).encode())
-    facts = {name: document[name] for name in ("digest", "counts", "classes")}
-    return facts | {"shards": shards.num_rows, "splits": sorted(counts)}
+    return DatasetFacts(
+        digest=digest, counts=counts, classes=tuple(classes), shards=shards.num_rows, splits=tuple(counts.splits)
+    )
 
 
-def check_counts(counts: Mapping[str, Any], location: str) -> None:
-    """DataError unless every split, and the total, adds up."""
-    for name, count in [*counts["splits"].items(), ("total", counts["total"])]:
-        if (
-            count["listed"] != count["stored"] + count["quarantined"]
-            or count["stored"] != count["served"] + count["duplicates"]
-        ):
+def check_counts(counts: DatasetCounts, location: str) -> None:
+    """Raise DataError unless every split, and the total, adds up."""
+    for name, count in [*counts.splits.items(), ("total", counts.total)]:
+        if count.listed != count.stored + count.quarantined or count.stored != count.served + count.duplicates:
             raise DataError(
-                f"{location}: the counts of {name} do not add up: {dict(count)}. listed must be stored + quarantined, and "
-                "stored be served + duplicates; images were lost or doubled. Run the step again from a new snapshot"
+                f"{location}: the counts of {name} do not add up: {asdict(count)}. listed must be stored + quarantined, and "
+                "stored must be served + duplicates: images were lost or counted twice. Run the step again from a new snapshot"
             )
-    if counts["total"] != _total(counts["splits"]):
-        raise DataError(f"{location}: total {counts['total']} is not the sum of the splits. Run the step again")
+    if counts.total != _total(counts.splits):
+        raise DataError(
+            f"{location}: total {asdict(counts.total)} is not the sum of the splits. Run the step again from a new snapshot"
+        )
 
 
 class Manifest:
-    """A complete dataset, opened for reading. Threads may share it; a process opens its own."""
+    """A complete dataset, opened for reading. Threads may share it; each process opens its own."""
 
-    def __init__(self, store: Store, root: Store, document: Mapping[str, Any], shards: Any, samples: Any) -> None:
+    def __init__(
+        self, store: Store, root: Store, document: Mapping[str, Any], shards: ShardTable, samples: pq.ParquetFile
+    ) -> None:
         self._store = store
         self.root = root
-        """Where the shards lie, at their `key` (see `locate`)."""
+        """Where the shards are, at their `key` (see `locate_shard`)."""
         self.digest: str = document["digest"]
         """The dataset's identity."""
-        self.counts: Mapping[str, Any] = document["counts"]
-        """`{"total": {listed, stored, served, duplicates, quarantined}, "splits": {"train": {...}, ...}}`."""
+        self.counts: DatasetCounts = _COUNTS.validate_python(document["counts"])
         self.classes: tuple[str, ...] = tuple(document["classes"])
         """Label names; a label is an index into them."""
-        self.policy: Mapping[str, Any] = document["policy"]
-        """How images were taken in."""
+        self.policy: Mapping[str, int] = document["policy"]
+        """The fields of the IntakePolicy that admitted the images."""
         self._shards = shards
         self._row_group = {shard: index for index, shard in enumerate(shards.column("shard").to_pylist())}
         self._samples = samples
-        self._held: OrderedDict[int, Any] = OrderedDict()
-        self._lock = threading.Lock()
+        self._held: OrderedDict[int, SampleTable] = OrderedDict()
+        self._lock = threading.Lock()  # a ParquetFile does not serve several threads at a time
 
     @classmethod
     def open(cls, store: Store, root: Store) -> "Manifest":
-        """`store`: the generation's directory, with the tables; `root`: the step's, with the shards."""
+        """Open the tables in `store`, the generation's directory. `root`: what the shards' keys are relative to."""
         try:
             document = json.loads(store.read("manifest.json"))
             if document["schema"] != SCHEMA_VERSION:
                 raise DataError(
-                    f"{store.uri}/manifest.json: schema {document['schema']}, this version reads {SCHEMA_VERSION}. Shard it again"
+                    f"{store.uri}/manifest.json: schema {document['schema']}, but this version reads schema {SCHEMA_VERSION}. "
+                    "Run its shard step again"
                 )
-            check_counts(document["counts"], store.uri)
             shards = pq.read_table(io.BytesIO(store.read("shards.parquet")), page_checksum_verification=True)
+            # samples.parquet grows with the dataset, so only its footer is read here
             local = store.local_path("samples.parquet")
             source = local or RangeFile(store, "samples.parquet", document["bytes"]["samples.parquet"])
             samples = pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True)
+            manifest = cls(store, root, document, shards, samples)
         except (MissingObject, FileNotFoundError) as error:
             raise DataError(f"{store.uri}: the dataset is not complete ({error}). Run its shard step again") from error
-        except (OSError, ValueError, KeyError) as error:  # ArrowInvalid is a ValueError
+        except (OSError, ValueError, KeyError) as error:  # ArrowInvalid and ValidationError are ValueErrors
             raise DataError(f"{store.uri}: the manifest is damaged ({error}). Run its shard step again") from error
+        check_counts(manifest.counts, store.uri)
         if samples.metadata.num_row_groups != shards.num_rows:
             raise DataError(
-                f"{store.uri}: {samples.metadata.num_row_groups} row groups in samples.parquet for {shards.num_rows} shards. "
-                "The files are of different runs; run the shard step again"
+                f"{store.uri}: samples.parquet has {samples.metadata.num_row_groups} row groups for {shards.num_rows} shards, so "
+                "the files are of different runs. Run its shard step again"
             )
-        return cls(store, root, document, shards, samples)
+        return manifest
 
     @property
     def shard_numbers(self) -> tuple[int, ...]:
@@ -247,20 +174,20 @@ class Manifest:
     @property
     def splits(self) -> tuple[str, ...]:
         """Names of the splits, sorted."""
-        return tuple(sorted(self.counts["splits"]))
+        return tuple(sorted(self.counts.splits))
 
-    def shards(self, split: str) -> Any:
-        """The split's rows of shards.parquet (SHARDS), by shard number."""
+    def shards(self, split: str) -> ShardTable:
+        """Return the split's rows of shards.parquet, by shard number."""
         if split not in self.splits:
             raise DataError(f"{self.root.uri}: no split {split!r}; the dataset has {', '.join(self.splits)}")
         return self._shards.filter(pc.equal(self._shards.column("split"), split))
 
-    def all_shards(self) -> Any:
-        """Every row of shards.parquet (SHARDS), by shard number."""
+    def all_shards(self) -> ShardTable:
+        """Return every row of shards.parquet, by shard number."""
         return self._shards
 
-    def quarantine(self) -> Any:
-        """The rows of quarantine.parquet (QUARANTINE)."""
+    def quarantine(self) -> QuarantineTable:
+        """Return the rows of quarantine.parquet."""
         data = self._store.read("quarantine.parquet")
         try:
             return pq.read_table(io.BytesIO(data), page_checksum_verification=True)
@@ -269,8 +196,8 @@ class Manifest:
                 f"{self._store.uri}: quarantine.parquet is damaged ({error}). Run the shard step again"
             ) from error
 
-    def samples(self, shard: int) -> Any:
-        """The served samples of a shard (SAMPLES), by offset; read when first asked for, and held for a while."""
+    def samples(self, shard: int) -> SampleTable:
+        """Return the served samples of a shard, by offset. The most recently used tables stay in memory."""
         with self._lock:
             if shard not in self._held:
                 rows = self._read(shard)
@@ -280,12 +207,12 @@ class Manifest:
             self._held.move_to_end(shard)
             return self._held[shard]
 
-    def stored_samples(self, shard: int) -> Any:
-        """Every sample of a shard (SAMPLES), duplicates that are not served included; read anew at each call."""
+    def stored_samples(self, shard: int) -> SampleTable:
+        """Return every sample of a shard, by offset, including duplicates that are not served. Each call reads the file."""
         with self._lock:
             return self._read(shard)
 
-    def _read(self, shard: int) -> Any:
+    def _read(self, shard: int) -> SampleTable:
         if shard not in self._row_group:
             raise DataError(f"{self.root.uri}: no shard {shard}; the dataset has {len(self._row_group)} shards")
         try:
@@ -296,26 +223,29 @@ class Manifest:
             ) from error
 
 
-def _no_counts() -> dict[str, int]:
-    return dict.fromkeys(("listed", "stored", "served", "duplicates", "quarantined"), 0)
+def _counts(
+    listed: Mapping[str, int], stored: Counter[str], served: Counter[str], quarantined: Counter[str]
+) -> DatasetCounts:
+    splits = {
+        split: Counts(
+            listed=listed.get(split, 0),
+            stored=stored[split],
+            served=served[split],
+            duplicates=stored[split] - served[split],
+            quarantined=quarantined[split],
+        )
+        for split in sorted({*listed, *stored, *quarantined})
+    }
+    return DatasetCounts(total=_total(splits), splits=splits)
 
 
-def _of_split(counts: dict[str, dict[str, int]], split: str) -> dict[str, int]:
-    return counts.setdefault(split, _no_counts())
+def _total(splits: Mapping[str, Counts]) -> Counts:
+    names = [field.name for field in fields(Counts)]
+    return Counts(**{name: sum(getattr(count, name) for count in splits.values()) for name in names})
 
 
-def _total(counts: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
-    return {name: sum(count[name] for count in counts.values()) for name in _no_counts()}
-
-
-def _digest_of(table: Any, columns: Sequence[str]) -> str:
-    content = ContentHash(columns)
-    content.update(table)
-    return content.hexdigest()
-
-
-def _without_folders(shards: Any) -> Any:
-    """The keys without what differs from machine to machine: the digest is the same wherever tars and steps lie."""
+def _without_folders(shards: ShardTable) -> ShardTable:
+    """Drop from the keys what differs between machines, so the digest does not depend on where tars and steps are."""
     keys = [
         key.rpartition("/")[2] if "://" in key else key[key.find("/shards/") + 1 :]
         for key in shards.column("key").to_pylist()
@@ -323,11 +253,12 @@ def _without_folders(shards: Any) -> Any:
     return shards.set_column(shards.column_names.index("key"), "key", pa.array(keys, pa.string()))
 
 
-def _check_shard(shard: Mapping[str, Any], rows: Any) -> None:
+def _check_shard(shard: ShardRow, rows: SampleTable) -> None:
     numbers = set(rows.column("shard").to_pylist())
     served = pc.sum(rows.column("served")).as_py()
     if numbers != {shard["shard"]} or rows.num_rows != shard["samples"] or served != shard["served"]:
         raise DataError(
-            f"shard {shard['shard']} ({shard['key']}): {rows.num_rows} rows, {served} served, of shards {sorted(numbers)}, where "
-            f"its row says {shard['samples']} and {shard['served']}. Delete its row under rows/ and run the step again"
+            f"shard {shard['shard']} ({shard['key']}): its samples are {rows.num_rows} rows, {served} of them served, of shards "
+            f"{sorted(numbers)}; its own row says {shard['samples']} samples, {shard['served']} of them served. Delete its row "
+            "under rows/ and run the step again"
         )

@@ -1,18 +1,18 @@
 """Near duplicates across splits: images of `train` that look like one of `val` or `test`, by their perceptual hashes.
 
-Two images are near when their 64-bit hashes differ in at most `distance` bits. Exact: the 64 bits are cut into
-`distance` + w bands; bits that differ leave w bands whole, so each near pair is among those equal in w bands, and is
-counted with the first such w. Distinct hashes are compared, and pairs counted by how often these occur; w is chosen by
-the number of candidates that it makes.
-Flat hashes (within `distance` bits of all equal: plain colours, smooth gradients) are near each other whatever they show;
-they are left out and counted. Where so much looks alike that there would be more than 4e9 candidates (digits on black, by
-the million), a random share of the held-out hashes is compared, and `compared` says how many samples that are.
-Letters: u distinct hashes of the held-out samples, v of train. Memory: 20 bytes a sample, 60 a distinct hash, and 100 MB.
-Time: `python -m benchmarks.scale`; much that looks alike takes longer, up to those 4e9 candidates.
+Two images are near if their 64-bit hashes differ in at most `distance` bits. The search is exact: the 64 bits are cut into
+`distance` + w bands; differing bits leave at least w bands equal, so each near pair is among those equal in w bands, and it is
+counted with the first such choice of bands. Distinct hashes are compared, and pairs are weighted by how often these occur; w
+is chosen by the number of candidates that it makes.
+Flat hashes (within `distance` bits of all equal: plain colours, smooth gradients) are near each other whatever the images
+show, so they are left out and counted. If so much looks alike that there would be more than 4e9 candidates (millions of
+digits on black), a random share of the held-out hashes is compared, and `compared` says how many samples that is.
+Letters: u distinct hashes of the held-out samples, v of train. Memory: 20 bytes per sample, 60 per distinct hash, and 100 MB.
+Time: `python -m benchmarks.scale`; it grows with the number of candidates, up to those 4e9.
 Source: Norouzi, Punjani and Fleet 2012, multi-index hashing (arXiv 1307.2982)."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations, pairwise
 from typing import Any, NamedTuple
 
@@ -20,18 +20,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mae_core.randomness import hash64, key64
+from pipeline.data.dataset.facts import NearDuplicateFacts, NearPair
+from pipeline.data.dataset.schema import SampleTable
 
 DISTANCE = 4
-"""Bits of 64: recompressed, resized and slightly brightened copies; unrelated photographs differ in 20 to 44."""
+"""Of 64 bits. Recompressed, resized and slightly brightened copies are within it; unrelated photographs differ in 20 to 44."""
 _EXAMPLES = 3
 _AT_ONCE = 2**20
-"""Candidate pairs in memory."""
+"""Candidate pairs in memory at a time."""
 _CANDIDATES_MAX = 4_000_000_000
 _WHOLE_BANDS = (2, 3, 4)
 _ESTIMATED_FROM = 20_000
 _SORTING = 30
-"""What an element costs in sorting and looking up, in candidates."""
+"""Cost of sorting and looking up an element, in units of a candidate's."""
 _BITS = 64
+_SEEN = np.dtype([("hash", "u8"), ("sample_id", "i8"), ("shard", "i4")])
 
 Hashes = NDArray[np.uint64]
 Int64s = NDArray[np.int64]
@@ -39,7 +42,7 @@ Int64s = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class SampleRef:
-    """Where a sample is found again."""
+    """A sample, by its shard and id."""
 
     shard: int
     sample_id: int
@@ -47,32 +50,32 @@ class SampleRef:
 
 @dataclass(frozen=True)
 class NearDuplicates:
-    """What was found."""
+    """The near duplicates of a dataset."""
 
     pairs: int
-    """Of one sample of train and one of val or test; equal images are near, too."""
+    """Pairs of one sample of train and one of val or test. Equal images are near too."""
     held_out: int
-    """Samples of val and test that have such a one in train."""
+    """Samples of val and test that have a near duplicate in train."""
     compared: int
     """Samples of val and test that were compared: all but the flat ones, unless too much looks alike."""
     flat: int
-    """Samples left out because their hash says nothing."""
+    """Samples left out because their hash carries no information."""
     distance: int
     examples: tuple[tuple[SampleRef, SampleRef], ...]
-    """(held out, train) of the lowest ids."""
+    """(held out, train) with the lowest ids."""
 
 
 class _Side(NamedTuple):
-    """The distinct hashes of one side, ascending."""
+    """The distinct hashes of train, or of val and test together, ascending."""
 
     hashes: Hashes  # [u]
     counts: Int64s  # [u] samples that have it
     ids: Int64s  # [u] the lowest sample id among them
-    shards: Int64s  # [u] where that one lies
+    shards: Int64s  # [u] the shard of that sample
 
 
 class NearDuplicateSearch:
-    """Is shown every shard once, then finds."""
+    """Collects the hashes of every shard, then finds the near pairs."""
 
     def __init__(self, *, distance: int = DISTANCE, candidates_max: int = _CANDIDATES_MAX) -> None:
         self._distance, self._candidates_max = distance, candidates_max
@@ -80,8 +83,8 @@ class NearDuplicateSearch:
         self._held_out: list[NDArray[Any]] = []
         self._flat = 0
 
-    def shown(self, shard: int, split: str, samples: Any) -> Any:
-        """Takes note of the samples (sample_id, dhash64, served) that are served, and returns them as they are."""
+    def add(self, shard: int, split: str, samples: SampleTable) -> SampleTable:
+        """Collect the hashes of a shard's served samples (sample_id, dhash64, served), and return the samples unchanged."""
         served = samples.column("served").to_numpy().astype(bool)
         hashes = samples.column("dhash64").to_numpy()[served]
         flat = is_flat(hashes, self._distance)
@@ -94,7 +97,7 @@ class NearDuplicateSearch:
         return samples
 
     def find(self) -> NearDuplicates:
-        """All pairs of a sample of train and one of val or test; what was shown is forgotten."""
+        """Return all pairs of a sample of train and one of val or test, and forget the collected hashes."""
         train, held_out = _distinct(self._train), _distinct(self._held_out)
         whole, candidates = choose_bands(held_out.hashes, train.hashes, distance=self._distance)
         held_out = _share(held_out, self._candidates_max / max(1, candidates))
@@ -113,33 +116,38 @@ class NearDuplicateSearch:
             compared=int(held_out.counts.sum()),
             flat=self._flat,
             distance=self._distance,
-            examples=tuple((_place(held_out, u), _place(train, v)) for u, v in best),
+            examples=tuple((_sample_ref(held_out, u), _sample_ref(train, v)) for u, v in best),
         )
 
 
-def near_duplicate_facts(found: NearDuplicates, samples: Callable[[int], Any]) -> dict[str, Any]:
-    """The numbers, and the examples by their sources. `samples`: of a shard (sample_id, source)."""
+def near_duplicate_facts(found: NearDuplicates, samples: Callable[[int], SampleTable]) -> NearDuplicateFacts:
+    """Return the numbers, and the examples by their sources. `samples` reads a shard's samples (sample_id, source)."""
 
-    def source(place: SampleRef) -> str:
-        table = samples(place.shard)
-        row = table.column("sample_id").to_pylist().index(place.sample_id)
+    def source(sample: SampleRef) -> str:
+        table = samples(sample.shard)
+        row = table.column("sample_id").to_pylist().index(sample.sample_id)
         return str(table.column("source")[row].as_py())
 
-    facts = asdict(found)
-    facts["examples"] = [{"held_out": source(held_out), "train": source(train)} for held_out, train in found.examples]
-    return facts
+    return NearDuplicateFacts(
+        pairs=found.pairs,
+        held_out=found.held_out,
+        compared=found.compared,
+        flat=found.flat,
+        distance=found.distance,
+        examples=tuple(NearPair(held_out=source(one), train=source(other)) for one, other in found.examples),
+    )
 
 
 def near_pairs(first: Hashes, second: Hashes, *, distance: int, whole: int = 2) -> Iterator[tuple[Int64s, Int64s]]:
-    """Indices (of `first`, of `second`) of all pairs within `distance` bits, each once, in pieces. Both hold distinct hashes.
+    """Yield, in pieces, indices (into `first`, into `second`) of all pairs within `distance` bits, each pair once.
 
-    `whole`: bands in which candidates are equal; it decides the time only.
+    Both arrays hold distinct hashes. `whole`: bands in which candidates are equal; it affects only the time.
     """
     masks = _masks(distance, whole)
     for number, mask in enumerate(masks):
         order = np.argsort(first & mask, kind="stable")
         keys = (first & mask)[order]
-        # sorted questions walk through the sorted keys: 5 times as fast as in any order
+        # sorted lookups walk through the sorted keys, which is 5 times as fast as random order
         asked = np.argsort(second & mask, kind="stable")
         low = np.searchsorted(keys, (second & mask)[asked], side="left")
         high = np.searchsorted(keys, (second & mask)[asked], side="right")
@@ -148,7 +156,7 @@ def near_pairs(first: Hashes, second: Hashes, *, distance: int, whole: int = 2) 
             differ = first[left] ^ second[right]
             near = np.bitwise_count(differ) <= distance
             left, right, differ = left[near], right[near], differ[near]
-            for earlier in masks[:number]:  # those had it
+            for earlier in masks[:number]:  # drop the pairs that an earlier choice of bands has counted
                 new = (differ & earlier) != 0
                 left, right, differ = left[new], right[new], differ[new]
             if len(left):
@@ -156,7 +164,7 @@ def near_pairs(first: Hashes, second: Hashes, *, distance: int, whole: int = 2) 
 
 
 def choose_bands(first: Hashes, second: Hashes, *, distance: int) -> tuple[int, int]:
-    """How many bands are best compared whole, and about how many candidates that makes: estimated from some of `second`."""
+    """Return the cheapest number of whole bands and about how many candidates it makes, estimated from a sample of `second`."""
     some = second[:: max(1, len(second) // _ESTIMATED_FROM)]
     scale = len(second) / max(1, len(some))
     costs = []
@@ -169,13 +177,13 @@ def choose_bands(first: Hashes, second: Hashes, *, distance: int) -> tuple[int, 
 
 
 def is_flat(hashes: Hashes, distance: int) -> NDArray[np.bool_]:
-    """[n] whether a hash is within `distance` bits of all zeros or all ones."""
+    """Return [n] whether each hash is within `distance` bits of all zeros or all ones."""
     ones = np.bitwise_count(hashes)
     return (ones <= distance) | (ones >= _BITS - distance)
 
 
 def _masks(distance: int, whole: int) -> list[np.uint64]:
-    """Each choice of `whole` bands, out of 64 bits cut into `distance` + `whole` of about equal length."""
+    """Return a mask for each choice of `whole` bands out of `distance` + `whole` bands of about equal length."""
     count = distance + whole
     if not (distance >= 0 and whole > 0 and count <= _BITS):
         raise ValueError(f"distance={distance} with {whole} whole bands does not fit {_BITS} bits: write 4 and 2")
@@ -185,12 +193,12 @@ def _masks(distance: int, whole: int) -> list[np.uint64]:
 
 
 def _matches(keys: Hashes, asked: Hashes) -> int:
-    """Equal pairs of two sorted arrays."""
+    """Return the number of equal pairs of two sorted arrays."""
     return int((np.searchsorted(keys, asked, side="right") - np.searchsorted(keys, asked, side="left")).sum())
 
 
 def _share(side: _Side, share: float) -> _Side:
-    """All of it, or this share of its hashes, chosen by a hash of theirs."""
+    """Return the side, or this share of its hashes, chosen by a hash of theirs."""
     if share >= 1:
         return side
     chosen = hash64(side.hashes.astype(np.int64), key64("near duplicates")) < np.uint64(share * 2.0**64)
@@ -198,7 +206,7 @@ def _share(side: _Side, share: float) -> _Side:
 
 
 def _expanded(low: Int64s, high: Int64s) -> Iterator[tuple[Int64s, Int64s]]:
-    """Pairs (i, j) with low[j] <= i < high[j], about a million at once; one j's are not cut, as each has at most all i."""
+    """Yield pairs (i, j) with low[j] <= i < high[j], about a million at a time; the pairs of one j stay together."""
     counts = high - low
     ends = np.cumsum(counts)
     start, done = 0, 0
@@ -219,8 +227,5 @@ def _distinct(pieces: list[NDArray[Any]]) -> _Side:
     return _Side(hashes, counts, seen["sample_id"][first], seen["shard"][first].astype(np.int64))
 
 
-def _place(side: _Side, index: int) -> SampleRef:
+def _sample_ref(side: _Side, index: int) -> SampleRef:
     return SampleRef(int(side.shards[index]), int(side.ids[index]))
-
-
-_SEEN = np.dtype([("hash", "u8"), ("sample_id", "i8"), ("shard", "i4")])

@@ -1,4 +1,10 @@
-"""shard_plan: split from pipeline.data.dataset.shard_writer."""
+"""Which sample goes into which shard: a pure plan over the snapshot, made before any image is read.
+
+In every split the samples are put in the order of a keyed hash of their paths (random, and the same at every retry) and cut
+into runs of equal planned bytes. Snapshot, seed and limits alone decide, never the number of tasks.
+Parquet tables: row groups are in random order and rows are shuffled within a shard, so that a task reads few row groups; where
+row groups are small compared with a shard, none is cut.
+Units: bytes. Memory: row numbers and hashes, about 100 bytes per sample; the snapshot is mapped from a scratch file."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -7,7 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 import pyarrow as pa
@@ -15,35 +21,20 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.data.dataset.manifest import NO_LABEL, ContentHash, json_digest
-from pipeline.data.images.intake import INTAKE_VERSION
+from pipeline.data.dataset.digests import content_digest, json_digest
+from pipeline.data.dataset.schema import NO_LABEL, SnapshotTable
+from pipeline.data.images.intake import INTAKE_VERSION, IntakePolicy
 from pipeline.data.sources.splits import keyed_hash
 from pipeline.data.sources.tables import split_row_name
-from pipeline.errors import ConfigError
 from pipeline.storage import Store
 from pipeline.storage.files import local_copy
 
 SHARD_VERSION = 1
-"""Part of every plan's digest; bumped by hand when the tar's bytes or the row change."""
+"""Part of every plan's digest. Raise it by hand when the tar's bytes or the record change."""
 _MAX_SAMPLES = 10_000
 _BLOCK = 512
 _SNAPSHOT_ROWS = 65_536
 Int64s = NDArray[np.int64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class IntakePolicy:
-    """How images are taken in."""
-
-    image_max_short_side: int = 512
-    """Pixels; a longer short side is reduced to this."""
-    image_max_pixels: int = 100_000_000
-    """Images with more are refused before decoding."""
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if value < 1:
-                raise ConfigError(f"{name}={value} is not positive: write a number of pixels, such as {type(self)()}")
 
 
 @dataclass(frozen=True)
@@ -52,19 +43,23 @@ class ShardPlan:
 
     shard: int
     split: str
-    samples: Any
-    """Table (sample_id, path, size, label, split[, row_group]): rows of the snapshot, in the order of the tar."""
+    samples: SnapshotTable
+    """Rows of the snapshot, in the order in which the tar will have them."""
     digest: str
-    """Of all that decides the shard's content, save the images' own bytes."""
+    """Of everything that decides the shard's content, except the images' own bytes."""
 
 
 class ShardPlans(Sequence[ShardPlan]):
-    """The plan of a whole dataset; each shard's is made when it is asked for, so that memory holds row numbers only."""
+    """The plan of a whole dataset. Each shard's plan is made on demand, so memory holds only row numbers."""
 
     def __init__(
-        self, snapshot: Any, runs: Sequence[tuple[str, Int64s]], policy: IntakePolicy, **reading: str | None
+        self,
+        snapshot: SnapshotTable,
+        runs: Sequence[tuple[str, Int64s]],
+        policy: IntakePolicy,
+        **reading: str | None,
     ) -> None:
-        """`runs`: split and rows of the snapshot of each shard; `reading`: what decides its content beside images and policy."""
+        """`runs`: split and snapshot rows of each shard; `reading`: what else decides how its samples are read."""
         self._snapshot, self._runs, self._policy, self._reading = snapshot, runs, policy, reading
         chunks = snapshot.column("path").chunks
         self._starts = np.cumsum([0, *(len(chunk) for chunk in chunks)])
@@ -74,7 +69,7 @@ class ShardPlans(Sequence[ShardPlan]):
         return len(self._runs)
 
     def samples(self, shard: int) -> int:
-        """How many rows of the snapshot a shard takes."""
+        """Return the number of snapshot rows in a shard."""
         return len(self._runs[shard][1])
 
     @overload
@@ -87,29 +82,28 @@ class ShardPlans(Sequence[ShardPlan]):
         shard = range(len(self))[shard]
         split, rows = self._runs[shard]
         samples = self._take(rows)
-        content = ContentHash(samples.column_names)
-        content.update(samples)
-        identity = {"shard": shard, "split": split, "samples": content.hexdigest(), "policy": asdict(self._policy)}
+        content = content_digest(samples, samples.column_names)
+        identity = {"shard": shard, "split": split, "samples": content, "policy": asdict(self._policy)}
         digest = json_digest(identity | self._reading | {"versions": [SHARD_VERSION, INTAKE_VERSION]})
         return ShardPlan(shard, split, samples, digest)
 
-    def _take(self, rows: Int64s) -> Any:
-        """Rows of the snapshot in this order. Batch by batch: Arrow's own would join all batches at every call."""
+    def _take(self, rows: Int64s) -> SnapshotTable:
+        """Return rows of the snapshot in this order."""
         order = np.argsort(rows, kind="stable")
         ascending = rows[order]
-        parts = []
+        pieces = []
+        # batch by batch, because Table.take would concatenate all batches of the snapshot at every call
         for number in np.unique(np.searchsorted(self._starts, ascending, side="right") - 1):
             first, last = np.searchsorted(ascending, self._starts[number : number + 2])
-            parts.append(self._batches[number].take(pa.array(ascending[first:last] - self._starts[number])))
-        places = np.empty_like(order)
-        places[order] = np.arange(len(order))
-        schema = self._snapshot.schema
-        return pa.Table.from_batches(parts, schema=schema).combine_chunks().take(pa.array(places))
+            pieces.append(self._batches[number].take(pa.array(ascending[first:last] - self._starts[number])))
+        inverse = np.empty_like(order)
+        inverse[order] = np.arange(len(order))
+        return pa.Table.from_batches(pieces, schema=self._snapshot.schema).combine_chunks().take(pa.array(inverse))
 
 
 @contextmanager
-def opened_snapshot(store: Store, key: str) -> Iterator[Any]:
-    """The table of a snapshot, on disk and mapped: memory that it fills can be taken away from it."""
+def open_snapshot(store: Store, key: str) -> Iterator[SnapshotTable]:
+    """Open a snapshot as an uncompressed scratch file that is mapped, so the system can reclaim the memory it fills."""
     with tempfile.TemporaryDirectory() as folder:
         path, rows = local_copy(store, key, Path(folder) / "snapshot.parquet"), Path(folder) / "snapshot.arrow"
         with pq.ParquetFile(path) as table, pa.OSFile(str(rows), "wb") as file:
@@ -122,7 +116,7 @@ def opened_snapshot(store: Store, key: str) -> Iterator[Any]:
 
 
 def plan_shards(
-    snapshot: Any,
+    snapshot: SnapshotTable,
     *,
     seed: int,
     shard_max_bytes: int,
@@ -130,11 +124,9 @@ def plan_shards(
     policy: IntakePolicy,
     image_column: str = "",
 ) -> ShardPlans:
-    """Every sample of the snapshot (its table) in exactly one shard; `train` in `min_shards` or more, if it has the samples.
+    """Put every sample of the snapshot into exactly one shard; `train` into at least `min_shards`, if it has that many samples.
 
-    A shard's planned bytes exceed `shard_max_bytes` only when it holds a single sample. Of Parquet tables (`image_column`),
-    row groups stand in random order and rows are shuffled within a shard; where row groups are small beside a shard, none
-    is cut. Memory: about 100 bytes a sample beside the table.
+    A shard's planned bytes exceed `shard_max_bytes` only if it holds a single sample. `image_column`: for Parquet tables.
     """
     hashes, group_hashes = _hashes(snapshot, seed)
     names, splits = _codes(snapshot.column("split"))
@@ -154,19 +146,28 @@ def plan_shards(
             edges = _cut_groups(planned[rows], group_hashes[rows], max_bytes=shard_max_bytes, min_parts=least)
             cut = [rows[start:end] for start, end in pairwise(edges)]
             runs += [(split, run[np.argsort(hashes[run], kind="stable")]) for run in cut]
+    # the column enters the digest only where there is one: shards of images keep the digests of older versions
     return ShardPlans(snapshot, runs, policy, **({"image_column": image_column} if image_column else {}))
 
 
-def cut_evenly(sizes: Int64s, *, max_bytes: int, min_parts: int, samples: Int64s | None = None) -> list[int]:
-    """Edges 0 = e0 < e1 < ... = len(sizes) of runs of about equal bytes; no run but a single item exceeds `max_bytes`.
+def plan_tars(snapshot: SnapshotTable, *, policy: IntakePolicy, label_field: str | None) -> ShardPlans:
+    """Return one plan per tar (a row of the snapshot), split by split, in path order."""
+    splits = snapshot.column("split").to_pylist()
+    runs = [(splits[row], np.array([row])) for row in sorted(range(len(splits)), key=lambda row: (splits[row], row))]
+    return ShardPlans(snapshot, runs, policy, tar_label_field=label_field)
 
-    `samples`: of each item, one if left out; a run of several items has at most 10,000.
+
+def cut_evenly(sizes: Int64s, *, max_bytes: int, min_parts: int, samples: Int64s | None = None) -> list[int]:
+    """Return edges 0 = e0 < e1 < ... = len(sizes) of runs of about equal bytes; only a run of one item may exceed `max_bytes`.
+
+    `samples`: number of samples per item, 1 if left out; a run of several items has at most 10,000 samples.
     """
     if samples is None:
         samples = np.ones(len(sizes), dtype=np.int64)
     count, total = len(sizes), int(sizes.sum())
     middles = np.cumsum(sizes) - sizes / 2
     parts = min(count, max(min_parts, -(-total // max_bytes), -(-int(samples.sum()) // _MAX_SAMPLES)))
+    # equal cuts of unequal items may overshoot: try with 2 % more parts until none does
     while True:
         steps = np.arange(parts - 1)
         edges = np.searchsorted(middles, total * (steps + 1) / parts)
@@ -180,8 +181,19 @@ def cut_evenly(sizes: Int64s, *, max_bytes: int, min_parts: int, samples: Int64s
         parts = min(count, parts + max(1, parts // 50))
 
 
-def _hashes(snapshot: Any, seed: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64] | None]:
-    """The keyed hash of every row and, of Parquet tables, of its row group."""
+def _cut_groups(planned: Int64s, groups: NDArray[np.uint64], *, max_bytes: int, min_parts: int) -> list[int]:
+    """Return edges between rows sorted by row group: between groups where these are small and many, else anywhere."""
+    starts = np.flatnonzero(np.diff(groups, prepend=~groups[:1]))
+    sizes = np.add.reduceat(planned, starts)
+    if 4 * sizes.max() > max_bytes or len(starts) < 4 * min_parts:
+        return cut_evenly(planned, max_bytes=max_bytes, min_parts=min_parts)
+    samples = np.diff([*starts, len(planned)])
+    edges = cut_evenly(sizes, max_bytes=max_bytes, min_parts=min_parts, samples=samples)
+    return [int(edge) for edge in np.append(starts, len(planned))[edges]]
+
+
+def _hashes(snapshot: SnapshotTable, seed: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64] | None]:
+    """Return the keyed hash of every row and, for Parquet tables, of its row group."""
     hashes = np.empty(snapshot.num_rows, np.uint64)
     groups = np.empty(snapshot.num_rows, np.uint64) if "row_group" in snapshot.column_names else None
     at = 0
@@ -200,19 +212,8 @@ def _hashes(snapshot: Any, seed: int) -> tuple[NDArray[np.uint64], NDArray[np.ui
     return hashes, groups
 
 
-def _codes(column: Any) -> tuple[list[str], NDArray[np.int8]]:
-    """The distinct texts of a column, and each row's index into them."""
+def _codes(column: pa.ChunkedArray) -> tuple[list[str], NDArray[np.int8]]:
+    """Return the distinct texts of a column, and each row's index into them."""
     names: list[str] = pc.unique(column).to_pylist()
     codes = [pc.index_in(chunk, value_set=pa.array(names, column.type)).to_numpy() for chunk in column.chunks]
     return names, np.concatenate([np.empty(0, np.int8), *codes]).astype(np.int8)
-
-
-def _cut_groups(planned: Int64s, groups: NDArray[np.uint64], *, max_bytes: int, min_parts: int) -> list[int]:
-    """Edges between rows that stand row group by row group: between groups where these are small and many, else anywhere."""
-    starts = np.flatnonzero(np.diff(groups, prepend=~groups[:1]))
-    sizes = np.add.reduceat(planned, starts)
-    if 4 * sizes.max() > max_bytes or len(starts) < 4 * min_parts:
-        return cut_evenly(planned, max_bytes=max_bytes, min_parts=min_parts)
-    samples = np.diff([*starts, len(planned)])
-    edges = cut_evenly(sizes, max_bytes=max_bytes, min_parts=min_parts, samples=samples)
-    return [int(edge) for edge in np.append(starts, len(planned))[edges]]

@@ -1,9 +1,9 @@
-"""What a dataset holds, for people: counts, sizes, labels, what was refused, near duplicates, and some of its images.
+"""A survey of a dataset for people: counts, sizes, labels, refused images, near duplicates, and some of its images.
 
-The images are those with the lowest keyed hash of their ids: a random choice, the same at every call, and a larger one holds
-the smaller. Duplicates that are not served may be among them.
-Shapes: columns [n], one entry a stored sample of the chosen splits. Units: pixels, bytes of the stored image.
-Memory: 30 bytes a sample beside the search for near duplicates (`near_duplicates.py`). Errors: those of the manifest."""
+The images shown are those with the lowest keyed hash of their ids: a random choice that is the same at every call, and a
+larger choice contains the smaller one. Duplicates that are not served may be among them.
+Shapes: columns [n], one entry per stored sample of the chosen splits. Units: pixels; bytes of the stored image.
+Memory: 30 bytes per sample, plus the search for near duplicates (`near_duplicates.py`). Errors: those of the manifest."""
 
 import heapq
 import zlib
@@ -16,8 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mae_core.randomness import hash64, key64
-from pipeline.data.dataset.manifest import NO_LABEL, Manifest, locate
+from pipeline.data.dataset.address import locate_shard
+from pipeline.data.dataset.facts import Counts, NearDuplicateFacts
+from pipeline.data.dataset.manifest import Manifest
 from pipeline.data.dataset.near_duplicates import NearDuplicateSearch, near_duplicate_facts
+from pipeline.data.dataset.schema import NO_LABEL, QuarantineRow, SampleRow, ShardRow
 from pipeline.data.images.pictures import Image, decode
 from pipeline.errors import DataError, StorageError
 
@@ -26,24 +29,20 @@ Int64s = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class SplitCounts:
-    """One split."""
+class SplitSummary:
+    """One split in numbers."""
 
     split: str
-    listed: int
-    stored: int
-    served: int
-    duplicates: int
-    quarantined: int
+    counts: Counts
     shards: int
     shard_bytes: int
     classes: int
-    """That have a stored sample."""
+    """Classes that have a stored sample."""
 
 
 @dataclass(frozen=True)
 class Refusals:
-    """The images of one reason that went to quarantine."""
+    """The images that were quarantined for one reason."""
 
     reason: str
     count: int
@@ -52,70 +51,71 @@ class Refusals:
 
 
 @dataclass(frozen=True)
-class Shown:
-    """An image of the sheet."""
+class ShownImage:
+    """An image of the contact sheet."""
 
     source: str
     split: str
     label: str
-    """The class's name; empty: none."""
+    """The class's name, or an empty string if there is no label."""
     width: int
     height: int
     bytes: int
     served: bool
     image: Image | None
-    """[H, W, 3]; None: it cannot be read."""
+    """[H, W, 3], or None if it cannot be read."""
     trouble: str = ""
-    """Why."""
+    """Why it cannot be read."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """All of it. Columns and labels are of the stored samples."""
+    """The whole survey. Columns and labels are those of the stored samples."""
 
-    splits: tuple[SplitCounts, ...]
+    splits: tuple[SplitSummary, ...]
     classes: tuple[str, ...]
     widths: Int64s
     heights: Int64s
     lengths: Int64s
     label_counts: Mapping[str, int]
-    """Class -> samples, most frequent first; those without a label under an empty name."""
+    """Class -> samples, most frequent first; samples without a label are under an empty name."""
     policies: Mapping[str, int]
-    """`kept`, `reencoded:...` -> samples."""
+    """Policy of a sample (`kept`, `reencoded:...`) -> samples."""
     refusals: tuple[Refusals, ...]
     """Most frequent reason first."""
-    near_duplicates: Mapping[str, Any]
-    """As in the shard step's facts; of all splits, whichever are chosen."""
-    shown: tuple[Shown, ...]
+    near_duplicates: NearDuplicateFacts
+    """As in the shard step's facts: across all splits, whichever are chosen."""
+    shown: tuple[ShownImage, ...]
 
 
 def survey(manifest: Manifest, *, splits: Sequence[str], images: int, seed: int = 0) -> Survey:
-    """Reads the manifest whole, and `images` images of these splits."""
-    lines = manifest.all_shards().to_pylist()
+    """Read the whole manifest, and `images` images of these splits."""
+    shards: list[ShardRow] = manifest.all_shards().to_pylist()
     near = NearDuplicateSearch()
     columns: dict[str, list[NDArray[Any]]] = {name: [] for name in ("width", "height", "length")}
     labels: Counter[int] = Counter()
     classes_of: dict[str, set[int]] = {split: set() for split in splits}
     policies: Counter[str] = Counter()
-    lowest: list[tuple[int, int, dict[str, Any]]] = []
-    for line in lines:
-        samples = near.shown(line["shard"], line["split"], manifest.stored_samples(line["shard"]))
-        if line["split"] not in splits:
+    lowest: list[tuple[int, int, SampleRow]] = []  # hash of the id, shard, row
+    for shard in shards:
+        samples = near.add(shard["shard"], shard["split"], manifest.stored_samples(shard["shard"]))
+        if shard["split"] not in splits:
             continue
         for name, pieces in columns.items():
             pieces.append(samples.column(name).to_numpy().astype(np.int64))
         here = Counter(samples.column("label").to_pylist())
         labels.update(here)
-        classes_of[line["split"]].update(here.keys() - {NO_LABEL})
+        classes_of[shard["split"]].update(here.keys() - {NO_LABEL})
         policies.update(samples.column("policy").to_pylist())
         priority = hash64(samples.column("sample_id").to_numpy(), key64("inspect", seed))
+        # the lowest of all are among the lowest of each shard, so no more than `images` rows are kept at a time
         first = np.argsort(priority)[:images]
-        chosen = ((int(priority[row]), line["shard"], samples.slice(int(row), 1).to_pylist()[0]) for row in first)
+        chosen = ((int(priority[row]), shard["shard"], samples.slice(int(row), 1).to_pylist()[0]) for row in first)
         lowest = heapq.nsmallest(images, [*lowest, *chosen], key=lambda entry: entry[:2])
-    key_of = {line["shard"]: line["key"] for line in lines}
+    key_of = {shard["shard"]: shard["key"] for shard in shards}
     named = {NO_LABEL: ""} | dict(enumerate(manifest.classes))
     return Survey(
-        splits=tuple(_counts(manifest, split, lines, len(classes_of[split])) for split in splits),
+        splits=tuple(_summary(manifest, split, shards, len(classes_of[split])) for split in splits),
         classes=manifest.classes,
         widths=_joined(columns["width"]),
         heights=_joined(columns["height"]),
@@ -128,35 +128,35 @@ def survey(manifest: Manifest, *, splits: Sequence[str], images: int, seed: int 
     )
 
 
-def _counts(manifest: Manifest, split: str, lines: Sequence[Mapping[str, Any]], classes: int) -> SplitCounts:
-    here = [line for line in lines if line["split"] == split]
-    size = sum(line["bytes"] for line in here)
-    return SplitCounts(split, **manifest.counts["splits"][split], shards=len(here), shard_bytes=size, classes=classes)
+def _summary(manifest: Manifest, split: str, shards: Sequence[ShardRow], classes: int) -> SplitSummary:
+    sizes = [shard["bytes"] for shard in shards if shard["split"] == split]
+    return SplitSummary(split, manifest.counts.splits[split], len(sizes), sum(sizes), classes)
 
 
 def _refusals(manifest: Manifest, splits: Sequence[str]) -> tuple[Refusals, ...]:
-    by_reason: dict[str, list[Mapping[str, Any]]] = {}
-    for row in manifest.quarantine().to_pylist():
+    by_reason: dict[str, list[QuarantineRow]] = {}
+    rows: list[QuarantineRow] = manifest.quarantine().to_pylist()
+    for row in rows:
         if row["split"] in splits:
             by_reason.setdefault(row["reason"], []).append(row)
     found = (
-        Refusals(reason, len(rows), tuple((row["source"], row["detail"]) for row in rows[:_EXAMPLES]))
-        for reason, rows in by_reason.items()
+        Refusals(reason, len(refused), tuple((row["source"], row["detail"]) for row in refused[:_EXAMPLES]))
+        for reason, refused in by_reason.items()
     )
     return tuple(sorted(found, key=lambda refusals: (-refusals.count, refusals.reason)))
 
 
-def _shown(manifest: Manifest, key: str, row: Mapping[str, Any], named: Mapping[int, str]) -> Shown:
+def _shown(manifest: Manifest, key: str, row: SampleRow, named: Mapping[int, str]) -> ShownImage:
     image, trouble = None, ""
     try:
-        store, name = locate(manifest.root, key)
+        store, name = locate_shard(manifest.root, key)
         data = store.read_range(name, row["offset"], row["length"])
         if zlib.crc32(data) != row["crc32"]:
             raise DataError("its bytes are not those that were written")
         image = decode(data)
     except (DataError, StorageError) as error:
         trouble = str(error)
-    return Shown(
+    return ShownImage(
         source=row["source"],
         split=row["split"],
         label=named[row["label"]],

@@ -1,1 +1,1 @@
-"""What training reads: the order of samples, the node's shard cache, and batches."""
+"""From stored shards to training batches: selection, order, cache, decoding, and substitutes for unreadable images."""

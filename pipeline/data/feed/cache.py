@@ -1,13 +1,13 @@
-"""Whole shards on this node's disk, each fetched once however many processes ask.
+"""A node's disk cache of whole shards; each is fetched once, however many processes ask for it.
 
-A local store's shards are used where they lie. Others are downloaded under a lock of the shard (flock: it goes with its
-holder), checked for size and SHA-256, and renamed into place, so that a name that exists is a whole shard. The cap is
-hard: space is reserved before a download, by a folder that bears the size, and made by deleting least recently used shards;
-a disk that is full before the cap is reached gives up shards likewise. Use is what `path` and `touch` are called for: a
-loader calls them when a shard comes into its view ahead, so that those go first whose last known need is longest past.
-Layout: <sha256>.tar, <sha256>.<bytes>.part/ while it is fetched, locks/. The directory may be kept between runs.
-Errors: DataError for a shard that is not what its row says or larger than the cap; StorageError from the store, and for a
-disk that is full or refuses."""
+Shards of a local store are used where they are. Others are downloaded under a lock per shard (flock, which the kernel releases
+when its holder dies), checked for size and SHA-256, and renamed into place, so a name that exists is a whole shard. The size
+limit is hard: before a download, space is reserved by a folder whose name has the size, and made by deleting the least
+recently used shards; shards are deleted in the same way when the disk fills up earlier. `path` and `touch` count as use. A
+loader calls them when a shard comes into its lookahead, so the shards that were needed longest ago go first.
+Layout: <sha256>.tar, <sha256>.<bytes>.part/ during a download, locks/. The directory may be kept between runs.
+Errors: DataError for a shard that differs from its row in the manifest or exceeds the limit; StorageError from the store, and
+for a disk that is full or refuses access."""
 
 import contextlib
 import errno
@@ -23,7 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.data.dataset.manifest import locate, shard_address
+from pipeline.data.dataset.address import locate_shard, shard_address
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.storage import Store
 
@@ -34,24 +34,24 @@ log = logging.getLogger(__name__)
 
 
 class CacheCounts(NamedTuple):
-    """What one cache object did so far; other processes that share the directory count for themselves."""
+    """What one cache object has done so far. Each process that shares the directory counts for itself."""
 
     hits: int = 0
-    """Reads that found their shard on the disk."""
+    """Reads that found their shard on disk."""
     misses: int = 0
     """Reads that had to wait for it."""
     downloads: int = 0
-    """Shards fetched whole and put in place."""
+    """Shards fetched completely and put in place."""
     bytes: int = 0
-    """Of these."""
+    """Bytes of the downloaded shards."""
     evictions: int = 0
     """Shards deleted to make room."""
     repairs: int = 0
-    """Copies that had been damaged on the disk, and were deleted."""
+    """Copies that were damaged on disk and deleted."""
 
 
 class CachedShard(NamedTuple):
-    """A shard on the disk; older ones sort first."""
+    """A shard on disk. The least recently used sorts first."""
 
     used_ns: int
     bytes: int
@@ -63,15 +63,15 @@ class ShardCache:
 
     def __init__(self, store: Store, directory: Path, *, max_bytes: int) -> None:
         if max_bytes < 1:
-            raise ConfigError(f"max_bytes={max_bytes} of the shard cache is not positive: write its size in bytes")
+            raise ConfigError(f"max_bytes={max_bytes} of the shard cache is not positive: give a size in bytes")
         self.store, self.directory, self.max_bytes = store, directory, max_bytes
         self.counts = CacheCounts()
         self._counting = threading.Lock()
-        self.local_path = lru_cache(maxsize=None)(self._find_local)  # asked for at every read
-        """Key -> where a shard lies that needs no copy; None: it is fetched."""
+        self.local_path = lru_cache(maxsize=None)(self._find_local)  # called at every read
+        """Key -> path of a shard that needs no copy, or None for one that must be fetched."""
 
     def path(self, key: str, *, sha256: str, bytes: int) -> Path:  # noqa: A002 (the manifest's word)
-        """Where the shard lies, fetched if need be. It may be evicted later: on FileNotFoundError ask again."""
+        """Return the shard's path, and fetch it first if necessary. It may be evicted later: on FileNotFoundError call again."""
         local = self.local_path(key)
         if local is not None:
             return local
@@ -79,16 +79,16 @@ class ShardCache:
         with self._explained(bytes):
             if not _touched(path):
                 with self._locked(sha256):
-                    if not _touched(path):
+                    if not _touched(path):  # whoever held the lock before may have fetched it
                         self._download(key, path, sha256=sha256, size=bytes)
         return path
 
     def touch(self, key: str, *, sha256: str) -> bool:
-        """Whether the shard is there, marked as used now; nothing is fetched."""
+        """Mark the shard as used now and return whether it is on disk. Nothing is fetched."""
         return self.local_path(key) is not None or _touched(self._copy(sha256))
 
     def open(self, key: str, *, sha256: str, bytes: int) -> int:  # noqa: A002 (the manifest's word)
-        """A descriptor for reading, to be closed by the caller; the shard is fetched if need be.
+        """Return a descriptor for reading, which the caller closes, and fetch the shard first if necessary.
 
         Errors: OSError for a local shard that cannot be opened.
         """
@@ -102,19 +102,19 @@ class ShardCache:
         else:
             self._count(hits=1)
             return descriptor
-        while True:  # what was fetched may be evicted before it is opened
+        while True:  # another process may evict the shard between the download and open()
             path = self.path(key, sha256=sha256, bytes=bytes)
             with contextlib.suppress(FileNotFoundError):
                 return os.open(path, os.O_RDONLY)
 
-    def repaired(self, key: str, *, sha256: str, descriptor: int) -> bool:
-        """Whether the copy open as `descriptor` was damaged: it is then deleted, and the next `open` fetches it anew."""
+    def discard_if_damaged(self, key: str, *, sha256: str, descriptor: int) -> bool:
+        """Delete the copy open as `descriptor` if it is damaged, and return whether it was. The next `open` fetches it again."""
         if self.local_path(key) is not None:
             return False
         path = self._copy(sha256)
         with self._locked(sha256):
             if not _is_open_as(path, descriptor):
-                return True  # another reader was quicker
+                return True  # another reader has already replaced it
             with os.fdopen(os.dup(descriptor), "rb") as file:
                 file.seek(0)
                 if hashlib.file_digest(file, "sha256").hexdigest() == sha256:
@@ -122,14 +122,14 @@ class ShardCache:
             path.unlink(missing_ok=True)
         self._count(repairs=1)
         log.warning(
-            "the cached copy %s of %s was damaged on this disk: it is fetched again",
+            "the cached copy %s of %s was damaged on this disk and will be fetched again",
             path,
             shard_address(self.store, key),
         )
         return True
 
     def _find_local(self, key: str) -> Path | None:
-        store, name = locate(self.store, key)
+        store, name = locate_shard(self.store, key)
         return store.local_path(name)
 
     def _copy(self, sha256: str) -> Path:
@@ -138,12 +138,13 @@ class ShardCache:
     def _download(self, key: str, path: Path, *, sha256: str, size: int) -> None:
         if size > self.max_bytes:
             raise DataError(
-                f"{shard_address(self.store, key)}: {size} bytes do not fit in a shard cache of {self.max_bytes}: raise "
+                f"{shard_address(self.store, key)}: {size} bytes do not fit into a shard cache of {self.max_bytes} bytes. Raise "
                 "resources.cache_max_bytes"
             )
         part = self.directory / f"{sha256}.{size}.part"
-        shutil.rmtree(part, ignore_errors=True)  # of a holder that died
-        while not self._reserve(part, size):  # others' downloads fill the cache; they end, and can then be evicted
+        shutil.rmtree(part, ignore_errors=True)  # left by a holder that died
+        # while downloads of others fill the cache, nothing can be evicted: a finished one can
+        while not self._reserve(part, size):
             time.sleep(_POLL_SECONDS)
         try:
             fetched = part / "shard.tar"
@@ -154,9 +155,9 @@ class ShardCache:
             shutil.rmtree(part, ignore_errors=True)
 
     def _fetch(self, key: str, target: Path, *, sha256: str, size: int) -> None:
-        """Downloads, and checks; once more when other bytes came than were promised, or room could be made on a full disk."""
-        store, name = locate(self.store, key)
-        tries_left = _DOWNLOAD_TRIES
+        """Download and check a shard; retry once if the bytes are wrong, and whenever a full disk yields space by evictions."""
+        store, name = locate_shard(self.store, key)
+        tries_left = _DOWNLOAD_TRIES  # a full disk costs no try: each eviction makes progress, and shards run out
         while True:
             try:
                 store.download(name, target)
@@ -166,7 +167,7 @@ class ShardCache:
                 if not _is_full(error):
                     raise
                 with self._locked("cache"):
-                    if not self._evict(least_recent(self._held(), excess=size)):
+                    if not self._evict(least_recent(self._cached(), excess=size)):
                         raise self._full(size) from error
                 continue
             if (length := target.stat().st_size) == size and found == sha256:
@@ -175,36 +176,36 @@ class ShardCache:
             if not tries_left:
                 raise DataError(
                     f"{shard_address(self.store, key)}: {length} bytes with sha256 {found}, the manifest says {size} bytes with "
-                    f"{sha256}. It was damaged or replaced: delete it and run the shard step again, which writes what is missing"
+                    f"{sha256}. It was damaged or replaced. Delete it and run the shard step again, which writes missing shards"
                 )
 
     def _reserve(self, part: Path, size: int) -> bool:
-        """Makes room and takes it, or says that there is none now."""
+        """Reserve space, evicting shards if necessary, and return whether there was enough."""
         with self._locked("cache"):
-            for left in self.directory.glob("*.part"):  # a holder that died has left its lock free
+            for left in self.directory.glob("*.part"):  # the lock of a holder that died is free
                 with contextlib.suppress(BlockingIOError), self._locked(left.name.split(".")[0], wait=fcntl.LOCK_NB):
                     shutil.rmtree(left, ignore_errors=True)
-            # parts before tars: one that becomes a tar in between is counted twice, not left out
+            # parts before tars: a part renamed to a tar in between is then counted twice rather than not at all
             reserved = sum(int(other.name.split(".")[1]) for other in self.directory.glob("*.part"))
             if reserved + size > self.max_bytes:
                 return False
-            held = self._held()
-            excess = reserved + size + sum(shard.bytes for shard in held) - self.max_bytes
-            self._evict(least_recent(held, excess=excess))
+            cached = self._cached()
+            excess = reserved + size + sum(shard.bytes for shard in cached) - self.max_bytes
+            self._evict(least_recent(cached, excess=excess))
             part.mkdir()
             return True
 
-    def _held(self) -> list[CachedShard]:
-        """The whole shards on the disk."""
-        held = []
+    def _cached(self) -> list[CachedShard]:
+        """Return the complete shards on disk."""
+        cached = []
         for path in self.directory.glob("*.tar"):
-            with contextlib.suppress(FileNotFoundError):  # a damaged one may go meanwhile
+            with contextlib.suppress(FileNotFoundError):  # `discard_if_damaged` may have deleted it meanwhile
                 info = path.stat()
-                held.append(CachedShard(info.st_mtime_ns, info.st_size, path))
-        return held
+                cached.append(CachedShard(info.st_mtime_ns, info.st_size, path))
+        return cached
 
     def _evict(self, shards: Sequence[CachedShard]) -> bool:
-        """Deletes these; whether there was one."""
+        """Delete these shards and return whether there were any."""
         for shard in shards:
             shard.path.unlink(missing_ok=True)
         self._count(evictions=len(shards))
@@ -216,26 +217,27 @@ class ShardCache:
 
     @contextlib.contextmanager
     def _explained(self, size: int) -> Iterator[None]:
-        """What the disk refuses, in words."""
+        """Turn what the disk refuses into a StorageError with the remedy."""
         try:
             yield
         except OSError as error:
             if _is_full(error):
                 raise self._full(size) from error
             raise StorageError(
-                f"shard cache {self.directory}: {error}. Make it a folder that this user may write to, or name another one in "
+                f"shard cache {self.directory}: {error}. Make it a folder that this user may write to, or set another folder in "
                 "resources.cache_directory"
             ) from error
 
     def _full(self, size: int) -> StorageError:
         return StorageError(
-            f"shard cache {self.directory}: the disk is full, {size} bytes are needed for the next shard and the cache holds "
-            "none that it could delete. Free as much, or name a folder on a larger disk in resources.cache_directory; the same "
-            "command then goes on"
+            f"shard cache {self.directory}: the disk is full. The next shard needs {size} bytes, and the cache holds none that it "
+            "could delete. Free that much, or set a folder on a larger disk in resources.cache_directory; the same command then "
+            "continues"
         )
 
     @contextlib.contextmanager
     def _locked(self, name: str, *, wait: int = 0) -> Iterator[None]:
+        # a descriptor per use: flock excludes open files from each other, so it works between threads as well
         path = self.directory / "locks" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -243,13 +245,13 @@ class ShardCache:
             fcntl.flock(descriptor, fcntl.LOCK_EX | wait)
             yield
         finally:
-            os.close(descriptor)  # frees the lock
+            os.close(descriptor)  # releases the lock
 
 
-def least_recent(held: Sequence[CachedShard], *, excess: int) -> list[CachedShard]:
-    """The shards to delete, longest unused first, so that `excess` bytes go; all of them when they are fewer."""
+def least_recent(cached: Sequence[CachedShard], *, excess: int) -> list[CachedShard]:
+    """Return the least recently used shards that together free `excess` bytes; all of them if they do not suffice."""
     chosen = []
-    for shard in sorted(held):
+    for shard in sorted(cached):
         if excess <= 0:
             break
         chosen.append(shard)
@@ -258,8 +260,8 @@ def least_recent(held: Sequence[CachedShard], *, excess: int) -> list[CachedShar
 
 
 def _touched(path: Path) -> bool:
-    """Whether it exists, marked as used now."""
-    now = time.time_ns()  # the kernel's own stamp is as coarse as its tick
+    """Mark the file as used now and return whether it exists."""
+    now = time.time_ns()  # utime's default is the kernel's clock, which is only as fine as its tick
     try:
         os.utime(path, ns=(now, now))
     except FileNotFoundError:
@@ -275,6 +277,6 @@ def _is_open_as(path: Path, descriptor: int) -> bool:
 
 
 def _is_full(error: BaseException) -> bool:
-    """Whether a full disk (or quota) is behind a failure."""
+    """Return whether a full disk or quota caused a failure."""
     cause = error.__cause__ if isinstance(error, StorageError) else error
     return isinstance(cause, OSError) and cause.errno in {errno.ENOSPC, errno.EDQUOT}

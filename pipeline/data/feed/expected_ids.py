@@ -1,10 +1,10 @@
-"""Have the right samples reached the devices? What a checkpoint recorded against the arithmetic, and what differs.
+"""Whether the right samples reached the devices: what a checkpoint recorded against what dataset and order imply.
 
 A checkpoint holds the number of ids that reached a device and their digest, a sum of a hash of every (epoch, id). Both follow
-from the dataset and the order: whole epochs are every sample once, and the rest is computed. Recorded substitutions
-are excused one by one, if they are of this order; anything else is a difference. One sample too many, one missing, or one in
-another's place is found by looking for the hash (or the difference of two) that the sum is off by.
-Letters: N samples an epoch. Cost: 30 ns a sample seen; naming a culprit takes N log N an epoch looked at."""
+from the dataset and the order: a whole epoch is every sample once, and the rest is computed. Recorded substitutions are
+excused one by one if the order asked for the replaced sample; anything else is a difference. One extra sample, one missing
+sample, or one in place of another is found by looking for the hash (or the difference of two hashes) that the sum is off by.
+Letters: N samples per epoch. Cost: 30 ns per sample seen; naming a culprit takes N log N per epoch searched."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,19 +19,19 @@ from pipeline.data.feed.substitution import Substitution, candidates
 
 _AT_ONCE = 2**20
 _SEARCHED = 50_000_000
-"""Samples among which a culprit is looked for: a minute, and at a chance of 1e-4 a wrong name for a pair."""
+"""Samples searched for a culprit: this takes a minute, and the chance that a pair of samples is named wrongly is 1e-4."""
 
 
 @dataclass(frozen=True)
 class Ids:
-    """A multitude of (epoch, id)."""
+    """A multiset of (epoch, id), as its size and its digest."""
 
     count: int
     digest: int
     """Modulo 2**64."""
 
     def minus(self, other: "Ids") -> "Ids":
-        """What is left of these without the others."""
+        """Return these without the others."""
         return Ids(self.count - other.count, (self.digest - other.digest) % 2**64)
 
 
@@ -44,13 +44,14 @@ def expected_ids(
     stop: int,
     substitutions: Iterable[Substitution] = (),
 ) -> Ids:
-    """What steps start..stop-1 put on devices, given what was written down as substituted in them."""
+    """Return what steps start..stop-1 put on devices, given the substitutions recorded for them."""
     total = order.samples_per_epoch
     first, last = start * global_batch, stop * global_batch
     digest = 0
-    whole = range(-(-first // total), last // total)  # epochs that lie inside from end to end
+    whole = range(-(-first // total), last // total)  # epochs that are complete within these steps
     if whole:
         everything = all_ids(selection)
+        # independent of the order, so whole epochs need no shuffles
         digest += sum(ids_digest(np.full_like(everything, epoch), everything) for epoch in whole)
         parts = [(first, whole.start * total), (whole.stop * total, last)]
     else:
@@ -69,7 +70,7 @@ def expected_ids(
 def not_of_this_order(
     selection: Selection, order: SampleOrder, *, global_batch: int, substitutions: Iterable[Substitution]
 ) -> list[Substitution]:
-    """Recorded substitutions that the order did not ask for, or whose substitute is not one that the rule allows."""
+    """Return the recorded substitutions whose sample is not at that step, or whose substitute the rule does not allow."""
     wrong = []
     seen: set[tuple[int, int]] = set()
     for one in substitutions:
@@ -88,7 +89,7 @@ def not_of_this_order(
 
 
 def describe_difference(excess: Ids, ids: Int64s, epochs: range, *, counted: bool) -> str:
-    """In words, what `excess` (recorded less expected; zero digest is no difference) says about samples of these epochs.
+    """Describe what `excess` (recorded less expected; a digest of zero is no difference) says about samples of these epochs.
 
     `counted`: whether the number of ids was recorded, and not only their digest.
     """
@@ -97,11 +98,11 @@ def describe_difference(excess: Ids, ids: Int64s, epochs: range, *, counted: boo
     if counted and excess.count:
         amount = f"{abs(excess.count)} too {'many' if excess.count > 0 else 'few'}: "
     elif counted:
-        amount = "as many as expected, but others: "
+        amount = "as many as expected, but not the same: "
     if not counted or excess.count in {1, -1}:
         for epoch in looked_at:
             hashes = _hashes(ids, epoch)
-            for digest, words in ((excess.digest, "once too often"), (-excess.digest % 2**64, "once too little")):
+            for digest, words in ((excess.digest, "once too often"), (-excess.digest % 2**64, "once too rarely")):
                 found = np.flatnonzero(hashes == np.uint64(digest))
                 if len(found):
                     return f"{amount}sample {ids[found[0]]} of epoch {epoch} came {words}"
@@ -109,25 +110,25 @@ def describe_difference(excess: Ids, ids: Int64s, epochs: range, *, counted: boo
         for epoch in looked_at:
             pair = _exchanged(_hashes(ids, epoch), excess.digest)
             if pair:
-                instead, missing = (int(ids[place]) for place in pair)
+                instead, missing = (int(ids[index]) for index in pair)
                 return (
                     f"{amount}in epoch {epoch} sample {instead} came once too often, and sample {missing} was left out"
                 )
-    return f"{amount}which samples, the sum alone does not tell; more than one is wrong"
+    return f"{amount}more than one sample is wrong, and the sum alone cannot tell which"
 
 
 def all_ids(selection: Selection) -> Int64s:
-    """[N] every selected sample."""
+    """Return [N] ids of all selected samples."""
     return np.concatenate([selection.rows(shard).sample_ids for shard in range(len(selection.shards))])
 
 
 def epochs_of(start: int, stop: int, *, global_batch: int, samples: int) -> range:
-    """The epochs that steps start..stop-1 touch."""
+    """Return the epochs that steps start..stop-1 touch."""
     return range(start * global_batch // samples, -(-stop * global_batch // samples))
 
 
 def named(substitutions: Sequence[Substitution], most: int = 3) -> str:
-    """A few of them, for messages."""
+    """Name a few substitutions for a message."""
     shown = ", ".join(f"{one.sample_id} by {one.substitute_id} at step {one.step}" for one in substitutions[:most])
     return shown + (f" and {len(substitutions) - most} more" if len(substitutions) > most else "")
 
@@ -137,7 +138,7 @@ def _hashes(ids: Int64s, epoch: int) -> Words:
 
 
 def _exchanged(hashes: Words, difference: int) -> tuple[int, int] | None:
-    """Places a and b with hash a - hash b = difference: a came where b should have."""
+    """Return indices a and b with hash a - hash b = difference, so a came where b should have, or None."""
     order = np.argsort(hashes)
     ordered = hashes[order]
     with np.errstate(over="ignore"):

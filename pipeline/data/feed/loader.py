@@ -1,16 +1,16 @@
-"""Batches of training pictures: read by offset, checked, decoded and cut by a few threads, in the order's order.
+"""Batches of training pictures, read by offset, checked, decoded and cropped by a few threads, in the order of a SampleOrder.
 
 Shapes: images [b, H, W, 3] uint8 RGB, b = this rank's share of the global batch; labels, sample_ids, epochs [b] int64.
-Threads fill places of a batch that were laid out beforehand, so their timing changes nothing; the libraries that do the
-work release the GIL and start no threads of their own. Threads and not processes: two threads on two cores make nearly twice what
-one makes (`mae doctor --data` prints both), and a process would have its batches handed over. Batches are made
-`prefetch_batches` ahead of the one that is asked for; the shards of a remote store are fetched further ahead, as far as the
-cache has room for.
-Every read is checked against the manifest's CRC-32 (23 us a picture of 88 KB, 2 % of its decode).
+Threads fill positions of a batch that were assigned beforehand, so their timing changes nothing; the libraries that do the
+work release the GIL and start no threads of their own. Threads rather than processes: two threads on two cores make nearly
+twice as many pictures as one (`mae doctor --data` prints both), and a process would have to hand its batches over. Batches are
+made `prefetch_batches` ahead of the requested one; shards of a remote store are fetched further ahead, as far as the cache
+has room.
+Every read is checked against the manifest's CRC-32 (23 us per picture of 88 KB, 2 % of its decoding time).
 A training sample whose bytes are not what was written, or do not decode, is substituted and reported (substitution.py); a
-cached copy that was damaged on this disk is fetched again first. Nothing is ever skipped.
+cached copy that was damaged on this disk is fetched again first. No sample is ever skipped.
 Errors: DataError naming shard, sample and remedy: in evaluation for every sample that cannot be read, in training for a
-shard that cannot be opened, or of which no sample can be read."""
+shard that cannot be opened or of which no sample can be read."""
 
 import logging
 import os
@@ -36,9 +36,9 @@ from pipeline.data.images.pictures import AUGMENT_UNIFORMS, AugmentConfig, Image
 from pipeline.errors import ConfigError, DataError
 
 _CHUNK = 8
-"""Samples a thread takes at once: about 10 ms of decoding."""
+"""Samples that a thread decodes per task: about 10 ms of work."""
 _FETCH_AHEAD = 32
-"""Batches by which a shard's download goes before its first use, at most."""
+"""Most batches by which a shard's download precedes its first use."""
 _FETCH_THREADS = 2
 
 log = logging.getLogger(__name__)
@@ -49,17 +49,17 @@ class Batch(NamedTuple):
 
     images: Tensor  # [b, H, W, 3] uint8
     labels: Tensor  # [b] int64, index into the manifest's classes; -1 = none
-    sample_ids: Tensor  # [b] int64, of the samples that are in it
+    sample_ids: Tensor  # [b] int64, of the samples in the batch
     epochs: Tensor  # [b] int64, of the order; 0 in evaluation
-    substitutions: tuple[Substitution, ...] = ()  # samples that the order asked for and that are not in it
+    substitutions: tuple[Substitution, ...] = ()  # samples that the order asked for and that the batch lacks
 
 
 class Unreadable(NamedTuple):
-    """Why a sample's picture cannot be had."""
+    """A sample whose picture cannot be made."""
 
     reason: Literal["crc32", "truncated", "undecodable"]
-    words: str
-    """For a person: file, sample, and what to do."""
+    message: str
+    """Shard, sample and remedy."""
 
 
 class Loader:
@@ -82,11 +82,11 @@ class Loader:
         pin_memory: bool = False,
         fetch_bytes: int | None = None,
     ) -> None:
-        """`fetch_bytes`: shards that this rank may have in view at once; None: as many as the cache holds."""
+        """`fetch_bytes`: size of the shards that this rank may have in its lookahead; None: the size of the cache."""
         if not np.array_equal(order.served_counts, selection.counts):
             raise ConfigError(
-                f"the order is of {order.samples_per_epoch} samples in {order.served_counts.size} shards, the selection of split "
-                f"{selection.split!r} of {selection.counts.sum()} in {selection.counts.size}: make the order from selection.counts"
+                f"the order has {order.samples_per_epoch} samples in {order.served_counts.size} shards, the selection of split "
+                f"{selection.split!r} has {selection.counts.sum()} in {selection.counts.size}: make the order from selection.counts"
             )
         for name, value in (("global_batch", global_batch), ("decode_threads", decode_threads)):
             if value < 1:
@@ -99,21 +99,21 @@ class Loader:
         self.decode_threads, self.prefetch_batches, self.pin_memory = decode_threads, prefetch_batches, pin_memory
         self.fetch_bytes = cache.max_bytes if fetch_bytes is None else fetch_bytes
         self.wait_seconds = 0.0
-        """Time the consumer spent waiting for batches, so far."""
-        self._told: set[int] = set()
+        """Time that the consumer has spent waiting for batches so far."""
+        self._reported: set[int] = set()
         self._remote = [cache.local_path(shard.key) is None for shard in selection.shards]
 
     def from_step(self, start: int, stop: int) -> Generator[Batch]:
-        """This rank's part of the global batches of steps start..stop-1; closing it ends its threads."""
+        """Yield this rank's part of the global batches of steps start..stop-1. Closing the generator ends its threads."""
         steps = (self.order.rank_slice(t, self.global_batch, self.rank, self.world_size) for t in range(start, stop))
         return self._batches(steps, self.augment, unreadable="substitute")
 
     def evaluation_batches(
         self, batch_size: int, *, unreadable: Literal["stop", "substitute"] = "stop"
     ) -> Generator[Batch]:
-        """Each sample once over all ranks, this rank's in plain order and from the centre; the last batch may be smaller.
+        """Yield this rank's samples in plain order, cropped from the centre; over all ranks each sample comes once.
 
-        `unreadable="substitute"` is for pictures to look at, from which no score is made.
+        The last batch may be smaller. `unreadable="substitute"` is for pictures to look at, never for a score.
         """
         part = plain_slice(int(self.selection.counts.sum()), self.rank, self.world_size)
         starts = range(part.start, part.stop, batch_size)
@@ -122,9 +122,9 @@ class Loader:
         return self._batches(steps, replace(self.augment, kind="center", flip=False), unreadable=unreadable)
 
     def bytes_at_once(self, ranks_here: int) -> int:
-        """Of remote shards that so many ranks on one node read in turns: a window in each of their lanes, and one shard more.
+        """Return the size of the remote shards that the ranks of one node read in turns: a window per lane, and one shard more.
 
-        0 where shards are read where they lie.
+        0 if no shard needs a copy.
         """
         if not any(self._remote):
             return 0
@@ -150,35 +150,37 @@ class Loader:
             pool.shutdown(cancel_futures=True)
 
     def _fetched_ahead(self, steps: Iterable[Slots]) -> Generator[Slots]:
-        """The steps as they come; shards of a remote store are asked for before, and marked as used when they come into view.
+        """Yield the steps in their order, with the download of their shards started earlier.
 
-        In view is what the next steps need, up to _FETCH_AHEAD of them and up to `fetch_bytes`, and what is being read. A fetch
-        that fails says nothing here: the read that needs the shard tries again, and then raises.
+        The lookahead covers the next steps, up to _FETCH_AHEAD of them and up to `fetch_bytes`, and the batches that are being
+        read. A shard that enters it is fetched, or marked as used if it is cached. A download that fails is not reported here:
+        the read that needs the shard tries again, and then raises.
         """
         if not any(self._remote):
             yield from steps
             return
-        view = _View([shard.bytes for shard in self.selection.shards])
+        lookahead = _Lookahead([shard.bytes for shard in self.selection.shards])
         ahead: deque[tuple[Slots, list[int]]] = deque()
-        read: deque[list[int]] = deque()  # by batches that are being made or have just been handed out
-        asked: dict[int, Future[None]] = {}
+        read: deque[list[int]] = deque()  # shards of batches that are being made or were just handed out
+        requested: dict[int, Future[None]] = {}
         pool = ThreadPoolExecutor(_FETCH_THREADS, "fetch")
         try:
             for slots in steps:
                 shards = [int(shard) for shard in np.unique(slots.shards) if self._remote[shard]]
-                while len(ahead) > _FETCH_AHEAD or (ahead and view.bytes_with(shards) > self.fetch_bytes):
+                # a step enters the lookahead only when its shards fit; otherwise they would evict shards needed before them
+                while len(ahead) > _FETCH_AHEAD or (ahead and lookahead.bytes_with(shards) > self.fetch_bytes):
                     ready, its_shards = ahead.popleft()
                     read.append(its_shards)
                     yield ready
                     if len(read) > self.prefetch_batches + 1:
-                        view.remove(read.popleft())
-                view.add(shards)
+                        lookahead.remove(read.popleft())
+                lookahead.add(shards)
                 ahead.append((slots, shards))
                 for shard in shards:
                     _, key, _, sha256 = self.selection.shards[shard]
-                    under_way = shard in asked and not asked[shard].done()
+                    under_way = shard in requested and not requested[shard].done()
                     if not under_way and not self.cache.touch(key, sha256=sha256):
-                        asked[shard] = pool.submit(self._fetch, shard)
+                        requested[shard] = pool.submit(self._fetch, shard)
             while ahead:
                 yield ahead.popleft()[0]
         finally:
@@ -192,6 +194,7 @@ class Loader:
         unreadable: Literal["stop", "substitute"],
     ) -> tuple[Batch, list[Future[list[Substitution]]]]:
         count = len(slots.positions)
+        # allocated once and filled in place by the threads; from pinned memory, the copy to the device overlaps with computation
         labels, sample_ids, epochs = (
             torch.empty(count, dtype=torch.int64, pin_memory=self.pin_memory) for _ in range(3)
         )
@@ -212,46 +215,47 @@ class Loader:
         self,
         batch: Batch,
         slots: Slots,
-        places: range,
+        within: range,
         config: AugmentConfig,
         unreadable: Literal["stop", "substitute"],
     ) -> list[Substitution]:
-        """Fills some places of a batch; runs in a thread."""
+        """Fill some positions of a batch; runs in a thread of the pool."""
         images, labels, sample_ids, epochs = (tensor.numpy() for tensor in batch[:4])
-        for place in places:
-            shard, index = int(slots.shards[place]), int(slots.indices[place])
+        for i in within:
+            shard, index = int(slots.shards[i]), int(slots.indices[i])
             rows = self.selection.rows(shard)
-            labels[place], sample_ids[place] = rows.labels[index], rows.sample_ids[index]
-        here = slice(places.start, places.stop)
+            labels[i], sample_ids[i] = rows.labels[index], rows.sample_ids[index]
+        here = slice(within.start, within.stop)
         epochs[here] = slots.epochs[here]
         uniforms = uniform_rows(self.seed, epochs[here], sample_ids[here], "augment", AUGMENT_UNIFORMS)
         substitutions = []
-        for place, numbers in zip(places, uniforms, strict=True):
-            shard, index = int(slots.shards[place]), int(slots.indices[place])
+        for i, numbers in zip(within, uniforms, strict=True):
+            shard, index = int(slots.shards[i]), int(slots.indices[i])
             image = self._image(shard, index, numbers, config)
             if isinstance(image, Unreadable):
                 if unreadable == "stop":
-                    raise DataError(image.words)
-                step = int(slots.positions[place]) // self.global_batch
-                image, stand_in, made = self._substitute(shard, index, int(epochs[place]), step, image, config)
-                substitutions.append(made)
+                    raise DataError(image.message)
+                step = int(slots.positions[i]) // self.global_batch
+                image, substitute, record = self._substitute(shard, index, int(epochs[i]), step, image, config)
+                substitutions.append(record)
                 rows = self.selection.rows(shard)
-                labels[place], sample_ids[place] = rows.labels[stand_in], rows.sample_ids[stand_in]
-            images[place] = image
+                labels[i], sample_ids[i] = rows.labels[substitute], rows.sample_ids[substitute]
+            images[i] = image
         return substitutions
 
     def _substitute(
         self, shard: int, index: int, epoch: int, step: int, why: Unreadable, config: AugmentConfig
     ) -> tuple[Image, int, Substitution]:
-        """Another picture of the shard, its index there, and what is to be written down."""
+        """Return another picture of the shard, its index in the shard, and the record of the substitution."""
         rows = self.selection.rows(shard)
         sample_id = int(rows.sample_ids[index])
-        tried = candidates(rows.sample_ids, sample_id, seed=self.seed, epoch=epoch)
-        for candidate in map(int, tried):
+        others = candidates(rows.sample_ids, sample_id, seed=self.seed, epoch=epoch)
+        for candidate in map(int, others):
+            # its crop follows from its own id, so it looks as it would where the order itself asks for it
             own = uniform_rows(self.seed, [epoch], rows.sample_ids[[candidate]], "augment", AUGMENT_UNIFORMS)[0]
             image = self._image(shard, candidate, own, config)
             if not isinstance(image, Unreadable):
-                made = Substitution(
+                record = Substitution(
                     sample_id,
                     int(rows.sample_ids[candidate]),
                     epoch,
@@ -259,16 +263,16 @@ class Loader:
                     why.reason,
                     self.selection.source(shard, index),
                 )
-                if sample_id not in self._told:
-                    self._told.add(sample_id)
-                    log.warning("%s. Sample %d of its shard stands in for it", why.words, made.substitute_id)
-                return image, candidate, made
+                if sample_id not in self._reported:  # it would come back in every epoch
+                    self._reported.add(sample_id)
+                    log.warning("%s. Sample %d of its shard is used instead", why.message, record.substitute_id)
+                return image, candidate, record
         raise DataError(
-            f"{why.words}. No sample of its shard can stand in for it: {len(tried)} others were tried and cannot be read either"
+            f"{why.message}. No other sample of its shard can be used instead: {len(others)} were tried and cannot be read either"
         )
 
     def _image(self, shard: int, index: int, uniforms: Uniforms, config: AugmentConfig) -> Image | Unreadable:
-        """A sample's training picture, of bytes that are as intake decoded them."""
+        """Return a sample's training picture. Its bytes are checked first, as `picture` does not notice all damage."""
         data = self._read(shard, index)
         if isinstance(data, Unreadable):
             return data
@@ -277,19 +281,19 @@ class Loader:
         except DataError as error:
             return Unreadable(
                 "undecodable",
-                f"{self.selection.describe(shard, index)}: {error}, though its bytes are as they were written. "
-                "Remove it from the source, then the same command shards it anew",
+                f"{self.selection.describe(shard, index)}: {error}, although its bytes are those that were written. "
+                "Remove it from the source; the same command then shards it again",
             )
 
     def _read(self, shard: int, index: int) -> bytes | Unreadable:
-        """The sample's bytes, exactly as they were written; from a copy fetched anew where this node's was damaged."""
+        """Return the sample's bytes exactly as they were written, from a new copy if this node's was damaged."""
         _, key, size, sha256 = self.selection.shards[shard]
         while True:
             try:
                 descriptor = self.cache.open(key, sha256=sha256, bytes=size)
                 try:
                     data = self._checked(descriptor, shard, index)
-                    if not isinstance(data, Unreadable) or not self.cache.repaired(
+                    if not isinstance(data, Unreadable) or not self.cache.discard_if_damaged(
                         key, sha256=sha256, descriptor=descriptor
                     ):
                         return data
@@ -301,7 +305,7 @@ class Loader:
                 ) from error
 
     def _checked(self, descriptor: int, shard: int, index: int) -> bytes | Unreadable:
-        """One sample's bytes from an open shard, or what is wrong with them."""
+        """Return a sample's bytes from an open shard, or what is wrong with them."""
         rows = self.selection.rows(shard)
         length, crc32 = int(rows.lengths[index]), int(rows.crc32s[index])
         data = os.pread(descriptor, length, int(rows.offsets[index]))
@@ -318,30 +322,30 @@ class Loader:
         local = self.cache.local_path(self.selection.shards[shard].key)
         if local is not None:
             return f"Restore {local} from a copy, or shard the source again"
-        return "The shard is as it was written, its row in samples.parquet is not: shard the source again"
+        return "The shard is as it was written, but its row in samples.parquet is not: shard the source again"
 
     def _fetch(self, shard: int) -> None:
         _, key, size, sha256 = self.selection.shards[shard]
         self.cache.path(key, sha256=sha256, bytes=size)
 
 
-class _View:
-    """Bytes of the different shards that some steps need."""
+class _Lookahead:
+    """The distinct shards that some steps need, and their total size."""
 
     def __init__(self, shard_bytes: list[int]) -> None:
         self._shard_bytes, self._steps = shard_bytes, Counter[int]()
         self._bytes = 0
 
     def bytes_with(self, shards: list[int]) -> int:
-        """What they would be with one more step's shards."""
+        """Return what the total size would be with one more step's shards."""
         return self._bytes + sum(self._shard_bytes[shard] for shard in shards if not self._steps[shard])
 
     def add(self, shards: list[int]) -> None:
-        """A step comes into view."""
+        """Add a step's shards."""
         self._bytes = self.bytes_with(shards)
         self._steps.update(shards)
 
     def remove(self, shards: list[int]) -> None:
-        """A step has gone."""
+        """Remove a step's shards."""
         self._steps.subtract(shards)
         self._bytes -= sum(self._shard_bytes[shard] for shard in shards if not self._steps[shard])

@@ -1,23 +1,27 @@
-"""Which served samples of a split are used, shard by shard: all, or a class-balanced few.
+"""Which served samples of a split are used, shard by shard: all, those with a label, or a class-balanced subset.
 
 Letters: S shards of the split, in the manifest's order; n samples of one shard, in offset order.
-The order is computed from `counts`, the loader reads `rows`; both speak of shards by their index 0..S-1.
-Errors: DataError when the split has no such samples, ConfigError for a count that cannot be chosen."""
+The order is computed from `counts`, the loader reads `rows`; both refer to shards by their index 0..S-1.
+Errors: DataError if the manifest's tables disagree, ConfigError for a count that cannot be chosen."""
 
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from mae_core.randomness import hash64, key64
-from pipeline.data.dataset.manifest import NO_LABEL, Manifest, shard_address
+from pipeline.data.dataset.address import shard_address
+from pipeline.data.dataset.manifest import Manifest
+from pipeline.data.dataset.schema import NO_LABEL, SampleRow
 from pipeline.data.feed.order import Slots
 from pipeline.errors import ConfigError, DataError
 
 Int64s = npt.NDArray[np.int64]
+Samples = int | Literal["all", "labelled"]
+"""Which samples of a split: all, those with a label, or this number of them, equally many per class."""
 _ROWS_HELD = 1024
-"""Shards whose rows stay in memory: more than one rank reads at once with 64 lanes of 8 shards; 50 MB at 1,200 rows each."""
+"""Shards whose rows stay in memory: more than a rank reads at a time with 64 lanes of 8 shards; 50 MB at 1,200 rows each."""
 
 
 class Shard(NamedTuple):
@@ -30,38 +34,39 @@ class Shard(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The selected samples of a shard, by offset."""
+    """The selected samples of a shard, by offset, as columns."""
 
     sample_ids: Int64s  # [n]
-    labels: Int64s  # [n] index into the manifest's classes; NO_LABEL = none
+    labels: Int64s  # [n] index into the manifest's classes, or NO_LABEL
     offsets: Int64s  # [n] bytes
     lengths: Int64s  # [n] bytes
     crc32s: Int64s  # [n]
 
 
 class Selection:
-    """Samples of one split. Threads may share it."""
+    """The selected samples of one split. Threads may share it."""
 
     def __init__(self, manifest: Manifest, split: str, chosen: tuple[Int64s, ...] | None = None) -> None:
-        """`chosen`: for each shard, row numbers among its served samples; None takes all."""
+        """`chosen`: for each shard, row numbers among its served samples; None selects all."""
         table = manifest.shards(split)
         self.manifest, self.split, self._chosen = manifest, split, chosen
         columns = (table.column(name).to_pylist() for name in Shard._fields)
         self.shards = tuple(Shard(*row) for row in zip(*columns, strict=True))
         served = table.column("served").to_numpy().astype(np.int64)
         self.counts: Int64s = served if chosen is None else np.array([len(rows) for rows in chosen], dtype=np.int64)
-        """[S] selected samples of each shard."""
+        """[S] number of selected samples of each shard."""
+        # a cache per object, not on the method: a cache of the class would keep every selection alive
         self.rows = lru_cache(maxsize=_ROWS_HELD)(self._read_rows)
         """Shard index -> Rows."""
 
     @classmethod
     def all(cls, manifest: Manifest, split: str) -> "Selection":
-        """Every served sample."""
+        """Select every served sample."""
         return cls(manifest, split)
 
     @classmethod
     def balanced(cls, manifest: Manifest, split: str, *, count: int, seed: int) -> "Selection":
-        """`count` labelled samples, as evenly over the classes as they allow; a smaller count is part of a larger one."""
+        """Select `count` labelled samples, as evenly over the classes as possible. A smaller selection is part of a larger one."""
         everything = cls(manifest, split)
         rows = [everything._read_rows(index) for index in range(len(everything.shards))]
         labels = np.concatenate([part.labels for part in rows]) if rows else np.empty(0, np.int64)
@@ -70,15 +75,15 @@ class Selection:
         if not 0 < count <= labelled:
             raise ConfigError(
                 f"count={count} samples cannot be chosen from split {split!r} of {manifest.root.uri}: it has {labelled} with "
-                f"a label; write 1 to {labelled}"
+                f"a label. Write 1 to {labelled}"
             )
-        taken = np.zeros(len(ids), dtype=bool)
-        taken[balanced_sequence(ids, labels, seed)[:count]] = True
-        per_shard = np.split(taken, np.cumsum(everything.counts)[:-1])
+        selected = np.zeros(len(ids), dtype=bool)
+        selected[balanced_sequence(ids, labels, seed)[:count]] = True
+        per_shard = np.split(selected, np.cumsum(everything.counts)[:-1])
         return cls(manifest, split, tuple(np.flatnonzero(part) for part in per_shard))
 
     def sample_ids(self, slots: Slots) -> Int64s:
-        """[n] ids of the samples at slots."""
+        """Return [n] ids of the samples at these slots."""
         ids = np.empty_like(slots.indices)
         for shard in np.unique(slots.shards):
             here = slots.shards == shard
@@ -86,21 +91,20 @@ class Selection:
         return ids
 
     def source(self, shard: int, index: int) -> str:
-        """Where a sample came from, relative to the source."""
-        return str(self._sample(shard, index)["source"])
+        """Return the path that a sample came from, relative to the source."""
+        return self._sample(shard, index)["source"]
 
     def describe(self, shard: int, index: int) -> str:
-        """One sample in words, for messages."""
+        """Describe a sample for messages."""
         sample = self._sample(shard, index)
         return (
             f"{shard_address(self.manifest.root, self.shards[shard].key)}: sample {sample['key']} (id {sample['sample_id']}, "
             f"from {sample['source']}, {sample['length']} bytes at {sample['offset']})"
         )
 
-    def _sample(self, shard: int, index: int) -> dict[str, Any]:
-        """A sample's whole row."""
+    def _sample(self, shard: int, index: int) -> SampleRow:
         row = int(self._chosen[shard][index]) if self._chosen is not None else index
-        sample: dict[str, Any] = self.manifest.samples(self.shards[shard].shard).slice(row, 1).to_pylist()[0]
+        sample: SampleRow = self.manifest.samples(self.shards[shard].shard).slice(row, 1).to_pylist()[0]
         return sample
 
     def _read_rows(self, shard: int) -> Rows:
@@ -111,16 +115,16 @@ class Selection:
             rows = Rows(*(column[self._chosen[shard]] for column in rows))
         if len(rows.sample_ids) != self.counts[shard]:
             raise DataError(
-                f"{shard_address(self.manifest.root, self.shards[shard].key)}: samples.parquet serves {len(rows.sample_ids)} of "
-                f"it, shards.parquet {self.counts[shard]}. The files are of different runs; run the shard step again"
+                f"{shard_address(self.manifest.root, self.shards[shard].key)}: samples.parquet serves {len(rows.sample_ids)} "
+                f"samples of it, shards.parquet {self.counts[shard]}, so the files are of different runs. Run the shard step again"
             )
         return rows
 
 
 def balanced_sequence(sample_ids: Int64s, labels: Int64s, seed: int) -> Int64s:
-    """Indices of the labelled samples in the order in which a balanced choice takes them: a round takes one of each class.
+    """Return indices of the labelled samples in the order of a balanced selection: each round takes one sample per class.
 
-    Within a class and within a round the order is a keyed hash, of the sample's id and of the label.
+    Within a class the order is a keyed hash of the sample's id, within a round a keyed hash of the label.
     """
     labelled = np.flatnonzero(labels != NO_LABEL)
     priority = hash64(sample_ids[labelled], key64("subset/sample", seed))
@@ -131,12 +135,8 @@ def balanced_sequence(sample_ids: Int64s, labels: Int64s, seed: int) -> Int64s:
     return sequence
 
 
-Samples = int | Literal["all", "labelled"]
-"""Which samples of a split: all, those with a label, or so many of these, equally many of each class."""
-
-
 def select(manifest: Manifest, split: str, samples: Samples, *, seed: int) -> Selection:
-    """Opens the choice."""
+    """Select samples of a split. `seed`: key of a balanced selection."""
     everything = Selection.all(manifest, split)
     if samples == "all":
         return everything

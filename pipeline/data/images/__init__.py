@@ -1,1 +1,1 @@
-"""One image: taken in when it is sharded, decoded and cropped when it is read."""
+"""Work on one image: intake when its shard is written, decoding and cropping when it is read."""

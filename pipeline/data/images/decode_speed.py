@@ -1,9 +1,8 @@
-"""How fast this host makes training pictures, and what that means for the GPUs it feeds.
+"""How fast this host makes training pictures, and how many GPUs that can feed.
 
-A picture: decode, random resized crop to 224 x 224, flip; what the loader's threads do, by the same functions.
-Units:  images a second by the clock, and of a second of one core's time; FLOP, FLOP/s; fractions for shares of use.
-Errors: ConfigError for a share of use outside (0, 1]; DataError for bytes that are no RGB picture.
-Source: none; the clock and the CPU time that the kernel counts."""
+A picture is decoded, cut by a random resized crop to 224 x 224 and flipped: the functions are the loader's own.
+Units:  images per second of wall-clock time and per second of CPU time; FLOP, FLOP/s; utilisation as a fraction.
+Errors: ConfigError for a utilisation outside (0, 1]; DataError for bytes that are not an RGB picture."""
 
 import os
 import time
@@ -19,52 +18,53 @@ from pipeline.errors import ConfigError
 
 SIZE = (224, 224)
 CROP = AugmentConfig()
-_THREADS_A_PROCESS = 8
-"""As many as a rank has on a node of 8 GPUs and 64 cores: threads of one process share Python's lock, ranks do not."""
+_THREADS_PER_PROCESS = 8
+"""What a rank has on a node with 8 GPUs and 64 cores. Threads of one process share Python's lock; ranks do not, so more threads
+than this are measured in several processes."""
 
 
 class DecodeRate(NamedTuple):
-    """What was counted."""
+    """Training pictures per second."""
 
     threads: int
     images_per_s: float
-    """By the clock: what is left of the host beside other work."""
+    """Per second of wall-clock time: what other work on the host leaves over."""
     images_per_core_s: float
-    """Of one core's time: other work does not count, cores that slow each other down do."""
+    """Per second of CPU time: not slowed by other work, except where cores share caches or memory bandwidth."""
 
 
 def crops(count: int, *, seed: int = 0) -> Sequence[Uniforms]:
-    """Random numbers of as many crops."""
+    """Return the random numbers of `count` crops."""
     return list(uniform_rows(seed, [0] * count, range(count), "augment", AUGMENT_UNIFORMS))
 
 
 def training_picture(data: bytes, uniforms: Uniforms) -> Image:
-    """[224, 224, 3] from a JPEG."""
+    """Return the [224, 224, 3] training picture of a JPEG."""
     return picture(data, uniforms, CROP, SIZE)
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def decode_rate(images: Sequence[bytes], *, threads: int, seconds: float) -> DecodeRate:
-    """Makes pictures of `images` for so long, in so many threads (in several processes, where there are more than 8)."""
-    processes = -(-threads // _THREADS_A_PROCESS)
+    """Make pictures of `images` for `seconds` and return the rate. More than 8 threads are spread over several processes."""
+    processes = -(-threads // _THREADS_PER_PROCESS)
     shares = [(number + 1) * threads // processes - number * threads // processes for number in range(processes)]
     if processes == 1:
         return _in_this_process(images, seconds, threads)
     context = get_context("spawn")
-    together = context.Barrier(processes)  # importing takes seconds: nobody begins before all have
+    together = context.Barrier(processes)  # importing takes seconds, so all processes start measuring together
     with ProcessPoolExecutor(processes, context, together.wait) as pool:
         rates = list(pool.map(partial(_in_this_process, images, seconds), shares))
-    used = sum(rate.images_per_s / rate.images_per_core_s for rate in rates)  # cores, on average
+    used = sum(rate.images_per_s / rate.images_per_core_s for rate in rates)  # average number of busy cores
     total = sum(rate.images_per_s for rate in rates)
     return DecodeRate(threads, total, total / used)
 
 
 def images_per_s(training_flops: float, *, peak: float, share_of_peak: float) -> float:
-    """Images that a GPU trains on in a second, at a share of its peak (FLOP/s) and so many FLOPs an image."""
+    """Return the images per second that a GPU trains on at this share of its peak FLOP/s. `training_flops`: FLOPs per image."""
     if not 0 < share_of_peak <= 1:
         raise ConfigError(f"the share of the peak is {share_of_peak}, not in (0, 1]: write 0.4 for 40 %")
     return share_of_peak * peak / training_flops
@@ -72,7 +72,7 @@ def images_per_s(training_flops: float, *, peak: float, share_of_peak: float) ->
 
 def _in_this_process(images: Sequence[bytes], seconds: float, threads: int) -> DecodeRate:
     numbers = crops(len(images))
-    for data, uniforms in zip(images[:8], numbers[:8], strict=True):  # what is done once is done
+    for data, uniforms in zip(images[:8], numbers[:8], strict=True):  # warm-up: imports, caches
         training_picture(data, uniforms)
     began, cpu_began = time.perf_counter(), time.process_time()
 

@@ -1,25 +1,29 @@
-"""One image's bytes, taken in or refused: afterwards every stored image is an upright RGB JPEG that decodes.
+"""One image's bytes, accepted or refused when its shard is written. Every accepted image decodes to upright RGB.
 
-Upright three-component JPEGs whose short side is at most `max_side` keep their bytes (after simplejpeg, the training
-reader, has decoded them strictly). Everything else that Pillow can read is encoded once more: turned as EXIF says, made
-RGB (alpha on white, 16 bit scaled, first frame of an animation), its short side reduced to `max_side` with antialiased
-bicubic, quality 95, 4:4:4. The policy says which: "kept", or "reencoded:" and reasons.
-Tars of others are not written anew: there an image is taken as it is, or refused (`check_in_place`).
-Units: pixels; `max_pixels` bounds what is decoded, before decoding. Pure: the same bytes give the same result.
-Errors: none for bad images (Refused, with a reason); MemoryError passes."""
+Upright three-component JPEGs whose short side is at most `image_max_short_side` keep their bytes (after simplejpeg, the
+training reader, has decoded them strictly). Everything else that Pillow can read is re-encoded once: turned as its EXIF
+says, converted to RGB (alpha over white, 16 bit scaled, first frame of an animation), its short side reduced to
+`image_max_short_side` with antialiased bicubic, JPEG quality 95, 4:4:4. `Accepted.policy` says which: "kept", or
+"reencoded:" and the reasons. Tars of other authors are indexed in place and not rewritten, so there an image is accepted
+unchanged or refused (`accept_unchanged`).
+Units: pixels. Pure: the same bytes give the same result.
+Errors: a bad image is a Refused with its reason, not an exception; MemoryError propagates."""
 
 import io
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from pipeline.errors import ConfigError
+
 INTAKE_VERSION = 2
-"""Part of every plan's digest; bumped by hand when stored bytes, refusals or hashes change."""
+"""Part of every plan's digest. Raise it by hand when stored bytes, refusals or hashes change."""
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _QUALITY = 95
 _ORIENTATION = 0x0112
@@ -30,19 +34,42 @@ _BAD_BYTES = (
 )  # fmt: skip
 """What Pillow's decoders raise on damaged or hostile bytes."""
 
-# Ours is the bound (`max_pixels`), checked before any decoding; Pillow's own would warn below it and refuse without numbers.
+# `image_max_pixels` is checked before any decoding. Pillow's own guard would warn below that bound, and its refusal names no
+# limit that a user can set.
 Image.MAX_IMAGE_PIXELS = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class IntakePolicy:
+    """Limits on the images that a dataset stores. The configuration and the shard stage take fields and defaults from here."""
+
+    image_max_short_side: int = 512
+    """Pixels. A larger image is resized to this short side once, when it is stored."""
+    image_max_pixels: int = 100_000_000
+    """An image with more pixels is quarantined without being decoded."""
+
+    @classmethod
+    def of(cls, config: Any) -> Self:
+        """Return the policy in a configuration that has these fields among others."""
+        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
+
+    def __post_init__(self) -> None:
+        for field in fields(IntakePolicy):
+            if (value := getattr(self, field.name)) < 1:
+                raise ConfigError(
+                    f"{field.name}={value} is not positive: write a number of pixels, such as {field.default}"
+                )
+
+
 @dataclass(frozen=True)
-class Taken:
+class Accepted:
     """An image as it will be stored."""
 
     data: bytes
     width: int
     height: int
     original_width: int
-    """Of the upright original, before any resize."""
+    """Width of the upright original, before any resize."""
     original_height: int
     dhash64: int
     policy: str
@@ -53,42 +80,47 @@ class Refused:
     """An image that goes to quarantine."""
 
     reason: str
-    """empty, unreadable, truncated, too_many_pixels, unsupported, needs_reencoding; who reads adds: missing, denied, ..."""
+    """empty, unreadable, truncated, too_many_pixels, unsupported or needs_reencoding; readers of sources add missing, denied,
+    too_many_bytes, no_image, several_images and bad_label."""
     detail: str
 
 
-def take_in(data: bytes, *, max_side: int, max_pixels: int) -> Taken | Refused:
-    """Decodes fully, and decides."""
+def accept_image(data: bytes, policy: IntakePolicy) -> Accepted | Refused:
+    """Decode an image completely and return it as it will be stored, re-encoded if it must be, or the refusal."""
     if not data:
         return Refused("empty", "0 bytes")
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            return _too_large(image, max_pixels) or _keep(data, image, max_side) or _reencode(image, max_side)
+            max_side = policy.image_max_short_side
+            return _too_large(image, policy) or _keep(data, image, max_side) or _reencode(image, max_side)
     except _BAD_BYTES as error:
         return _bad(error)
 
 
-def check_in_place(data: bytes, *, max_pixels: int) -> Taken | Refused:
-    """Takes an image of a tar of others as it is, or not at all: upright, RGB, still, and JPEG, PNG or WebP.
+def accept_unchanged(data: bytes, policy: IntakePolicy) -> Accepted | Refused:
+    """Accept an image of a tar indexed in place, or refuse it: upright, RGB, not animated, and JPEG, PNG or WebP.
 
-    Its bytes stay where they are, so no side is too long; `max_pixels` bounds it.
+    Its bytes stay where they are, so `image_max_short_side` does not apply.
     """
     if not data:
         return Refused("empty", "0 bytes")
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            return _too_large(image, max_pixels) or _as_it_is(data, image)
+            return _too_large(image, policy) or _unchanged(data, image)
     except _BAD_BYTES as error:
         return _bad(error)
 
 
 def dhash64(image: Image.Image) -> int:
-    """Perceptual difference hash: is a pixel of the 9 x 8 grey miniature darker than its right neighbour."""
+    """Return the perceptual difference hash: whether each pixel of a 9 x 8 grey thumbnail is darker than its right neighbour.
+
+    The bits are stored in manifests, so they must never change without INTAKE_VERSION: see docs/decisions/015.
+    """
     small = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BILINEAR, reducing_gap=2.0))
     return int.from_bytes(np.packbits(small[:, :-1] < small[:, 1:]).tobytes(), "big")
 
 
-def _as_it_is(data: bytes, image: Image.Image) -> Taken | Refused:
+def _unchanged(data: bytes, image: Image.Image) -> Accepted | Refused:
     kind = "JPEG" if image.format == "MPO" else str(image.format)
     wrong = [
         *(["turned by EXIF"] if _turned(image) else []),
@@ -97,60 +129,63 @@ def _as_it_is(data: bytes, image: Image.Image) -> Taken | Refused:
         *(["animated"] if kind != "JPEG" and getattr(image, "is_animated", False) else []),
     ]
     if wrong:
-        what = f"it is {', '.join(wrong)}, and would have to be encoded anew, which is not done in an indexed tar. "
+        what = f"it is {', '.join(wrong)} and would have to be re-encoded, which an indexed tar does not allow. "
         return Refused("needs_reencoding", f"{what}Unpack the tars and point data.source at the folder")
     if kind == "JPEG":
         pixels = _decoded(data)
     else:
         image.load()
         pixels = image
-    return Taken(data, *pixels.size, *pixels.size, dhash64(pixels), "indexed")
+    return Accepted(data, *pixels.size, *pixels.size, dhash64(pixels), "indexed")
 
 
-def _too_large(image: Image.Image, max_pixels: int) -> Refused | None:
+def _too_large(image: Image.Image, policy: IntakePolicy) -> Refused | None:
     width, height = image.size
-    if width * height <= max_pixels:
+    if width * height <= policy.image_max_pixels:
         return None
-    detail = f"{width} x {height} = {width * height} pixels, allowed are {max_pixels} (image_max_pixels)"
+    detail = (
+        f"{width} x {height} = {width * height} pixels, more than the {policy.image_max_pixels} of image_max_pixels"
+    )
     return Refused("too_many_pixels", detail)
 
 
 def _bad(error: BaseException) -> Refused:
     text = str(error)
     cut = any(word in text.lower() for word in ("truncated", "premature", "not enough", "broken png"))
-    # "cannot identify image file <_io.BytesIO object at 0x7f...>" would differ at every run
+    # without the cut, "cannot identify image file <_io.BytesIO object at 0x7f...>" would differ in every run
     return Refused(
         "truncated" if cut else "unreadable", f"{type(error).__name__}: {text.split(' <_io', maxsplit=1)[0]}"
     )
 
 
-def _keep(data: bytes, image: Image.Image, max_side: int) -> Taken | None:
+def _keep(data: bytes, image: Image.Image, max_side: int) -> Accepted | None:
     if image.format not in {"JPEG", "MPO"} or image.mode != "RGB" or _turned(image) or min(image.size) > max_side:
         return None
     try:
         grey = _decoded(data)
     except ValueError:
-        return None  # Pillow may still read it; then it is stored repaired
+        return None  # Pillow may still read it, and then it is stored repaired
     width, height = image.size
-    return Taken(data, width, height, width, height, dhash64(grey), "kept")
+    return Accepted(data, width, height, width, height, dhash64(grey), "kept")
 
 
 def _decoded(data: bytes) -> Image.Image:
-    """A JPEG that the training reader takes; of luma and chroma, the luma alone: less work.
+    """Decode a JPEG with the training reader; for YCbCr only the luma, which is less work.
 
-    The codes of all components are read, so no damage passes. Errors: ValueError for one that the reader does not take.
+    The decoder still reads the codes of all components, so damage to chroma is found too.
+    Errors: ValueError for a JPEG that the training reader cannot decode.
     """
     if simplejpeg.decode_jpeg_header(data)[2] == "YCbCr":
         return Image.fromarray(simplejpeg.decode_jpeg(data, "GRAY", strict=True)[..., 0])
     return Image.fromarray(simplejpeg.decode_jpeg(data, "RGB", strict=True))
 
 
-def _reencode(image: Image.Image, max_side: int) -> Taken | Refused:
-    reasons = []
+def _reencode(image: Image.Image, max_side: int) -> Accepted | Refused:
+    reasons = []  # in a fixed order: `policy` is part of the dataset's digest
     jpeg = image.format in {"JPEG", "MPO"}
     if not jpeg:
         reasons.append(str(image.format).lower())
-    turned = _turned(image)  # before load: TIFF turns itself there, and forgets
+    turned = _turned(image)  # before load(), in which Pillow turns a TIFF and drops its EXIF tag
     if turned:
         reasons.append("exif")
     if not jpeg and getattr(image, "is_animated", False):
@@ -183,18 +218,18 @@ def _reencode(image: Image.Image, max_side: int) -> Taken | Refused:
     buffer = io.BytesIO()
     stored.save(buffer, "JPEG", quality=_QUALITY, subsampling=0)
     policy = f"reencoded:{','.join(reasons or ['repaired'])}"
-    return Taken(buffer.getvalue(), *stored.size, *rgb.size, dhash64(stored), policy)
+    return Accepted(buffer.getvalue(), *stored.size, *rgb.size, dhash64(stored), policy)
 
 
 def _turned(image: Image.Image) -> bool:
     try:
         return image.getexif().get(_ORIENTATION, 1) in range(2, 9)
     except _BAD_BYTES:
-        return False  # a damaged EXIF block says nothing, and hides no pixels
+        return False  # a damaged EXIF block gives no orientation, and the pixels are intact
 
 
 def _eight_bit(values: NDArray[np.generic]) -> NDArray[np.uint8] | None:
-    """16-bit grey scaled (65535 -> 255), not clipped."""
+    """Scale 16-bit grey to 8 bit (65535 -> 255) rather than clip it. None if a value is outside 16 bit."""
     wide = values.astype(np.int64)
     if wide.min() < 0 or wide.max() > 65535:
         return None

@@ -1,7 +1,7 @@
-"""The top of a JPEG, without decoding the rest: its header is told that the picture is less high, and the decoder stops there.
+"""Decode only the top rows of a JPEG: its header is changed to claim a lower height, and the decoder stops there.
 
-Only for bytes that were decoded whole and without a warning before (intake does that, a checksum holds them to it): a decoder
-that is stopped early finds data left over, so its warnings, which tell of damage too, must be let pass.
+Only for bytes that were decoded completely and without a warning before (intake does that, and a checksum holds the bytes to
+it): a decoder that is stopped early reports leftover data, so `strict` must be off, and then real damage goes unreported too.
 Shapes: [rows or more, W, 3] uint8 RGB. Units: rows of pixels, bytes.
 Source: ITU-T T.81, B.2 (markers, frame header, scan header)."""
 
@@ -10,29 +10,34 @@ import numpy.typing as npt
 import simplejpeg
 
 _MARGIN_ROWS = 16
-"""One row of blocks more, at two rows of luma to one of chroma: the last wanted row is interpolated with the chroma below it."""
+"""One more row of blocks, at two rows of luma per row of chroma: chroma of the last wanted row is interpolated with the row
+below it."""
 _ONE_SCAN = (0xC0, 0xC1)
 """Baseline and extended sequential frames, Huffman coded."""
 _NO_FRAME = (0xC4, 0xC8, 0xCC)
-"""DHT, JPG and DAC lie among the numbers of the frames."""
+"""DHT, JPG and DAC: their numbers are in the range of the frame markers."""
 
 
 def decode_top(data: bytes, *, rows: int) -> npt.NDArray[np.uint8]:
-    """At least the uppermost `rows`, equal to the whole picture's. Errors: ValueError, by simplejpeg."""
+    """Return at least the top `rows` rows, equal to those of the whole picture. Errors: ValueError from simplejpeg."""
     at = _frame_offset(data)
+    # frame header: marker (2 bytes), length (2), precision (1), height (2), width (2), components (1), 3 bytes for each
     height = data[at + 5] << 8 | data[at + 6] if at else 0
     kept = rows + _MARGIN_ROWS
     if kept >= height:
         whole: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")
         return whole
-    less_high = bytearray(data)
-    less_high[at + 5], less_high[at + 6] = kept >> 8, kept & 0xFF
-    top: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(less_high, "RGB", strict=False)
+    cropped = bytearray(data)
+    cropped[at + 5], cropped[at + 6] = kept >> 8, kept & 0xFF
+    top: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(cropped, "RGB", strict=False)
     return top
 
 
 def _frame_offset(data: bytes) -> int:
-    """Where the frame header begins, if all components come row by row in one scan; 0: they do not."""
+    """Return the offset of the frame header if one scan holds all components row by row, else 0.
+
+    A progressive JPEG, or one with a scan per component, cannot be stopped early: every row needs the whole file.
+    """
     frame, at, end = 0, 2, len(data) - 20
     while at < end and data[at] == 0xFF:
         marker = data[at + 1]
@@ -47,5 +52,5 @@ def _frame_offset(data: bytes) -> int:
 
 
 def _rows_of_chroma(data: bytes, frame: int) -> int:
-    """Most rows of luma that share one of chroma."""
+    """Return the largest number of luma rows that share a row of chroma."""
     return max(data[frame + 11 + 3 * component] & 15 for component in range(data[frame + 9]))

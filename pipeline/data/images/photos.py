@@ -1,10 +1,10 @@
-"""Photographs to measure with: those of a folder, or made up where there are none.
+"""Photographs for benchmarks: those of a folder, or synthetic ones if there is no folder.
 
-Made up: fields whose amplitude falls with frequency as that of photographs does, polygons and ellipses over them, and grain,
-as JPEGs of quality 90, four of five with halved colour: 500 x 375 pixels or so and 88 KB, as ImageNet's are. A decoder's time
-depends on size and bytes, hardly on what is seen.
+Synthetic: noise whose amplitude falls with frequency as in photographs, with polygons, ellipses and grain over it, as JPEGs of
+quality 90, four of five with 4:2:0 chroma: about 500 x 375 pixels and 88 KB, as in ImageNet. A decoder's time depends on
+dimensions and bytes, and hardly on the content.
 Shapes: pixels [H, W, 3].   Units: pixels, bytes.   Errors: ConfigError for a folder without photographs.
-Source: amplitude as 1/f: Field 1987, JOSA A 4(12); Russakovsky et al. 2015, arXiv 1409.0575 for size and bytes."""
+Source: Field 1987, JOSA A 4(12) for the 1/f amplitude; Russakovsky et al. 2015, arXiv 1409.0575 for dimensions and bytes."""
 
 import io
 from collections.abc import Iterable, Iterator
@@ -17,53 +17,53 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from pipeline.data.images.intake import Taken, take_in
+from pipeline.data.images.intake import Accepted, IntakePolicy, accept_image
 from pipeline.errors import ConfigError
 
 _SIZES = ((500, 375),) * 6 + ((375, 500),) * 2 + ((500, 333),) * 2
 _QUALITY = 90
 _GRAIN = 8.0
-"""Deviation in grey levels: what brings 500 x 375 pixels to 88 KB."""
-_MAX_SIDE, _MAX_PIXELS = 512, 100_000_000
+"""Standard deviation in grey levels; chosen so that 500 x 375 pixels take 88 KB."""
+_POLICY = IntakePolicy()
 
 
 @dataclass(frozen=True)
 class Photos:
-    """JPEGs that a shard stores as they are."""
+    """JPEGs that a shard stores unchanged."""
 
     files: tuple[bytes, ...]
     origin: str
-    """In words, for the head of a table."""
+    """For the header of a table."""
 
     @property
     def words(self) -> str:
-        """How many, where from, how large."""
+        """Number, origin and average size, for the header of a table."""
         return f"{len(self.files)} {self.origin}, {mean(map(len, self.files)) / 1000:.0f} KB on average"
 
 
 def photos(folder: Path | None, *, count: int) -> Photos:
-    """Up to `count` photographs of a folder; as many made-up ones where there is no folder.
+    """Return up to `count` photographs from a folder, or `count` synthetic ones if there is no folder.
 
-    A folder's are the upright RGB JPEGs with a short side of at most 512, which keep their bytes in a shard: what is decoded is the
-    file. Errors: ConfigError for a folder that has none.
+    Only upright RGB JPEGs within the default IntakePolicy count: a shard keeps their bytes, so a benchmark that decodes the
+    file decodes what training would. Errors: ConfigError for a folder without such a JPEG.
     """
     if folder is None:
         return Photos(
-            tuple(made_up(number) for number in range(count)), "made-up JPEGs (give your own with --images DIR)"
+            tuple(synthetic(number) for number in range(count)), "synthetic JPEGs (give your own with --images DIR)"
         )
     if not folder.is_dir():
-        raise ConfigError(f"--images {folder} is no folder: name one that holds JPEGs")
+        raise ConfigError(f"--images {folder} is not a folder. Give a folder that holds JPEGs")
     found = tuple(islice(_kept(sorted(folder.rglob("*"))), count))
     if not found:
         raise ConfigError(
-            f"--images {folder} holds no upright RGB JPEG with a short side of at most {_MAX_SIDE} pixels: name another "
-            "folder, or leave --images out"
+            f"--images {folder} holds no upright RGB JPEG with a short side of at most {_POLICY.image_max_short_side} pixels. "
+            "Give another folder, or leave --images out"
         )
     return Photos(found, f"JPEGs of {folder}")
 
 
-def made_up(number: int) -> bytes:
-    """A JPEG, another for every number and always the same for one."""
+def synthetic(number: int) -> bytes:
+    """Return a JPEG that is determined by the number."""
     rng = np.random.default_rng(number)
     width, height = _SIZES[number % len(_SIZES)]
     light = _field(rng, height, width, fall=rng.uniform(1.0, 1.5)) * rng.uniform(28, 50)
@@ -71,6 +71,7 @@ def made_up(number: int) -> bytes:
     pixels = np.stack([light + warm, light - 0.4 * (warm + cool), light + cool], axis=-1) + rng.uniform(80, 170)
     ground = Image.fromarray(_bytes(pixels))
     picture = Image.blend(ground, _with_shapes(rng, ground), float(rng.uniform(0.35, 0.8)))
+    # luma and chroma grain: it decides the size in bytes, and so the time that a decoder takes
     grain = rng.normal(0, _GRAIN, (height, width, 1)) + rng.normal(0, _GRAIN / 2, (height, width, 3))
     buffer = io.BytesIO()
     colour = 0 if number % 5 == 4 else 2  # 4:4:4, 4:2:0
@@ -81,13 +82,13 @@ def made_up(number: int) -> bytes:
 def _kept(paths: Iterable[Path]) -> Iterator[bytes]:
     for path in paths:
         if path.suffix.lower() in {".jpg", ".jpeg"} and path.is_file():
-            taken = take_in(path.read_bytes(), max_side=_MAX_SIDE, max_pixels=_MAX_PIXELS)
-            if isinstance(taken, Taken) and taken.policy == "kept":
-                yield taken.data
+            accepted = accept_image(path.read_bytes(), _POLICY)
+            if isinstance(accepted, Accepted) and accepted.policy == "kept":
+                yield accepted.data
 
 
 def _field(rng: np.random.Generator, height: int, width: int, *, fall: float) -> npt.NDArray[np.float64]:
-    """[H, W] noise whose amplitude falls with frequency to the power of `fall`; mean 0, deviation 1."""
+    """Return [H, W] noise whose amplitude is frequency ** -fall; mean 0, standard deviation 1."""
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None, :])
     frequency[0, 0] = np.inf  # no mean
     phase = rng.uniform(0, 2 * np.pi, frequency.shape)
@@ -97,7 +98,7 @@ def _field(rng: np.random.Generator, height: int, width: int, *, fall: float) ->
 
 
 def _with_shapes(rng: np.random.Generator, ground: Image.Image) -> Image.Image:
-    """The picture with a dozen polygons and ellipses on it."""
+    """Return a copy with a dozen polygons and ellipses drawn on it."""
     picture = ground.copy()
     draw = ImageDraw.Draw(picture)
     for _ in range(rng.integers(6, 22)):

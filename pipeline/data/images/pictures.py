@@ -1,11 +1,12 @@
 """From JPEG bytes to the pixels the model sees: decode, choose a box, resize, flip.
 
-`picture` is `augment(decode(data), ...)`, to the pixel, and does not decode what lies below the box.
+`picture` equals `augment(decode(data), ...)` pixel for pixel, but does not decode the rows below the box.
 
-Shapes: image [H, W, 3] uint8 RGB; size = (height, width). Boxes are pixels of the decoded image; uniforms are [AUGMENT_UNIFORMS].
-Hot path: simplejpeg, then torch's antialiased bicubic on uint8, channels last: twice Pillow's speed on one core, integers
-    end to end, so equal on every CPU kernel tried; torch's float kernel is neither (data-path.md 4.1 and 5.2).
-Errors: DataError for bytes that are no RGB picture, ConfigError for settings that cannot work.
+Shapes: image [H, W, 3] uint8 RGB; size = (height, width). Boxes are in pixels of the decoded image; uniforms are
+    [AUGMENT_UNIFORMS].
+Hot path: simplejpeg, then torch's antialiased bicubic on uint8, channels last: twice Pillow's speed on one core, and integers
+    end to end, so equal on every CPU kernel tried. torch's float kernel is slower and differs between kernels.
+Errors: DataError for bytes that are not an RGB picture, ConfigError for settings that cannot work.
 Source: the box follows torchvision's RandomResizedCrop (Szegedy et al. 2015, arXiv 1409.4842)."""
 
 import io
@@ -30,7 +31,7 @@ Uniforms = npt.NDArray[np.float64]
 
 _TRIES = 10
 AUGMENT_UNIFORMS = 2 * _TRIES + 3
-"""Random numbers of one augmentation: area and aspect of each try, top and left, flip."""
+"""Random numbers of one augmentation: area and aspect ratio of each try, then top, left and flip."""
 
 
 class Box(NamedTuple):
@@ -44,20 +45,20 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """How a training picture is cut out of a stored one."""
+    """How a training picture is cut out of a stored image."""
 
     kind: Literal["random_resized_crop", "shift", "center"] = "random_resized_crop"
-    """random_resized_crop: MAE's; shift: pad and crop, for pictures of a few dozen pixels; center: no randomness but the flip."""
+    """random_resized_crop: as in MAE; shift: pad and crop, for images of a few dozen pixels; center: only the flip is random."""
     scale: tuple[float, float] = (0.2, 1.0)
-    """Smallest and largest share of the area a random crop takes."""
+    """Smallest and largest share of the image's area that a random crop covers."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Smallest and largest width / height of a random crop."""
     shift_pixels: int = 4
-    """Pixels by which `shift` moves the picture at most; the border is mirrored."""
+    """Most pixels by which `shift` moves the image; the border is mirrored."""
     crop_ratio: float = 0.875
-    """Share of the short side that a centre crop keeps: 224 of 256. A picture of the target size is taken whole."""
+    """Share of the short side that a centre crop keeps: 224 of 256. An image of the target size is used whole."""
     flip: bool = True
-    """Mirror half of the pictures left to right."""
+    """Mirror half of the images left to right."""
 
     def __post_init__(self) -> None:
         low, high = self.scale
@@ -72,11 +73,11 @@ class AugmentConfig:
 
 
 def decode(data: bytes) -> Image:
-    """[H, W, 3]. JPEG by simplejpeg, which takes no damaged file; other formats by Pillow. Only RGB passes.
+    """Return [H, W, 3] pixels: JPEGs by simplejpeg, which refuses a damaged file, other formats by Pillow.
 
-    Errors: DataError, which says what is wrong; the caller knows the file.
+    Errors: DataError for damage and for anything but RGB. It does not name the file, which only the caller knows.
     """
-    with _clear_errors():
+    with _decoding_errors():
         if not _is_jpeg(data):
             with PillowImage.open(io.BytesIO(data)) as file:
                 if file.mode != "RGB":
@@ -94,12 +95,12 @@ def _is_jpeg(data: bytes) -> bool:
 def _jpeg_size(data: bytes) -> tuple[int, int]:
     height, width, space, _ = simplejpeg.decode_jpeg_header(data)
     if space not in {"YCbCr", "RGB"}:
-        raise DataError(f"it is a JPEG of {space}, not of RGB")
+        raise DataError(f"it is a JPEG of {space}, not RGB")
     return height, width
 
 
 @contextmanager
-def _clear_errors() -> Iterator[None]:
+def _decoding_errors() -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, SyntaxError, PillowImage.DecompressionBombError) as error:
@@ -109,7 +110,7 @@ def _clear_errors() -> Iterator[None]:
 def random_resized_crop(
     uniforms: Uniforms, height: int, width: int, *, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> Box:
-    """A box of random area and aspect at a random place: the first of ten tries that fits, else the largest in the middle."""
+    """Return a box of random area, aspect ratio and position: the first of ten tries that fits, else the largest central box."""
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for area_share, aspect in uniforms[: 2 * _TRIES].reshape(_TRIES, 2):
         area = height * width * (scale[0] + (scale[1] - scale[0]) * area_share)
@@ -125,9 +126,10 @@ def random_resized_crop(
 
 
 def center_box(height: int, width: int, *, target: tuple[int, int], crop_ratio: float) -> Box:
-    """The middle box of the target's aspect, `crop_ratio` of the largest; the whole of a picture of the target's size.
+    """Return the central box with the target's aspect ratio, `crop_ratio` times the largest one that fits.
 
-    To the pixel's rounding what "resize the short side to 256, crop 224" sees, in one resize instead of two.
+    An image of the target's size is used whole. Up to rounding, the box covers what "resize the short side to 256, crop 224"
+    covers, with one resize.
     """
     if (height, width) == target:
         return Box(0, 0, height, width)
@@ -137,7 +139,7 @@ def center_box(height: int, width: int, *, target: tuple[int, int], crop_ratio: 
 
 
 def shift_crop(uniforms: Uniforms, image: Image, *, pixels: int) -> Image:
-    """The picture moved by up to `pixels` each way, its border mirrored; the size stays."""
+    """Return the image moved by up to `pixels` in each direction, with a mirrored border; the size stays the same."""
     height, width, _ = image.shape
     padded = np.pad(image, ((pixels, pixels), (pixels, pixels), (0, 0)), mode="reflect")
     top, left = (int(u * (2 * pixels + 1)) for u in uniforms[2 * _TRIES : 2 * _TRIES + 2])
@@ -145,12 +147,12 @@ def shift_crop(uniforms: Uniforms, image: Image, *, pixels: int) -> Image:
 
 
 def resize(image: Image, box: Box, size: tuple[int, int]) -> Image:
-    """The box at another size; at its own size its pixels, untouched."""
+    """Return the box resized to `size`; a box that already has this size keeps its pixels."""
     part = image[box.top : box.top + box.height, box.left : box.left + box.width]
     if part.shape[:2] == size:
         return part
-    # numpy copies the box, for torch would do it with all its threads: 7 ms instead of 0.1 where there are two. And the axis
-    # of one is put before the others move, or torch does not see channels last: 0.4 ms instead of 0.3. Pixels are the same.
+    # numpy copies the box, because torch would copy it with all its threads: 7 ms instead of 0.1 with two of them. And the
+    # batch axis is added before the others move, or torch does not recognise channels last: 0.4 ms instead of 0.3.
     tensor = torch.from_numpy(np.ascontiguousarray(part))[None].permute(0, 3, 1, 2)  # [1, 3, h, w], channels last
     resized = F.interpolate(tensor, size=size, mode="bicubic", antialias=True, align_corners=False)
     out: Image = resized[0].permute(1, 2, 0).numpy()  # [*size, 3]
@@ -158,7 +160,7 @@ def resize(image: Image, box: Box, size: tuple[int, int]) -> Image:
 
 
 def augment(image: Image, uniforms: Uniforms, config: AugmentConfig, size: tuple[int, int]) -> Image:
-    """[*size, 3] a training picture; the uniforms, drawn by the sample's key, are all its randomness."""
+    """Return a [*size, 3] training picture. All randomness is in `uniforms`, which the caller draws by the sample's key."""
     if config.kind == "shift":
         image = shift_crop(uniforms, image, pixels=config.shift_pixels)
     height, width, _ = image.shape
@@ -166,13 +168,13 @@ def augment(image: Image, uniforms: Uniforms, config: AugmentConfig, size: tuple
 
 
 def picture(data: bytes, uniforms: Uniforms, config: AugmentConfig, size: tuple[int, int]) -> Image:
-    """[*size, 3] `augment(decode(data), ...)`, for bytes that `decode` took once: damage below the box is not seen.
+    """Return `augment(decode(data), ...)`, [*size, 3], for bytes that were decoded before: damage below the box goes unnoticed.
 
-    Errors: DataError, which says what is wrong; the caller knows the file.
+    Errors: DataError, without the name of the file, which only the caller knows.
     """
     if config.kind == "shift" or not _is_jpeg(data):
         return augment(decode(data), uniforms, config, size)
-    with _clear_errors():
+    with _decoding_errors():
         height, width = _jpeg_size(data)
         box = box_of(height, width, uniforms, config, size)
         image = decode_top(data, rows=box.top + box.height)
@@ -182,14 +184,14 @@ def picture(data: bytes, uniforms: Uniforms, config: AugmentConfig, size: tuple[
 def _cut(image: Image, box: Box, uniforms: Uniforms, config: AugmentConfig, size: tuple[int, int]) -> Image:
     out = resize(image, box, size)
     if is_mirrored(uniforms, config):
-        out = torch.from_numpy(out).flip(1).numpy()  # 40 us; copying numpy's [:, ::-1] takes 300
+        out = torch.from_numpy(out).flip(1).numpy()  # 40 us, where copying numpy's [:, ::-1] takes 300
     return out
 
 
 def reference_picture(data: bytes, uniforms: Uniforms, config: AugmentConfig, size: tuple[int, int]) -> Image:
-    """What `picture` is compared with: Pillow all the way, by the calls that torchvision makes.
+    """Return what `picture` is compared with: Pillow throughout, with the calls that torchvision makes.
 
-    For tests and benchmarks; of `kind` anything but "shift".
+    For tests and benchmarks. `kind` may be anything but "shift".
     """
     with PillowImage.open(io.BytesIO(data)) as file:
         whole = file.convert("RGB")
@@ -202,12 +204,12 @@ def reference_picture(data: bytes, uniforms: Uniforms, config: AugmentConfig, si
 
 
 def box_of(height: int, width: int, uniforms: Uniforms, config: AugmentConfig, size: tuple[int, int]) -> Box:
-    """The part of a picture (moved already, if so configured) that becomes the training picture."""
+    """Return the part of an image (already moved if kind is "shift") that becomes the training picture."""
     if config.kind == "random_resized_crop":
         return random_resized_crop(uniforms, height, width, scale=config.scale, ratio=config.ratio)
     return center_box(height, width, target=size, crop_ratio=1.0 if config.kind == "shift" else config.crop_ratio)
 
 
 def is_mirrored(uniforms: Uniforms, config: AugmentConfig) -> bool:
-    """Whether the picture is flipped left to right."""
+    """Return whether the picture is flipped left to right."""
     return bool(config.flip and uniforms[AUGMENT_UNIFORMS - 1] < 0.5)

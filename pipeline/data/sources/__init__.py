@@ -1,1 +1,1 @@
-"""What a person points `data.source` at: files, their labels and their splits."""
+"""What `data.source` points at: files, tars and tables, their labels and their splits."""

@@ -1,15 +1,15 @@
-"""Labels and splits from a file beside the images: CSV, JSON lines or Parquet with columns path, label and, optionally, split.
+"""Labels and splits from a labels file: CSV, JSON lines or Parquet with columns path, label and, optionally, split.
 
-`path` is relative to the source, as the listing has it; `label` is text or a whole number; an empty label or split, or a
-negative number, says nothing of that image. The file is held, sorted by path (about 150 bytes a row), and matched with
-the listing batch by batch.
-Errors: DataError for a file that cannot be read, lacks a column, names a path twice, has an unknown split or paths that
-are not in the source."""
+`path` is relative to the source, as in the listing; `label` is text or a whole number; an empty label or split, or a
+negative number, means that the image has none. The file is held in memory, sorted by path (about 150 bytes per row), and
+matched with the listing batch by batch.
+Errors: DataError for a file that cannot be read, lacks a column, names a path twice, or has an unknown split or paths
+that are not in the source."""
 
 import io
 from bisect import bisect_right
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,20 +23,22 @@ from pipeline.errors import DataError
 from pipeline.storage import open_store
 
 CLASSES_MAX = 100_000
-"""More distinct labels than this are captions, or ids, and no classes."""
-_TEXT = pa.large_string()
+"""More distinct labels than this are captions or ids, not classes."""
+TextColumn: TypeAlias = pa.Array
+"""An Arrow array or chunked array of strings."""
+_TEXT = pa.large_string()  # `string` holds at most 2 GiB of text per array
 _SHOWN = 3
 
 
 class LabelMatch(NamedTuple):
-    """What the file says of some images, None where it is silent."""
+    """Labels and splits of some images; None where the file has none."""
 
     labels: list[str | None]
     splits: list[str | None]
 
 
 class Labels:
-    """The file's rows, handed out to a listing that comes in path order."""
+    """The file's rows, matched with a listing in path order."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
@@ -48,11 +50,12 @@ class Labels:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Every label of the file, in the order of the label numbers."""
+        """Every label of the file, in the order of their label numbers."""
         return class_order(pc.unique(self._table.column("label")).drop_null().to_pylist())
 
     def match(self, paths: Sequence[str]) -> LabelMatch:
-        """The rows of the next images of the listing."""
+        """Return labels and splits of the next images of the listing."""
+        # both sides are in path order, so the rows of this batch end where its last path would be inserted
         end = bisect_right(range(len(self._paths)), paths[-1], lo=self._next, key=lambda row: self._paths[row].as_py())
         rows = self._table.slice(self._next, end - self._next)
         self._next = end
@@ -62,54 +65,54 @@ class Labels:
         return LabelMatch(found.column("label").to_pylist(), found.column("split").to_pylist())
 
     def check_all_known(self, source: str) -> None:
-        """After the last image: DataError when the file names images that the source does not hold."""
+        """Raise DataError if the file names images that the source does not hold. Call it after the last image."""
         self._note_unknown(self._table.slice(self._next))
         if self._unknown_count:
             raise DataError(
                 f"data.labels={self.uri!r}: {self._unknown_count} of its {len(self._paths)} paths are not images of {source}: "
-                f"{', '.join(self._unknown)}. Write them relative to data.source, as `folder/name.jpg`, or remove these rows"
+                f"{', '.join(self._unknown)}. Write them relative to data.source, as in `folder/name.jpg`, or remove these rows"
             )
 
-    def _note_unknown(self, rows: Any) -> None:
+    def _note_unknown(self, rows: pa.Table) -> None:
         self._unknown_count += rows.num_rows
         self._unknown += rows.column("path").slice(0, _SHOWN - len(self._unknown)).to_pylist()
 
 
-def label_texts(column: Any, where: str) -> Any:
-    """Labels as text (an Arrow array or chunked array of strings); empty ones and negative numbers are null."""
+def label_texts(column: pa.Array, where: str) -> TextColumn:
+    """Return labels as text; empty ones and negative numbers become null."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     kind = column.type
     texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_null)
     if not (pa.types.is_integer(kind) or any(is_text(kind) for is_text in texts)):
-        raise DataError(f"{where}: the labels are {kind}; write whole numbers or text")
+        raise DataError(f"{where}: the labels are of type {kind}. Write whole numbers or text")
     labels = column.cast(_TEXT)
     return pc.if_else(pc.match_substring_regex(labels, r"^(-[0-9]+)?$"), pa.scalar(None, _TEXT), labels)
 
 
-def split_texts(column: Any, where: str) -> Any:
-    """Splits as `train`, `val` or `test`; empty ones are null."""
+def split_texts(column: pa.Array, where: str) -> TextColumn:
+    """Return splits as `train`, `val` or `test`; empty ones become null."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     try:
         texts = column.cast(_TEXT)
     except pa.ArrowInvalid as error:
-        raise DataError(f"{where}: the splits are {column.type}; write train, val or test") from error
+        raise DataError(f"{where}: the splits are of type {column.type}. Write train, val or test") from error
     texts = pc.if_else(pc.equal(texts, ""), pa.scalar(None, _TEXT), texts)
     names = pc.unique(texts).drop_null().to_pylist()
     if strange := sorted(name for name in names if split_named(name) is None):
-        raise DataError(f"{where}: split {strange[0]!r} is unknown; write train, val or test, or leave it empty")
+        raise DataError(f"{where}: split {strange[0]!r} is unknown. Write train, val or test, or leave it empty")
     values = pa.array([split_named(name) for name in names], _TEXT)
     return values.take(pc.index_in(texts, value_set=pa.array(names, _TEXT))) if names else texts
 
 
-def _read(uri: str) -> Any:
+def _read(uri: str) -> pa.Table:
     folder, _, name = uri.rpartition("/")
     store = open_store(folder or "/")
     suffix = name.rpartition(".")[2].lower()
     if suffix not in {"csv", "jsonl", "ndjson", "json", "parquet"}:
         raise DataError(
-            f"data.labels={uri!r} is no table: write a .csv, .jsonl or .parquet file with path, label[, split]"
+            f"data.labels={uri!r} is not a table. Give a .csv, .jsonl or .parquet file with the columns path, label[, split]"
         )
     data = io.BytesIO(store.read(name))
     try:
@@ -122,16 +125,18 @@ def _read(uri: str) -> Any:
         return pyarrow.json.read_json(data)
     except (pa.ArrowException, OSError) as error:
         raise DataError(
-            f"{file_address(uri)} (data.labels) cannot be read as {suffix}: {error}. Mend or rename it"
+            f"{file_address(uri)} (data.labels) cannot be read as {suffix}: {error}. Repair or rename it"
         ) from error
 
 
-def _checked(uri: str, table: Any) -> Any:
-    """Columns path, label, split as text, in path order."""
+def _checked(uri: str, table: pa.Table) -> pa.Table:
+    """Return the columns path, label and split as text, in path order."""
     where = f"{file_address(uri)} (data.labels)"
     for name in ("path", "label"):
         if name not in table.column_names:
-            raise DataError(f"{where} has no column {name!r}, only {', '.join(table.column_names)}. Name it so")
+            raise DataError(
+                f"{where} has no column {name!r}, only {', '.join(table.column_names)}. Rename the column that holds it"
+            )
     paths = table.column("path").cast(_TEXT)
     splits = split_texts(table.column("split"), where) if "split" in table.column_names else None
     columns = {
@@ -145,8 +150,10 @@ def _checked(uri: str, table: Any) -> Any:
         raise DataError(f"{where}: {names.null_count} rows have no path. Fill or remove them")
     twice = pc.index(pc.equal(names.slice(1), names.slice(0, max(0, len(names) - 1))), True).as_py()
     if twice >= 0:
-        raise DataError(f"{where} names {names[twice].as_py()!r} twice. Keep one row an image")
+        raise DataError(f"{where} names {names[twice].as_py()!r} twice. Keep one row per image")
     classes = pc.count_distinct(rows.column("label")).as_py()
     if classes > CLASSES_MAX:
-        raise DataError(f"{where}: {classes} distinct labels are no classes. Write the class into the column label")
+        raise DataError(
+            f"{where}: {classes} distinct labels are too many to be classes. Write the class into the column label"
+        )
     return rows

@@ -1,14 +1,10 @@
-"""What a person points `data.source` at, listed: a folder or bucket prefix of images, of WebDataset tars, or of Parquet tables.
+"""The files of `data.source`: a folder or bucket prefix of images, of WebDataset tars, or of Parquet tables.
 
-Images: `x.jpg` (no labels), `cat/x.jpg` (the first folder is the label), `train/cat/x.jpg` and `train/x.jpg`. Folders
-`train`, `val` (or `validation`) and `test` are splits when they are the only first-level folders that hold images;
-otherwise all images are one pool, of which a keyed hash of the path puts `test_share` into `test`, the rest into `train`.
-Tars and tables: the same folders, or names that begin with these words (`train-0001.tar`), are splits when every file
-has one; otherwise they are a pool: of tars whole ones are chosen (`choose_tars`), of tables rows.
-One source holds one kind. Other files, and hidden ones, are listed as ignored, so that they can be counted.
+One source holds one kind. Other files, and hidden ones, are listed as ignored so that they can be counted. How folders and
+names become labels and splits: `splits.py`.
 Units: sizes in bytes; paths relative to the source, in key order, so that row numbers are stable.
-Errors: ConfigError for a source that is no folder; DataError for one that holds nothing of use or two kinds, and for a path
-that no table can hold."""
+Errors: ConfigError for a source that is not a folder; DataError for one that holds nothing usable or two kinds, and for a
+path that is not UTF-8."""
 
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
@@ -21,7 +17,8 @@ COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
 Role = Literal["image", "tar", "table", "ignored"]
 SourceKind = Literal["images", "tars", "Parquet tables"]
 KINDS: dict[Role, SourceKind] = {"image": "images", "tar": "tars", "table": "Parquet tables"}
-"""What a source can hold, in words."""
+"""What a source can hold, for messages."""
+_CONTAINERS: dict[str, Role] = {".tar": "tar", ".parquet": "table"}
 
 
 class SourceItem(NamedTuple):
@@ -33,7 +30,7 @@ class SourceItem(NamedTuple):
 
 
 def list_source(uri: str, *, besides: str | None = None) -> Iterator[SourceItem]:
-    """Every file of the source, in key order. `besides`: address of a file that is none of the images (the labels)."""
+    """Yield every file of the source, in key order. `besides`: address of a file to list as ignored (the labels file)."""
     store = open_store(uri)
     expected = (
         f"a folder or s3:// prefix with images ({' '.join(IMAGE_SUFFIXES)}), flat or in class folders, with WebDataset "
@@ -56,7 +53,7 @@ def list_source(uri: str, *, besides: str | None = None) -> Iterator[SourceItem]
             continue
         if not encodable(key):
             raise DataError(
-                f"data.source={uri!r}: the name {key!r} is not UTF-8. Rename the file (convmv does many at once)"
+                f"data.source={uri!r}: the name {key!r} is not UTF-8. Rename the file (convmv renames many at once)"
             )
         item = SourceItem(key, size, role)
         first = first or item
@@ -72,24 +69,24 @@ def list_source(uri: str, *, besides: str | None = None) -> Iterator[SourceItem]
 
 
 def file_address(address: str) -> str:
-    """A file's address in the form in which a store's `uri` and a key make it."""
+    """Return a file's address in the form `<store's uri>/<key>`, in which addresses can be compared."""
     folder, _, name = address.rpartition("/")
     return f"{open_store(folder or '/').uri}/{name}"
 
 
 def role_of(key: str) -> Role:
-    """What a file is, by its name."""
+    """Return what a file is, judging by its name."""
     if key.startswith(".") or "/." in key:  # hidden
         return "ignored"
     stem, dot, suffix = key.rpartition("/")[2].rpartition(".")
-    suffix = (dot + suffix).lower()  # text alone: pathlib keeps every name it has seen
+    suffix = (dot + suffix).lower()  # plain text, because pathlib would intern every name
     if suffix in IMAGE_SUFFIXES and stem:
         return "image"
-    return {".tar": "tar", ".parquet": "table"}.get(suffix, "ignored")  # type: ignore[return-value]
+    return _CONTAINERS.get(suffix, "ignored")
 
 
 def encodable(text: str) -> bool:
-    """Whether a table can hold it: a file's name need not be text."""
+    """Return whether a table can hold the text: a file's name may be bytes that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,8 +1,8 @@
-"""Parquet tables whose rows hold images: their rows listed, and the images of planned rows read.
+"""Parquet tables whose rows hold images: list the rows, and read the images of planned rows.
 
 An image is a column of bytes, or Hugging Face's struct {bytes, path}. A row's name is `<file>#<row of the file>`.
-Units: bytes. Memory: a batch of rows; a reader of images holds what it takes in, at most about one shard.
-Errors: DataError for a file that is no Parquet table or lacks a column; StorageError when a store is down."""
+Units: bytes. Memory: one batch of rows.
+Errors: DataError for a file that is not a Parquet table or lacks a column; StorageError when a store is down."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,13 +19,13 @@ from pipeline.storage import Store, open_store
 from pipeline.storage.files import RangeFile
 
 _IMAGE_ROWS = 64
-"""Rows decoded at once: 6 MB of ImageNet's."""
+"""Rows decoded at a time: 6 MB of ImageNet's images."""
 _BUFFER = 8 * 2**20
 
 
 @dataclass(frozen=True)
 class TableColumns:
-    """Where a table has what."""
+    """Names of a table's columns."""
 
     image: str
     label: str | None
@@ -33,18 +33,18 @@ class TableColumns:
 
 
 def row_name(file: str, row: int) -> str:
-    """The name of a table's row."""
+    """Return the name of a table's row."""
     return f"{file}#{row}"
 
 
 def split_row_name(name: str) -> tuple[str, int]:
-    """File and row of a name."""
+    """Return file and row number of a row's name."""
     file, _, row = name.rpartition("#")
     return file, int(row)
 
 
-def listed_rows(source: str, file: str, size: int, columns: TableColumns, *, batch_rows: int) -> Iterator[Any]:
-    """Tables (path, size, label, split, row_group) of a file's rows, in order; images are not read."""
+def list_rows(source: str, file: str, size: int, columns: TableColumns, *, batch_rows: int) -> Iterator[pa.Table]:
+    """Yield tables (path, size, label, split, row_group) of a file's rows, in order, without reading the images."""
     where = f"{open_store(source).uri}/{file}"
     with _opened(open_store(source), file, size) as table:
         schema = table.schema_arrow
@@ -70,8 +70,8 @@ def listed_rows(source: str, file: str, size: int, columns: TableColumns, *, bat
                 first += count
 
 
-def read_images(source: str, rows: Any, column: str) -> Iterator[tuple[str, bytes | Refused]]:
-    """(name, bytes) of planned rows (path, row_group), file by file and row group by row group, each read once."""
+def read_images(source: str, rows: pa.Table, column: str) -> Iterator[tuple[str, bytes | Refused]]:
+    """Yield (name, bytes) of planned rows (path, row_group), file by file and row group by row group, each read once."""
     store = open_store(source)
     wanted: dict[str, dict[int, set[int]]] = {}
     for name, group in zip(rows.column("path").to_pylist(), rows.column("row_group").to_pylist(), strict=True):
@@ -84,8 +84,8 @@ def read_images(source: str, rows: Any, column: str) -> Iterator[tuple[str, byte
             for group, numbers in sorted(groups.items()):
                 if group >= table.num_row_groups or max(numbers) >= starts[group + 1]:
                     raise DataError(
-                        f"{store.uri}/{file}: row {max(numbers)} of row group {group} is not there any more: the file has changed "
-                        "since it was listed. Name a new data.snapshot"
+                        f"{store.uri}/{file}: row {max(numbers)} of row group {group} no longer exists: the file has changed since "
+                        "it was listed. Name a new data.snapshot"
                     )
                 row = starts[group]
                 for batch in table.iter_batches(batch_size=_IMAGE_ROWS, row_groups=[group], columns=[column]):
@@ -106,7 +106,7 @@ def _image_of(value: bytes | Mapping[str, Any] | None) -> bytes | Refused:
 
 
 @contextmanager
-def _opened(store: Store, file: str, size: int | None) -> Iterator[Any]:
+def _opened(store: Store, file: str, size: int | None) -> Iterator[pq.ParquetFile]:
     local = store.local_path(file)
     try:
         if local is None and size is None:
@@ -116,28 +116,28 @@ def _opened(store: Store, file: str, size: int | None) -> Iterator[Any]:
             yield table
     except (pa.ArrowException, FileNotFoundError, StopIteration, OSError) as error:
         raise DataError(
-            f"{store.uri}/{file} cannot be read as a Parquet table ({error or 'it is gone'}). Replace or remove it, and name a new "
-            "data.snapshot"
+            f"{store.uri}/{file} cannot be read as a Parquet table ({error or 'it no longer exists'}). Replace or remove it, "
+            "and name a new data.snapshot"
         ) from error
 
 
-def _check_image_column(schema: Any, column: str, where: str) -> None:
+def _check_image_column(schema: pa.Schema, column: str, where: str) -> None:
     names = ", ".join(schema.names)
     if column not in schema.names:
         raise DataError(
-            f"{where} has no column {column!r}, only {names}. Say with data.image_column which holds the images"
+            f"{where} has no column {column!r}, only {names}. Name the column that holds the images in data.image_column"
         )
     kind = schema.field(column).type
     if pa.types.is_struct(kind):
         kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else kind
     if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
         raise DataError(
-            f"{where}: column {column!r} is {kind}, not bytes nor a struct with bytes. Say with data.image_column which of "
-            f"{names} holds the images"
+            f"{where}: column {column!r} is {kind}, neither bytes nor a struct with bytes. Name the column that holds "
+            f"the images in data.image_column; there are {names}"
         )
 
 
-def _present(schema: Any, column: str | None, where: str, *, named: str, may_lack: bool) -> str | None:
+def _present(schema: pa.Schema, column: str | None, where: str, *, named: str, may_lack: bool) -> str | None:
     if column is None or column in schema.names:
         return column
     if may_lack:
@@ -145,8 +145,8 @@ def _present(schema: Any, column: str | None, where: str, *, named: str, may_lac
     raise DataError(f"{where} has no column {column!r} ({named}), only {', '.join(schema.names)}")
 
 
-def _batches_of(table: Any, group: int, columns: list[str], rows: int) -> Iterator[Any]:
-    """Batches of some columns, or of none: then their lengths are all there is to them."""
+def _batches_of(table: pq.ParquetFile, group: int, columns: list[str], rows: int) -> Iterator[pa.Table]:
+    """Yield batches of some columns. Without columns only the number of rows counts, and nothing is read."""
     if columns:
         yield from table.iter_batches(batch_size=rows, row_groups=[group], columns=columns)
         return
@@ -156,15 +156,16 @@ def _batches_of(table: Any, group: int, columns: list[str], rows: int) -> Iterat
         left -= rows
 
 
-def _row_starts(table: Any) -> list[int]:
+def _row_starts(table: pq.ParquetFile) -> list[int]:
     starts = [0]
     for group in range(table.num_row_groups):
         starts.append(starts[-1] + table.metadata.row_group(group).num_rows)
     return starts
 
 
-def _image_bytes(group: Any, column: str) -> int:
-    """Average stored size of the group's images."""
+def _image_bytes(group: pq.RowGroupMetaData, column: str) -> int:
+    """Return the average stored size of the group's images, from the footer alone."""
     chunks = (group.column(index) for index in range(group.num_columns))
+    # a struct column has one chunk per field, all of whose paths begin with the column's name
     total = sum(c.total_compressed_size for c in chunks if c.path_in_schema.split(".")[0] == column)
     return int(-(-total // max(1, group.num_rows)))

@@ -9,8 +9,9 @@ from data_kit import listed, manifest_of, picture, sharded
 from PIL import Image
 from rich.console import Console
 
+from pipeline.data.dataset.facts import Counts, NearPair
+from pipeline.data.dataset.integrity import Finding, Verification
 from pipeline.data.dataset.survey import survey
-from pipeline.data.dataset.verify import Finding, Verification
 from pipeline.reporting.shard_pictures import (
     ORANGE,
     RED,
@@ -57,14 +58,14 @@ def manifest(tmp_path):
 def test_a_survey_counts_everything(manifest):
     seen = survey(manifest, splits=manifest.splits, images=100)
     train = next(one for one in seen.splits if one.split == "train")
-    assert (train.listed, train.stored, train.served, train.duplicates, train.quarantined) == (37, 34, 30, 4, 3)
+    assert train.counts == Counts(listed=37, stored=34, served=30, duplicates=4, quarantined=3)
     assert (train.classes, len(seen.widths), seen.widths.max()) == (3, 45, 40)
     assert dict(seen.label_counts) == {"a": 10 + 4 + 5 + 1, "b": 10 + 5, "c": 10}
     assert list(seen.label_counts) == ["a", "b", "c"]
     assert [(one.reason, one.count) for one in seen.refusals] == [("empty", 2), ("unreadable", 1)]
     assert seen.refusals[0].examples == (("train/a/empty.jpg", "0 bytes"), ("train/b/empty.jpg", "0 bytes"))
-    assert seen.near_duplicates["pairs"] == 1
-    assert seen.near_duplicates["examples"] == [{"held_out": "test/a/copy.jpg", "train": "train/a/03.jpg"}]
+    assert seen.near_duplicates.pairs == 1
+    assert seen.near_duplicates.examples == (NearPair(held_out="test/a/copy.jpg", train="train/a/03.jpg"),)
     assert len(seen.shown) == 45
     assert sum(not one.served for one in seen.shown) == 4
     for one in seen.shown:

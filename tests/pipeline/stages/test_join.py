@@ -1,4 +1,4 @@
-"""Parts of a dataset: each lists and stores what the earlier ones lack; the join counts, numbers and serves them as one."""
+"""Parts of a dataset: each lists and stores what earlier parts lack; the join counts, numbers and serves them as one."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from pipeline.data.dataset.address import dataset_address
 from pipeline.data.dataset.manifest import Manifest
 from pipeline.graph.step import StageInput
 from pipeline.stages.join import JoinConfig, join
-from pipeline.stages.snapshot import Earlier, holds_news
+from pipeline.stages.snapshot import Earlier, has_new_files
 from pipeline.storage import open_store
 
 
@@ -51,9 +51,9 @@ def test_a_later_part_lists_what_is_new_and_counts_what_changed(two):
     facts = listing.facts
     assert (facts["listed"], facts["known"], facts["changed"], facts["gone"]) == (4, 8, 1, 1)
     assert set(stored(shards)) == {"cat/0.jpg", "dog/20.jpg", "dog/21.jpg", "dog/copy.jpg"}
-    assert not holds_news(facts["source"], None, [two[0][0], listing])
+    assert not has_new_files(facts["source"], None, [two[0][0], listing])
     fill(facts["source"], {"cat/99.jpg": 99})
-    assert holds_news(facts["source"], None, [two[0][0], listing])
+    assert has_new_files(facts["source"], None, [two[0][0], listing])
 
 
 def test_the_join_numbers_counts_and_serves_all_parts_as_one(two, tmp_path):
@@ -73,8 +73,8 @@ def test_the_join_numbers_counts_and_serves_all_parts_as_one(two, tmp_path):
     ]
     assert sorted(row["sample_id"] for row in rows) == list(range(14))
     assert all(row["class"] == row["source"].split("/")[0] for row in rows)
-    for line in manifest.all_shards().to_pylist():
-        assert open_store(address.root_uri).exists(line["key"])
+    for row in manifest.all_shards().to_pylist():
+        assert open_store(address.root_uri).exists(row["key"])
     later = {row["source"] for row in rows if row["sample_id"] >= 10}
     assert later == {"cat/0.jpg", "dog/20.jpg", "dog/21.jpg", "dog/copy.jpg"}
 
@@ -101,8 +101,8 @@ def test_quarantined_images_keep_their_counts_and_labels(tmp_path):
     second = part(source, tmp_path / "store", 2, first[0], bad_share_stop=1.0)
     whole = joined(tmp_path / "store", first[1], second[1])
     assert (whole.facts["quarantined"], whole.facts["bad_share"]) == (1, pytest.approx(1 / 8))
-    (line,) = Manifest.open(whole.store, whole.root).quarantine().to_pylist()
-    assert (line["source"], whole.facts["classes"][line["label"]]) == ("ant/bad.jpg", "ant")
+    (row,) = Manifest.open(whole.store, whole.root).quarantine().to_pylist()
+    assert (row["source"], whole.facts["classes"][row["label"]]) == ("ant/bad.jpg", "ant")
 
 
 def test_a_part_in_which_nothing_is_new_is_empty_and_changes_nothing(tmp_path):

@@ -2,13 +2,16 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.data.dataset import manifest as module
-from pipeline.data.dataset.manifest import MANIFEST_FILES, QUARANTINE, SAMPLES, SHARDS, Manifest, write_manifest
+from pipeline.data.dataset.facts import Counts
+from pipeline.data.dataset.manifest import MANIFEST_FILES, Manifest, write_manifest
+from pipeline.data.dataset.schema import QUARANTINE, SAMPLES, SHARDS, SNAPSHOT, TABLE_SNAPSHOT
 from pipeline.errors import DataError, StorageError
 from pipeline.storage import open_store
 
@@ -76,22 +79,35 @@ def test_what_is_written_is_read(store):
     facts = write_manifest(store.at("g0001"), **content())
     assert sorted(item.key for item in store.at("g0001").list()) == sorted(MANIFEST_FILES)
     manifest = Manifest.open(store.at("g0001"), store)
-    assert manifest.digest == facts["digest"]
+    assert manifest.digest == facts.digest
     assert manifest.classes == ("cat", "dog")
     assert manifest.splits == ("test", "train")
     assert manifest.shards("train").column("shard").to_pylist() == [0, 3]
     assert manifest.shards("train").column("served").to_pylist() == [4, 4]
     assert manifest.samples(0).column("sample_id").to_pylist() == [0, 1, 3, 4]  # 2 is not served
     assert manifest.samples(7).drop_columns("split").equals(shard_samples(7, 3).drop_columns("split"))
-    assert manifest.counts["splits"]["train"] == {
-        "listed": 9,
-        "stored": 9,
-        "served": 8,
-        "duplicates": 1,
-        "quarantined": 0,
+    assert manifest.counts.splits["train"] == Counts(listed=9, stored=9, served=8, duplicates=1, quarantined=0)
+    assert manifest.counts.total == Counts(listed=13, stored=12, served=11, duplicates=1, quarantined=1)
+    written = json.loads(store.at("g0001").read("manifest.json"))["counts"]
+    assert written == {"total": asdict(manifest.counts.total), "splits": facts.as_json()["counts"]["splits"]}
+    assert facts.shards == 3
+
+
+def test_the_columns_of_the_tables_stay():
+    # SCHEMA_VERSION promises these columns to readers: if this fails, fix the change, or raise SCHEMA_VERSION.
+    columns = {
+        "samples": "sample_id int64, shard int32, offset int64, length int64, crc32 int64, sha256 string, dhash64 uint64, "
+        "width int32, height int32, original_width int32, original_height int32, label int32, key string, source string, "
+        "split string, served bool, policy string",
+        "shards": "shard int32, key string, bytes int64, samples int32, served int32, sha256 string, split string",
+        "quarantine": "source string, split string, label int32, reason string, detail string, bytes int64",
+        "snapshot": "sample_id int64, path string, size int64, label int32, split string",
+        "table snapshot": "sample_id int64, path string, size int64, label int32, split string, row_group int32",
     }
-    assert manifest.counts["total"] == {"listed": 13, "stored": 12, "served": 11, "duplicates": 1, "quarantined": 1}
-    assert facts["shards"] == 3
+    schemas = (SAMPLES, SHARDS, QUARANTINE, SNAPSHOT, TABLE_SNAPSHOT)
+    for schema, expected in zip(schemas, columns.values(), strict=True):
+        assert ", ".join(f"{field.name} {field.type}" for field in schema) == expected
+        assert not any(field.nullable for field in schema)
 
 
 def test_offset_order_whatever_order_came_in(tmp_path):
@@ -105,17 +121,17 @@ def test_offset_order_whatever_order_came_in(tmp_path):
         2560,
         3584,
     ]
-    assert facts["digest"] == write_manifest(open_store(str(tmp_path / "b")), **content())["digest"]
+    assert facts.digest == write_manifest(open_store(str(tmp_path / "b")), **content()).digest
 
 
 def test_the_digest_ignores_encoding_and_sees_every_column(tmp_path):
     store = open_store(str(tmp_path))
-    base = write_manifest(store, **content())["digest"]
+    base = write_manifest(store, **content()).digest
     chunked = content()
     chunked["samples"] = [pa.concat_tables([table.slice(0, 2), table.slice(2)]) for table in chunked["samples"]]
     chunked["shards"] = pa.concat_tables([chunked["shards"].slice(0, 1), chunked["shards"].slice(1)])
     chunked["listed"] = dict(reversed(chunked["listed"].items()))
-    assert write_manifest(store, **chunked)["digest"] == base
+    assert write_manifest(store, **chunked).digest == base
 
     seen = {base}
     for column in set(SAMPLES.names) - {"shard", "split", "served"}:  # these three are tied to shards.parquet
@@ -127,14 +143,14 @@ def test_the_digest_ignores_encoding_and_sees_every_column(tmp_path):
         changed["samples"][1] = table.set_column(
             index, SAMPLES.field(column), pa.array(values, SAMPLES.field(column).type)
         )
-        seen.add(write_manifest(store, **changed)["digest"])
+        seen.add(write_manifest(store, **changed).digest)
     for column in ("key", "bytes", "sha256"):
         changed = content()
         rows = changed["shards"].to_pylist()
         rows[2][column] = rows[2][column] * 2
-        seen.add(write_manifest(store, **changed | {"shards": pa.Table.from_pylist(rows, schema=SHARDS)})["digest"])
+        seen.add(write_manifest(store, **changed | {"shards": pa.Table.from_pylist(rows, schema=SHARDS)}).digest)
     for field, value in (("classes", ["cat", "cow"]), ("policy", {"image_max_short_side": 256})):
-        seen.add(write_manifest(store, **content() | {field: value})["digest"])
+        seen.add(write_manifest(store, **content() | {field: value}).digest)
     assert len(seen) == 1 + 14 + 3 + 2
 
 
@@ -148,7 +164,7 @@ def test_text_cannot_slide_between_rows(tmp_path):
             "quarantine": pa.Table.from_pylist(rows, schema=QUARANTINE),
             "listed": {"train": 9, "test": 5},
         }
-        digests.add(write_manifest(open_store(str(tmp_path)), **given)["digest"])
+        digests.add(write_manifest(open_store(str(tmp_path)), **given).digest)
     assert len(digests) == 2
 
 
@@ -167,7 +183,7 @@ def test_what_does_not_add_up_is_not_written(tmp_path, spoil):
     given = content()
     spoil(given)
     store = open_store(str(tmp_path))
-    with pytest.raises(DataError, match=r"add up|its row says"):
+    with pytest.raises(DataError, match=r"add up|its own row says"):
         write_manifest(store, **given)
     assert not store.exists("manifest.json")
 
@@ -215,7 +231,7 @@ def test_a_flipped_bit_never_gives_other_samples(tmp_path):
             found = [manifest.samples(shard) for shard in (0, 3, 7)]
         except DataError:
             refused += 1
-        else:  # a bit that nobody reads
+        else:  # a bit that no reader uses
             assert found == expected, position
     assert refused > 100
 

@@ -1,4 +1,4 @@
-"""Near pairs across splits: the same as by comparing all with all, whatever the hashes; and an end to it where all look alike."""
+"""Near pairs across splits equal those of an exhaustive comparison, and the search ends even if everything looks alike."""
 
 import time
 
@@ -38,7 +38,7 @@ def by_comparing_all(first, second, distance):
     distance=st.integers(0, 6),
     whole=st.integers(2, 4),
 )
-def test_near_pairs_are_those_of_comparing_all_with_all_each_once(seed, clusters, flips, distance, whole):
+def test_near_pairs_are_those_of_an_exhaustive_comparison_each_once(seed, clusters, flips, distance, whole):
     first = clustered(seed, 150, clusters=clusters, flips=flips)
     second = clustered(seed, 400, clusters=clusters, flips=flips)  # the same centres
     pieces = list(near_pairs(first, second, distance=distance, whole=whole))
@@ -71,7 +71,7 @@ def table(hashes, *, first_id=0, served=None):
 def find_near_duplicates(shards, **limits):
     search = NearDuplicateSearch(**limits)
     for shard in shards:
-        assert search.shown(*shard) is shard[2]
+        assert search.add(*shard) is shard[2]
     return search.find()
 
 
@@ -83,7 +83,7 @@ def test_samples_are_counted_and_named():
         (0, "train", table([A, A ^ 0b1, B])),
         (1, "val", table([A ^ 0b110, 0], first_id=10)),  # 0 is flat
         (2, "test", table([A, A ^ 0b11111, 2**64 - 1, ~B % 2**64], first_id=20, served=[True, True, True, False])),
-        (3, "train", table([A, 0b1111], first_id=30)),  # flat, too
+        (3, "train", table([A, 0b1111], first_id=30)),  # 0b1111 is flat too
     ]
     found = find_near_duplicates(shards)
     # val's sample is near A twice and A^1; test's A near all three of them, A^11111 near A^1 only
@@ -106,7 +106,7 @@ def test_flat_is_within_the_distance_of_all_equal():
     assert is_flat(hashes, 4).tolist() == [True, True, False, True, True, False, False]
 
 
-def test_a_million_hashes_of_images_that_all_look_alike_come_to_an_end():
+def test_a_million_hashes_of_images_that_all_look_alike_are_searched_in_time():
     # all within 8 bits of one: 2e5 x 2e4 pairs of samples, of which every other one is near, and as many candidates
     draw = np.random.default_rng(0)
     hashes = np.full(220_000, A, np.uint64)
@@ -137,14 +137,14 @@ def test_half_of_the_held_out_hashes_are_compared_like_all():
 
 
 def blobs(number, *, size=(96, 72)):
-    """A picture as smooth as a photograph, another for each number."""
+    """Return an image as smooth as a photograph, which depends on the number."""
     coarse = np.random.default_rng(number).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
 
 
 @pytest.fixture
 def copies(tmp_path):
-    """30 pictures to train on, 10 others to test on, and of the first four: recompressed, resized, brighter, grey copies."""
+    """Write 30 training images, 10 other test images, and recompressed, resized, brighter and grey copies of the first four."""
     source = tmp_path / "source"
     for split, numbers in (("train", range(30)), ("test", range(100, 110))):
         (source / split).mkdir(parents=True)

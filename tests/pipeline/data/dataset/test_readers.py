@@ -1,4 +1,4 @@
-"""Our tars read by others, and the same dataset whoever writes it: one task here or eight on a real cluster."""
+"""Other readers read our tars, and one local task writes the same dataset as eight tasks on a real cluster."""
 
 import io
 import multiprocessing

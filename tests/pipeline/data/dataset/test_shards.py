@@ -1,4 +1,4 @@
-"""Plan, tars and the shard stage: nothing lost, nothing doubled, the same bytes whoever writes them and however often."""
+"""Plan, tars and the shard stage: no image is lost or doubled, and any task writes the same bytes any number of times."""
 
 import hashlib
 import io
@@ -20,9 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipeline.cluster.resources import Resources
 from pipeline.data.dataset.manifest import Manifest
-from pipeline.data.dataset.shard_plan import IntakePolicy, cut_evenly, plan_shards
-from pipeline.data.dataset.shard_writer import check_bad_share, read_samples, write_shard
+from pipeline.data.dataset.shard_plan import cut_evenly, plan_shards
+from pipeline.data.dataset.shard_record import read_samples
+from pipeline.data.dataset.shard_writer import check_bad_share, write_shard
+from pipeline.data.images.intake import IntakePolicy
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.graph.step import Attempt, StageInput
 from pipeline.stages.shard import ShardStageConfig, shard
@@ -58,8 +61,9 @@ class Bar:
         self.seen.append((done, total, unit, fields))
 
 
-def attempt(root, *, generation=1, **resources):
-    return Attempt(str(root), generation, (), "shard", "f", FINE | resources, "in_process", Bar())
+def attempt(root, *, generation=1, **options):
+    given = FINE | options
+    return Attempt(str(root), generation, "", "shard", "f", Resources(), "in_process", Bar(), options=given)
 
 
 def snapshot_of(source, root, *, test_share=0.0):
@@ -89,7 +93,7 @@ def plan(table, *, seed=0, shard_max_bytes=20_000, min_shards=4):
 
 
 def objects(store, prefix=""):
-    """Key -> (bytes' hash, inode): an object written again, even with equal bytes, shows."""
+    """Return key -> (hash of the bytes, inode), which changes even if an object is written again with equal bytes."""
     keys = [item.key for item in store.list(prefix)]
     return {key: (hashlib.sha256(store.read(key)).hexdigest(), store.local_path(key).stat().st_ino) for key in keys}
 
@@ -133,7 +137,7 @@ def test_a_plan_is_random_stable_and_bound_to_all_that_decides_bytes():
     plans = plan(table, shard_max_bytes=10**9)
     assert [one.digest for one in plan(table, shard_max_bytes=10**9)] == [one.digest for one in plans]
     means = [np.mean(one.samples.column("sample_id").to_numpy()) for one in plans]
-    # 500 of 0..1999 drawn at random have a mean of 1000 +- 26; in path order the first shard's would be 250
+    # 500 of 0..1999 drawn at random have a mean of 1000 +- 26; in path order the mean of the first shard would be 250
     assert max(abs(mean - 1000) for mean in means) < 4 * 26
     variants = [
         plan(table, seed=1),
@@ -150,7 +154,7 @@ def test_a_plan_is_random_stable_and_bound_to_all_that_decides_bytes():
 
 
 def test_the_plan_of_fixed_images_stays():
-    # Shards are reused by their plan's digest: when this fails, mend the change, not the number, or raise SHARD_VERSION.
+    # Shards are reused by their plan's digest: if this fails, fix the change rather than the number, or raise SHARD_VERSION.
     count = 3000
     table = listing(
         [f"class{number % 7}/pic é {number:05d}.jpg" for number in range(count)],
@@ -180,7 +184,7 @@ def test_no_shard_holds_more_than_ten_thousand_samples():
 
 
 def test_the_manifest_of_fixed_images_stays(tmp_path):
-    # The dataset's identity, to which checkpoints are bound: when this fails, mend the change, not the number.
+    # The dataset's identity, to which checkpoints are bound: if this fails, fix the change rather than the number.
     store = open_store(str(tmp_path / "source"))
     for number in range(20):
         body = bytes((number * 7 + at * 3) % 256 for at in range(8 * 6 * 3))
@@ -229,10 +233,10 @@ def test_killed_between_upload_and_row_writes_only_the_row(planned, source, tmp_
     root = open_store(str(tmp_path / "root"))
     row = write_shard(planned[0], source=source, root_uri=root.uri, policy=POLICY)
     whole = objects(root)
-    root.delete(row.row_key)
+    root.delete(row.record_key)
     assert write_shard(planned[0], source=source, root_uri=root.uri, policy=POLICY) == row
     after = objects(root)
-    assert after[row.key] == whole[row.key]  # the same file, not an equal one
+    assert after[row.key] == whole[row.key]  # the same file rather than an equal one
     assert after.keys() == whole.keys()
 
 

@@ -1,4 +1,4 @@
-"""Tars made by others: indexed where they are, byte for byte; what readers would cut short in silence is refused by name."""
+"""Tars made by others are indexed in place, byte for byte; one that readers would silently cut short is refused by name."""
 
 import io
 import tarfile
@@ -24,9 +24,9 @@ from data_kit import (
     write_tars,
 )
 
-from pipeline.data.dataset.manifest import locate
-from pipeline.data.dataset.tar_index import check_agreement, group, walk
+from pipeline.data.dataset.address import locate_shard
 from pipeline.data.sources.splits import choose_tars, named_splits
+from pipeline.data.sources.tars import check_agreement, group_members, iter_members
 from pipeline.errors import DataError
 from pipeline.stages.shard import ShardStageConfig, shard
 from pipeline.storage import open_store
@@ -39,7 +39,7 @@ def source(tmp_path):
     return write_tars(tmp_path / "source", tars)
 
 
-def test_a_tar_is_indexed_and_not_written_anew(source, tmp_path):
+def test_a_tar_is_indexed_and_not_rewritten(source, tmp_path):
     before = all_objects(source)
     shards = sharded(source, listed(source, tmp_path / "snapshot"), tmp_path / "root")
     counts = shards.facts["counts"]["total"]
@@ -57,7 +57,7 @@ def test_a_tar_is_indexed_and_not_written_anew(source, tmp_path):
         assert (row["width"], row["height"], row["crc32"]) == (32, 24, zlib.crc32(row["data"]))
     manifest = manifest_of(shards)
     (line, *_) = manifest.shards("train").to_pylist()
-    store, key = locate(manifest.root, line["key"])
+    store, key = locate_shard(manifest.root, line["key"])
     assert len(store.read(key)) == line["bytes"]
     assert line["key"].startswith("file:///")
 
@@ -78,7 +78,7 @@ def test_labels_are_words_or_numbers_in_cls_or_json(tmp_path):
         ("b.json", dump({"caption": "no label"})),
         ("c.jpg", picture(2)),
         ("c.cls", b" dog\n"),
-        ("d.seg.png", picture(3, "PNG")),  # a mask beside the image
+        ("d.seg.png", picture(3, "PNG")),  # a mask next to the image
         ("d.JPG", picture(4)),
         ("e.jpg", picture(5)),
         ("e.json", dump({"label": 7})),
@@ -108,7 +108,7 @@ def test_numbered_classes_keep_their_numbers(tmp_path):
     assert all(str(row["label"]) == row["class"] for row in rows.values())
 
 
-def test_what_cannot_be_used_as_it_is_is_quarantined_with_reasons_and_counted(tmp_path):
+def test_what_cannot_be_used_unchanged_is_quarantined_with_reasons_and_counted(tmp_path):
     turned = picture(3, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0")
     tar = [
         *labelled(range(100, 102)),
@@ -152,7 +152,7 @@ def test_what_cannot_be_used_as_it_is_is_quarantined_with_reasons_and_counted(tm
         sharded(source, listing, tmp_path / "stops")
 
 
-def test_an_image_larger_than_ours_would_be_is_taken_as_it_is(tmp_path):
+def test_an_image_above_the_short_side_limit_is_accepted_unchanged(tmp_path):
     source = write_tars(tmp_path / "source", {"x.tar": [("a.jpg", picture(0, size=(90, 80)))]})
     shards = sharded(source, listed(source, tmp_path / "snapshot"), tmp_path / "root", image_max_short_side=16)
     (row,) = stored(shards).values()
@@ -177,20 +177,26 @@ def flipped(at, bit=1):
 
 DAMAGES = {
     "cut at a header": (WHOLE[:HEADER], r"x\.tar: it ends after 00011\.cls without an end marker"),
-    "cut in a body": (WHOLE[: BODY + 100], r"x\.tar: it is no whole tar after 00012\.jpg: unexpected end of data"),
+    "cut in a body": (
+        WHOLE[: BODY + 100],
+        r"x\.tar: it is not a complete tar after 00012\.jpg: unexpected end of data",
+    ),
     "cut after the body": (WHOLE[: WHOLE.rindex(b"00019.cls") + 1024], r"without an end marker"),
     "a bit of a name": (flipped(HEADER + 2), r"x\.tar: the header after 00011\.cls is damaged"),
     "a bit of a size": (flipped(HEADER + 130), r"the header after 00011\.cls is damaged"),
     "a bit of the checksum": (flipped(HEADER + 150), r"the header after 00011\.cls is damaged"),
-    "the first header": (flipped(100), r"x\.tar: it is no whole tar: bad checksum|x\.tar: it is no whole tar"),
+    "the first header": (
+        flipped(100),
+        r"x\.tar: it is not a complete tar: bad checksum|x\.tar: it is not a complete tar",
+    ),
     "a hole": (WHOLE[:HEADER] + bytes(512) + WHOLE[HEADER + 512 :], r"the header after 00011\.cls is damaged"),
     "two tars in one file": (WHOLE + WHOLE, r"something follows the end of the archive"),
     "two members of a name": (tar_bytes([("a.jpg", picture(0)), ("a.JPG", picture(1))]), r"duplicate file name"),
-    "no bytes": (b"", r"x\.tar: it is no whole tar: empty file"),
-    "no tar": (b"<html>not found</html>" * 100, r"x\.tar: it is no whole tar"),
+    "no bytes": (b"", r"x\.tar: it is not a complete tar: empty file"),
+    "no tar": (b"<html>not found</html>" * 100, r"x\.tar: it is not a complete tar"),
     "gzip": (
         tar_bytes(labelled(range(2)), format=tarfile.USTAR_FORMAT)[:0] + b"\x1f\x8b" + b"x" * 2000,
-        "is no whole tar",
+        "is not a complete tar",
     ),
     "a sparse name": (tar_bytes([("\udcff.jpg", picture(0))]), "is not UTF-8"),
 }
@@ -211,23 +217,23 @@ def test_a_damaged_tar_is_refused_by_name(tmp_path, damage):
 def test_no_flipped_bit_of_a_header_loses_a_sample(tmp_path):
     path = tmp_path / "x.tar"
     path.write_bytes(WHOLE)
-    whole = walk(path, "x.tar")
+    whole = list(iter_members(path, "x.tar"))
     refused = 0
     for at in range(512):
         path.write_bytes(flipped(HEADER + at, 1 << at % 8))
         try:
-            assert walk(path, "x.tar") == whole, at  # a bit that nobody reads
+            assert list(iter_members(path, "x.tar")) == whole, at  # a bit that no reader uses
         except DataError:
             refused += 1
     assert refused > 500
 
 
-def test_what_webdataset_reads_otherwise_is_refused(tmp_path):
+def test_what_webdataset_reads_differently_is_refused(tmp_path):
     path = tmp_path / "x.tar"
     path.write_bytes(WHOLE)
-    samples = group(walk(path, "x.tar"), "x.tar")
+    samples = group_members(list(iter_members(path, "x.tar")), "x.tar")
     check_agreement(samples, path, "x.tar")
-    with pytest.raises(DataError, match=r"x\.tar: webdataset reads 20 samples, the headers tell of 21"):
+    with pytest.raises(DataError, match=r"x\.tar: webdataset reads 20 samples, the headers list 21"):
         check_agreement([*samples, samples[0]], path, "x.tar")
     for ours in (samples[1:], samples[:-1], [replace(samples[0], members={}), *samples[1:]]):
         with pytest.raises(DataError, match=r"x\.tar: sample \d+ is '000\d\d' to webdataset"):
@@ -330,10 +336,10 @@ def test_a_bucket_is_indexed_like_a_folder_with_one_digest(source, tmp_path, s3_
     }
 
 
-def test_a_tar_that_is_gone_since_it_was_listed_is_named(source, tmp_path):
+def test_a_tar_that_disappeared_after_listing_is_named(source, tmp_path):
     listing = listed(source, tmp_path / "snapshot")
     (Path(source) / "sub folder" / "1.tar").unlink()
-    with pytest.raises(DataError, match=r"1\.tar is not there any more"):
+    with pytest.raises(DataError, match=r"1\.tar no longer exists"):
         sharded(source, listing, tmp_path / "root")
 
 

@@ -1,4 +1,4 @@
-"""Every damage that WebDataset readers lose samples to in silence is found, named and mended, on shards of the real stages."""
+"""All damage by which WebDataset readers silently lose samples is found, named and repaired, on shards of the real stages."""
 
 import io
 import re
@@ -11,8 +11,8 @@ from data_kit import Bar, picture, tar_bytes, write_tars
 from run_kit import document
 
 from pipeline.config import RunConfig
+from pipeline.data.dataset.integrity import check_shard, check_totals
 from pipeline.data.dataset.manifest import Manifest
-from pipeline.data.dataset.verify import check_shard, check_totals
 from pipeline.errors import DataError
 from pipeline.graph.runner import GraphRun
 from pipeline.runs.datasets import dataset_in, datasets_of
@@ -40,7 +40,7 @@ def configured(store: str, source: Path, **data):
 
 
 class Made:
-    """A dataset of the real steps, and what a test does to it."""
+    """A dataset made by the real steps, and what a test does to it."""
 
     def __init__(self, folder: Path, source: Path, **data):
         self.config = configured(str(folder / "store"), source, **data)
@@ -49,7 +49,7 @@ class Made:
         self.root = Path(open_store(self.dataset.step_uri).root)
 
     def run(self):
-        """`mae run` as far as the shards; the state of each step."""
+        """Run the steps up to the shards, as `mae run` would, and return their states."""
         steps = [step for step in build(self.config) if step.name.startswith(("snapshot", "shard", "join"))]
         walk = GraphRun(steps, store=open_store(self.config.store), executor="in_process", hooks=Hooks())
         return {outcome.step.name: outcome.state for outcome in walk.walk()}
@@ -75,7 +75,7 @@ class Made:
         return self.manifest.stored_samples(shard).to_pylist()
 
     def written(self):
-        """Path -> (inode, bytes): whatever is written again shows."""
+        """Return path -> (inode, bytes), which changes for every file that is written again."""
         files = [path for path in (Path(self.config.store)).rglob("*") if path.is_file()]
         return {path: (path.stat().st_ino, path.read_bytes()) for path in files}
 
@@ -98,7 +98,7 @@ def made(tmp_path, source):
 
 
 def webdataset_keys(path):
-    """What a plain reader gets, with the handler that people use."""
+    """Return what a plain reader yields with the handler that people use."""
     data = webdataset.WebDataset([str(path)], shardshuffle=False, handler=webdataset.ignore_and_continue)
     return [sample["__key__"] for sample in data]
 
@@ -115,7 +115,7 @@ def flip(path, at, bit=1):
 
 
 def repaired(made, findings):
-    """Does what the findings say, and only that; then the same run."""
+    """Do what the findings say and only that, then repeat the run."""
     before = made.written()
     for address in {address for finding in findings for address in finding.delete}:
         Path(address.removeprefix("file://")).unlink()
@@ -145,7 +145,7 @@ def a_bit_of_a_header(path, rows):
 
 def a_byte_of_an_image(path, rows):
     flip(path, rows[4]["offset"] + rows[4]["length"] // 2, 0xFF)
-    return rows[4], "bytes", "SHA-256 is another"
+    return rows[4], "bytes", "SHA-256 is not the one"
 
 
 def nothing_there(path, rows):
@@ -156,7 +156,7 @@ def nothing_there(path, rows):
 def zeros_after_the_end(path, rows):
     with path.open("ab") as file:
         file.write(bytes(10240))
-    return None, "trailing", "10240 bytes follow its end; its own .* are whole$"
+    return None, "trailing", "10240 bytes follow its end; its own .* are intact$"
 
 
 def another_tar_after_the_end(path, rows):
@@ -173,7 +173,7 @@ def another_mtime(path, rows):
             member.mtime = 1_700_000_000
             new.addfile(member, content)
     path.write_bytes(buffer.getvalue()[: path.stat().st_size].ljust(path.stat().st_size, b"\0"))
-    return None, "header", "every sample is whole, but headers"
+    return None, "header", "every sample is intact, but headers"
 
 
 def keys_with_dots(path, rows):
@@ -204,7 +204,7 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damage_is_found_named_and_mended(damage, made):
+def test_damage_is_found_named_and_repaired(damage, made):
     path, rows, first = made.tar(1), made.rows(1), made.lines[1]
     assert len(rows) > 12
     held = path.read_bytes()
@@ -215,8 +215,8 @@ def test_a_damage_is_found_named_and_mended(damage, made):
     assert not verification.clean
     assert {finding.shard for finding in findings} == {1}
     assert all(str(path) in finding.where for finding in findings)
-    told = [finding for finding in findings if kind in {"any", finding.damage}]
-    (found,) = [finding for finding in told if re.search(words, finding.what)]
+    matching = [finding for finding in findings if kind in {"any", finding.damage}]
+    (found,) = [finding for finding in matching if re.search(words, finding.what)]
     assert (found.sample, found.source) == ((row["key"], row["source"]) if row else ("", ""))
 
     states, changed = repaired(made, findings)
@@ -231,7 +231,7 @@ def test_a_damage_is_found_named_and_mended(damage, made):
     assert made.run() == {"snapshot": "cached", "shard": "cached"}
 
 
-def test_what_webdataset_loses_in_silence_is_said(made):
+def test_what_webdataset_silently_loses_is_reported(made):
     path, rows = made.tar(0), made.rows(0)
     cut_at_a_header(path, rows)
     left = len(webdataset_keys(path))
@@ -291,7 +291,7 @@ def test_two_shards_swapped_are_two_findings(made):
     assert made.verified().clean
 
 
-def test_tables_of_another_run_are_told_alone_and_written_anew(made, tmp_path, source):
+def test_tables_of_another_run_are_reported_alone_and_rewritten(made, tmp_path, source):
     other = Made(tmp_path / "other", source, seed=5)
     table = Path(made.dataset.address.manifest_uri.removeprefix("file://")) / "samples.parquet"
     mine = table.read_bytes()
@@ -312,7 +312,7 @@ def test_tables_of_another_run_are_told_alone_and_written_anew(made, tmp_path, s
 
 
 @pytest.mark.parametrize("name", ["samples.parquet", "shards.parquet", "quarantine.parquet", "manifest.json"])
-def test_a_table_that_is_gone_is_told_and_written_anew(name, made):
+def test_a_missing_table_is_reported_and_rewritten(name, made):
     Path(made.dataset.address.manifest_uri.removeprefix("file://"), name).unlink()
     (finding,) = made.findings()
     assert finding.where.endswith(f"/{name}")
@@ -320,22 +320,22 @@ def test_a_table_that_is_gone_is_told_and_written_anew(name, made):
     assert made.verified().clean
 
 
-def test_orphans_are_reported_and_may_go(made):
+def test_orphans_are_reported_and_may_be_deleted(made):
     orphan = made.root / "shards" / "00" / f"{'0' * 64}.tar"
     orphan.parent.mkdir(parents=True, exist_ok=True)
     orphan.write_bytes(b"x" * 100)
     (finding,) = made.findings()
     assert (finding.damage, finding.delete) == ("orphan", (orphan.as_uri(),))
-    assert "100 bytes that are not of this dataset" in finding.what
+    assert "100 bytes that are not part of this dataset" in finding.what
     orphan.unlink()
     assert made.verified().clean
 
 
-# --- rows that promise what the bytes do not keep -----------------------------------------------------------------------------
+# --- rows that the bytes contradict ------------------------------------------------------------------------------------------
 
 
 def forged(made, shard, place, **changes):
-    """What is found when a row says something else."""
+    """Return the findings if a row says something else."""
     manifest = made.manifest
     rows = made.rows(shard)
     rows[place] = rows[place] | changes
@@ -348,7 +348,7 @@ def forged(made, shard, place, **changes):
         ({"width": 31}, "it is 32 x 24 pixels, the manifest says 31 x 24"),
         ({"key": "other"}, "in the tar and 'other' in the manifest"),
         ({"crc32": 1}, "written was 1"),
-        ({"sha256": "0" * 64}, "are others"),
+        ({"sha256": "0" * 64}, "have changed"),
         ({"label": -1}, "its label in the manifest is -1"),
     ],
 )
@@ -379,7 +379,7 @@ def test_totals_that_do_not_add_up_are_found(made):
 
 
 def foreign(tmp_path):
-    """Tars of others, with what is quarantined among them: keys with dots merge to one sample, and a text."""
+    """Index tars of others with quarantined samples: keys with dots that merge into one sample, and a text."""
     tars = {
         f"train-{name}.tar": [
             *[(f"{name}{number}.jpg", picture(10 * name + number)) for number in range(5)],
@@ -392,7 +392,7 @@ def foreign(tmp_path):
     return Path(write_tars(tmp_path / "foreign", tars))
 
 
-def test_indexed_tars_are_verified_where_they_lie(tmp_path):
+def test_indexed_tars_are_verified_in_place(tmp_path):
     source = foreign(tmp_path)
     made = Made(tmp_path, source, bad_share_stop=0.5)
     verification = made.verified()
@@ -406,12 +406,12 @@ def test_indexed_tars_are_verified_where_they_lie(tmp_path):
     assert (sample.sample, sample.source) == ("12", "train-1.tar/12.jpg")
     assert tar.where == path.as_uri()
     assert (tar.delete, sample.delete) == ((), ())
-    assert "put the tar back" in tar.repair
+    assert "restore the tar from its origin" in tar.repair
     path.write_bytes(held)
     assert made.verified().clean
 
 
-def test_a_part_is_mended_in_its_own_step(tmp_path, source):
+def test_a_part_is_repaired_in_its_own_step(tmp_path, source):
     config = Made(tmp_path, source).config
     (source / "dog" / "new.jpg").write_bytes(picture(500))
     for number in range(20):
@@ -452,13 +452,15 @@ def test_a_dataset_in_a_bucket_is_verified(tmp_path, source, s3_bucket):
 
 def test_the_directory_of_a_step_is_enough(made, tmp_path):
     assert dataset_in(made.dataset.step_uri).receipt == made.dataset.receipt
-    with pytest.raises(DataError, match=r"no receipt, so this is no finished shard or join step\. Give the directory"):
+    with pytest.raises(
+        DataError, match=r"there is no receipt, so this is not a finished shard or join step\. Give the directory"
+    ):
         dataset_in(str(tmp_path))
     snapshot_step = next(Path(made.config.store).glob("snapshot-*"))
-    with pytest.raises(DataError, match="the receipt of snapshot, so this is no"):
+    with pytest.raises(DataError, match="the receipt is of snapshot, so this is not"):
         dataset_in(str(snapshot_step))
     unmade = made.config.model_copy(update={"store": str(tmp_path / "empty")})
-    with pytest.raises(DataError, match=r"shards are not made yet\. `mae run` makes them"):
+    with pytest.raises(DataError, match=r"shards of this configuration do not exist yet\. `mae run` makes them"):
         datasets_of(unmade)
 
 

@@ -1,4 +1,4 @@
-"""Real files, real processes: a shard is fetched once a node, whole, and never beyond the cap."""
+"""Real files and processes: a shard is fetched once per node, whole, and never beyond the size limit."""
 
 import errno
 import hashlib
@@ -22,7 +22,7 @@ from pipeline.storage import FileStore
 
 @dataclass(frozen=True)
 class DistantStore(FileStore):
-    """A folder that is used as if it were a bucket: slow, and with a log of its downloads."""
+    """A folder that acts as a slow bucket and logs its downloads."""
 
     seconds: float = 0.0
 
@@ -55,7 +55,7 @@ def fetch(store, directory, shard, count):
         assert cache.path(**shard).read_bytes() == b"abc" * 1000
 
 
-def test_a_local_shard_is_used_where_it_lies(tmp_path):
+def test_a_local_shard_is_used_in_place(tmp_path):
     store = FileStore(tmp_path / "store")
     shard = put(store, "shards/a.tar", b"abc")
     assert ShardCache(store, tmp_path / "cache", max_bytes=1).path(**shard) == tmp_path / "store/shards/a.tar"
@@ -78,7 +78,7 @@ def test_two_processes_and_their_threads_download_once(tmp_path):
 
 
 @pytest.mark.parametrize("stored", [b"abd", b"ab", b"abcd"])
-def test_another_content_than_promised_is_refused_and_not_kept(tmp_path, stored):
+def test_wrong_content_is_refused_and_not_kept(tmp_path, stored):
     store = DistantStore(tmp_path / "store")
     shard = put(store, "shards/a.tar", b"abc")
     store.write("shards/a.tar", stored)
@@ -90,7 +90,7 @@ def test_another_content_than_promised_is_refused_and_not_kept(tmp_path, stored)
     assert cache.path(**shard).read_bytes() == b"abc"
 
 
-def test_the_least_recently_used_goes_first_and_the_cap_holds(tmp_path):
+def test_the_least_recently_used_goes_first_and_the_limit_holds(tmp_path):
     store = DistantStore(tmp_path / "store")
     a, b, c, d = (put(store, f"{name}.tar", name.encode() * 10) for name in "abcd")
     cache = ShardCache(store, tmp_path / "cache", max_bytes=35)
@@ -105,15 +105,15 @@ def test_the_least_recently_used_goes_first_and_the_cap_holds(tmp_path):
     assert store.log() == ["a.tar", "b.tar", "c.tar", "d.tar", "b.tar"]
 
 
-def test_a_shard_larger_than_the_cap_is_answered(tmp_path):
+def test_a_shard_larger_than_the_cache_is_refused(tmp_path):
     store = DistantStore(tmp_path / "store")
     shard = put(store, "a.tar", b"abc")
-    with pytest.raises(DataError, match=r"a\.tar: 3 bytes do not fit in a shard cache of 2"):
+    with pytest.raises(DataError, match=r"a\.tar: 3 bytes do not fit into a shard cache of 2"):
         ShardCache(store, tmp_path / "cache", max_bytes=2).path(**shard)
 
 
-def test_downloads_at_once_share_the_cap(tmp_path):
-    """Room for one of three: the others wait for it, and then take its place."""
+def test_concurrent_downloads_share_the_limit(tmp_path):
+    """There is room for one of three: the others wait for it and then replace it."""
     store = DistantStore(tmp_path / "store", seconds=0.1)
     shards = [put(store, f"{name}.tar", name.encode() * 10) for name in "abc"]
     cache = ShardCache(store, tmp_path / "cache", max_bytes=15)
@@ -130,7 +130,7 @@ def test_downloads_at_once_share_the_cap(tmp_path):
     assert held(tmp_path / "cache") == [10]
 
 
-def test_what_was_done_is_counted(tmp_path):
+def test_cache_counts(tmp_path):
     store = DistantStore(tmp_path / "store")
     a, b = put(store, "a.tar", b"a" * 10), put(store, "b.tar", b"b" * 10)
     cache = ShardCache(store, tmp_path / "cache", max_bytes=15)
@@ -157,7 +157,7 @@ def test_eviction_takes_the_longest_unused_and_no_more_than_it_must(shards, exce
 
 @dataclass(frozen=True)
 class Crowded(DistantStore):
-    """Its disk has room for so many bytes in the cache's directory, which a download fills to the brim before it fails."""
+    """A store whose cache disk has a limited size; a download fills it completely before it fails."""
 
     directory: Path = Path()
     room: int = 0
@@ -176,7 +176,7 @@ class Crowded(DistantStore):
         super().download(key, path)
 
 
-def test_a_disk_that_fills_before_the_cap_gives_up_old_shards(tmp_path):
+def test_a_disk_that_fills_before_the_limit_gives_up_old_shards(tmp_path):
     store = Crowded(tmp_path / "store", directory=tmp_path / "cache", room=25)
     a, b, c = (put(store, f"{name}.tar", name.encode() * 10) for name in "abc")
     cache = ShardCache(store, tmp_path / "cache", max_bytes=10**6)
@@ -198,7 +198,7 @@ def test_a_full_disk_is_named_with_what_is_needed_and_what_to_set(tmp_path):
         assert part in str(caught.value)
     assert held(tmp_path / "cache") == []
     assert not list((tmp_path / "cache").glob("*.part"))
-    roomier = Crowded(tmp_path / "store", directory=tmp_path / "cache", room=50)  # once there is room, it goes on
+    roomier = Crowded(tmp_path / "store", directory=tmp_path / "cache", room=50)  # once there is room, it continues
     assert ShardCache(roomier, tmp_path / "cache", max_bytes=10**6).path(**shard).read_bytes() == b"a" * 10
 
 
@@ -228,7 +228,7 @@ PYTHON
 
 
 def test_a_real_disk_of_3_megabytes(tmp_path):
-    """A tmpfs in a mount namespace of its own; skipped where this user may not make one."""
+    """Mount a tmpfs in a mount namespace of its own; skip if this user may not."""
     (tmp_path / "disk").mkdir()
     script = SMALL_DISK.format(root=str(Path(__file__).parents[4]), here=str(Path(__file__).parent))
     call = [
@@ -252,7 +252,7 @@ def test_a_real_disk_of_3_megabytes(tmp_path):
     assert done.returncode == 0, done.stderr
     first, second, third, fourth = done.stdout.splitlines()
     assert (first, second, third) == ("a True 0", "b True 0", "c True 2")
-    assert "disk is full, 5000000 bytes are needed" in fourth
+    assert "disk is full. The next shard needs 5000000 bytes" in fourth
     assert "resources.cache_directory" in fourth
 
 
@@ -267,8 +267,8 @@ def test_a_directory_that_cannot_be_used_is_named(tmp_path):
 # Damage and death
 
 
-def test_other_bytes_than_promised_are_asked_for_once_more(tmp_path):
-    """What a network garbled on the way is not what lies in the store."""
+def test_wrong_bytes_are_downloaded_once_more(tmp_path):
+    """Bytes that the network garbled are not the bytes in the store."""
 
     @dataclass(frozen=True)
     class Garbling(DistantStore):
@@ -284,20 +284,22 @@ def test_other_bytes_than_promised_are_asked_for_once_more(tmp_path):
     assert store.log() == ["a.tar", "a.tar"]
 
 
-def test_only_a_copy_that_is_damaged_is_dropped(tmp_path):
+def test_only_a_damaged_copy_is_dropped(tmp_path):
     store = DistantStore(tmp_path / "store")
     shard = put(store, "a.tar", b"a" * 10)
     key, sha256 = shard["key"], shard["sha256"]
     cache = ShardCache(store, tmp_path / "cache", max_bytes=100)
 
     first = cache.open(**shard)
-    assert not cache.repaired(key, sha256=sha256, descriptor=first)
+    assert not cache.discard_if_damaged(key, sha256=sha256, descriptor=first)
     cache.path(**shard).write_bytes(b"b" * 10)
     second = cache.open(**shard)
-    assert cache.repaired(key, sha256=sha256, descriptor=second)
+    assert cache.discard_if_damaged(key, sha256=sha256, descriptor=second)
     assert not cache.touch(key, sha256=sha256)
     cache.path(**shard)
-    assert cache.repaired(key, sha256=sha256, descriptor=second)  # one who comes late with the old copy
+    assert cache.discard_if_damaged(
+        key, sha256=sha256, descriptor=second
+    )  # a late reader that still holds the old copy
     assert cache.touch(key, sha256=sha256)  # does not drop the new one
     assert (cache.counts.downloads, cache.counts.repairs) == (2, 1)
     os.close(first)
@@ -305,7 +307,7 @@ def test_only_a_copy_that_is_damaged_is_dropped(tmp_path):
 
 
 def fetch_slowly(store, directory, shard):
-    """Writes half of the shard under its temporary name, and then takes its time."""
+    """Write half of the shard under its temporary name, and then hang."""
 
     class Slow(DistantStore):
         def download(self, key, path):
@@ -330,7 +332,7 @@ def test_a_downloader_killed_with_sigkill_leaves_nothing_that_is_trusted(tmp_pat
     waiting = threading.Thread(
         target=ShardCache(store, tmp_path / "cache", max_bytes=10).path, kwargs=shard, daemon=True
     )
-    waiting.start()  # another reader on the node, at the dead one's lock
+    waiting.start()  # another reader on the node waits for the dead one's lock
     time.sleep(0.1)
     assert waiting.is_alive()
     process.kill()
@@ -364,6 +366,6 @@ def test_what_a_killed_process_left_is_cleared(tmp_path, then):
     cache = ShardCache(store, tmp_path / "cache", max_bytes=10)
     thread = threading.Thread(target=cache.path, kwargs=a if then == "the same shard" else b, daemon=True)
     thread.start()
-    thread.join(20)  # space that nobody frees would be waited for without end
+    thread.join(20)  # it would wait for ever for space that nobody frees
     assert not thread.is_alive()
     assert held(tmp_path / "cache") == [10]

@@ -1,4 +1,4 @@
-"""What reached the devices against the arithmetic: agreement is exact, and a culprit is named."""
+"""Ids that reached the devices are compared with the expected ones: agreement is exact, and a culprit is named."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -37,7 +37,7 @@ def order_of(counts, seed=3):
 
 
 def seen(counts, global_batch, start, stop):
-    """(epochs, ids) step by step, as a loader that makes no mistake puts them on devices."""
+    """Yield (epochs, ids) step by step, as a correct loader puts them on devices."""
     selection, order = Ids1000(counts), order_of(counts)
     for step in range(start, stop):
         slots = order.global_batch(step, global_batch)
@@ -55,11 +55,11 @@ def test_expected_ids_are_what_a_loader_reads(counts, global_batch, start, steps
     assert found == Ids(global_batch * steps, digest_of(seen(counts, global_batch, start, start + steps)))
 
 
-COUNTS, BATCH, STOP = [30, 7, 0, 30], 12, 14  # 67 samples an epoch: 168 are two and a half
+COUNTS, BATCH, STOP = [30, 7, 0, 30], 12, 14  # 67 samples per epoch: 168 are two and a half
 
 
 def excess(batches, substitutions=()):
-    """Recorded less expected."""
+    """Return recorded less expected."""
     expected = expected_ids(
         Ids1000(COUNTS), order_of(COUNTS), global_batch=BATCH, start=0, stop=STOP, substitutions=substitutions
     )
@@ -83,7 +83,7 @@ def test_one_sample_in_the_place_of_another_is_named_with_it(counted):
     ids[place] = doubled
     text = words(batches, counted=counted)
     assert text.endswith(f"in epoch 1 sample {doubled} came once too often, and sample {lost} was left out")
-    assert text.startswith("as many as expected, but others") == counted
+    assert text.startswith("as many as expected, but not the same") == counted
 
 
 def test_one_too_many_one_too_few_and_several():
@@ -93,14 +93,14 @@ def test_one_too_many_one_too_few_and_several():
     batches = list(seen(COUNTS, BATCH, 0, STOP))
     (first, *epochs), (lost, *ids) = batches[0]
     batches[0] = np.array(epochs), np.array(ids)
-    assert words(batches) == f"1 too few: sample {lost} of epoch {first} came once too little"
+    assert words(batches) == f"1 too few: sample {lost} of epoch {first} came once too rarely"
     batches = list(seen(COUNTS, BATCH, 0, STOP))
     batches += batches[3:4]
-    assert words(batches) == "12 too many: which samples, the sum alone does not tell; more than one is wrong"
+    assert words(batches) == "12 too many: more than one sample is wrong, and the sum alone cannot tell which"
 
 
 def substitution(step, place, *, stand_in=0):
-    """What the loader would write down for the sample at a place of a step's batch."""
+    """Return what the loader would record for the sample at a position of a step's batch."""
     order = order_of(COUNTS)
     slots = order.global_batch(step, BATCH)
     shard, epoch = int(slots.shards[place]), int(slots.epochs[place])
@@ -136,7 +136,7 @@ def test_records_that_the_order_did_not_ask_for_are_found():
         right._replace(substitute_id=(right.substitute_id + 1000) % 4000),  # of another shard
     ):
         assert wrong(forged) == [forged]
-    assert wrong(right, right) == [right]  # one sample is substituted once an epoch
+    assert wrong(right, right) == [right]  # one sample is substituted once per epoch
     assert (
         named([right] * 5) == ", ".join([f"{right.sample_id} by {right.substitute_id} at step 2"] * 3) + " and 2 more"
     )

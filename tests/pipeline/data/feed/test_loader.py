@@ -18,12 +18,14 @@ import torch
 from PIL import Image
 
 from pipeline.data.dataset.manifest import Manifest, write_manifest
-from pipeline.data.dataset.shard_plan import IntakePolicy, plan_shards
-from pipeline.data.dataset.shard_writer import read_samples, write_shard
+from pipeline.data.dataset.shard_plan import plan_shards
+from pipeline.data.dataset.shard_record import read_samples
+from pipeline.data.dataset.shard_writer import write_shard
 from pipeline.data.feed.cache import ShardCache
 from pipeline.data.feed.loader import Batch, Loader
 from pipeline.data.feed.order import OrderConfig, SampleOrder, ids_digest, steps_total
 from pipeline.data.feed.selection import Selection, balanced_sequence
+from pipeline.data.images.intake import IntakePolicy
 from pipeline.data.images.pictures import AugmentConfig, decode
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import FileStore, S3Store
@@ -34,14 +36,14 @@ CLASSES = 3
 
 @dataclass(frozen=True)
 class DistantStore(FileStore):
-    """A folder that is used as if it were a bucket."""
+    """A folder that acts as a bucket."""
 
     def local_path(self, key):
         return None
 
 
 def make_dataset(folder: Path, *, label=lambda i: i % CLASSES, train=40, shards=5) -> Manifest:
-    """40 training pictures in 5 shards and 7 test pictures; picture i is noise of seed i."""
+    """Write `train` training images in `shards` shards, and 7 test images; image i is noise of seed i."""
     source, root = FileStore(folder / "source"), FileStore(folder / "root")
     rows: dict[str, list[Any]] = {name: [] for name in ("sample_id", "path", "size", "label", "split")}
     for i in range(train + 7):
@@ -126,20 +128,20 @@ def assert_equal_batches(found, expected):
 
 
 def across(parts):
-    """The ranks' parts of one step as one batch."""
+    """Return the ranks' parts of one step as one batch."""
     tensors = (torch.cat(of_ranks) for of_ranks in zip(*(part[:4] for part in parts), strict=True))
     return Batch(*tensors, tuple(one for part in parts for one in part.substitutions))
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 def test_any_world_size_reads_the_same_global_batches(manifest, world_size):
-    whole = loader(manifest).from_step(0, 8)  # 96 of 40 samples an epoch: straddles twice
+    whole = loader(manifest).from_step(0, 8)  # 96 samples at 40 per epoch: two batches straddle
     ranks = [loader(manifest, rank=r, world_size=world_size).from_step(0, 8) for r in range(world_size)]
     assert_equal_batches((across(parts) for parts in zip(*ranks, strict=True)), whole)
 
 
 def test_ranks_may_come_and_go_inside_an_epoch(manifest):
-    """An epoch has 3 1/3 steps; 1, 5, 2, 3 and 7 ranks, new at every step, make the batches of one that stays."""
+    """An epoch has 3 1/3 steps; 1, 5, 2, 3 and 7 ranks, new at every step, make the batches of a single lasting one."""
     expected = list(loader(manifest).from_step(0, 5))
     found = []
     for step, world_size in enumerate((1, 5, 2, 3, 7)):
@@ -155,7 +157,7 @@ def test_threads_and_prefetch_change_nothing(manifest):
         assert_equal_batches(found, expected)
 
 
-def test_a_restart_goes_on_where_it_stopped(manifest):
+def test_a_restart_continues_where_it_stopped(manifest):
     whole = list(loader(manifest).from_step(0, 7))
     first = loader(manifest).from_step(0, 7)
     seen = [next(first) for _ in range(3)]
@@ -163,7 +165,7 @@ def test_a_restart_goes_on_where_it_stopped(manifest):
     assert_equal_batches([*seen, *loader(manifest).from_step(3, 7)], whole)
 
 
-def test_every_sample_once_an_epoch_with_its_own_label_and_pixels(manifest):
+def test_every_sample_once_per_epoch_with_its_own_label_and_pixels(manifest):
     steps = steps_total(40, 12, 2)
     plain = AugmentConfig(kind="center", flip=False, crop_ratio=1.0)
     images, labels, ids, epochs = joined(loader(manifest, augment=plain, image_size=(36, 40)).from_step(0, steps))
@@ -172,7 +174,7 @@ def test_every_sample_once_an_epoch_with_its_own_label_and_pixels(manifest):
     assert (labels == ids % CLASSES).all()
     source = FileStore(manifest.root.root.parent / "source")
     for image, id_ in zip(images, ids, strict=True):
-        if id_ % 5 == 0:  # those are 40 wide: taken whole
+        if id_ % 5 == 0:  # these are 40 wide and used whole
             np.testing.assert_array_equal(image, decode(source.read(f"{id_:03d}.jpg")))
 
 
@@ -207,7 +209,7 @@ def test_evaluation_has_each_sample_once_without_padding(manifest, world_size):
     plain = [i for shard in selection.shards for i in manifest.samples(shard.shard).column("sample_id").to_pylist()]
     assert ids.tolist() == plain
     assert sorted(plain) == list(range(40, 47))
-    whole = joined(loader(manifest, selection, seed=99).evaluation_batches(7))[0]  # no randomness in it
+    whole = joined(loader(manifest, selection, seed=99).evaluation_batches(7))[0]  # nothing in it is random
     np.testing.assert_array_equal(np.concatenate([part[0] for part in parts]), whole)
 
 
@@ -226,7 +228,7 @@ def test_more_ranks_than_samples(manifest):
 
 
 def damage(manifest, change):
-    """Changes the bytes of a shard in its last sample; returns that sample's row and the shard's key."""
+    """Change bytes in the last sample of a shard, and return that sample's row and the shard's key."""
     selection = Selection.all(manifest, "train")
     shard = selection.shards[2]
     row = manifest.samples(shard.shard).to_pylist()[-1]
@@ -256,7 +258,7 @@ def not_a_picture(data, row):
     [(flip_bit, "crc32", "CRC-32 is"), (cut_short, "truncated", r"ends after \d+ of its bytes")],
 )
 def test_damaged_bytes_are_substituted_and_reported(tmp_path, manifest, caplog, change, reason, words):
-    """In two epochs: the same as undisturbed but for one picture, in whose place is another of its shard, whole."""
+    """Over two epochs, only one image differs from an undisturbed run: another one of its shard, complete, replaces it."""
     damaged = make_dataset(tmp_path)
     row, key = damage(damaged, change)
     steps = steps_total(40, 12, 2)
@@ -277,12 +279,12 @@ def test_damaged_bytes_are_substituted_and_reported(tmp_path, manifest, caplog, 
         for image, label, id_, epoch in zip(*(tensor[gone] for tensor in batch[:4]), strict=True):
             assert id_ == stand_ins[int(epoch)]
             assert label == id_ % CLASSES
-            # its own crop, as it is cut where the order itself asks for it
+            # its own crop, the same as where the order itself asks for it
             twin = next(b.images[(b.sample_ids == id_) & (b.epochs == epoch)][0] for b in healthy if
                         ((b.sample_ids == id_) & (b.epochs == epoch)).any())  # fmt: skip
             assert torch.equal(image, twin)
     warnings = [record.getMessage() for record in caplog.records]
-    assert len(warnings) == 1  # not once an epoch
+    assert len(warnings) == 1  # not once per epoch
     for part in (key, f"id {row['sample_id']}", row["key"], row["source"], "shard the source again"):
         assert part in warnings[0]
     assert re.search(words, warnings[0])
@@ -299,7 +301,7 @@ def test_substitutions_are_the_same_at_any_world_size_and_after_a_restart(tmp_pa
 
 
 def forged(selection, row):
-    """The selection, whose row of one sample has the CRC-32 of what now lies there: damage from before it was written down."""
+    """Return a selection in which a sample's CRC-32 is that of the damaged bytes, as if they had been damaged before recording."""
     path = selection.manifest.root.local_path(next(s.key for s in selection.shards if s.shard == row["shard"]))
     crc32 = zlib.crc32(path.read_bytes()[row["offset"] : row["offset"] + row["length"]])
     plain = selection.rows
@@ -332,7 +334,7 @@ def test_in_evaluation_damaged_bytes_stop_and_are_named(tmp_path, change):
     for part in (key, f"id {row['sample_id']}", row["key"], row["source"], "shard the source again"):
         assert part in str(caught.value)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith(("decode", "fetch"))]
-    # pictures to look at are another matter
+    # pictures that are only looked at may be substituted
     shown = list(loader(manifest).evaluation_batches(8, unreadable="substitute"))
     assert [one.sample_id for batch in shown for one in batch.substitutions] == [row["sample_id"]]
 
@@ -343,7 +345,7 @@ def test_a_shard_of_which_nothing_is_left_stops_the_run(tmp_path):
     path = manifest.root.local_path(shard.key)
     path.chmod(0o644)
     path.write_bytes(bytes(shard.bytes))
-    with pytest.raises(DataError, match=rf"{shard.key}.*CRC-32.*No sample of its shard.*7 others were tried"):
+    with pytest.raises(DataError, match=rf"{shard.key}.*CRC-32.*No other sample of its shard.*7 were tried"):
         list(loader(manifest).from_step(0, 4))
 
 
@@ -356,7 +358,7 @@ def test_a_missing_shard_stops_the_run(tmp_path):
 
 
 def test_the_batches_before_a_failure_are_still_delivered(tmp_path):
-    """Prefetched failures wait for their turn: what is seen before the stop does not depend on timing."""
+    """Failures of prefetched batches wait for their turn, so the batches before the stop do not depend on timing."""
     manifest = make_dataset(tmp_path)
     row, _ = damage(manifest, flip_bit)
     healthy = list(loader(make_dataset(tmp_path / "again")).evaluation_batches(6))
@@ -376,10 +378,10 @@ def test_closing_ends_the_threads(manifest):
     assert threading.active_count() == before
 
 
-# Distant stores
+# Remote stores
 
 
-def test_a_distant_store_is_read_through_the_cache(manifest, tmp_path):
+def test_a_remote_store_is_read_through_the_cache(manifest, tmp_path):
     store = DistantStore(manifest.root.root)
     expected = list(loader(manifest).from_step(0, 8))
     distant = loader(manifest, store=store, directory=tmp_path, decode_threads=2)
@@ -390,7 +392,7 @@ def test_a_distant_store_is_read_through_the_cache(manifest, tmp_path):
 
 @pytest.mark.parametrize("kind", ["training", "evaluation"])
 def test_a_damaged_cached_copy_is_fetched_again(manifest, tmp_path, caplog, kind):
-    """Not one sample is lost to a disk that garbled a copy, and four threads that see it fetch it once."""
+    """A disk that garbled a copy costs no sample, and four threads that notice it fetch it once."""
 
     def read():
         made = loader(manifest, store=DistantStore(manifest.root.root), directory=tmp_path, decode_threads=4)
@@ -407,7 +409,7 @@ def test_a_damaged_cached_copy_is_fetched_again(manifest, tmp_path, caplog, kind
 
 
 def test_a_shard_that_is_what_was_written_is_not_fetched_twice_for_a_wrong_row(tmp_path):
-    """The row says another CRC-32 than the shard of its SHA-256 holds: fetching it again would not help."""
+    """The row's CRC-32 is wrong while the shard has its SHA-256: fetching it again would not help."""
     manifest = make_dataset(tmp_path / "data")
     row = manifest.samples(Selection.all(manifest, "train").shards[2].shard).to_pylist()[0]
     selection = Selection.all(manifest, "train")
@@ -434,18 +436,20 @@ def test_a_cache_smaller_than_the_data_still_reads_all(manifest, tmp_path):
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """240 training pictures in 24 shards of 10 and a little."""
+    """Write 240 training images into 24 shards of 10, and a few test images."""
     return make_dataset(tmp_path_factory.mktemp("many"), train=240, shards=24)
 
 
 def room_for(manifest, count):
-    """Bytes that hold any `count` shards."""
+    """Return a size that holds any `count` shards."""
     return count * max(shard.bytes for shard in Selection.all(manifest, "train").shards)
 
 
-def test_fetching_ahead_does_not_throw_out_what_is_needed_before(many, tmp_path):
-    """Room for 14 of 24 shards, of which 4 lanes of 2 read 12 in turns, and 32 batches ahead are more than an epoch. 39 fetches in
-    two epochs; 68 if all that is ahead were fetched as soon as it is known, whatever it throws out."""
+def test_fetching_ahead_does_not_evict_what_is_needed_earlier(many, tmp_path):
+    """There is room for 14 of 24 shards; 4 lanes of 2 shards read 12 in turns, and 32 batches ahead are more than an epoch.
+
+    Two epochs take 39 fetches. They would take 68 if everything ahead were fetched as soon as it is known, whatever it evicts.
+    """
     order = OrderConfig(seed=5, lanes=4, window_shards=2)
     distant = loader(many, store=DistantStore(many.root.root), directory=tmp_path, decode_threads=2)
     distant.cache.max_bytes = distant.fetch_bytes = room_for(many, 14)
@@ -460,22 +464,22 @@ def test_fetching_ahead_does_not_throw_out_what_is_needed_before(many, tmp_path)
     assert 24 < counts.downloads <= 1.1 * 24 * 2
     assert counts.evictions >= counts.downloads - 14
     assert counts.hits + counts.misses == 40 * 12
-    assert counts.hits / (40 * 12) > 0.5  # where nothing is waited for between batches
+    assert counts.hits / (40 * 12) > 0.5  # where no batch waits for its shards
 
 
-def test_what_a_node_reads_at_once_is_its_ranks_lanes(many, tmp_path):
-    """4 lanes of 2 shards and one more each; of 8 ranks, two on a node read one lane and the edge of another."""
+def test_a_node_reads_the_lanes_of_its_ranks_at_a_time(many, tmp_path):
+    """4 lanes of 2 shards and one more each; of 8 ranks, the two on a node read one lane and the edge of another."""
     distant = DistantStore(many.root.root)
     mean = sum(shard.bytes for shard in Selection.all(many, "train").shards) // 24
     alone = loader(many, store=distant, directory=tmp_path)
     assert alone.bytes_at_once(1) == 12 * mean
     eighth = loader(many, store=distant, directory=tmp_path, rank=3, world_size=8)
     assert eighth.bytes_at_once(2) == 6 * mean
-    assert loader(many).bytes_at_once(1) == 0  # they lie here
+    assert loader(many).bytes_at_once(1) == 0  # they are on this disk
 
 
-def test_shards_are_on_the_disk_before_they_are_asked_for(many, tmp_path):
-    """While one batch is looked at, the shards of the next 32 come, and no later read waits for the store."""
+def test_shards_are_on_disk_before_they_are_needed(many, tmp_path):
+    """While one batch is used, the shards of the next 32 are fetched, and no later read waits for the store."""
     distant = loader(many, store=DistantStore(many.root.root), directory=tmp_path)
     batches = distant.from_step(0, 30)
     next(batches)
@@ -504,8 +508,8 @@ def read_epochs(folder, store, directory, rank, max_bytes, in_step):
 
 
 @pytest.mark.parametrize("room", [14, 100])
-def test_three_ranks_on_a_node_get_each_shard_from_s3_once_an_epoch(many, s3_bucket, tmp_path, caplog, room):
-    """GET requests that reached the server, over two epochs: 1.0 an epoch with room for all shards, in the first one alone."""
+def test_three_ranks_on_a_node_get_each_shard_from_s3_once_per_epoch(many, s3_bucket, tmp_path, caplog, room):
+    """GET requests that reached the server over two epochs: with room for all shards, one per shard, in the first epoch."""
     store = S3Store(s3_bucket, "root")
     shards = Selection.all(many, "train").shards
     for shard in shards:
@@ -538,7 +542,7 @@ def chosen_ids(selection):
 
 
 @pytest.mark.parametrize("count", [1, 3, 8, 30, 40])
-def test_a_balanced_few_are_balanced_nested_and_readable(manifest, count):
+def test_balanced_subsets_are_balanced_nested_and_readable(manifest, count):
     few = Selection.balanced(manifest, "train", count=count, seed=1)
     ids = chosen_ids(few)
     assert len(ids) == few.counts.sum() == count
@@ -550,7 +554,7 @@ def test_a_balanced_few_are_balanced_nested_and_readable(manifest, count):
     assert (labels == read % CLASSES).all()
 
 
-def test_seeds_choose_other_few(manifest):
+def test_seeds_choose_other_subsets(manifest):
     choices = {tuple(chosen_ids(Selection.balanced(manifest, "train", count=9, seed=seed))) for seed in range(3)}
     assert len(choices) == 3
 
@@ -562,7 +566,7 @@ def test_unlabelled_and_rare_classes():
     assert np.bincount(labels[sequence[:10]]).tolist() == [8, 2]
 
 
-def test_wrong_choices_are_answered(manifest, tmp_path):
+def test_wrong_choices_are_refused(manifest, tmp_path):
     with pytest.raises(ConfigError, match=r"count=41 .* it has 40 with a label"):
         Selection.balanced(manifest, "train", count=41, seed=0)
     unlabelled = make_dataset(tmp_path, label=lambda _: -1)

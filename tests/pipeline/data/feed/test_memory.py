@@ -1,4 +1,4 @@
-"""Listing and planning hold batches and row numbers, not paths: what docs/data.md says of 10 million images."""
+"""Listing and planning hold batches and row numbers rather than paths, as docs/data.md says for 10 million images."""
 
 import tracemalloc
 
@@ -6,14 +6,15 @@ import pyarrow as pa
 import pytest
 from data_kit import listed
 
-from pipeline.data.dataset.shard_plan import IntakePolicy, opened_snapshot, plan_shards
+from pipeline.data.dataset.shard_plan import open_snapshot, plan_shards
+from pipeline.data.images.intake import IntakePolicy
 from pipeline.data.sources.listing import SourceItem
 from pipeline.stages import snapshot as stage
 
 
 @pytest.fixture
 def listed_of(tmp_path, monkeypatch):
-    """Snapshots of so many synthetic images, listed in batches of 2,000."""
+    """Return a function that lists `count` synthetic images, in batches of 2,000."""
     monkeypatch.setattr(stage, "_BATCH_ROWS", 2_000)
 
     def made(count):
@@ -28,7 +29,7 @@ def listed_of(tmp_path, monkeypatch):
 
 
 def peak(function):
-    """MiB that Python and numpy, and that Arrow, held at most beside what they held before."""
+    """Return the peak MiB that Python with numpy, and Arrow, held in addition to what they held before."""
     pool = pa.default_memory_pool()
     before = pool.bytes_allocated()
     tracemalloc.start()
@@ -40,7 +41,7 @@ def peak(function):
 
 
 def test_a_listing_is_never_held_whole(listed_of):
-    listed_of(1000)  # what is imported at first use
+    listed_of(1000)  # imports at first use
     few, many = (peak(lambda count=count: listed_of(count))[0] for count in (10_000, 80_000))
     assert many < 1.5 * few  # 80,000 paths alone are 6 MiB; a batch and its tables are 4
 
@@ -51,12 +52,12 @@ def test_a_plan_holds_numbers_and_not_paths(listed_of):
     held = []
 
     def planned():
-        with opened_snapshot(listing.store, "snapshot.parquet") as table:
+        with open_snapshot(listing.store, "snapshot.parquet") as table:
             plans = plan_shards(table, seed=0, shard_max_bytes=2**27, min_shards=16, policy=IntakePolicy())
             held.append((len(plans), plans[0].samples.num_rows))
 
     python, arrow = peak(planned)
     ((shards, samples),) = held
     assert shards * samples == pytest.approx(count, rel=0.1)
-    assert python * 2**20 / count < 90  # bytes a sample; as Python texts the paths alone would be 90 more
+    assert python * 2**20 / count < 90  # bytes per sample; as Python strings, the paths alone would take 90 more
     assert arrow < 8  # the table is mapped from disk

@@ -1,4 +1,4 @@
-"""Any world size, any start: the same samples, each once an epoch."""
+"""Any world size and any start give the same samples, each once per epoch."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ def test_any_world_size_sees_the_same_batch(counts, config, batch, step, world_s
 @settings(max_examples=30)
 @given(counts_lists, configs, st.integers(1, 70), st.lists(st.integers(1, 64), min_size=8, max_size=8))
 def test_workers_may_come_and_go_inside_an_epoch(counts, config, batch, world_sizes):
-    """Another world size at every step, none of whose ranks knows what the ones before did: the same ids, each once."""
+    """A new world size at every step, whose ranks know nothing of earlier ones, gives the same ids, each once."""
     whole = SampleOrder(counts, config)
     seen = []
     for step, world_size in enumerate(world_sizes):
@@ -57,7 +57,7 @@ def test_workers_may_come_and_go_inside_an_epoch(counts, config, batch, world_si
 
 
 def test_every_world_size_from_1_to_64_on_shards_of_all_sizes():
-    """Empty shards, shards of one and of thousands, beside each other; a batch that no number of ranks divides."""
+    """Empty shards next to shards of one and of thousands; a batch that no number of ranks divides."""
     counts = [0, 1, 5000, 1, 0, 37, 1200, 1, 1, 2048, 0, 3]
     order = SampleOrder(counts, OrderConfig(seed=9))
     for step in (0, 3, 8):  # the last one straddles two epochs
@@ -112,7 +112,7 @@ def test_epochs_and_seeds_differ():
 
 
 def test_golden_order():
-    """A change here is a change of ORDER_VERSION."""
+    """If this changes, ORDER_VERSION must change."""
     order = SampleOrder([3, 0, 2, 5, 1], OrderConfig(seed=7, lanes=2, window_shards=2))
     slots = order.locate(np.arange(22))
     assert slots.shards.tolist() == [2, 4, 2, 3, 3, 0, 3, 0, 3, 0, 3, 3, 0, 3, 0, 3, 0, 3, 2, 3, 2, 4]
@@ -156,7 +156,7 @@ def test_a_rank_stays_on_few_shards():
 
 
 def test_far_seek_is_arithmetic():
-    """1e8 samples in 1e5 shards; 1e12 positions in: nothing is enumerated (it would not end)."""
+    """1e8 samples in 1e5 shards, 1e12 positions in: nothing is enumerated, or this would not end."""
     order = SampleOrder(np.full(100_000, 1000), OrderConfig(seed=3))
     slots = order.global_batch(10**9, 1024)
     assert set(slots.epochs.tolist()) == {10240}
@@ -176,7 +176,7 @@ def test_plain_order_has_each_sample_once_in_order():
         assert [i for part in parts for i in part] == list(range(8))
 
 
-def test_wrong_values_are_answered():
+def test_wrong_values_are_refused():
     with pytest.raises(ConfigError, match="lanes=0"):
         OrderConfig(seed=0, lanes=0)
     with pytest.raises(ConfigError, match="seed=18"):

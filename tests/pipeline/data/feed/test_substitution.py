@@ -1,4 +1,4 @@
-"""Who stands in is arithmetic, and few may."""
+"""Substitutes are computed, and their number is limited."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def test_golden_candidates():
     assert candidates(np.arange(100, 110), 103, seed=7, epoch=2).tolist() == [9, 4, 1, 0, 6, 5, 2, 8, 7]
 
 
-def test_stand_ins_differ_by_epoch_and_sample_so_that_none_is_seen_all_the_time():
+def test_substitutes_differ_by_epoch_and_sample_so_that_none_is_seen_all_the_time():
     ids = np.arange(40)
     first = [int(candidates(ids, sample, seed=0, epoch=epoch)[0]) for sample in range(10) for epoch in range(10)]
     assert len(set(first)) > 25  # 100 draws from 39: 36 expected
@@ -40,10 +40,10 @@ def made(count, epoch):
     return [Substitution(id_, id_ + 1, epoch, 5, "crc32", f"{id_}.jpg") for id_ in range(count)]
 
 
-def test_three_or_one_in_ten_thousand_are_borne_in_an_epoch():
+def test_three_or_one_in_ten_thousand_are_tolerated_per_epoch():
     assert [most_allowed(count) for count in (1, 1000, 30_000, 50_000, 1_281_167)] == [3, 3, 3, 5, 128]
     check_limit([], 1000, "here")
-    for epochs in ((0,), (0, 1, 2, 3)):  # one image that cannot be read comes round in every epoch
+    for epochs in ((0,), (0, 1, 2, 3)):  # an unreadable image comes back in every epoch
         check_limit([one for epoch in epochs for one in made(3, epoch)], 1000, "here")
     for rest in ([], made(1, 7)):  # too many in the last epoch, or in the one that the last batch has ended
         with pytest.raises(DataError, match=r"here: 7 samples of epoch 6 .* the 3 .*and 2 more\. .*restore") as caught:

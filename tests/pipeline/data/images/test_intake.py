@@ -1,4 +1,4 @@
-"""Every odd image is either stored as an upright RGB JPEG, with the reason, or refused with one."""
+"""Every unusual image is either stored as an upright RGB JPEG or refused, each time with the reason."""
 
 import io
 import struct
@@ -9,9 +9,9 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from pipeline.data.images.intake import Refused, Taken, dhash64, take_in
+from pipeline.data.images.intake import Accepted, IntakePolicy, Refused, accept_image, dhash64
 
-LIMITS = {"max_side": 64, "max_pixels": 1_000_000}
+LIMITS = IntakePolicy(image_max_short_side=64, image_max_pixels=1_000_000)
 
 
 def gradient(width=48, height=32):
@@ -26,69 +26,69 @@ def encoded(image, kind="JPEG", **options):
     return buffer.getvalue()
 
 
-def pixels(taken):
-    assert isinstance(taken, Taken), taken
-    result = simplejpeg.decode_jpeg(taken.data, strict=True).astype(int)  # what training will do
-    assert result.shape == (taken.height, taken.width, 3)
+def pixels(accepted):
+    assert isinstance(accepted, Accepted), accepted
+    result = simplejpeg.decode_jpeg(accepted.data, strict=True).astype(int)  # what training will do
+    assert result.shape == (accepted.height, accepted.width, 3)
     return result
 
 
-def differ(taken, image):
+def differ(accepted, image):
     """Largest mean difference of a channel: JPEG at quality 95 stays under 1 here; clipped or turned pixels exceed 20."""
-    return np.abs(pixels(taken) - np.asarray(image.convert("RGB"), dtype=int)).mean(axis=(0, 1)).max()
+    return np.abs(pixels(accepted) - np.asarray(image.convert("RGB"), dtype=int)).mean(axis=(0, 1)).max()
 
 
 @pytest.mark.parametrize("progressive", [False, True])
 def test_an_upright_rgb_jpeg_keeps_its_bytes(progressive):
     data = encoded(gradient(), quality=80, progressive=progressive)
-    taken = take_in(data, **LIMITS)
-    assert (taken.data, taken.policy) == (data, "kept")
-    assert (taken.width, taken.height, taken.original_width, taken.original_height) == (48, 32, 48, 32)
+    accepted = accept_image(data, LIMITS)
+    assert (accepted.data, accepted.policy) == (data, "kept")
+    assert (accepted.width, accepted.height, accepted.original_width, accepted.original_height) == (48, 32, 48, 32)
 
 
 def test_exif_is_applied():
     image = gradient()
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera lay on its side: show it turned clockwise
-    taken = take_in(encoded(image, exif=exif, quality=95), **LIMITS)
-    assert taken.policy == "reencoded:exif"
-    assert (taken.width, taken.height) == (32, 48)
-    assert differ(taken, image.transpose(Image.Transpose.ROTATE_270)) < 2
-    assert 0x0112 not in Image.open(io.BytesIO(taken.data)).getexif()
+    exif[0x0112] = 6  # the camera was on its side: rotate clockwise to show it
+    accepted = accept_image(encoded(image, exif=exif, quality=95), LIMITS)
+    assert accepted.policy == "reencoded:exif"
+    assert (accepted.width, accepted.height) == (32, 48)
+    assert differ(accepted, image.transpose(Image.Transpose.ROTATE_270)) < 2
+    assert 0x0112 not in Image.open(io.BytesIO(accepted.data)).getexif()
 
 
 def test_exif_of_a_tiff_is_applied_once():
     image = gradient()
-    taken = take_in(encoded(image, "TIFF", tiffinfo={274: 6}), **LIMITS)
-    assert taken.policy == "reencoded:tiff,exif"
-    assert differ(taken, image.transpose(Image.Transpose.ROTATE_270)) < 2
+    accepted = accept_image(encoded(image, "TIFF", tiffinfo={274: 6}), LIMITS)
+    assert accepted.policy == "reencoded:tiff,exif"
+    assert differ(accepted, image.transpose(Image.Transpose.ROTATE_270)) < 2
 
 
 def test_damaged_exif_does_not_cost_the_image():
     data = encoded(gradient(), exif=b"Exif\0\0garbage that is no TIFF header")
-    assert take_in(data, **LIMITS).policy == "kept"
+    assert accept_image(data, LIMITS).policy == "kept"
 
 
 def test_cmyk():
     cmyk = gradient().convert("CMYK")
-    taken = take_in(encoded(cmyk, quality=95), **LIMITS)
-    assert taken.policy == "reencoded:cmyk"
-    assert differ(taken, gradient()) < 3
-    assert simplejpeg.decode_jpeg_header(taken.data)[3] == "444"
+    accepted = accept_image(encoded(cmyk, quality=95), LIMITS)
+    assert accepted.policy == "reencoded:cmyk"
+    assert differ(accepted, gradient()) < 3
+    assert simplejpeg.decode_jpeg_header(accepted.data)[3] == "444"
 
 
 def test_grayscale():
     grey = gradient().convert("L")
-    taken = take_in(encoded(grey), **LIMITS)
-    assert taken.policy == "reencoded:grayscale"
-    assert differ(taken, grey) < 3
+    accepted = accept_image(encoded(grey), LIMITS)
+    assert accepted.policy == "reencoded:grayscale"
+    assert differ(accepted, grey) < 3
 
 
 def test_sixteen_bit_is_scaled_not_clipped():
     ramp = np.tile(np.linspace(0, 65535, 48).astype(np.uint16), (32, 1))
-    taken = take_in(encoded(Image.fromarray(ramp), "PNG"), **LIMITS)
-    assert taken.policy == "reencoded:png,16bit,grayscale"
-    middle = pixels(taken)[16, :, 0]
+    accepted = accept_image(encoded(Image.fromarray(ramp), "PNG"), LIMITS)
+    assert accepted.policy == "reencoded:png,16bit,grayscale"
+    middle = pixels(accepted)[16, :, 0]
     np.testing.assert_allclose(middle, np.linspace(0, 255, 48), atol=3)
 
 
@@ -99,63 +99,63 @@ def test_sixteen_bit_colour_is_scaled_not_clipped():
     body = (
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
     )
-    taken = take_in(b"\x89PNG\r\n\x1a\n" + b"".join(body), **LIMITS)
-    np.testing.assert_allclose(pixels(taken)[16, :, 0], np.linspace(0, 255, 48), atol=3)
+    accepted = accept_image(b"\x89PNG\r\n\x1a\n" + b"".join(body), LIMITS)
+    np.testing.assert_allclose(pixels(accepted)[16, :, 0], np.linspace(0, 255, 48), atol=3)
 
 
 def test_sixteen_bit_with_a_wider_range_is_refused():
     values = np.array([[0, 70_000]], dtype=np.int32)
-    assert take_in(encoded(Image.fromarray(values), "TIFF"), **LIMITS).reason == "unsupported"
+    assert accept_image(encoded(Image.fromarray(values), "TIFF"), LIMITS).reason == "unsupported"
 
 
-def test_alpha_lies_on_white():
+def test_alpha_is_composited_on_white():
     image = gradient().convert("RGBA")
     image.putalpha(Image.fromarray(np.tile(np.repeat([0, 255], 24).astype(np.uint8), (32, 1))))
-    taken = take_in(encoded(image, "PNG"), **LIMITS)
-    assert taken.policy == "reencoded:png,alpha"
-    assert (pixels(taken)[:, :20] > 250).all()
-    assert np.abs(pixels(taken)[:, 30:] - np.asarray(gradient(), dtype=int)[:, 30:]).mean() < 2
+    accepted = accept_image(encoded(image, "PNG"), LIMITS)
+    assert accepted.policy == "reencoded:png,alpha"
+    assert (pixels(accepted)[:, :20] > 250).all()
+    assert np.abs(pixels(accepted)[:, 30:] - np.asarray(gradient(), dtype=int)[:, 30:]).mean() < 2
 
 
 def test_palette_with_transparency():
     image = Image.new("P", (32, 32), 0)
     image.putpalette([255, 0, 0, 0, 0, 255])
     image.paste(1, (16, 0, 32, 32))
-    taken = take_in(encoded(image, "PNG", transparency=0), **LIMITS)
-    assert taken.policy == "reencoded:png,palette,alpha"
-    assert (pixels(taken)[:, :8] > 250).all()  # index 0 is transparent: white, not red
-    assert pixels(taken)[16, 28].tolist() == pytest.approx([0, 0, 255], abs=4)
+    accepted = accept_image(encoded(image, "PNG", transparency=0), LIMITS)
+    assert accepted.policy == "reencoded:png,palette,alpha"
+    assert (pixels(accepted)[:, :8] > 250).all()  # index 0 is transparent: white, not red
+    assert pixels(accepted)[16, 28].tolist() == pytest.approx([0, 0, 255], abs=4)
 
 
 def test_an_animation_gives_its_first_frame():
     frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
-    taken = take_in(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), **LIMITS)
-    assert "animated" in taken.policy
-    assert pixels(taken)[16, 16].tolist() == pytest.approx([255, 0, 0], abs=4)
+    accepted = accept_image(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), LIMITS)
+    assert "animated" in accepted.policy
+    assert pixels(accepted)[16, 16].tolist() == pytest.approx([255, 0, 0], abs=4)
 
 
 def test_a_long_short_side_is_reduced_with_antialias():
     board = (
         np.indices((256, 512)).sum(0) % 2 * 255
     )  # one-pixel checks: without antialias they survive as black and white
-    taken = take_in(encoded(Image.fromarray(board.astype(np.uint8)).convert("RGB"), "PNG"), **LIMITS)
-    assert taken.policy == "reencoded:png,resized"
-    assert (taken.width, taken.height, taken.original_width, taken.original_height) == (128, 64, 512, 256)
-    assert np.abs(pixels(taken) - 127).max() < 20
+    accepted = accept_image(encoded(Image.fromarray(board.astype(np.uint8)).convert("RGB"), "PNG"), LIMITS)
+    assert accepted.policy == "reencoded:png,resized"
+    assert (accepted.width, accepted.height, accepted.original_width, accepted.original_height) == (128, 64, 512, 256)
+    assert np.abs(pixels(accepted) - 127).max() < 20
 
 
 def test_a_kept_short_side_may_have_a_long_other_side():
-    assert take_in(encoded(gradient(600, 64)), **LIMITS).policy == "kept"
-    assert take_in(encoded(gradient(600, 65)), **LIMITS).policy == "reencoded:resized"
+    assert accept_image(encoded(gradient(600, 64)), LIMITS).policy == "kept"
+    assert accept_image(encoded(gradient(600, 65)), LIMITS).policy == "reencoded:resized"
 
 
 def test_too_many_pixels_are_refused_before_decoding():
     data = encoded(Image.new("1", (20_000, 20_000)), "PNG")
-    refused = take_in(data, max_side=512, max_pixels=100_000_000)
+    refused = accept_image(data, IntakePolicy())
     assert refused.reason == "too_many_pixels"
     assert "20000 x 20000 = 400000000" in refused.detail
-    # the same without a picture behind the header: pixels were never asked for
-    assert take_in(data[:100], max_side=512, max_pixels=100_000_000).reason == "too_many_pixels"
+    # the same if no picture follows the header: no pixel is decoded
+    assert accept_image(data[:100], IntakePolicy()).reason == "too_many_pixels"
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP"])
@@ -163,7 +163,7 @@ def test_too_many_pixels_are_refused_before_decoding():
 def test_truncated_files_are_refused(kind, share):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     data = encoded(noise, kind)
-    refused = take_in(data[: int(len(data) * share)], **LIMITS)
+    refused = accept_image(data[: int(len(data) * share)], LIMITS)
     assert isinstance(refused, Refused)
     assert refused.reason in {"truncated", "unreadable"}
     if kind == "JPEG":
@@ -175,24 +175,24 @@ def test_truncated_files_are_refused(kind, share):
     [(b"", "empty"), (b"a text file called x.jpg\n" * 50, "unreadable"), (b"\xff\xd8\xff", "unreadable")],
 )
 def test_no_image_is_refused(data, reason):
-    refused = take_in(data, **LIMITS)
+    refused = accept_image(data, LIMITS)
     assert refused.reason == reason
-    assert "0x" not in refused.detail  # no memory address: the same at every run
-    assert refused == take_in(data, **LIMITS)
+    assert "0x" not in refused.detail  # no memory address, so the text is the same in every run
+    assert refused == accept_image(data, LIMITS)
 
 
 def test_other_formats_pillow_knows_are_not_opened():
-    assert take_in(encoded(gradient(), "EPS"), **LIMITS).reason == "unreadable"  # would start Ghostscript
+    assert accept_image(encoded(gradient(), "EPS"), LIMITS).reason == "unreadable"  # would start Ghostscript
 
 
 def test_the_same_bytes_give_the_same_result():
     for data in (encoded(gradient()), encoded(gradient(300, 200), "PNG"), encoded(gradient().convert("CMYK"))):
-        assert take_in(data, **LIMITS) == take_in(data, **LIMITS)
+        assert accept_image(data, LIMITS) == accept_image(data, LIMITS)
 
 
 @pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}, {"restart_marker_blocks": 4}])
 def test_damage_is_found_wherever_the_training_reader_finds_it(options):
-    """Also in the chroma, of which no pixels are made."""
+    """Even in the chroma, whose pixels are not computed."""
     generator = np.random.default_rng(0)
     whole = encoded(Image.fromarray(generator.integers(0, 256, (48, 48, 3), dtype=np.uint8)), quality=80, **options)
     first, refused = whole.index(b"\xff\xda") + 14, 0
@@ -205,8 +205,8 @@ def test_damage_is_found_wherever_the_training_reader_finds_it(options):
         except ValueError:
             reads = False
             refused += 1
-        taken = take_in(bytes(data), max_side=64, max_pixels=10**6)
-        assert reads == (isinstance(taken, Taken) and taken.policy == "kept")
+        accepted = accept_image(bytes(data), LIMITS)
+        assert reads == (isinstance(accepted, Accepted) and accepted.policy == "kept")
     assert refused > 20
 
 
@@ -215,6 +215,6 @@ def test_dhash_is_close_for_near_duplicates_and_far_for_others():
     one, other = (
         Image.fromarray(generator.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((90, 90)) for _ in range(2)
     )
-    near = take_in(encoded(one, quality=60), max_side=64, max_pixels=10**6).dhash64
+    near = accept_image(encoded(one, quality=60), LIMITS).dhash64
     assert (dhash64(one) ^ near).bit_count() <= 6
     assert (dhash64(one) ^ dhash64(other)).bit_count() > 12

@@ -1,4 +1,4 @@
-"""The rows that are decoded are those of the whole picture, for every layout of JPEG that is met."""
+"""The decoded rows are those of the whole picture, for every JPEG layout that occurs."""
 
 import io
 import struct
@@ -23,13 +23,13 @@ def encoded(pixels, **options):
 
 
 def with_thumbnail(data):
-    """An EXIF block that holds another picture, frame header and all."""
+    """Return an EXIF block that holds another picture, including its frame header."""
     inside = b"Exif\0\0" + encoded(grain(16, 16))
     return data[:2] + b"\xff\xe1" + struct.pack(">H", len(inside) + 2) + inside + data[2:]
 
 
 def one_scan_a_component(planes):
-    """A baseline JPEG of three components, each in a scan of its own, put together from three grey ones."""
+    """Return a baseline JPEG whose three components have a scan each, assembled from three grey JPEGs."""
     height, width = planes[0].shape
     grey = [encoded(plane, quality=90) for plane in planes]
     frame, scan = grey[0].index(b"\xff\xc0"), grey[0].index(b"\xff\xda")
@@ -81,7 +81,7 @@ def test_what_does_not_come_row_by_row_is_decoded_whole(name):
 
 
 def test_without_the_margin_the_last_row_would_differ():
-    """That is what it is for: 4:2:0 interpolates with the chroma of the next block."""
+    """The margin is there because 4:2:0 interpolates with the chroma of the next block."""
     data = SEQUENTIAL["4:2:0"]
     at = data.index(b"\xff\xc0")
     cut = bytearray(data)

@@ -1,4 +1,4 @@
-"""Boxes are arithmetic; pixels are compared with Pillow's."""
+"""Boxes are checked by arithmetic, pixels against Pillow."""
 
 import io
 import os
@@ -104,7 +104,7 @@ def test_center_box_is_resize_256_crop_224():
 
 
 def differences(pictures, config, size=(224, 224)):
-    """Worst and mean difference in grey levels between the hot path and Pillow all the way, over encoded pictures."""
+    """Return the worst and mean difference in grey levels between the hot path and Pillow alone, over encoded pictures."""
     worst, means = 0, []
     for id_, data in enumerate(pictures):
         found = picture(data, keyed(id_), config, size)
@@ -116,7 +116,7 @@ def differences(pictures, config, size=(224, 224)):
 
 @pytest.mark.parametrize("kind", ["random_resized_crop", "center"])
 def test_the_hot_path_is_close_to_pillow(kind):
-    """Measured on these: worst 2 levels, mean 0.05 (0.004 in most, 0.2 at a few crop widths: roundings at another place).
+    """Measured on these: worst 2 levels, mean 0.05 (0.004 in most, 0.2 at a few crop widths, where rounding differs).
     Without antialiasing: 30 and 0.8 on these; torch's float kernel: mean 0.18."""
     pictures = [encoded(scene(seed, *((375, 500), (500, 333))[seed % 2]), quality=90) for seed in range(8)]
     worst, mean = differences(pictures, AugmentConfig(kind=kind))
@@ -203,7 +203,7 @@ def test_decode_is_exact_and_takes_other_formats():
         (encoded(np.zeros((4, 4, 4), np.uint8), "PNG"), "mode is RGBA"),
     ],
 )
-def test_what_is_no_rgb_picture_is_refused(data, words):
+def test_what_is_not_an_rgb_picture_is_refused(data, words):
     with pytest.raises(DataError, match=words):
         decode(data)
     whole = AugmentConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0))
@@ -215,6 +215,6 @@ def test_what_is_no_rgb_picture_is_refused(data, words):
     "field",
     [{"scale": (0.0, 1.0)}, {"scale": (0.5, 0.2)}, {"ratio": (0.0, 1.0)}, {"shift_pixels": -1}, {"crop_ratio": 1.5}],
 )
-def test_wrong_settings_are_answered(field):
+def test_wrong_settings_are_refused(field):
     with pytest.raises(ConfigError, match=next(iter(field))):
         AugmentConfig(**field)

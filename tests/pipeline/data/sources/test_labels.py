@@ -1,4 +1,4 @@
-"""Labels from a file: matched by path, streamed with the listing; what does not fit is an error or counted."""
+"""Labels from a file are matched by path and streamed with the listing; a mismatch is an error or counted."""
 
 import json
 
@@ -48,7 +48,7 @@ ROWS = [
 
 @pytest.mark.parametrize("batch", [1, 2, 50_000])
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
-def test_every_form_says_labels_and_splits(source, tmp_path, monkeypatch, kind, batch):
+def test_every_format_gives_labels_and_splits(source, tmp_path, monkeypatch, kind, batch):
     monkeypatch.setattr(stage, "_BATCH_ROWS", batch)
     listing = listed(source, tmp_path / "snapshot", labels=write(tmp_path, ROWS, kind))
     assert listing.facts["classes"] == ["NA", "dog"]  # no word means "missing", and folders are no labels
@@ -63,14 +63,14 @@ def test_every_form_says_labels_and_splits(source, tmp_path, monkeypatch, kind, 
     }
 
 
-def test_numbers_keep_their_value_and_negative_ones_say_nothing(source, tmp_path):
+def test_numbers_keep_their_value_and_negative_ones_mean_no_label(source, tmp_path):
     rows = [{"path": path, "label": label} for path, label in zip(PATHS, [10, 2, -1, 2, 0], strict=True)]
     for kind in ("csv", "jsonl", "parquet"):
         labels = Labels(write(tmp_path, rows, kind))
         assert labels.classes == ("0", "2", "10")
 
 
-def test_a_file_in_the_source_itself_is_none_of_the_images(source):
+def test_a_labels_file_inside_the_source_is_not_listed(source):
     labels = write(open_store(source).local_path("x").parent, ROWS, "parquet")
     listing = listed(source, f"{source}/../snapshot", labels=labels)
     assert (listing.facts["kind"], listing.facts["ignored"], listing.facts["listed"]) == ("images", 1, 5)
@@ -87,7 +87,7 @@ def test_paths_that_are_not_in_the_source_are_an_error_that_names_three(source, 
     ("text", "words"),
     [
         ("path,label\na,1\na,2\n", r"labels\.csv \(data\.labels\) names 'a' twice"),
-        ("path,label,split\na,1,dev\n", "split 'dev' is unknown; write train, val or test"),
+        ("path,label,split\na,1,dev\n", r"split 'dev' is unknown\. Write train, val or test"),
         ("file,label\na,1\n", "has no column 'path', only file, label"),
         ("path,label\n,1\n", "1 rows have no path"),
         ("", "cannot be read as csv"),
@@ -100,19 +100,19 @@ def test_files_that_cannot_be_used_are_named(tmp_path, text, words):
         Labels(str(tmp_path / "labels.csv"))
 
 
-def test_other_files_and_none(source, tmp_path):
-    with pytest.raises(DataError, match=r"labels\.xlsx' is no table: write a \.csv"):
+def test_other_files_and_missing_ones_are_refused(source, tmp_path):
+    with pytest.raises(DataError, match=r"labels\.xlsx' is not a table\. Give a \.csv"):
         Labels(str(tmp_path / "labels.xlsx"))
     with pytest.raises(StorageError, match=r"labels\.csv"):
         Labels(str(tmp_path / "labels.csv"))
     pq.write_table(pa.table({"path": ["a"], "label": [0.5]}), tmp_path / "labels.parquet")
-    with pytest.raises(DataError, match="the labels are double; write whole numbers or text"):
+    with pytest.raises(DataError, match=r"the labels are of type double\. Write whole numbers or text"):
         Labels(str(tmp_path / "labels.parquet"))
 
 
 def test_labels_are_for_images(tmp_path):
     open_store(str(tmp_path / "source")).write("x.tar", b"")
-    with pytest.raises(ConfigError, match=r"is for folders of images; .*source holds tars"):
+    with pytest.raises(ConfigError, match=r"works only for folders of images; .*source holds tars"):
         listed(str(tmp_path / "source"), tmp_path / "snapshot", labels=write(tmp_path, ROWS, "csv"))
 
 

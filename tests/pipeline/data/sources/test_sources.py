@@ -5,8 +5,9 @@ import io
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.cluster.resources import Resources
 from pipeline.data.sources.listing import list_source
-from pipeline.data.sources.splits import find_layout, folders_of, place
+from pipeline.data.sources.splits import find_layout, folders_of, split_and_label
 from pipeline.errors import ConfigError, DataError
 from pipeline.graph.step import Attempt
 from pipeline.stages import snapshot as stage
@@ -27,8 +28,8 @@ def fill(source, *paths):
 
 
 def take(source, tmp_path, **options):
-    """Facts, and the rows as (path, split, class)."""
-    attempt = Attempt(str(tmp_path / "step"), 1, (), "snapshot", "f", {}, "in_process", Quiet())
+    """Return the facts, and the rows as (path, split, class)."""
+    attempt = Attempt(str(tmp_path / "step"), 1, "", "snapshot", "f", Resources(), "in_process", Quiet())
     config = SnapshotConfig(source=source, **{"test_share": 0.0, "seed": 0} | options)
     result = snapshot(config, {}, attempt)
     assert result.files == ("snapshot.parquet",)
@@ -87,8 +88,8 @@ def test_flat_images_have_no_label(tmp_path, prefix):
     assert table.column("label").to_pylist() == [-1, -1]
 
 
-def test_images_beside_split_folders_are_not_guessed_at(tmp_path):
-    with pytest.raises(DataError, match="beside the split folders train"):
+def test_images_next_to_split_folders_are_refused(tmp_path):
+    with pytest.raises(DataError, match="next to the split folders train"):
         take(fill(tmp_path / "s", "train/1.jpg", "stray.jpg"), tmp_path)
 
 
@@ -97,15 +98,15 @@ def test_the_test_share_is_a_stable_random_choice():
     paths = [f"a/{number}.jpg" for number in range(10_000)]
 
     def chosen(share, seed):
-        return {path for path in paths if place(path, layout, test_share=share, seed=seed)[0] == "test"}
+        return {path for path in paths if split_and_label(path, layout, test_share=share, seed=seed)[0] == "test"}
 
     assert abs(len(chosen(0.1, 0)) - 1000) < 120  # four standard deviations of a fair draw
     assert chosen(0.1, 0) == chosen(0.1, 0)
-    assert chosen(0.1, 0) < chosen(0.2, 0)  # a larger share adds, and moves nobody back
+    assert chosen(0.1, 0) < chosen(0.2, 0)  # a larger share adds images and removes none
     assert abs(len(chosen(0.1, 0) & chosen(0.1, 1)) - 100) < 40
 
 
-def test_batches_do_not_show(tmp_path, monkeypatch):
+def test_the_batch_size_does_not_matter(tmp_path, monkeypatch):
     source = fill(tmp_path / "s", *(f"{name}/{number}.jpg" for name in "ab" for number in range(7)), "b/x.txt")
     whole = take(source, tmp_path)
     monkeypatch.setattr(stage, "_BATCH_ROWS", 4)
@@ -122,7 +123,7 @@ def test_a_bucket_is_listed_like_a_folder(tmp_path, s3_bucket):
     assert there[0] | {"source": ""} == here[0] | {"source": ""}
 
 
-def test_sources_that_cannot_be_name_the_path_and_what_is_expected(tmp_path):
+def test_unusable_sources_name_the_path_and_what_is_expected(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere does not exist.*class folders"):
         list(list_source(str(tmp_path / "nowhere")))
     (tmp_path / "file.tar").write_bytes(b"")

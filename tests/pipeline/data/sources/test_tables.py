@@ -12,9 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from data_kit import all_objects, attempt, listed, picture, quarantined, sharded, stored, write_table
 
-from pipeline.data.dataset.shard_plan import IntakePolicy, opened_snapshot, plan_shards
+from pipeline.data.dataset.shard_plan import open_snapshot, plan_shards
 from pipeline.data.dataset.shard_writer import write_shard
-from pipeline.data.sources.tables import TableColumns, listed_rows, read_images
+from pipeline.data.images.intake import IntakePolicy
+from pipeline.data.sources.tables import TableColumns, list_rows, read_images
 from pipeline.errors import DataError
 from pipeline.stages.shard import ShardStageConfig, shard
 from pipeline.storage import open_store
@@ -76,9 +77,9 @@ def test_hugging_faces_structs_numbers_and_splits_by_name(tmp_path):
     assert all(str(row["label"]) == row["class"] for row in stored(shards).values())
 
 
-def test_a_column_says_the_split_and_the_hash_where_it_is_silent(tmp_path):
-    said = ["train", "test", "validation", None] * 10
-    columns = {"image": [picture(row) for row in range(40)], "part": said}
+def test_a_column_gives_the_split_and_the_hash_where_it_is_empty(tmp_path):
+    splits = ["train", "test", "validation", None] * 10
+    columns = {"image": [picture(row) for row in range(40)], "part": splits}
     source = write_table(tmp_path / "source" / "a.parquet", columns)
     listing = listed(source, tmp_path / "snapshot", split_column="part", test_share=0.5)
     rows = stored(sharded(source, listing, tmp_path / "root"))
@@ -93,7 +94,7 @@ def test_a_column_says_the_split_and_the_hash_where_it_is_silent(tmp_path):
 
 def planned(source, folder, *, shard_max_bytes=20_000, min_shards=4):
     listing = listed(source, folder)
-    with opened_snapshot(listing.store, "snapshot.parquet") as table:
+    with open_snapshot(listing.store, "snapshot.parquet") as table:
         plans = plan_shards(
             table,
             seed=0,
@@ -201,18 +202,18 @@ def test_a_bucket_gives_the_digest_of_the_folder(source, tmp_path, s3_bucket):
 # What is refused
 
 
-def test_columns_that_are_not_there_or_hold_something_else(tmp_path):
+def test_columns_that_are_missing_or_hold_something_else(tmp_path):
     columns = {"picture": [picture(0)], "label": [0.5], "text": ["a"], "part": ["dev"]}
     source = write_table(tmp_path / "source" / "a.parquet", columns)
 
     def refusal(image="picture", label=None, split=None):
         with pytest.raises(DataError) as caught:
-            list(listed_rows(source, "a.parquet", 1, TableColumns(image, label, split), batch_rows=10))
+            list(list_rows(source, "a.parquet", 1, TableColumns(image, label, split), batch_rows=10))
         return str(caught.value)
 
     assert "a.parquet has no column 'image', only picture, label, text, part" in refusal(image="image")
-    assert "column 'text' is string, not bytes" in refusal(image="text")
-    assert "the labels are double; write whole numbers or text" in refusal(label="label")
+    assert "column 'text' is string, neither bytes nor a struct with bytes" in refusal(image="text")
+    assert "the labels are of type double. Write whole numbers or text" in refusal(label="label")
     assert "has no column 'klass' (data.label_column)" in refusal(label="klass")
     assert "split 'dev' is unknown" in refusal(split="part")
     (Path(source) / "b.parquet").write_bytes(b"PAR1 no table")
@@ -223,14 +224,16 @@ def test_columns_that_are_not_there_or_hold_something_else(tmp_path):
 def test_a_table_that_has_changed_since_it_was_listed_is_named(source, tmp_path):
     listing = listed(source, tmp_path / "snapshot")
     write_table(Path(source) / "a.parquet", {"image": [picture(0)] * 3})
-    with pytest.raises(DataError, match=r"a\.parquet: row \d+ of row group \d is not there any more"):
+    with pytest.raises(DataError, match=r"a\.parquet: row \d+ of row group \d no longer exists"):
         sharded(source, listing, tmp_path / "root")
     (Path(source) / "a.parquet").unlink()
     with pytest.raises(DataError, match=r"a\.parquet cannot be read as a Parquet table"):
         sharded(source, listing, tmp_path / "root")
 
 
-def test_captions_are_no_classes(source, tmp_path, monkeypatch):
+def test_captions_are_not_classes(source, tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.stages.snapshot.CLASSES_MAX", 1)
-    with pytest.raises(DataError, match=r"'label' has more than 1 distinct values.*data\.label_column, or null"):
+    with pytest.raises(
+        DataError, match=r"'label' has more than 1 distinct values.*data\.label_column to .*, or to null"
+    ):
         listed(source, tmp_path / "snapshot")

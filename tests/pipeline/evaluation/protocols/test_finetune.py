@@ -13,7 +13,7 @@ from mae_core.metrics import topk_counts
 from mae_core.patches import normalise_pixels
 from mae_core.vit import ViTEncoder
 from pipeline.data.dataset.address import dataset_address
-from pipeline.data.dataset.manifest import NO_LABEL
+from pipeline.data.dataset.schema import NO_LABEL
 from pipeline.data.feed.selection import Selection, select
 from pipeline.data.images.pictures import AugmentConfig, augment, decode
 from pipeline.evaluation.protocols.finetune import CLASSIFIER, FinetuneConfig, finetune

@@ -157,7 +157,7 @@ def drop_one(step: int, rank: int, batch: Batch) -> Batch:
     ("spoil", "words"),
     [
         (repeat_one, r"as many as expected, .* in epoch 0 sample \d+ came once too often, and sample \d+ was left out"),
-        (drop_one, r"1 too few: sample \d+ of epoch 0 came once too little"),
+        (drop_one, r"1 too few: sample \d+ of epoch 0 came once too rarely"),
         (add_one, r"1 too many: sample \d+ of epoch 0 came once too often"),
     ],
 )  # fmt: skip

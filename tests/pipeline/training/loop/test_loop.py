@@ -334,7 +334,7 @@ def test_too_many_unreadable_images_end_all_and_are_named(teams, shards, tmp_pat
     outcomes = teams(2).outcomes(train_here, mae_spec(bad, attempt), attempt, StopAfter(99))
     assert {outcome.kind for outcome in outcomes} == {"DataError"}
     assert outcomes[0].message == outcomes[1].message
-    assert "4 samples of epoch 0 could not be read, more than the 3 that others may stand in for" in outcomes[0].message
+    assert "4 samples of epoch 0 could not be read, more than the 3 that may be substituted" in outcomes[0].message
     for shard in range(4):
         assert f"{selection.source(shard, 0)} (id {selection.rows(shard).sample_ids[0]}, crc32)" in outcomes[0].message
     following = attempt_at(tmp_path / "step")
