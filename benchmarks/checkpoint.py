@@ -88,8 +88,8 @@ class Training:
             progress=Silent(),
         )
         keep = Retention(last=1, every_steps=None, best=0)
-        room = pinned if world.device.type == "cuda" else in_memory
-        self.saver = Saver(self.engine.fragments, world, attempt, keep, room)
+        allocate = pinned if world.device.type == "cuda" else in_memory
+        self.saver = Saver(self.engine.fragments, world, attempt, keep, allocate)
         self.device, self.steps = world.device, 0
         self.bytes = sum(4 * fragment.values.numel() for fragment in self.engine.fragments())
 

@@ -49,8 +49,8 @@ class SpoiltTask(MAETask):
         return (*super().inputs(batch), torch.tensor([factors.get(pair, 1.0) for pair in pairs]))
 
 
-def train_here(spec: TrainSpec, attempt: Attempt, supervisor: StopAfter) -> dict[str, Any]:
-    return asdict(train(spec, attempt, world=enter_world(), tracker=NullTracker(), supervisor=supervisor))
+def train_here(spec: TrainSpec, attempt: Attempt, stop_signal: StopAfter) -> dict[str, Any]:
+    return asdict(train(spec, attempt, world=enter_world(), tracker=NullTracker(), stop_signal=stop_signal))
 
 
 def spoilt_spec(

@@ -300,7 +300,7 @@ class StopAfter:
     steps: int
     reason: str = "asked"
 
-    def should_stop(self) -> Any:
+    def stop_reason(self) -> Any:
         self.steps -= 1
         return self.reason if self.steps < 0 else ""
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from pipeline.graph.receipts import CLAIMS, claims, read_claim, read_receipt
 from pipeline.storage import ObjectInfo, Store
 from pipeline.training.checkpoints.format import FOLDER, MANIFEST, committed
-from pipeline.training.checkpoints.retention import named_checkpoints
+from pipeline.training.checkpoints.retention import referenced_checkpoints
 
 FALLBACKS = 2
 """Checkpoints of an unfinished step to keep: the newest, and the one before it in case the newest is damaged."""
@@ -89,7 +89,7 @@ def read_state(root: Store) -> StepState:
     receipt = read_receipt(root)
     claimed = {generation: float(read_claim(root, generation)["time"]) for generation in claims(root)}
     highest = max(claimed, default=0)
-    named = set(named_checkpoints(root, above=highest if receipt else highest - 1))
+    named = set(referenced_checkpoints(root, above=highest if receipt else highest - 1))
     if receipt is None:
         named |= set(islice(committed(root), FALLBACKS))
     return StepState(

@@ -77,7 +77,8 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, StageInput], attempt: 
             global_step=trained.global_step,
             loss=trained.loss,
             ids_digest=str(trained.ids_digest),
-            images_seen=(trained.global_step - guard.missed(trained.global_step)) * config.recipe.global_batch,
+            images_seen=(trained.global_step - guard.untrained_before(trained.global_step))
+            * config.recipe.global_batch,
             dataset_digest=dataset.digest,
             **incident_fields(substitutions, guard),
         ).as_json(),

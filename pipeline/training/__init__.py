@@ -1,1 +1,1 @@
-"""One training loop, its engine, its checkpoints and how Ray Train starts it."""
+"""One training loop, its engine, its checkpoints, and how Ray Train starts it."""

@@ -1,4 +1,4 @@
-"""What a receipt says of a training step."""
+"""What the receipt of a training step records."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class IncidentFacts(Facts):
     skipped_steps: int = 0
     """Steps whose gradients the guard dropped."""
     stepped_over: tuple[Range, ...] | None = None
-    """Ranges of steps that were never trained on, after rollbacks."""
+    """Skipped ranges: steps that were never trained on, after roll-backs."""
 
 
 @dataclass(frozen=True, kw_only=True)

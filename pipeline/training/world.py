@@ -1,8 +1,9 @@
-"""Which of how many workers this process is, on which device, and how all of them agree.
+"""Which of the workers this process is, on which device, and how all of them reach agreement.
 
-The process group is whoever started us's (Ray Train, torchrun) or, alone, one of our own with a single member.
-Flags and sums travel as float64 over gloo on the CPU, so that agreeing never waits for a GPU stream.
-Errors: `together` raises on every worker what a person's error (PipelineError, ConfigError) on one of them ended."""
+The process group belongs to the launcher that started this process (Ray Train, torchrun). Without one, this process makes a
+group of its own with a single member. Flags and sums travel as float64 over gloo on the CPU, so agreement never waits for a
+GPU stream.
+Errors: inside `fail_together`, a PipelineError or ConfigError on one worker is raised on every worker."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -21,48 +22,51 @@ ELSEWHERE = "another worker failed; its own message says why"
 
 @dataclass(frozen=True)
 class World:
-    """Rank, number of workers, device, and the CPU group over which they agree."""
+    """Rank, number of workers, device, and the CPU group over which workers agree."""
 
     rank: int
     size: int
     device: torch.device
     group: Any
     local_size: int = 1
-    """Workers on this worker's node: they share its disk."""
+    """Workers on this worker's node, which share its disk."""
 
     @property
     def is_first(self) -> bool:
-        """Rank 0: the one that logs, commits and publishes."""
+        """Whether this is rank 0, which logs, commits and publishes."""
         return self.rank == 0
 
     def total(self, values: Sequence[float]) -> list[float]:
-        """Sums over all workers, in float64."""
+        """Return the sum of each value over all workers, in float64. Collective."""
         tensor = torch.tensor(list(values), dtype=torch.float64)
         dist.all_reduce(tensor, group=self.group)
         return [float(value) for value in tensor]
 
     def total_modulo_2_64(self, value: int) -> int:
-        """Sum of unsigned 64-bit numbers over all workers, wrapping around."""
-        signed = value - 2**64 if value >= 2**63 else value
+        """Return the sum of unsigned 64-bit numbers over all workers, wrapping around. Collective."""
+        signed = value - 2**64 if value >= 2**63 else value  # torch reduces signed integers only; the bits are the same
         tensor = torch.tensor([signed], dtype=torch.int64)
         dist.all_reduce(tensor, group=self.group)
         return int(tensor.item()) % 2**64
 
-    def from_first(self, value: Any) -> Any:
-        """Rank 0's small Python value, on every worker."""
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's small Python value on every worker. Collective."""
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
-    def all_of(self, value: Any) -> list[Any]:
-        """Every worker's small Python value, in order of rank, on every worker."""
+    def all_gather(self, value: Any) -> list[Any]:
+        """Return every worker's small Python value, in order of rank, on every worker. Collective."""
         box: list[Any] = [None] * self.size
         dist.all_gather_object(box, value, group=self.group)
         return box
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """Work that may fail on one worker (reading, writing; nothing collective): it then fails on all, and nobody waits."""
+    def fail_together(self) -> Iterator[None]:
+        """Run work that may fail on one worker, so that it fails on all of them and none waits for the others.
+
+        Collective at the end. The work itself must not be: a worker that failed would not take part.
+        """
         problem: PipelineError | ConfigError | None = None
         try:
             yield
@@ -76,17 +80,21 @@ class World:
 
 
 def enter_world() -> World:
-    """The world of this process; joins the group that is there, or that torchrun describes, or makes one with a single member."""
+    """Return this process's world; join the launcher's process group, or make a group with a single member.
+
+    The group is the one that is initialised already (Ray Train), or the one that torchrun's variables describe.
+    """
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             dist.init_process_group(backend)
-        else:  # no port and no variables: children would take them for theirs
+        else:  # neither a port nor variables: child processes would take them for their own
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+    # With NCCL as the default group, agreement needs a second group on the CPU; with gloo the default one serves.
     group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return World(dist.get_rank(), dist.get_world_size(), device, group, local_size)

@@ -27,13 +27,13 @@ class StopAfter:
     def __init__(self, steps: int) -> None:
         self.steps = steps
 
-    def should_stop(self) -> StopReason:
+    def stop_reason(self) -> StopReason:
         self.steps -= 1
         return "asked" if self.steps < 0 else ""
 
 
 def train_here(spec: TrainSpec, attempt: Attempt, steps: int) -> dict[str, Any]:
-    return asdict(train(spec, attempt, world=enter_world(), tracker=NullTracker(), supervisor=StopAfter(steps)))
+    return asdict(train(spec, attempt, world=enter_world(), tracker=NullTracker(), stop_signal=StopAfter(steps)))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from training_kit import (
 )
 
 from pipeline.errors import PipelineError
-from pipeline.training.launch import work
+from pipeline.training.launch import run_worker
 
 EPOCHS = 60  # 277 steps
 
@@ -28,7 +28,7 @@ def calm(shards, tmp_path_factory):
     values = {}
     for zero_stage in (1, 3):
         attempt = attempt_at(folder / str(zero_stage), zero_stage=zero_stage, checkpoint_every_steps=1000)
-        teams(2).run(work, mae_spec(shards, attempt, epochs=EPOCHS), attempt)
+        teams(2).run(run_worker, mae_spec(shards, attempt, epochs=EPOCHS), attempt)
         values[zero_stage] = checkpoint_state(attempt.root_uri, "g0001/checkpoints/step-00000277")
     teams.close()
     return values

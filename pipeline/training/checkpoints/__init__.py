@@ -1,1 +1,1 @@
-"""Checkpoints: their format, how they are saved beside training, which are kept, and where a training resumes."""
+"""Checkpoints: their format, how they are saved while training goes on, which are kept, and where a training resumes."""

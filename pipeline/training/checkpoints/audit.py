@@ -1,7 +1,7 @@
-"""Audits a training step: do the ids that its newest committed checkpoint recorded agree with the arithmetic of the order?
+"""Audit a training step: do the ids recorded in its newest committed checkpoint agree with the arithmetic of the order?
 
-Reads manifests and receipts, no weights; it may look on while the step is at work. Errors: CheckpointError without a
-committed checkpoint, DataError when the dataset cannot be found or is another one."""
+Reads manifests and receipts but no weights, and may run while the step is training.
+Errors: CheckpointError without a committed checkpoint; DataError if the dataset cannot be found or is a different one."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from pipeline.training.guard import Range
 
 @dataclass(frozen=True, kw_only=True)
 class AuditResult:
-    """What the newest checkpoint of a step says, and whether it is right."""
+    """What the newest checkpoint of a step records, and whether it is right."""
 
     step_uri: str
     checkpoint: str
@@ -38,24 +38,24 @@ class AuditResult:
     epochs: float
     expected: Ids
     recorded_count: int | None
-    """None: this checkpoint is from before ids were counted."""
+    """None if the checkpoint was written before ids were counted."""
     recorded_digest: int
     substitutions: int
-    """Recorded, and excused."""
+    """Recorded substitutions, which the audit allows for."""
     skipped_steps: int
-    """Their samples reached the devices, and moved no weight."""
+    """Steps whose samples reached the devices but moved no weight."""
     stepped_over: tuple[Range, ...]
-    """Steps, from the first to one before the last, whose samples never came: known gaps that the guard made."""
+    """Skipped ranges, whose samples never reached a device: known gaps that the guard made."""
     problems: tuple[str, ...]
 
     @property
     def agrees(self) -> bool:
-        """Whether every sample reached a device as often as it should, but for recorded substitutions and gaps."""
+        """Whether every sample reached a device as often as it should, apart from recorded substitutions and gaps."""
         return not self.problems
 
     @property
     def line(self) -> str:
-        """The result in a line."""
+        """Return the result as one line."""
         seen = f"{self.step_uri}: {self.expected.count} ids in {self.global_step} steps ({self.epochs:.2f} epochs)"
         excused = f", {self.substitutions} recorded substitutions among them" if self.substitutions else ""
         if self.skipped_steps:
@@ -69,7 +69,7 @@ class AuditResult:
 
 
 def audit(root: Store, *, dataset: DatasetAddress | None = None) -> AuditResult:
-    """Audits the training step whose directory this is; its dataset is looked for in the same store unless it is given."""
+    """Audit the training step whose directory this is; its dataset is looked for in the same store unless it is given."""
     keys = list(committed(root))
     if not keys:
         raise CheckpointError(f"{root.uri}: no committed checkpoint, so there is nothing to audit yet")
@@ -98,55 +98,57 @@ def audit(root: Store, *, dataset: DatasetAddress | None = None) -> AuditResult:
 
 
 def training_steps(store: Store) -> list[str]:
-    """Directories in a run's store that hold committed checkpoints. Lists the whole store."""
+    """Return the directories in a run's store that hold committed checkpoints. Lists the whole store."""
     parts = (info.key.split("/") for info in store.list())
     return sorted({key[0] for key in parts if len(key) == 5 and key[2] == FOLDER.rstrip("/") and key[4] == MANIFEST})
 
 
 def find_dataset(store: Store, digest: str) -> DatasetAddress:
-    """The finished step of a run's store that made the dataset with this digest."""
+    """Find the finished step in a run's store that made the dataset with this digest."""
     for directory, receipt in finished_steps(store):
         if receipt.kind in {"shard", "join"} and DatasetFacts.read(receipt.facts).digest == digest:
             return dataset_address(receipt.as_input(store.at(directory).uri))
     raise DataError(
-        f"{store.uri}: no finished shard or join step made the dataset {digest[:12]} that was trained on. Name the directory "
+        f"{store.uri}: no finished shard or join step made the dataset {digest[:12]} that was trained on. Give the directory "
         "of the step that did with --dataset"
     )
 
 
 def dataset_at(root: Store) -> DatasetAddress:
-    """The dataset of the finished shard or join step whose directory this is."""
+    """Return the dataset of the finished shard or join step whose directory this is."""
     receipt = read_receipt(root)
     if receipt is None:
-        raise DataError(f"{root.uri}: no receipt, so this is no finished shard or join step. Give its directory")
+        raise DataError(
+            f"{root.uri} has no receipt, so it is not the directory of a finished shard or join step. Give such a directory"
+        )
     return dataset_address(receipt.as_input(root.uri))
 
 
 class _ExpectedLine:
-    """The arithmetic that a step's checkpoints are bound to, as the newest one says."""
+    """Computes the ids that a step's checkpoints should have seen, from the cursor of the newest one."""
 
     def __init__(self, manifest: CheckpointManifest, dataset: DatasetAddress) -> None:
         cursor = manifest.cursor
         if cursor["version"] != ORDER_VERSION:
             raise DataError(
-                f"the checkpoint's order is of version {cursor['version']}, this program computes version {ORDER_VERSION}. "
+                f"the checkpoint's order has version {cursor['version']}, this program computes version {ORDER_VERSION}. "
                 "Audit it with the release that trained it"
             )
         opened = dataset.open()
         if opened.digest != cursor["dataset"]:
             raise DataError(
-                f"{dataset.root_uri} holds the dataset {opened.digest[:12]}, trained was on {str(cursor['dataset'])[:12]}. "
-                "Name the directory of the step that made that one with --dataset"
+                f"{dataset.root_uri} holds the dataset {opened.digest[:12]}, but {str(cursor['dataset'])[:12]} was trained on. "
+                "Give the directory of the step that made that one with --dataset"
             )
         seed, self.global_batch = int(cursor["seed"]), int(cursor["global_batch"])
         self.selection: Selection = select(opened, "train", cursor["train_samples"], seed=seed)
         config = OrderConfig(seed=seed, lanes=cursor["lanes"], window_shards=cursor["window_shards"])
         self.order = SampleOrder(self.selection.counts, config)
-        self.substitutions = manifest.substitutions  # the newest one's: it has all that came before
+        self.substitutions = manifest.substitutions  # the newest manifest also lists all earlier ones
         self._expected: dict[int, Ids] = {}
 
     def expected(self, manifest: CheckpointManifest) -> Ids:
-        """What must have reached devices up to a checkpoint."""
+        """Return the ids that must have reached devices up to a checkpoint."""
         step = manifest.global_step
         if step not in self._expected:
             self._expected[step] = self._between(0, step)
@@ -166,13 +168,13 @@ class _ExpectedLine:
         )
 
     def excess(self, manifest: CheckpointManifest) -> Ids:
-        """What was recorded less what was expected."""
+        """Return what was recorded minus what was expected."""
         expected = self.expected(manifest)
         count = expected.count if manifest.ids_count is None else manifest.ids_count
         return Ids(count, manifest.ids_digest).minus(expected)
 
     def difference(self, agreeing: CheckpointManifest | None, manifest: CheckpointManifest) -> str:
-        """What is wrong between the newest checkpoint that agrees (None: the beginning) and one that does not."""
+        """Describe what went wrong between the newest checkpoint that agrees (None for the start) and one that does not."""
         start = agreeing.global_step if agreeing else 0
         epochs = epochs_of(
             start, manifest.global_step, global_batch=self.global_batch, samples=self.order.samples_per_epoch
@@ -180,10 +182,10 @@ class _ExpectedLine:
         words = describe_difference(
             self.excess(manifest), all_ids(self.selection), epochs, counted=manifest.ids_count is not None
         )
-        return f"between steps {start} and {manifest.global_step} other ids reached the devices than the order asks for: {words}"
+        return f"between steps {start} and {manifest.global_step} the devices saw other ids than the order asks for: {words}"
 
     def problems(self, manifest: CheckpointManifest) -> Iterator[str]:
-        """What is wrong beside the digest."""
+        """Yield what is wrong apart from the digest."""
         excess = self.excess(manifest)
         if excess.count and not excess.digest:
             yield f"{manifest.ids_count} ids were counted, {self.expected(manifest).count} are expected"
@@ -191,9 +193,9 @@ class _ExpectedLine:
             self.selection, self.order, global_batch=self.global_batch, substitutions=self.substitutions
         )
         if wrong:
-            yield f"{len(wrong)} recorded substitutions are not of this order: {named(wrong)}"
+            yield f"{len(wrong)} recorded substitutions do not belong to this order: {named(wrong)}"
 
 
 def _above(root: Store) -> Store:
-    """The run's store that a step's directory lies in."""
+    """Return the run's store that a step's directory lies in."""
     return open_store(root.uri.rpartition("/")[0])

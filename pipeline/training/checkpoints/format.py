@@ -1,12 +1,13 @@
-"""Checkpoints that any world size and ZeRO stage can read: fragments beside a manifest that is written last.
+"""Checkpoints that any world size and ZeRO stage can read: fragments of the state, and a manifest that is written last.
 
     g0007/checkpoints/step-00000100/rank-0000-of-0002.safetensors   tensors "kind|parameter|start", float32 [count]
-                                    history.jsonl                    logged rows from the first step to this one
-                                    manifest.json                    present = committed; names files, sizes, SHA-256
-There is no `latest` file: the newest valid manifest of the own generation wins, else the one that the generation was claimed
-to continue from, else older ones along the recorded parents. A file whose size or hash is wrong is refused, loudly, and the
-checkpoint before it is used; when all are damaged nothing is restarted in silence: CheckpointError.
-Units: bytes; steps are global batches consumed."""
+                                    history.jsonl                   logged rows from the first step to this one
+                                    manifest.json                   present = committed; names files, sizes, SHA-256
+
+There is no `latest` file. The newest valid manifest of a generation's own checkpoints wins, else the one that the generation
+was claimed to continue from, else older ones along the recorded parents. A file whose size or hash is wrong is refused with a
+warning, and the checkpoint before it is used. If all are damaged, training does not silently restart from nothing.
+Units: bytes; steps are global batches consumed. Errors: CheckpointError names the file and what is wrong with it."""
 
 import hashlib
 import json
@@ -50,34 +51,34 @@ class CheckpointFile:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointManifest:
-    """What a committed checkpoint is."""
+    """The manifest of a committed checkpoint. Its field names are the keys of manifest.json."""
 
     global_step: int
     """Global batches consumed."""
     optimizer_steps: int
-    """Steps that the optimiser applied: Adam's bias correction counts these."""
+    """Steps that the optimiser applied, which Adam's bias correction counts."""
     cursor: Mapping[str, Any]
     """What the position is bound to: dataset digest, order parameters, global batch, seed."""
     ids_digest: int
     """Sum modulo 2**64 of a hash of every (epoch, sample) that reached a device up to here."""
     ids_count: int | None = None
-    """How many these were; None in checkpoints from before they were counted."""
+    """How many there were; None in checkpoints written before they were counted."""
     substitutions: tuple[Substitution, ...] = ()
-    """Every sample up to here that another stood in for."""
+    """Every sample up to here that was replaced by another."""
     guard: GuardState = FRESH
-    """Steps skipped and stepped over, and what the next one is compared with."""
+    """Skipped steps and ranges, and what the next step is compared with."""
     parameters: Mapping[str, Sequence[int]]
     """Shape of every trained parameter."""
     world_size: int
     zero_stage: int
     files: tuple[CheckpointFile, ...] = ()
     loss: float | None = None
-    """Mean of the last logged losses; None: not known."""
+    """Mean of the last logged losses; None if it is not known."""
     schema: int = SCHEMA
 
 
 class _Piece(NamedTuple):
-    """A run of one flattened parameter in one file."""
+    """A contiguous range of one flattened parameter in one file."""
 
     start: int
     length: int
@@ -86,16 +87,18 @@ class _Piece(NamedTuple):
 
 
 class Checkpoint:
-    """A committed checkpoint whose files have been verified and lie on this machine's disk; close it after reading."""
+    """A committed checkpoint whose files are verified and lie on this machine's disk. A context manager: close it after use."""
 
     def __init__(
-        self, root: Store, key: str, manifest: CheckpointManifest, paths: Mapping[str, Path], held: ExitStack
+        self, root: Store, key: str, manifest: CheckpointManifest, paths: Mapping[str, Path], stack: ExitStack
     ) -> None:
         self.root, self.key, self.manifest = root, key, manifest
-        self._paths, self._held = paths, held
+        self._paths, self._stack = paths, stack
         self._pieces: dict[tuple[str, str], list[_Piece]] = {}
         for path in (path for name, path in paths.items() if name.endswith(".safetensors")):
-            file = held.enter_context(safe_open(path, framework="pt"))  # mapped: nothing is read before it is asked for
+            file = stack.enter_context(
+                safe_open(path, framework="pt")
+            )  # memory-mapped: nothing is read before it is used
             for tensor_key in file.keys():  # noqa: SIM118 - not a mapping
                 kind, parameter, start = tensor_key.split("|")
                 piece = _Piece(int(start), file.get_slice(tensor_key).get_shape()[0], file, tensor_key)
@@ -108,27 +111,30 @@ class Checkpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pieces.clear()
-        self._held.close()
+        self._stack.close()
 
     def read(self, parameter: str, kind: Kind, start: int, count: int) -> Tensor:
-        """Values [start, start + count) of a flattened parameter, float32."""
+        """Return values [start, start + count) of a flattened parameter, float32 [count].
+
+        Pieces are whatever runs the saving ranks held, so any rank of any layout puts its own range together from them.
+        """
         values = torch.empty(count, dtype=torch.float32)
         missing = count
         for piece in self._pieces.get((parameter, kind), ()):
             low, high = max(start, piece.start), min(start + count, piece.start + piece.length)
             if low < high:
-                held = piece.file.get_slice(piece.tensor_key)
-                values[low - start : high - start] = held[low - piece.start : high - piece.start]
+                tensor = piece.file.get_slice(piece.tensor_key)
+                values[low - start : high - start] = tensor[low - piece.start : high - piece.start]
                 missing -= high - low
         if missing:
             raise CheckpointError(
-                f"{self.key}: {missing} of {count} values of {kind} of {parameter} are missing; the checkpoint was made by "
-                f"another model than the one that reads it"
+                f"{self.key}: {missing} of {count} values of {kind} of {parameter} are missing: this model is not "
+                f"the one that the checkpoint was made from. Restore the model's configuration"
             )
         return values
 
     def weights(self) -> dict[str, Tensor]:
-        """Every trained parameter in its shape, float32."""
+        """Return every trained parameter in its shape, float32."""
         weights = {}
         for name, shape in self.manifest.parameters.items():
             count = int(torch.Size(shape).numel())
@@ -136,14 +142,17 @@ class Checkpoint:
         return weights
 
     def load_into(self, module: nn.Module) -> None:
-        """Gives a module its weights, one parameter at a time: no second copy of the model is made."""
-        held = {name: list(shape) for name, shape in self.manifest.parameters.items()}
-        asked = {name: list(p.shape) for name, p in module.named_parameters() if p.requires_grad}
-        for name in sorted({*held, *asked}):
-            if held.get(name) != asked.get(name):
+        """Load the weights into a module, one parameter at a time, so that no second copy of the model is made.
+
+        Errors: CheckpointError names the first parameter whose shape differs.
+        """
+        saved = {name: list(shape) for name, shape in self.manifest.parameters.items()}
+        wanted = {name: list(p.shape) for name, p in module.named_parameters() if p.requires_grad}
+        for name in sorted({*saved, *wanted}):
+            if saved.get(name) != wanted.get(name):
                 raise CheckpointError(
-                    f"{self.key}: made by another model: {name} is {held.get(name, 'absent')} there, "
-                    f"{asked.get(name, 'absent')} here. Restore the model's configuration, or train anew"
+                    f"{self.key} was made from another model: {name} is {saved.get(name, 'absent')} there, "
+                    f"{wanted.get(name, 'absent')} here. Restore the model's configuration, or train from the start"
                 )
         with torch.no_grad():
             for name, parameter in module.named_parameters():
@@ -151,34 +160,34 @@ class Checkpoint:
                     parameter.copy_(self.read(name, "weight", 0, parameter.numel()).reshape(parameter.shape))
 
     def history(self) -> list[dict[str, float]]:
-        """The logged rows up to this step."""
+        """Return the logged rows up to this step."""
         return [json.loads(line) for line in self._paths[HISTORY].read_text().splitlines()]
 
 
-def folder_of(global_step: int) -> str:
-    """Key of a step's checkpoint inside its generation."""
+def checkpoint_folder(global_step: int) -> str:
+    """Return the key of a step's checkpoint inside its generation."""
     return f"{FOLDER}step-{global_step:08d}"
 
 
 def step_of(key: str) -> int:
-    """The step of a checkpoint with this key."""
+    """Return the step of the checkpoint with this key."""
     return int(key.rpartition("-")[2])
 
 
 def write_history(store: Store, folder: str, rows: Sequence[Mapping[str, float]]) -> CheckpointFile:
-    """The rows logged so far, so that a resumed run's curve has no gap."""
+    """Write the rows logged so far, so that a resumed run's curve has no gap."""
     data = "".join(json.dumps(dict(row)) + "\n" for row in rows).encode()
     store.write(f"{folder}/{HISTORY}", data)
     return CheckpointFile(HISTORY, len(data), hashlib.sha256(data).hexdigest())
 
 
 def commit(store: Store, folder: str, manifest: CheckpointManifest) -> None:
-    """Makes the checkpoint exist."""
+    """Write the manifest, which makes the checkpoint exist; all its files must lie in the store by now."""
     store.write(f"{folder}/{MANIFEST}", json.dumps(asdict(manifest), sort_keys=True).encode())
 
 
 def resume_point(root: Store) -> str:
-    """What a new generation of a training step continues from: the newest committed checkpoint (by its key), or nothing."""
+    """Return what a new generation of a training step continues from: the newest committed checkpoint's key, or nothing."""
     generation = max(claims(root), default=0)
     if not generation:
         return ""
@@ -186,40 +195,45 @@ def resume_point(root: Store) -> str:
 
 
 def committed(root: Store) -> Iterator[str]:
-    """Keys of the checkpoints on the committed line of a training step, newest first."""
+    """Yield the keys of a training step's committed checkpoints, newest first, without those of superseded lines."""
     return _candidates(root, max(claims(root), default=0), "")
 
 
-def newest(attempt: Attempt) -> Checkpoint | None:
-    """The newest valid checkpoint that this generation may start from; None: there is none, start from the first step."""
+def newest_checkpoint(attempt: Attempt) -> Checkpoint | None:
+    """Open the newest valid checkpoint that this generation may start from; None if there is none and training begins."""
     root = attempt.root
     checkpoint = _first_valid(root, _candidates(root, attempt.generation, attempt.continues))
     if checkpoint is None and attempt.continues:
         raise CheckpointError(
-            f"{root.uri}/{attempt.continues} is gone, and there is none before it. Restore it, or delete the folder to train anew"
+            f"{root.uri}/{attempt.continues} is gone, and there is none before it. Restore it, or delete the folder to train "
+            "from the start"
         )
     return checkpoint
 
 
-def before(attempt: Attempt, undo: Range, stepped_over: Sequence[Range]) -> Checkpoint | None:
-    """What a roll-back goes back to: the newest valid checkpoint up to where `undo` begins; where none is kept from so long ago,
-    the oldest one that is, up to its end. Never one inside a range that was stepped over: that line was given up.
-    None: the beginning, where `undo` begins there or nothing has been saved yet."""
+def roll_back_checkpoint(attempt: Attempt, undone: Range, skipped_ranges: Sequence[Range]) -> Checkpoint | None:
+    """Open the checkpoint that a roll-back loads: the newest valid one up to the start of `undone`.
+
+    If none is kept from that long ago, it is the oldest one before the end of `undone`. It is never one inside a skipped
+    range: that line was given up. None means the initial weights: `undone` starts at step 0, or nothing has been saved yet.
+    """
     root = attempt.root
-    held = {step_of(key): key for key in reversed(list(_candidates(root, attempt.generation, attempt.continues)))}
-    usable = sorted(step for step in held if not any(low < step < high for low, high in stepped_over))
-    early = [step for step in reversed(usable) if step <= undo[0]]
-    late = [step for step in usable if undo[0] < step < undo[1]] if undo[0] else []
-    checkpoint = _first_valid(root, (held[step] for step in (*early, *late)))
-    if checkpoint is None and undo[0] and held:
+    key_by_step = {
+        step_of(key): key for key in reversed(list(_candidates(root, attempt.generation, attempt.continues)))
+    }
+    usable = sorted(step for step in key_by_step if not any(low < step < high for low, high in skipped_ranges))
+    early = [step for step in reversed(usable) if step <= undone[0]]
+    late = [step for step in usable if undone[0] < step < undone[1]] if undone[0] else []
+    checkpoint = _first_valid(root, (key_by_step[step] for step in (*early, *late)))
+    if checkpoint is None and undone[0] and key_by_step:
         raise CheckpointError(
-            f"{root.uri}: no checkpoint from before step {undo[1]} is left to roll back to. Raise resources.keep_checkpoints"
+            f"{root.uri}: no checkpoint from before step {undone[1]} is left to roll back to. Raise resources.keep_checkpoints"
         )
     return checkpoint
 
 
 def _first_valid(root: Store, keys: Iterable[str]) -> Checkpoint | None:
-    """The first that is not damaged; None: there are none. CheckpointError when all are."""
+    """Open the first checkpoint that is not damaged; None if there are no keys, CheckpointError if all are damaged."""
     refused: list[str] = []
     for key in keys:
         try:
@@ -229,13 +243,14 @@ def _first_valid(root: Store, keys: Iterable[str]) -> Checkpoint | None:
             refused.append(str(cause))
     if refused:
         raise CheckpointError(
-            f"{root.uri}: every checkpoint is damaged ({'; '.join(refused)}). Restore the files, or delete the folder to train anew"
+            f"{root.uri}: every checkpoint is damaged ({'; '.join(refused)}). Restore the files, or delete the folder to train "
+            "from the start"
         )
     return None
 
 
 def open_checkpoint(root: Store, key: str) -> Checkpoint:
-    """Fetches and verifies the files of one checkpoint; CheckpointError names what is wrong with which file."""
+    """Fetch and verify the files of one checkpoint. Remote files go to a scratch folder that is removed on closing."""
     manifest = read_manifest(root, key)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mae-checkpoint-")))
@@ -244,7 +259,7 @@ def open_checkpoint(root: Store, key: str) -> Checkpoint:
 
 
 def read_manifest(root: Store, key: str) -> CheckpointManifest:
-    """A checkpoint's manifest alone."""
+    """Read only the manifest of a checkpoint; manifests of older versions lack some of its keys."""
     try:
         body = json.loads(root.read(f"{key}/{MANIFEST}"))
         body["files"] = tuple(CheckpointFile(**file) for file in body["files"])
@@ -261,25 +276,25 @@ def read_manifest(root: Store, key: str) -> CheckpointManifest:
 
 
 def check_cursor(checkpoint: Checkpoint, expected: Mapping[str, Any]) -> None:
-    """A position means nothing in another order: refuse, naming the field."""
+    """Refuse a checkpoint whose position counts in another order, in which it means nothing; the error names the field."""
     for field in sorted({*expected, *checkpoint.manifest.cursor}):
         was, is_now = checkpoint.manifest.cursor.get(field), expected.get(field)
         if was != is_now:
             raise CheckpointError(
-                f"{checkpoint.key}: its position counts in another order: {field} was {was}, is now {is_now}. "
-                f"Train anew under another config, or restore that field"
+                f"{checkpoint.key} counts its position in another order of samples: {field} was {was}, is now {is_now}. "
+                f"Restore that field, or train from the start under another config"
             )
 
 
 def _verified(root: Store, key: str, file: CheckpointFile, scratch: Path) -> Path:
-    """Where the file lies on this machine, its size and hash being the manifest's."""
+    """Return the file's path on this machine once its size and hash match the manifest's."""
     address = f"{root.uri}/{key}/{file.name}"
     path = root.local_path(f"{key}/{file.name}")
     try:
         if path is None:
             path = scratch / file.name
             root.download(f"{key}/{file.name}", path)
-        size, sha256 = _measure(path)
+        size, sha256 = _size_and_hash(path)
     except (MissingObject, FileNotFoundError) as cause:
         raise CheckpointError(f"{address} is missing") from cause
     if (size, sha256) != (file.bytes, file.sha256):
@@ -291,7 +306,11 @@ def _verified(root: Store, key: str, file: CheckpointFile, scratch: Path) -> Pat
 
 
 def _candidates(root: Store, generation: int, continues: str) -> Iterator[str]:
-    """Keys of committed checkpoints, newest first, along the recorded parents."""
+    """Yield the keys of committed checkpoints, newest first, along the recorded parents.
+
+    Of a parent's checkpoints only those up to the one recorded in the claim count: a superseded driver may have written later
+    ones. Keys of one generation sort by step, so a comparison of strings is enough.
+    """
     limit = ""
     while generation > 0:
         for folder in committed_in(root.at(generation_key(generation))):
@@ -305,12 +324,12 @@ def _candidates(root: Store, generation: int, continues: str) -> Iterator[str]:
 
 
 def committed_in(store: Store) -> Iterator[str]:
-    """Keys of the committed checkpoints in a generation's directory, newest first."""
+    """Yield the keys of the committed checkpoints in a generation's directory, newest first."""
     committed = [info.key for info in store.list(FOLDER) if info.key.endswith(f"/{MANIFEST}")]
     for key in sorted(committed, reverse=True):
         yield key.removesuffix(f"/{MANIFEST}")
 
 
-def _measure(path: Path) -> tuple[int, str]:
+def _size_and_hash(path: Path) -> tuple[int, str]:
     with path.open("rb") as file:
         return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,6 @@
-"""Where training stands: read from a checkpoint, moved by the loop, handed to the saver. Steps are global batches consumed."""
+"""Where a training stands: read from a checkpoint, moved by the loop, handed to the saver.
+
+Units: steps are global batches consumed."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -16,34 +18,43 @@ from pipeline.training.world import World
 
 @dataclass
 class Position:
-    """`digest` and `count` are this rank's part since the checkpoint (rank 0: and what that one held)."""
+    """Everything that a step changes, apart from weights and moments.
+
+    `digest` and `count` cover what this rank has seen since the checkpoint; on rank 0 they start from the checkpoint's own
+    totals, so that the sum over ranks is right.
+    """
 
     global_step: int = 0
     digest: int = 0
     count: int = 0
     substitutions: list[Substitution] = field(default_factory=list)
-    """Of all ranks, on every one."""
+    """Those of all ranks, on every rank."""
     loss: float = math.nan
     grad_norm: float = math.nan
     guard: GuardState = FRESH
     saved_at: int = -1
+    """Step of the newest checkpoint; -1 if nothing has been saved yet."""
     saved_key: str = ""
     history: list[dict[str, float]] = field(default_factory=list)
+    """Logged rows; complete on rank 0, which is the one that writes them."""
 
     def count_in(self, batch: Batch) -> None:
-        """These ids have reached the device."""
+        """Add the ids of a batch that has reached the device."""
         self.digest = (self.digest + ids_digest(batch.epochs.numpy(), batch.sample_ids.numpy())) % 2**64
         self.count += len(batch.sample_ids)
 
 
-def position_at(checkpoint: Checkpoint, *, global_batch: int, world: World) -> Position:
-    """Where a checkpoint stands. Ids that nobody counted are taken for as many as there must have been."""
+def position_of(checkpoint: Checkpoint, *, global_batch: int, world: World) -> Position:
+    """Return the position that a checkpoint was saved at.
+
+    Checkpoints from before ids were counted get the count that their step implies.
+    """
     manifest, history = checkpoint.manifest, checkpoint.history()
-    counted = manifest.global_step * global_batch if manifest.ids_count is None else manifest.ids_count
+    count = manifest.global_step * global_batch if manifest.ids_count is None else manifest.ids_count
     return Position(
         global_step=manifest.global_step,
         digest=manifest.ids_digest if world.is_first else 0,
-        count=counted if world.is_first else 0,
+        count=count if world.is_first else 0,
         substitutions=list(manifest.substitutions),
         loss=history[-1]["loss"] if history else math.nan,
         grad_norm=history[-1]["grad_norm"] if history else math.nan,
@@ -55,15 +66,19 @@ def position_at(checkpoint: Checkpoint, *, global_batch: int, world: World) -> P
 
 
 @contextmanager
-def found(world: World, find: Callable[[], Checkpoint | None]) -> Iterator[Checkpoint | None]:
-    """The checkpoint that rank 0 finds, opened (and verified) on every worker. None: there is none."""
-    with ExitStack() as held:
+def opened_on_all_ranks(world: World, find: Callable[[], Checkpoint | None]) -> Iterator[Checkpoint | None]:
+    """Open on every rank the checkpoint that `find` returns on rank 0; None if it finds none.
+
+    Only rank 0 searches: between two listings of the store a checkpoint may appear or be pruned, and ranks that chose
+    different ones would train on different weights. Each rank then fetches and verifies all files by itself.
+    """
+    with ExitStack() as stack:
         checkpoint = None
-        with world.together():
+        with world.fail_together():
             if world.is_first and (checkpoint := find()):
-                held.enter_context(checkpoint)
-        root_uri, key = world.from_first((checkpoint.root.uri, checkpoint.key) if checkpoint else ("", ""))
-        with world.together():
+                stack.enter_context(checkpoint)
+        root_uri, key = world.broadcast((checkpoint.root.uri, checkpoint.key) if checkpoint else ("", ""))
+        with world.fail_together():
             if key and not world.is_first:
-                checkpoint = held.enter_context(open_checkpoint(open_store(root_uri), key))
+                checkpoint = stack.enter_context(open_checkpoint(open_store(root_uri), key))
         yield checkpoint

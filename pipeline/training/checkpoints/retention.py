@@ -1,7 +1,7 @@
-"""Which checkpoints of a generation are kept: the last n, every k steps, those of the lowest loss, and what anybody names.
+"""Which checkpoints of a generation are kept: the last n, every k steps, those of the lowest loss, and those that are referenced.
 
-Named are the checkpoint that a receipt stands on, what another generation was claimed to continue from, and pins (`pins/*.json` in
-the step's directory, written by who needs a checkpoint from elsewhere: a fork). Units: steps are global batches consumed."""
+References come from the receipt, from claims of later generations (what each continues from), and from pins: `pins/*.json` in
+the step's directory, written when another training needs a checkpoint (a fork). Units: steps are global batches consumed."""
 
 import json
 import logging
@@ -24,14 +24,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Retention:
-    """What is kept beside what is named."""
+    """What is kept besides referenced checkpoints."""
 
     last: int
-    """The newest n."""
+    """Number of the newest ones to keep."""
     every_steps: int | None
-    """Those whose step this divides; None: none for that."""
+    """Keep those whose step this divides; None for no such rule."""
     best: int
-    """The n of the lowest loss."""
+    """Number of those with the lowest loss to keep."""
 
     @classmethod
     def of(cls, resources: Resources) -> "Retention":
@@ -40,25 +40,25 @@ class Retention:
 
 
 class StoredCheckpoint(NamedTuple):
-    """A committed checkpoint, as retention sees it."""
+    """What retention knows of a committed checkpoint."""
 
     key: str
     step: int
     loss: float
-    """NaN: not known, never among the best."""
+    """NaN if it is not known; such a checkpoint is never among the best."""
 
 
-def kept(held: Sequence[StoredCheckpoint], retention: Retention, *, named: Collection[str]) -> set[str]:
-    """Keys of those to keep."""
-    newest = sorted(held, key=lambda one: one.step, reverse=True)[: retention.last]
-    known = [one for one in held if math.isfinite(one.loss)]
+def keys_to_keep(stored: Sequence[StoredCheckpoint], retention: Retention, *, referenced: Collection[str]) -> set[str]:
+    """Return the keys of the checkpoints to keep."""
+    newest = sorted(stored, key=lambda one: one.step, reverse=True)[: retention.last]
+    known = [one for one in stored if math.isfinite(one.loss)]
     best = sorted(known, key=lambda one: (one.loss, -one.step))[: retention.best]
-    regular = [one for one in held if retention.every_steps and one.step % retention.every_steps == 0]
-    return {one.key for one in (*newest, *best, *regular)} | {one.key for one in held if one.key in named}
+    regular = [one for one in stored if retention.every_steps and one.step % retention.every_steps == 0]
+    return {one.key for one in (*newest, *best, *regular)} | {one.key for one in stored if one.key in referenced}
 
 
-def named_checkpoints(root: Store, *, above: int = 0) -> Iterator[str]:
-    """Keys, in a step's directory, that its receipt, claims of generations above a number, or pins name."""
+def referenced_checkpoints(root: Store, *, above: int = 0) -> Iterator[str]:
+    """Yield the keys that are referenced in a step's directory: by its receipt, by claims of generations above `above`, by pins."""
     receipt = read_receipt(root)
     if receipt:
         yield str(receipt.made.get("notes", {}).get("checkpoint", ""))
@@ -70,19 +70,20 @@ def named_checkpoints(root: Store, *, above: int = 0) -> Iterator[str]:
 
 
 class Pruner:
-    """Removes what need not be kept of one generation. What cannot be removed now is tried again after the next checkpoint."""
+    """Removes the checkpoints of one generation that need not be kept; what cannot be removed is tried again at the next save."""
 
     def __init__(self, root: Store, generation: int, retention: Retention) -> None:
         self.root, self.generation, self.retention = root, generation, retention
-        self._losses: dict[str, float] = {}  # a manifest is read once
+        self._losses: dict[str, float] = {}  # each manifest is read only once
 
     def prune(self) -> None:
-        """Each one's manifest goes first: what is half removed does not exist."""
+        """Remove what need not be kept; a failure is only a warning, because an old checkpoint too many does no harm."""
         try:
-            held = [StoredCheckpoint(key, step_of(key), self._loss(key)) for key in self._keys()]
-            stay = kept(held, self.retention, named=set(named_checkpoints(self.root, above=self.generation)))
-            for one in held:
-                if one.key not in stay:
+            stored = [StoredCheckpoint(key, step_of(key), self._loss(key)) for key in self._keys()]
+            referenced = set(referenced_checkpoints(self.root, above=self.generation))
+            keep = keys_to_keep(stored, self.retention, referenced=referenced)
+            for one in stored:
+                if one.key not in keep:
                     remove(self.root, one.key)
         except PipelineError as error:
             log.warning("old checkpoints stay for now: %s", error)
@@ -102,13 +103,13 @@ class Pruner:
 def _loss_of(root: Store, key: str) -> float:
     try:
         loss = read_manifest(root, key).loss
-    except CheckpointError:  # a damaged one is of no use as the best
+    except CheckpointError:  # a damaged checkpoint is no use as the best one
         return math.nan
     return math.nan if loss is None else loss
 
 
 def remove(root: Store, key: str) -> None:
-    """Removes a checkpoint."""
+    """Remove a checkpoint, its manifest first: a checkpoint that is half removed then does not exist."""
     root.delete(f"{key}/{MANIFEST}")
     for info in list(root.list(f"{key}/")):
         root.delete(info.key)

@@ -1,10 +1,11 @@
-"""Saves beside training: at a save step the loop waits for a memory copy; writing, hashing and committing happen meanwhile.
+"""Save checkpoints while training goes on: the loop waits for a copy of the state, and a thread writes, hashes and commits it.
 
-All workers call `save`, `advance` (at every step boundary) and `finish` at the same points. A worker's one thread writes its
-part; that it has, or failed, is agreed at a later boundary without anybody waiting, and then the first worker's thread writes
-the history and, last, the manifest. A worker that died in between leaves no manifest: that checkpoint does not exist.
-The next save waits for the one before; `finish` waits for the commit. It holds one copy of the rank's float32 state, in `room`.
-Errors: what went wrong in a thread is raised at the next boundary, on all workers; the storage layer has tried again by then."""
+All workers call `save`, `advance` (at every step boundary) and `finish` at the same points. Each worker has one thread, which
+writes its part. Whether all parts are written, or one failed, is agreed at a later boundary without anyone waiting. Then
+rank 0's thread writes the history and, last, the manifest. If a worker dies in between, no manifest is written and that
+checkpoint does not exist. The next save waits for the previous one; `finish` waits for the commit.
+Memory: one copy of the rank's float32 state, wherever `allocate` puts it.
+Errors: what went wrong in a thread is raised on all workers at the next boundary. The storage layer has retried by then."""
 
 import hashlib
 import logging
@@ -17,31 +18,38 @@ from dataclasses import dataclass, replace
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.graph.step import Attempt, generation_key
 from pipeline.storage import Store
-from pipeline.training.checkpoints.format import CheckpointFile, CheckpointManifest, commit, folder_of, write_history
-from pipeline.training.checkpoints.host_copy import HostCopy, Room, in_memory
+from pipeline.training.checkpoints.format import (
+    CheckpointFile,
+    CheckpointManifest,
+    checkpoint_folder,
+    commit,
+    write_history,
+)
+from pipeline.training.checkpoints.host_copy import Allocator, HostCopy, in_memory
 from pipeline.training.checkpoints.retention import Pruner, Retention
 from pipeline.training.engine.deepspeed_engine import Fragment
 from pipeline.training.world import ELSEWHERE, World
 
 LOSS_ROWS = 10
-"""Logged rows whose mean loss a checkpoint is compared by: one batch alone is noise."""
+"""Logged rows whose mean loss ranks a checkpoint: a single batch is too noisy."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _PendingSave:
-    """A save that is not committed yet; `work`: what this worker's thread does for it."""
+    """A save that is not committed yet."""
 
     folder: str
     manifest: CheckpointManifest
     history: Sequence[Mapping[str, float]]
-    work: "Future[CheckpointFile | None]"
+    future: "Future[CheckpointFile | None]"
+    """What this worker's thread does for it now: writing its part, then, on rank 0, committing."""
     committing: bool = False
 
 
 class Saver:
-    """Saves what `fragments` gives, in the generation that is at work."""
+    """Saves what `fragments` returns, in the attempt's generation."""
 
     def __init__(
         self,
@@ -49,78 +57,88 @@ class Saver:
         world: World,
         attempt: Attempt,
         retention: Retention,
-        room: Room = in_memory,
+        allocate: Allocator = in_memory,
     ) -> None:
         self.fragments, self.world, self.generation = fragments, world, attempt.generation
         self.store = attempt.store
         self._pruner = Pruner(attempt.root, attempt.generation, retention)
-        with world.together():
-            self._copy = HostCopy(fragments(), room)
+        with world.fail_together():
+            self._copy = HostCopy(fragments(), allocate)
+        # One thread: the part must be written before the commit, and there is one copy to write from.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._under_way: _PendingSave | None = None
+        self._pending: _PendingSave | None = None
 
     @property
     def busy(self) -> bool:
-        """Whether a save is under way, as all workers know it."""
-        return self._under_way is not None
+        """Whether a save is pending; the same on all workers, because they agree on it."""
+        return self._pending is not None
 
     def save(self, manifest: CheckpointManifest, history: Sequence[Mapping[str, float]]) -> str:
-        """Copies the state and begins to write it; returns the key that it will have. In `manifest`, ids are this worker's part."""
-        self.finish()
+        """Copy the state and start to write it; return the key that the checkpoint will have.
+
+        The ids in `manifest` are this worker's part; they are summed over workers before the commit.
+        """
+        self.finish()  # there is one copy, and the previous save still reads from it
         self._copy.take(self.fragments())
-        folder = folder_of(manifest.global_step)
-        work: Future[CheckpointFile | None] = self._pool.submit(write_part, self.store, folder, self._copy, self.world)
-        self._under_way = _PendingSave(folder, manifest, tuple(history), work)
+        folder = checkpoint_folder(manifest.global_step)
+        future: Future[CheckpointFile | None] = self._pool.submit(
+            write_part, self.store, folder, self._copy, self.world
+        )
+        # The loop goes on appending rows while the thread runs: the tuple is the history as of now.
+        self._pending = _PendingSave(folder, manifest, tuple(history), future)
         return f"{generation_key(self.generation)}/{folder}"
 
     def advance(self) -> None:
-        """Takes the save under way further, if all workers are so far; waits for nothing."""
-        if self._under_way:
-            self._agree(self._under_way)
+        """Take the pending save one stage further if all workers are ready for it. Collective, but waits for no thread."""
+        if self._pending:
+            self._agree(self._pending)
 
     def finish(self) -> None:
-        """Waits until the save under way is committed."""
-        while self._under_way:
-            wait([self._under_way.work])
-            self._agree(self._under_way)
+        """Wait until the pending save is committed. Collective."""
+        while self._pending:
+            wait([self._pending.future])
+            self._agree(self._pending)
 
     def close(self) -> None:
-        """Gives the threads up."""
+        """Give up the threads without waiting: when a worker is lost, what they still do no longer matters."""
         self._pool.shutdown(wait=False)
         self._copy.close()
 
     def _agree(self, save: _PendingSave) -> None:
-        """What all threads are done with is taken further; what one failed at is raised on all."""
-        done = save.work.done()
-        error = save.work.exception() if done else None
+        """Start the next stage if every worker's thread is done; raise on all workers if one failed."""
+        done = save.future.done()
+        error = save.future.exception() if done else None
         ready, failed = self.world.total([done, error is not None])
         if failed:
-            self._under_way = None
+            self._pending = None
             raise error or PipelineError(ELSEWHERE)
         if ready == self.world.size:
-            self._under_way = None if save.committing else self._gathered(save)
+            self._pending = None if save.committing else self._start_commit(save)
 
-    def _gathered(self, save: _PendingSave) -> _PendingSave:
-        """Every part lies in the store: the first worker commits."""
-        mine = (save.work.result(), save.manifest.ids_digest, save.manifest.ids_count)
-        files, digests, counts = zip(*self.world.all_of(mine), strict=True)
+    def _start_commit(self, save: _PendingSave) -> _PendingSave:
+        """Gather what the manifest needs once every part lies in the store; rank 0 commits. Collective."""
+        own = (save.future.result(), save.manifest.ids_digest, save.manifest.ids_count)
+        files, digests, counts = zip(*self.world.all_gather(own), strict=True)
         manifest = replace(save.manifest, files=files, ids_digest=sum(digests) % 2**64, ids_count=sum(counts))
-        work: Future[CheckpointFile | None] = Future()
+        future: Future[CheckpointFile | None] = Future()
         if self.world.is_first:
-            work = self._pool.submit(self._commit, save.folder, manifest, save.history)
+            future = self._pool.submit(self._commit, save.folder, manifest, save.history)
         else:
-            work.set_result(None)
-        return replace(save, work=work, committing=True)
+            future.set_result(None)
+        return replace(save, future=future, committing=True)
 
     def _commit(self, folder: str, manifest: CheckpointManifest, history: Sequence[Mapping[str, float]]) -> None:
         rows = write_history(self.store, folder, history)
         commit(self.store, folder, replace(manifest, files=(*manifest.files, rows), loss=mean_loss(history)))
-        self._pruner.prune()
+        self._pruner.prune()  # only now: the new checkpoint may replace an old one
 
 
 @contextmanager
 def saving(saver: Saver) -> Iterator[Saver]:
-    """While training goes on. When it ends in an error that all workers raise, what was being saved is still committed."""
+    """Use a saver while training goes on, and complete the pending save even if training ends in an error.
+
+    That takes all workers, so it is done for the errors that all of them raise; after any other error the save is dropped.
+    """
     try:
         yield saver
         saver.finish()
@@ -135,14 +153,14 @@ def saving(saver: Saver) -> Iterator[Saver]:
 
 
 def write_part(store: Store, folder: str, copy: HostCopy, world: World) -> CheckpointFile:
-    """One worker's file; its name, size and hash for the manifest."""
+    """Write one worker's file; return its name, size and hash for the manifest."""
     name = f"rank-{world.rank:04d}-of-{world.size:04d}.safetensors"
     store.write(f"{folder}/{name}", copy.file)
     return CheckpointFile(name, copy.file.nbytes, hashlib.sha256(copy.file).hexdigest())
 
 
 def mean_loss(history: Sequence[Mapping[str, float]]) -> float | None:
-    """Of the last logged rows; None: there are none yet."""
+    """Return the mean loss of the last logged rows, or None if there are none or it is not finite."""
     losses = [row["loss"] for row in history[-LOSS_ROWS:]]
     mean = sum(losses) / len(losses) if losses else math.nan
     return mean if math.isfinite(mean) else None

@@ -1,1 +1,1 @@
-"""The optimiser of all workers together: DeepSpeed ZeRO behind a small interface."""
+"""The engine: training steps over all workers, with DeepSpeed ZeRO behind a small interface."""

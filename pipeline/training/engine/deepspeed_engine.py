@@ -1,12 +1,17 @@
-"""The optimiser of all workers together: DeepSpeed ZeRO 1-3 behind a small face. The one importer of deepspeed.
+"""Training steps over all workers: DeepSpeed ZeRO 1-3 behind a small interface. The only importer of deepspeed.
 
-The global mean is exact at every world size, slices even or not: a worker's loss is its local sum of per-sample losses times
-W/B, and DeepSpeed averages over the W workers. torch's fused AdamW makes the step, on the GPU or, offloaded, on the CPU:
-faster than the unfused one (benchmarks.train_step), and no CPU operator of DeepSpeed's to compile.
+The global mean loss is exact at every world size, whether the global batch divides evenly or not: a worker's loss is its
+local sum of per-sample losses times W/B, and DeepSpeed averages over the W workers (B is the global batch). torch's fused
+AdamW takes the step, on the GPU or, offloaded, on the CPU. It is faster than the unfused one (`benchmarks.train_step`), and
+unlike DeepSpeed's CPU optimiser it needs no operator to be compiled.
 
-State goes in and out as fragments (parameter, kind, start, values): float32 weights and Adam moments that this rank holds,
-read without collectives, so that any world size and ZeRO stage can read what any other wrote.
-Errors: ConfigError when DeepSpeed's effective settings are not the ones asked for (engine_settings)."""
+State goes in and out as fragments (parameter, kind, start, values): the float32 weights and Adam moments that this rank
+holds. They are read without collectives, and any world size and ZeRO stage can read what any other wrote.
+
+Some of this reads private attributes of DeepSpeed. Its public accessors gather whole parameters (or exist for ZeRO-3 only),
+and its own checkpoints are bound to one layout. The attributes are those of DeepSpeed 0.19, to which pyproject.toml is pinned;
+tests/pipeline/training/engine compares every stage with plain torch and notices when one of them changes its meaning.
+Errors: ConfigError when DeepSpeed's effective settings are not the ones asked for (`engine/settings.py`)."""
 
 import logging
 import math
@@ -29,11 +34,11 @@ from pipeline.training.world import World
 Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
 KINDS: tuple[Kind, ...] = ("weight", "exp_avg", "exp_avg_sq")
 Lookup = Callable[[str, Kind, int, int], Tensor]
-"""(parameter, kind, start, count) -> float32 [count], from a checkpoint."""
+"""(parameter, kind, start, count) -> float32 [count], usually read from a checkpoint."""
 
 
 class Fragment(NamedTuple):
-    """A run of one flattened parameter that this rank holds, in float32."""
+    """A contiguous range of one flattened parameter that this rank holds, float32 [count]."""
 
     parameter: str
     kind: Kind
@@ -42,14 +47,14 @@ class Fragment(NamedTuple):
 
 
 class MicroBatch(NamedTuple):
-    """Inputs of one forward pass; `weights` [b] is 1.0 for a sample and 0.0 for padding."""
+    """Inputs of one forward pass of b samples; `weights` [b] is 1.0 for a sample and 0.0 for padding."""
 
     inputs: tuple[Tensor, ...]
     weights: Tensor
 
 
 class Engine:
-    """Trains `module`, whose forward gives per-sample losses [b], as one of the workers of `world`."""
+    """Trains `module`, whose forward returns per-sample losses [b], as one of the workers of `world`."""
 
     def __init__(
         self, module: nn.Module, groups: Sequence[ParameterGroup], settings: EngineSettings, world: World
@@ -59,8 +64,8 @@ class Engine:
             _recompute_blocks(module)
         self.settings, self.world = settings, world
         self.phase: Callable[[Literal["forward", "backward"]], AbstractContextManager[None]] = lambda _: nullcontext()
-        """Told what begins; whoever watches puts himself here."""
-        # lr=0: a step that DeepSpeed took of its own accord would not move a weight; rates are set at every step.
+        """Entered around each pass; the loop sets it to the watchdog's phase."""
+        # lr=0: a step that DeepSpeed took of its own accord would not move a weight. `apply` sets the rates at every step.
         parameter_groups = [
             {"params": list(group["params"]), "weight_decay": group["weight_decay"], "lr": 0.0} for group in groups
         ]
@@ -70,32 +75,35 @@ class Engine:
             model=module.to(world.device), optimizer=optimizer, config=deepspeed_config(settings)
         )
         check_effective(self._engine, settings, world)
-        self._prime()
+        self._create_adam_state()
 
     @property
     def module(self) -> nn.Module:
-        """The live module (its weights are in the compute precision; under ZeRO-3 they are gathered as it runs)."""
+        """Return the live module. Its weights are in the compute precision; under ZeRO-3 they are gathered as it runs."""
         module: nn.Module = self._engine.module
         return module
 
     @property
     def learning_rates(self) -> list[float]:
-        """The live optimiser's rates, group by group."""
+        """Return the live optimiser's rates, one per parameter group."""
         return [float(group["lr"]) for group in self._zero.param_groups]
 
     @property
     def optimizer_steps(self) -> int:
-        """Steps that the optimiser applied; it skips one whose gradients overflowed."""
+        """Return how many steps the optimiser has applied; DeepSpeed skips one whose gradients overflowed."""
         state = next(iter(self._zero.optimizer.state.values()))
         return int(state["step"])
 
     def train_step(self, micro_batches: Sequence[MicroBatch], *, global_batch: int, lr: float) -> tuple[float, float]:
-        """One optimiser step over this rank's micro-batches; returns (local sum of losses, global gradient norm)."""
+        """Take one optimiser step over this rank's micro-batches; return (local sum of losses, global gradient norm)."""
         local_sum = self.accumulate(micro_batches, global_batch=global_batch)
         return local_sum, self.apply(lr)
 
     def accumulate(self, micro_batches: Sequence[MicroBatch], *, global_batch: int) -> float:
-        """Gradients of the global mean loss, reduced over all workers; returns the local sum of losses. Moves no weight."""
+        """Compute the gradients of the global mean loss, reduced over all workers; return the local sum of losses.
+
+        Moves no weight. Collective: every rank runs the same number of passes, padding included.
+        """
         if len(micro_batches) != self.settings.accumulation:
             raise ConfigError(
                 f"{len(micro_batches)} micro-batches given, the engine accumulates {self.settings.accumulation}"
@@ -106,14 +114,16 @@ class Engine:
                 per_sample = self._engine(*inputs)
                 local_sum = (per_sample * weights.to(per_sample.device)).sum()
             with self.phase("backward"):
+                # scale_wrt_gas: DeepSpeed would divide by the number of micro-batches, which global_batch already covers.
                 self._engine.backward(local_sum * (self.world.size / global_batch), scale_wrt_gas=False)
             if index < len(micro_batches):
-                self._engine.step()  # counts the micro-batch; the last one's is the optimiser's
+                # Only counts the micro-batch. After the last one `step` would move the weights, which `apply` does.
+                self._engine.step()
             loss_sum += local_sum.detach().double().cpu()
         return float(loss_sum)
 
     def apply(self, lr: float) -> float:
-        """Moves the weights by what `accumulate` gathered, each group at `lr` times its scale; returns the gradient norm."""
+        """Move the weights by the accumulated gradients, each group at `lr` times its scale; return the global gradient norm."""
         for group, scale in zip(self._zero.param_groups, self._scales, strict=True):
             group["lr"] = lr * scale
         self._engine.step()
@@ -121,14 +131,17 @@ class Engine:
         return float(norm) if norm is not None else float("nan")
 
     def losses(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """Per-sample losses [b] of this rank's samples, in their order, without gradients. Collective under ZeRO-3."""
+        """Return the losses [b] of this rank's samples, in their order, without gradients. Collective under ZeRO-3."""
         with torch.no_grad():
             parts = [(self._engine.module(*inputs).cpu(), weights.cpu() > 0) for inputs, weights in micro_batches]
         return torch.cat([per_sample[real] for per_sample, real in parts])
 
     def squared_grad_norm(self) -> float:
-        """This rank's part of the squared norm of what `accumulate` gathered; all ranks' parts add up. NaN or infinite when one
-        gradient is. Known before anything moves, at every stage and precision: DeepSpeed's own checks differ by both."""
+        """Return this rank's part of the squared norm of the accumulated gradients; the parts of all ranks add up.
+
+        NaN or infinite if any gradient is. It is known before anything moves, at every stage and precision, whereas
+        DeepSpeed's own checks differ by both.
+        """
         if self.settings.offload == "optimizer":
             norms = list(self._norms.values())
         else:
@@ -136,95 +149,120 @@ class Engine:
         return float(torch.stack(norms).double().square().sum()) if norms else 0.0
 
     def discard(self) -> None:
-        """Drops what `accumulate` gathered and moves nothing, by DeepSpeed's own way out of an overflow: it clears all it holds."""
-        for held in self._norms.values() if self.settings.offload == "optimizer" else self._gradients():
-            held.fill_(math.inf)
+        """Drop the accumulated gradients and move nothing.
+
+        DeepSpeed has no call for this. The gradients are overwritten with infinity, so that its own overflow check skips the
+        step and clears every buffer that it holds, in whatever stage.
+        """
+        for tensor in self._norms.values() if self.settings.offload == "optimizer" else self._gradients():
+            tensor.fill_(math.inf)
         self._engine.step()
         if self._engine.was_step_applied():
-            raise ConfigError("DeepSpeed applied gradients that are not finite: its check of overflows has moved")
+            raise ConfigError(
+                "DeepSpeed applied gradients that are not finite: its overflow check has changed. Install the version "
+                "in constraints.txt"
+            )
 
     def _gradients(self) -> Iterator[Tensor]:
-        """The reduced gradients that this rank holds, before the optimiser has taken them."""
+        """Yield the reduced gradients that this rank holds, before the optimiser has taken them."""
+        # The same attribute at every stage: a list of tensors per parameter group, or None before the first backward pass.
         for parts in self._zero.averaged_gradients.values():
             yield from parts or ()
 
     @property
     def _norms(self) -> dict[int, Tensor]:
-        """Norms of this rank's parts of the gradients where the optimiser is on the CPU: DeepSpeed takes them as it copies."""
+        """Return the gradient norms of this rank's part of each parameter, for an optimiser on the CPU.
+
+        There DeepSpeed copies gradients to the CPU as they are reduced and keeps no `averaged_gradients`. It takes these norms
+        on the way, and skips the step if their total is not finite.
+        """
         norms: dict[int, Tensor] = self._zero.norm_for_param_grads
         return norms
 
     def close(self) -> None:
-        """Lets go of module and optimiser state, which DeepSpeed's hooks would keep for as long as the process lives.
+        """Release module and optimiser state, which DeepSpeed's hooks would otherwise keep alive as long as the process.
 
-        ZeRO-3 keeps them even so; in a process of its own, as Ray Train gives it, that is no matter.
+        ZeRO-3 keeps them even so, which does not matter in a process of its own, as Ray Train starts one.
         """
         self._engine.destroy()
 
     def shapes(self) -> dict[str, list[int]]:
-        """Full shape of every trained parameter."""
+        """Return the full shape of every trained parameter."""
+        # ZeRO-3 leaves an empty placeholder in the module and keeps the full shape in `ds_shape`.
         parameters = self._engine.module.named_parameters()
         return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in parameters if p.requires_grad}
 
     def fragments(self) -> Iterator[Fragment]:
-        """Everything of the trained state that this rank holds."""
+        """Yield all the trained state that this rank holds, without communication."""
         for name, parameter in self._engine.module.named_parameters():
             if not parameter.requires_grad:
                 continue
             for kind in KINDS:
-                held = self._held(parameter, kind)
-                if held is not None:
-                    start, values = held
+                local = self._local_values(parameter, kind)
+                if local is not None:
+                    start, values = local
                     yield Fragment(name, kind, start, values)
 
     def load(self, lookup: Lookup, *, optimizer_steps: int) -> None:
-        """Replaces weights and moments by a checkpoint's. The module must have been built with the same weights already,
-        or `spread` must follow: DeepSpeed keeps a copy in the compute precision that this does not touch."""
+        """Replace the float32 weights and moments that this rank holds by those of a checkpoint.
+
+        The module must have been built with the same weights already, or `sync_module_weights` must follow: DeepSpeed keeps a
+        copy in the compute precision that this does not touch.
+        """
         for name, parameter in self._engine.module.named_parameters():
             if not parameter.requires_grad:
                 continue
             for kind in KINDS:
-                held = self._held(parameter, kind)
-                if held is not None:
-                    start, values = held
-                    self._put(parameter, kind, lookup(name, kind, start, values.numel()))
+                local = self._local_values(parameter, kind)
+                if local is not None:
+                    start, values = local
+                    self._set_local_values(parameter, kind, lookup(name, kind, start, values.numel()))
         for state in self._zero.optimizer.state.values():
             state["step"].fill_(optimizer_steps)
 
-    def spread(self) -> None:
-        """After `load` into a module that holds other weights: each rank's part, in the compute precision, to all. Collective."""
+    def sync_module_weights(self) -> None:
+        """Copy the float32 weights into the module, in its compute precision. Collective.
+
+        Needed after `load` into an engine whose module holds other weights.
+        """
         if self.settings.zero_stage < 3:
-            self._zero.update_lp_params()
+            self._zero.update_lp_params()  # each rank's part is cast, then gathered by all
             return
+        # What ZeRO-3's own step does last. The module's partitions are refreshed; the next forward pass gathers them.
         for group in range(len(self._zero.fp16_groups)):
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
 
-    def _held(self, parameter: Any, kind: Kind) -> tuple[int, Tensor] | None:
-        """(start, values) of what this rank holds of a parameter; None: nothing."""
+    def _local_values(self, parameter: Any, kind: Kind) -> tuple[int, Tensor] | None:
+        """Return (start, values) of what this rank holds of a parameter, or None if it holds nothing of it."""
         state_key = None if kind == "weight" else kind
         if self.settings.zero_stage < 3:
+            # ZeRO 1 and 2 link each parameter of the module to its range in this rank's float32 partition ("hp": high
+            # precision). DeepSpeed's own `safe_get_full_*` helpers start here too, but gather the whole parameter.
             mapping = parameter._hp_mapping
             if mapping is None:
                 return None
             values = mapping.get_hp_fragment(optim_state_key=state_key)
             return int(mapping.lp_fragment_address.start), values.detach().reshape(-1)
+        # ZeRO-3 cuts every parameter into W equal parts and pads the last ones.
         padded = parameter._z3_optimizer.get_local_fp32_param(parameter, state_key).reshape(-1)
         start = self.world.rank * padded.numel()
         count = min(padded.numel(), int(parameter.ds_numel) - start)
         return (start, padded[:count].detach()) if count > 0 else None
 
-    def _put(self, parameter: Any, kind: Kind, values: Tensor) -> None:
+    def _set_local_values(self, parameter: Any, kind: Kind, values: Tensor) -> None:
         state_key = None if kind == "weight" else kind
         if self.settings.zero_stage < 3:
             target = parameter._hp_mapping.get_hp_fragment(optim_state_key=state_key)
             target.data.copy_(values.to(target.device))
             return
+        # The setter takes a whole part: the padding keeps what it holds.
         padded = parameter._z3_optimizer.get_local_fp32_param(parameter, state_key).reshape(-1).clone()
         padded[: values.numel()] = values.to(padded.device)
         parameter._z3_optimizer.set_local_hp_param(padded, parameter, state_key)
 
-    def _prime(self) -> None:
-        """Gives Adam its (zero) state now: it makes it at the first step, too late to be loaded or saved."""
+    def _create_adam_state(self) -> None:
+        """Create Adam's state, all zeros, now: AdamW does so at its first step, which is too late to load or save it."""
+        # ZeRO hands AdamW flat float32 buffers in place of the parameters; which attribute lists them depends on the stage.
         sharded = self.settings.zero_stage == 3
         flats = self._zero.fp32_partitioned_groups_flat if sharded else self._zero.single_partition_of_fp32_groups
         for flat in flats:
@@ -233,22 +271,26 @@ class Engine:
                 "exp_avg": torch.zeros_like(flat),
                 "exp_avg_sq": torch.zeros_like(flat),
             }
-        if not sharded:
+        if (
+            not sharded
+        ):  # ZeRO-3 looks the state up each time; ZeRO 1 and 2 link it to the parameters once, in their first step
             self._zero._lazy_init_hp_params_optimizer_state()
 
 
 def _recompute_blocks(module: nn.Module) -> None:
-    """Has every Transformer block computed again in the backward pass. From outside: the model's code and names stay as they are.
+    """Make every Transformer block recompute its activations in the backward pass.
 
-    No generator is drawn from inside a block (drop path's noise is an argument), so there is no random state to keep."""
+    The method is replaced on the instances, so the model's code and its parameter names stay as they are. A block draws no
+    random numbers (drop path's noise is an argument), so there is no generator state to preserve.
+    """
     for part in module.modules():
         if isinstance(part, Block):
-            again = partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)
-            part.forward = again  # type: ignore[method-assign]
+            recomputing = partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)
+            part.forward = recomputing  # type: ignore[method-assign]
 
 
 def initial_state(module: nn.Module) -> Lookup:
-    """What `load` takes to begin anew: the module's weights, and moments of zero."""
+    """Return a lookup for `load` that starts training again: the module's weights, and moments of zero."""
     weights = dict(module.named_parameters())
 
     def lookup(parameter: str, kind: Kind, start: int, count: int) -> Tensor:
@@ -260,14 +302,13 @@ def initial_state(module: nn.Module) -> Lookup:
 
 
 def _deepspeed() -> Any:
-    """DeepSpeed, told which accelerator there is, and to compile nothing."""
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on a launcher's word, also where there is none
+    """Import DeepSpeed, told which accelerator there is, and to compile nothing. Here, because the import takes seconds."""
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on a launcher's variable even without a launcher
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
 
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # after the import, which sets its own level
     # On a CPU the first process would compile a shared-memory all-reduce, for a minute and with a C++ compiler, while its peers
     # wait. Only tensor-parallel inference calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,4 +1,4 @@
-"""A worker's slice of the global batch, cut into the micro-batches that its engine takes."""
+"""Cuts a worker's part of the global batch into the micro-batches that its engine takes."""
 
 import torch
 from torch import Tensor
@@ -8,15 +8,20 @@ from pipeline.training.engine.settings import EngineSettings
 
 
 def split(inputs: tuple[Tensor, ...], settings: EngineSettings, device: torch.device) -> list[MicroBatch]:
-    """A worker's slice as exactly `accumulation` micro-batches; where samples run out, the first one stands in with weight 0."""
-    held = len(inputs[0])
+    """Return a worker's samples as exactly `accumulation` micro-batches on the device.
+
+    Every worker must run the same number of forward passes, because gradients are reduced collectively. Where samples run out,
+    the first sample is repeated with weight 0; a worker without any sample gets zeros.
+    """
+    count = len(inputs[0])
     indices = torch.arange(settings.micro_batch * settings.accumulation)
-    weights = (indices < held).float()
-    indices = torch.where(indices < held, indices, 0)
-    if held == 0:
+    weights = (indices < count).float()
+    indices = torch.where(indices < count, indices, 0)
+    if count == 0:
         inputs = tuple(torch.zeros(1, *tensor.shape[1:], dtype=tensor.dtype) for tensor in inputs)
     micro_batches = []
     for low in range(0, len(indices), settings.micro_batch):
+        # A last micro-batch that is only partly filled is cut short: one padding sample is enough for an empty one.
         filled = int(weights[low : low + settings.micro_batch].sum())
         part = slice(low, low + max(1, filled))
         chosen = indices[part]

@@ -1,7 +1,7 @@
-"""What the engine is told, what it tells DeepSpeed, and whether DeepSpeed does it.
+"""The engine's settings, the DeepSpeed configuration made from them, and the check that DeepSpeed follows it.
 
-Every DeepSpeed key that results depend on is written out, since defaults move (clipping went from none to 1.0 in 2026), and at
-start each is read back, from the live optimiser where that can be, and compared.
+Every DeepSpeed key that results depend on is written out, because defaults change (clipping went from none to 1.0 in 2026).
+At the start each one is read back, from the live optimiser if possible, and compared.
 Errors: ConfigError when a setting in force is not the one asked for."""
 
 from collections.abc import Iterator
@@ -16,33 +16,33 @@ from pipeline.training.world import World
 
 EPS = 1e-8
 REDUCE_BUCKET_ELEMENTS = 50_000_000
-"""Gradients that are reduced together. DeepSpeed's 5e8 is a buffer of 1 GiB, and more than most models: nothing would be cut up
-before the end of the backward pass."""
+"""Gradients that are reduced together. DeepSpeed's default of 5e8 is a buffer of 1 GiB and larger than most models, so nothing
+would be partitioned before the end of the backward pass."""
 LIVE_ELEMENTS = 100_000_000
-"""Weights that ZeRO-3 keeps whole at once. DeepSpeed's 1e9 is more than ViT-H: all of them, always."""
+"""Weights that ZeRO-3 keeps gathered at once. DeepSpeed's default of 1e9 exceeds ViT-H: it would keep all of them, always."""
 PREFETCH_ELEMENTS = 50_000_000
 """Weights that ZeRO-3 gathers ahead of need."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """What the engine needs beside the model."""
+    """What the engine needs besides the model."""
 
     precision: Literal["bf16", "fp32"]
     zero_stage: ZeroStage
     micro_batch: int
     accumulation: int
-    """Micro-steps of one optimiser step, equal on all ranks."""
+    """Micro-batches per optimiser step, the same on all ranks."""
     betas: tuple[float, float]
     max_grad_norm: float | None = None
-    """Gradients whose norm over all parameters is larger are scaled down to it; None: never."""
+    """Gradients whose norm over all parameters exceeds this are scaled down to it; None for no clipping."""
     offload: Offload = "none"
     activation_checkpointing: bool = False
-    """Blocks keep their input alone and are computed again in the backward pass."""
+    """Blocks keep only their input and are recomputed in the backward pass."""
 
 
 def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
-    """DeepSpeed's configuration, every key that results depend on written out."""
+    """Return DeepSpeed's configuration, with every key that results depend on written out."""
     offload = {"offload_optimizer": {"device": "cpu", "pin_memory": True}} if settings.offload == "optimizer" else {}
     return {
         "train_micro_batch_size_per_gpu": settings.micro_batch,
@@ -53,7 +53,7 @@ def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
         "communication_data_type": settings.precision,
         "data_types": {"grad_accum_dtype": settings.precision},
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps on the CPU too
+        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW runs on the CPU too
         "zero_optimization": {
             "stage": settings.zero_stage,
             "contiguous_gradients": True,
@@ -75,14 +75,17 @@ def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
 
 
 def check_effective(engine: Any, settings: EngineSettings, world: World) -> None:
-    """ConfigError when a DeepSpeed engine runs with something else than was asked for."""
+    """Compare what a DeepSpeed engine runs with and what was asked for. Errors: ConfigError names the first difference."""
     for key, in_force, asked in _in_force_and_asked(engine, settings, world):
         if in_force != asked:
-            raise ConfigError(f"DeepSpeed runs with {key} = {in_force}, {asked} was asked for: its defaults have moved")
+            raise ConfigError(
+                f"DeepSpeed runs with {key} = {in_force}, {asked} was asked for: its defaults have changed. Install the version "
+                "in constraints.txt"
+            )
 
 
 def _in_force_and_asked(engine: Any, settings: EngineSettings, world: World) -> Iterator[tuple[str, object, object]]:
-    """(key, in force, asked for). The live optimiser comes last: which class it is follows from what comes first."""
+    """Yield (key, in force, asked for). The live optimiser comes last: which attributes it has follows from the rest."""
     config, zero = engine._config, engine._config.zero_config
     clipping = settings.max_grad_norm or 0.0
     dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32

@@ -1,11 +1,12 @@
-"""Classes of failure, and whether a training step is tried again: decided here, from what the workers raised.
+"""Classes of failure, and whether a training step is tried again, decided from what the workers raised.
 
-    preempted       the node was taken away, with or without notice          again, up to max_preemptions in a row
-    infrastructure  a process, node or connection was lost                   again, up to max_failures in a row
-    memory          a GPU is too small for the micro-batch                   not again
-    user            the code raised what is no accident (KeyError, ...)      not again
-    numeric, data   a PipelineError that the loop raised on all workers      not again; they never come here
-In a row: without a new committed checkpoint in between. A run that goes forward is never given up."""
+    preempted       the node was taken away, with or without notice          retried, up to max_preemptions in a row
+    infrastructure  a process, node or connection was lost                   retried, up to max_failures in a row
+    memory          a GPU is too small for the micro-batch                   not retried
+    user            the code raised a programming error (KeyError, ...)      not retried
+    numeric, data   a PipelineError that the loop raised on all workers      not retried; these never come here
+
+"In a row" means without a new committed checkpoint in between, so a run that makes progress is never given up."""
 
 from collections.abc import Iterable
 from typing import Literal
@@ -19,11 +20,11 @@ FAULTS = (
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, NotImplementedError),
     *(SyntaxError, TypeError, ValueError),
 )
-"""What the same code does again. gloo and NCCL say RuntimeError when a peer is gone, so that one is no fault."""
+"""What the same code would raise again. RuntimeError is missing: gloo and NCCL raise it when a peer is gone."""
 
 
 def classify(errors: Iterable[BaseException]) -> FailureClass:
-    """The class of a group's failure, from the errors of its workers: those that met it, and those whose peers were gone."""
+    """Return the class of a group's failure from the errors of its workers, most of which only lost their peers."""
     causes = [getattr(error, "health_check_failure", error) for error in errors]
     if any(getattr(cause, "preempted", False) for cause in causes):
         return "preempted"
@@ -34,21 +35,21 @@ def classify(errors: Iterable[BaseException]) -> FailureClass:
     return "infrastructure"
 
 
-class Restarts:
-    """Counts failures since there was a new checkpoint."""
+class FailureStreak:
+    """Counts consecutive failures without a new checkpoint in between."""
 
     def __init__(self) -> None:
-        self.committed, self.count = "", 0
+        self.newest_checkpoint, self.count = "", 0
 
-    def after(self, committed: str) -> int:
-        """One more failure, when this was the newest checkpoint; how many these are in a row."""
-        self.count = 1 if committed != self.committed else self.count + 1
-        self.committed = committed
+    def count_with(self, newest_checkpoint: str) -> int:
+        """Count one more failure, at which this was the newest checkpoint; return how many there are in a row."""
+        self.count = 1 if newest_checkpoint != self.newest_checkpoint else self.count + 1
+        self.newest_checkpoint = newest_checkpoint
         return self.count
 
 
-def verdict(kind: FailureClass, in_a_row: int, resources: Resources) -> str:
-    """Why the step is given up, with the way out; empty: it is tried again."""
+def reason_to_give_up(kind: FailureClass, in_a_row: int, resources: Resources) -> str:
+    """Return why the step is given up, with the way out, or an empty string if it is tried again."""
     if kind == "memory":
         return (
             f"a worker ran out of GPU memory at micro_batch={resources.micro_batch}, zero_stage={resources.zero_stage}: "

@@ -1,11 +1,12 @@
-"""What is left of a step that the guard objected to: a line in the log, a bundle to replay it from, and, at the end, the error.
+"""The record of a step that the guard objected to: a line in the log, a bundle to replay it from, and the error if it gave up.
 
     g0007/bundles/step-00000123/rank-0000.json   verdict, reason, loss, gradient norm, learning rate, what was skipped before, the
-                                                 training's specification (rank 0 alone); written last
-                                rank-0000.npz    of this rank's samples: ids, epochs, losses, and what the module was given beside
-                                                 images (mask noise)
-Images are not in it: they follow from ids and epochs. Losses are computed once more, with the weights that the step met.
-Errors: PipelineError where the guard gave up, naming step, loss, learning rate and what to do."""
+                                                 training's specification (rank 0 only); written last
+                                rank-0000.npz    for each of this rank's samples: id, epoch, loss, and the module's inputs other
+                                                 than the image (mask noise)
+
+Images are left out because they follow from ids and epochs. Losses are computed again, with the weights that the step met.
+Errors: PipelineError if the guard gave up; it names step, loss, learning rate and the way out."""
 
 import io
 import json
@@ -31,28 +32,31 @@ from pipeline.training.world import World
 
 FOLDER = "bundles/"
 MOST = 20
-"""Bundles that one process writes: the first ones tell, the others cost."""
+"""Bundles that one process writes at most: the first ones hold the cause, and each costs a forward pass."""
 
 log = logging.getLogger(__name__)
 
 Inputs = Mapping[tuple[int, int], tuple[npt.NDArray[Any], ...]]
-"""What the module was given of each (epoch, sample) beside the image."""
+"""The module's inputs for each (epoch, sample), without the image."""
 
 
 class Incidents:
-    """Those of one process."""
+    """Records the incidents that one process meets."""
 
     def __init__(self, spec: TrainSpec, attempt: Attempt, world: World) -> None:
         self.spec, self.attempt, self.world, self.written = spec, attempt, world, 0
 
     def record(self, engine: Engine, batch: Batch, judgement: Judgement, lr: float) -> None:
-        """Collective: every rank that met the step calls it, before the weights move on. Raises where the guard gave up."""
-        seen, verdict = judgement.seen, judgement.verdict
+        """Log the incident and write its bundle; raise PipelineError if the guard gave up.
+
+        Collective: every rank calls it, before the weights move again.
+        """
+        stats, verdict = judgement.stats, judgement.verdict
         if self.world.is_first:
             log.warning(
                 "%s: step %d, learning rate %.3g: %s: %s",
                 self.attempt.step_name,
-                seen.step,
+                stats.step,
                 lr,
                 verdict,
                 judgement.reason,
@@ -61,82 +65,82 @@ class Incidents:
             self.written += 1
             self._write(engine, batch, judgement, lr)
         if verdict == "give_up":
-            replayed_by = f"mae replay {self.attempt.store.uri}/{folder_of(seen.step)}"
+            command = f"mae replay {self.attempt.store.uri}/{bundle_folder(stats.step)}"
             raise PipelineError(
-                f"the loss is {seen.loss:.6g} and the gradient norm {seen.grad_norm:.6g} at step {seen.step} (learning rate "
-                f"{lr:.3g}): {judgement.reason}. `{replayed_by}` shows the samples; where all of them are bad, lower base_lr, "
+                f"the loss is {stats.loss:.6g} and the gradient norm {stats.grad_norm:.6g} at step {stats.step} (learning rate "
+                f"{lr:.3g}): {judgement.reason}. `{command}` shows the samples; if all of them are bad, lower base_lr, "
                 f"lengthen warmup_epochs, or train in fp32. The last checkpoint is untouched"
             )
 
     def _write(self, engine: Engine, batch: Batch, judgement: Judgement, lr: float) -> None:
-        seen, rank = judgement.seen, self.world.rank
+        stats, rank = judgement.stats, self.world.rank
         inputs = self.spec.task.inputs(batch)
         losses = engine.losses(split(inputs, engine.settings, self.world.device)).numpy()
         arrays = {"sample_ids": batch.sample_ids.numpy(), "epochs": batch.epochs.numpy(), "losses": losses}
         arrays |= {f"input_{number}": tensor.numpy() for number, tensor in enumerate(inputs[1:], 1)}
         note: dict[str, Any] = {
-            "step": seen.step,
+            "step": stats.step,
             "verdict": judgement.verdict,
             "reason": judgement.reason,
-            "loss": repr(seen.loss),
-            "grad_norm": repr(seen.grad_norm),
+            "loss": repr(stats.loss),  # as text: NaN is not valid JSON
+            "grad_norm": repr(stats.grad_norm),
             "lr": lr,
             "not_finite": batch.sample_ids[~np.isfinite(losses)].tolist(),
             "substitutions": batch.substitutions,
             "rank": rank,
             "world_size": self.world.size,
-            "skipped": judgement.before.skipped,
-            "stepped_over": judgement.before.stepped_over,
+            "skipped": judgement.state_before.skipped,
+            "stepped_over": judgement.state_before.stepped_over,
         }
         if self.world.is_first:
             note["specification"] = as_json(self.spec)
         packed = io.BytesIO()
         np.savez_compressed(packed, **arrays)  # type: ignore[arg-type]  # its stub takes one name for a flag
-        place = f"{folder_of(seen.step)}/rank-{rank:04d}"
+        key = f"{bundle_folder(stats.step)}/rank-{rank:04d}"
         try:
-            self.attempt.store.write(f"{place}.npz", packed.getvalue())
-            self.attempt.store.write(f"{place}.json", json.dumps(note, default=asdict).encode())
-        except StorageError as error:  # it only tells what happened: training goes on, or ends for its own reason
-            log.warning("the bundle of step %d cannot be written: %s", seen.step, error)
+            self.attempt.store.write(f"{key}.npz", packed.getvalue())
+            self.attempt.store.write(f"{key}.json", json.dumps(note, default=asdict).encode())
+        except StorageError as error:  # a bundle is only a record: training goes on, or ends for its own reason
+            log.warning("the bundle of step %d cannot be written: %s", stats.step, error)
 
 
-def folder_of(step: int) -> str:
-    """Key of a step's bundle in its generation."""
+def bundle_folder(step: int) -> str:
+    """Return the key of a step's bundle in its generation."""
     return f"{FOLDER}step-{step:08d}"
 
 
 class Bundle(NamedTuple):
-    """What all ranks wrote down of one step."""
+    """What all ranks recorded about one step."""
 
     uri: str
     root_uri: str
     """The training step's directory."""
     note: Mapping[str, Any]
-    """Rank 0's."""
+    """The JSON of rank 0."""
     losses: Mapping[tuple[int, int], float]
-    """By (epoch, sample)."""
+    """Loss of each (epoch, sample)."""
     inputs: Inputs
 
     @property
     def step(self) -> int:
-        """Number of the global batch."""
+        """Return the number of the global batch."""
         return int(self.note["step"])
 
     @property
     def finite(self) -> bool:
-        """Whether loss and gradient norm were."""
+        """Whether loss and gradient norm were finite."""
         return math.isfinite(float(self.note["loss"])) and math.isfinite(float(self.note["grad_norm"]))
 
     @property
-    def before(self) -> GuardState:
-        """Steps that had been skipped or stepped over."""
+    def state_before(self) -> GuardState:
+        """Return which steps had been skipped by then, and which ranges."""
         return GuardState(
             skipped=tuple(self.note["skipped"]), stepped_over=tuple((a, b) for a, b in self.note["stepped_over"])
         )
 
 
 def read_bundle(store: Store) -> Bundle:
-    """The bundle in this folder. DataError when a rank's part is missing."""
+    """Read the bundle in this folder. Errors: DataError if a rank's part is missing or the folder holds no bundle."""
     names = {info.key for info in store.list()}
     try:
         note = json.loads(store.read("rank-0000.json"))
@@ -152,7 +156,7 @@ def read_bundle(store: Store) -> Bundle:
                 pairs = list(zip(arrays["epochs"].tolist(), arrays["sample_ids"].tolist(), strict=True))
                 given = [arrays[name] for name in sorted(arrays.files) if name.startswith("input_")]
                 losses |= dict(zip(pairs, arrays["losses"].tolist(), strict=True))
-                inputs |= {pair: tuple(of_all[place] for of_all in given) for place, pair in enumerate(pairs)}
+                inputs |= {pair: tuple(array[index] for array in given) for index, pair in enumerate(pairs)}
     except (StorageError, ValueError, KeyError) as cause:
         raise DataError(
             f"{store.uri} is no bundle of a bad step ({cause}). Give a folder bundles/step-XXXXXXXX"

@@ -1,8 +1,8 @@
-"""A bad step once more, in one process: from the checkpoint before it, over the steps between, to its losses sample by sample.
+"""Replay a bad step in one process: from the checkpoint before it, over the steps between, to the loss of each sample.
 
-The order of samples, crops and masks is arithmetic, so the very batch comes back from the store. One process computes the global
-batch by accumulation: the same samples are not finite, and losses agree up to the order of sums.
-Errors: DataError when the step lies too far behind the nearest checkpoint, or was of another order."""
+The order of samples, crops and masks is arithmetic, so the very same batch comes back from the store. One process computes
+the global batch by accumulation: the same samples are not finite, and losses agree up to the order of sums.
+Errors: DataError if the step lies too many steps after the nearest checkpoint; CheckpointError if that has another order."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -24,41 +24,49 @@ from pipeline.training.spec.train_spec import TrainSpec, engine_settings
 from pipeline.training.world import enter_world
 
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
-"""Relative, between losses of a sample then and now: sums in another order, grown over the steps between."""
+"""Largest relative difference between a sample's recorded and replayed loss. Sums run in another order, and the difference
+grows over the steps between."""
 
 
 @dataclass(frozen=True)
 class SampleLoss:
-    """One sample of the step."""
+    """The loss of one sample of the step."""
 
     epoch: int
     sample_id: int
     then: float
+    """As recorded in the bundle; NaN if the sample is not in it."""
     now: float
+    """As replayed."""
 
     @property
     def finite(self) -> bool:
-        """Now."""
+        """Whether the replayed loss is finite."""
         return math.isfinite(self.now)
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """What came of it."""
+    """Result of a replay. Its field names are keys of `mae replay --json`."""
 
     step: int
     began_at: int
-    """The checkpoint's step."""
+    """Step of the checkpoint it started from; 0 for the initial weights."""
     grad_norm: float
     loss: float
     samples: tuple[SampleLoss, ...]
-    """Those that are not finite first, then by falling loss."""
+    """Samples whose loss is not finite come first, then by descending loss."""
     differences: tuple[str, ...]
-    """Between then and now; none: reproduced."""
+    """What differs from the recorded step; empty if it was reproduced."""
 
 
 def replay(bundle: Bundle, root: Store, spec: TrainSpec, *, most_steps: int, tell: Callable[[str], None]) -> Replayed:
-    """Replays a bundle's step; `most_steps`: between the checkpoint and it."""
+    """Replay a bundle's step.
+
+    `root` is the training step's directory. `most_steps` limits the steps between the checkpoint and the bundle's step.
+    `tell` gets a line about where the replay starts.
+    """
+    # One process has nothing to shard, and no other rank to gather weights from.
     spec = replace(spec, resources=spec.resources.model_copy(update={"zero_stage": 1, "offload": "none"}))
     world = enter_world()
     if world.size > 1:
@@ -66,7 +74,7 @@ def replay(bundle: Bundle, root: Store, spec: TrainSpec, *, most_steps: int, tel
             f"{bundle.uri}: replay is for one process, {world.size} were started. Run it without a launcher"
         )
     loader = spec.loader(spec.dataset.open(), "train", world)
-    key = _before(root, bundle)
+    key = _nearest_checkpoint(root, bundle)
     began_at = step_of(key) if key else 0
     if bundle.step - began_at > most_steps:
         raise DataError(
@@ -83,14 +91,15 @@ def replay(bundle: Bundle, root: Store, spec: TrainSpec, *, most_steps: int, tel
         _load(engine, checkpoint)
         tell(f"from {key or 'the initial weights'}, {bundle.step - began_at} steps to go")
         with closing(Feed(loader, bundle.step + 1)) as feed:
-            for step in _steps(bundle.before, began_at, bundle.step):
+            for step in _trained_steps(bundle.state_before, began_at, bundle.step):
                 batch = feed.batch(step)
                 micro_batches = split(spec.task.inputs(batch), engine.settings, world.device)
                 loss = (
                     engine.accumulate(micro_batches, global_batch=spec.recipe.global_batch) / spec.recipe.global_batch
                 )
                 norm = math.sqrt(engine.squared_grad_norm())
-                if step == bundle.step or step in bundle.before.skipped:
+                # The step itself is not applied: its losses are taken again below, with the weights that it met.
+                if step == bundle.step or step in bundle.state_before.skipped:
                     engine.discard()
                 else:
                     engine.apply(spec.recipe.learning_rate(step, loader.order.samples_per_epoch))
@@ -99,7 +108,7 @@ def replay(bundle: Bundle, root: Store, spec: TrainSpec, *, most_steps: int, tel
     samples = [
         SampleLoss(*pair, bundle.losses.get(pair, math.nan), now) for pair, now in zip(pairs, losses, strict=True)
     ]
-    inputs = {pair: tuple(t[place].numpy() for t in spec.task.inputs(batch)[1:]) for place, pair in enumerate(pairs)}
+    inputs = {pair: tuple(t[index].numpy() for t in spec.task.inputs(batch)[1:]) for index, pair in enumerate(pairs)}
     return Replayed(
         step=bundle.step,
         began_at=began_at,
@@ -118,16 +127,19 @@ def replay(bundle: Bundle, root: Store, spec: TrainSpec, *, most_steps: int, tel
     )
 
 
-def _before(root: Store, bundle: Bundle) -> str:
-    """The newest committed checkpoint on the way to the step; empty: the beginning."""
-    gaps = bundle.before.stepped_over
+def _nearest_checkpoint(root: Store, bundle: Bundle) -> str:
+    """Return the newest committed checkpoint on the way to the step, or an empty string for the initial weights.
+
+    A checkpoint inside a skipped range belongs to a line that was given up.
+    """
+    skipped_ranges = bundle.state_before.stepped_over
     usable = (key for key in committed(root) if step_of(key) <= bundle.step)
-    return next((key for key in usable if not any(low < step_of(key) < high for low, high in gaps)), "")
+    return next((key for key in usable if not any(low < step_of(key) < high for low, high in skipped_ranges)), "")
 
 
-def _steps(before: GuardState, first: int, last: int) -> list[int]:
-    """Steps that were trained on from `first`, up to `last`."""
-    return [step for step in range(first, last + 1) if before.past_gaps(step) == step]
+def _trained_steps(state: GuardState, first: int, last: int) -> list[int]:
+    """Return the steps from `first` to `last`, inclusive, that lie in no skipped range."""
+    return [step for step in range(first, last + 1) if state.next_step(step) == step]
 
 
 def _load(engine: Engine, checkpoint: Checkpoint | None) -> None:
@@ -139,18 +151,18 @@ def _load(engine: Engine, checkpoint: Checkpoint | None) -> None:
 def _differences(
     bundle: Bundle, samples: Sequence[SampleLoss], inputs: Inputs, *, finite: bool, tolerance: float
 ) -> Iterator[str]:
-    """What is otherwise than it was, in words."""
+    """Yield what differs from the recorded step, in words."""
     now = {(one.epoch, one.sample_id) for one in samples}
     if now != bundle.losses.keys():
-        yield f"{len(now ^ bundle.losses.keys())} samples are in one of the two batches alone"
+        yield f"{len(now ^ bundle.losses.keys())} samples are in only one of the two batches"
         return
     equal = partial(np.array_equal, equal_nan=True)
     other = [pair for pair, given in inputs.items() if not all(map(equal, given, bundle.inputs[pair]))]
     if other:
-        yield f"masks of {len(other)} samples are others"
+        yield f"masks of {len(other)} samples differ"
     flipped = [one.sample_id for one in samples if one.finite != math.isfinite(one.then)]
     if flipped:
-        yield f"samples {flipped[:5]} are finite in one of the two alone"
+        yield f"samples {flipped[:5]} are finite in only one of the two"
     apart = [one.sample_id for one in samples if one.finite and not math.isclose(one.now, one.then, rel_tol=tolerance)]
     if apart and not flipped:
         yield f"losses of {len(apart)} samples differ by more than {tolerance:g} (relative), such as {apart[:5]}"

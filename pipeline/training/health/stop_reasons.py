@@ -1,6 +1,7 @@
-"""Why this worker should stop: what it learns itself (a signal, its node's notice) and, on rank 0, from the store and the cluster.
+"""Why a worker should stop: what it learns itself (a signal, its node's notice) and, on rank 0, from the store and the cluster.
 
-Each rank asks for itself and says so at the next step boundary, where all agree (loop.py). Units: seconds."""
+Each rank asks for itself and reports at the next step boundary, where all ranks agree on one reason (`loop/loop.py`).
+Units: seconds."""
 
 import logging
 import signal
@@ -19,51 +20,56 @@ from pipeline.training.world import World
 log = logging.getLogger(__name__)
 StopReason = Literal["", "fenced", "asked", "preempted", "resized"]
 REASONS: tuple[StopReason, ...] = ("fenced", "asked", "preempted", "resized")
-"""Where workers say different ones, the first counts: a higher generation; a person, a signal to the driver or the wall clock; a
-worker's node or process is about to go; there is room for more workers."""
+"""In order of precedence when workers report different ones.
+
+fenced      a higher generation of this step has been claimed
+asked       by a person, a signal to the driver, or the wall clock
+preempted   a worker's node or process is about to go
+resized     there is room for more workers
+"""
 
 
-class Supervisor(Protocol):
-    """Who may ask the loop to stop."""
+class StopSignal(Protocol):
+    """Something that may ask the loop to stop."""
 
-    def should_stop(self) -> StopReason:
-        """Asked on every rank at every step boundary; must be cheap."""
+    def stop_reason(self) -> StopReason:
+        """Return why to stop, or an empty string. Called on every rank at every step boundary, so it must be cheap."""
         ...
 
 
-ASK_EVERY_S = 1.0
-"""Between two looks at the store for a request to stop or a higher generation."""
-DRAIN_EVERY_S = 2.0
-"""Between two looks at whether this node is about to go: notices come 30 s (pods) to 120 s (spot machines) before."""
-GROW_EVERY_S = 5.0
-"""Between two looks for room for more workers, which costs a restart: twice in a row there must be some."""
+STORE_POLL_S = 1.0
+"""Between two looks at the store for a stop request or a higher generation."""
+DRAIN_POLL_S = 2.0
+"""Between two looks at whether this node is about to go. Notice is given 30 s (pods) to 120 s (spot machines) ahead."""
+ROOM_POLL_S = 5.0
+"""Between two looks for room for more workers. Two in a row must find some, because growing costs a restart."""
 _terminated = threading.Event()
 
 
-def listen() -> None:
-    """SIGTERM to this process asks for a checkpoint instead of ending it. To be called in the main thread."""
+def stop_on_sigterm() -> None:
+    """Make SIGTERM to this process ask for a checkpoint instead of ending it. Call it in the main thread."""
     signal.signal(signal.SIGTERM, lambda *_: _terminated.set())
 
 
-def listen_when_alone() -> None:
-    """The same where nobody else has claimed the signal: under torchrun; `mae run` has a handler of its own."""
-    here = threading.current_thread() is threading.main_thread()
-    if here and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        listen()
+def stop_on_sigterm_if_unhandled() -> None:
+    """Do the same where nobody handles the signal yet: under torchrun. `mae run` has a handler of its own."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        stop_on_sigterm()
 
 
-class StoreSupervisor:
-    """Reads, now and then, whether the store asks this generation to stop."""
+class StoreStopSignal:
+    """Polls the store for a request to stop this generation."""
 
     def __init__(self, attempt: Attempt, clock: Callable[[], float] = time.monotonic) -> None:
-        self.attempt, self.clock, self.asked_at = attempt, clock, -ASK_EVERY_S
+        self.attempt, self.clock, self.polled_at = attempt, clock, -STORE_POLL_S
 
-    def should_stop(self) -> StopReason:
-        """`asked`, `fenced` or nothing; a store that does not answer is asked again later, and training goes on."""
+    def stop_reason(self) -> StopReason:
+        """Return `asked`, `fenced` or nothing. If the store does not answer, training goes on and the store is asked later."""
         now = self.clock()
-        if now - self.asked_at < ASK_EVERY_S:
+        if now - self.polled_at < STORE_POLL_S:
             return ""
-        self.asked_at = now
+        self.polled_at = now
         try:
             check_fence(self.attempt.root, self.attempt.generation)
             return "asked" if self.attempt.root.exists(stop_request_key(self.attempt.generation)) else ""
@@ -74,44 +80,46 @@ class StoreSupervisor:
             return ""
 
 
-class Streak:
-    """True once a question was answered with yes `length` times in a row; asked every `every_s` seconds at most."""
+class DebouncedCheck:
+    """True once a check has held `length` times in a row; it is made every `every_s` seconds at most."""
 
     def __init__(
-        self, question: Callable[[], bool], *, every_s: float, length: int, clock: Callable[[], float] = time.monotonic
+        self, check: Callable[[], bool], *, every_s: float, length: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.question, self.every_s, self.length, self.clock = question, every_s, length, clock
-        self.asked_at, self.yes = clock(), 0
+        self.check, self.every_s, self.length, self.clock = check, every_s, length, clock
+        self.checked_at, self.held = clock(), 0
 
     def __call__(self) -> bool:
-        """The answer as it stands now."""
+        """Return the current answer; make the check first if it is due."""
         now = self.clock()
-        if now - self.asked_at >= self.every_s:
-            self.asked_at = now
-            self.yes = self.yes + 1 if self.question() else 0
-        return self.yes >= self.length
+        if now - self.checked_at >= self.every_s:
+            self.checked_at = now
+            self.held = self.held + 1 if self.check() else 0
+        return self.held >= self.length
 
 
-class Supervision:
-    """All reasons of one worker."""
+class CombinedStopSignal:
+    """All reasons of one worker to stop."""
 
-    def __init__(self, store: StoreSupervisor | None, notices: Sequence[tuple[Callable[[], bool], StopReason]]) -> None:
-        self.store, self.notices = store, notices
+    def __init__(self, store: StoreStopSignal | None, checks: Sequence[tuple[Callable[[], bool], StopReason]]) -> None:
+        self.store, self.checks = store, checks
 
-    def should_stop(self) -> StopReason:
-        """The first reason there is."""
-        told: StopReason = self.store.should_stop() if self.store else ""
-        return told or next((reason for notice, reason in self.notices if notice()), "")
+    def stop_reason(self) -> StopReason:
+        """Return the store's reason, else the first of the checks that holds."""
+        from_store: StopReason = self.store.stop_reason() if self.store else ""
+        return from_store or next((reason for holds, reason in self.checks if holds()), "")
 
 
-def supervise(attempt: Attempt, world: World) -> Supervision:
-    """What this worker of the world is to look at."""
-    notices: list[tuple[Callable[[], bool], StopReason]] = [(_terminated.is_set, "preempted")]
+def stop_signal_of(attempt: Attempt, world: World) -> CombinedStopSignal:
+    """Return the stop signal of this worker. Rank 0 alone polls the store and the cluster, for all."""
+    checks: list[tuple[Callable[[], bool], StopReason]] = [(_terminated.is_set, "preempted")]
     if attempt.executor == "ray":
-        notices.append((Streak(cluster.this_node_is_draining, every_s=DRAIN_EVERY_S, length=1), "preempted"))
+        checks.append((DebouncedCheck(cluster.this_node_is_draining, every_s=DRAIN_POLL_S, length=1), "preempted"))
         _, most = attempt.resources.worker_range
         if world.is_first and world.size < most:
             need = attempt.resources.per_worker
-            grown = Streak(lambda: cluster.worker_capacity(need, of="free") > 0, every_s=GROW_EVERY_S, length=2)
-            notices.append((grown, "resized"))
-    return Supervision(StoreSupervisor(attempt) if world.is_first else None, notices)
+            has_room = DebouncedCheck(
+                lambda: cluster.worker_capacity(need, of="free") > 0, every_s=ROOM_POLL_S, length=2
+            )
+            checks.append((has_room, "resized"))
+    return CombinedStopSignal(StoreStopSignal(attempt) if world.is_first else None, checks)

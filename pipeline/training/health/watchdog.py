@@ -1,10 +1,11 @@
-"""When training stands still: which rank, in which phase of which step, and every thread's stack, written where one can read it.
+"""When training hangs: which rank, in which phase of which step, with the stack of every thread, written where people can read it.
 
-A thread a rank watches how long its own phase lasts. No rank asks another: when one stands still all others come to wait for it in
-a collective, so that every rank's deadline passes, and a rank that could not answer need not. The one that hangs is the one whose
-phase is not a waiting one. After twice the limit a worker that somebody restarts (Ray Train, `max_failures` times) ends itself, as
-the waiting ones would at the collective's own timeout; where nobody does, it is left to a person.
-Nothing is watched between phases. A thread of Python's needs the interpreter: a C call that keeps it is not seen.
+One thread per rank watches how long the rank's own phase lasts. No rank asks another: when one hangs, all others come to wait
+for it in a collective, so every rank's deadline passes, and a rank that could not answer need not. The rank that hangs is the
+one whose phase does not wait for others. After twice the limit, a worker that would be restarted (by Ray Train, `max_failures`
+times) ends itself, as the waiting ones would at the collective's own timeout. Where nothing restarts workers, the decision is
+left to a person.
+Nothing is watched between phases. A Python thread needs the interpreter lock, so a C call that holds it is not seen.
 Units: seconds."""
 
 import faulthandler
@@ -25,32 +26,33 @@ from pipeline.training.world import World
 
 FOLDER = "stacks/"
 EXIT_CODE = 75
-"""Of a worker that ended itself because it stood still."""
+"""Of a worker that ended itself because it hung."""
 
-Phase = Literal["data", "agree", "forward", "backward", "check", "step", "log", "save"]
+Phase = Literal["profile", "data", "agree", "forward", "backward", "check", "step", "log", "save"]
 
 log = logging.getLogger(__name__)
 
 
-def stacks_left(store: Store) -> str:
-    """Where the workers of this generation left what they were at, in a sentence; empty: they had no reason to."""
+def stack_dump_hint(store: Store) -> str:
+    """Return a sentence that says where this generation's workers left their stacks, or an empty string if none did."""
     found = any(True for _ in store.list(FOLDER))
-    return f"What they were at when they stood still: {store.uri}/{FOLDER}. " if found else ""
+    return f"Stacks of the workers that hung: {store.uri}/{FOLDER}. " if found else ""
 
 
-class _Entered(NamedTuple):
-    phase: Phase
-    at: float
+class _CurrentPhase(NamedTuple):
+    name: Phase
+    entered_at: float
 
 
 class Watchdog:
     """Watches the phases of one rank; a context manager that ends its thread."""
 
-    def __init__(self, store: Store, world: World, *, limit_s: float, then: Literal["wait", "exit"]) -> None:
-        """`store`: of the attempt. `then`: what follows at twice the limit."""
-        self.store, self.world, self.limit_s, self.then = store, world, limit_s, then
+    def __init__(self, store: Store, world: World, *, limit_s: float, on_timeout: Literal["wait", "exit"]) -> None:
+        """`store` is the attempt's. `on_timeout` is what happens at twice the limit."""
+        self.store, self.world, self.limit_s, self.on_timeout = store, world, limit_s, on_timeout
         self.step = 0
-        self._now: _Entered | None = None
+        # Written by the loop, read by the thread. One reference is swapped at a time, which needs no lock in Python.
+        self._current: _CurrentPhase | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -64,41 +66,41 @@ class Watchdog:
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
-        """What is inside must not last longer than the limit."""
-        self._now = _Entered(name, time.monotonic())
+        """Watch the body: it must not last longer than the limit. Phases do not nest."""
+        self._current = _CurrentPhase(name, time.monotonic())
         try:
             yield
         finally:
-            self._now = None
+            self._current = None
 
     def _watch(self) -> None:
-        told: _Entered | None = None
+        reported: _CurrentPhase | None = None
         while not self._ended.wait(min(1.0, self.limit_s / 4)):
-            now = self._now
-            waited = time.monotonic() - now.at if now else 0.0
-            if now is None or waited < self.limit_s:
+            current = self._current
+            waited = time.monotonic() - current.entered_at if current else 0.0
+            if current is None or waited < self.limit_s:
                 continue
-            if told is not now:
-                told = now
-                self._tell(now.phase, waited)
-            if waited >= 2 * self.limit_s and self.then == "exit":
+            if reported is not current:
+                reported = current
+                self._report(current.name, waited)
+            if waited >= 2 * self.limit_s and self.on_timeout == "exit":
                 log.critical(
                     "rank %d: still in phase %s after %.0f s: this worker ends itself",
                     self.world.rank,
-                    now.phase,
+                    current.name,
                     waited,
                 )
                 logging.shutdown()
                 sys.stderr.flush()
-                os._exit(EXIT_CODE)
+                os._exit(EXIT_CODE)  # sys.exit would end this thread only; the main thread is the one that hangs
 
-    def _tell(self, phase: Phase, waited: float) -> None:
-        """Every stack of this rank, into the attempt and into the log."""
+    def _report(self, phase: Phase, waited: float) -> None:
+        """Write every stack of this rank to the attempt's directory, or to the log if the store refuses."""
         head = (
             f"rank {self.world.rank} of {self.world.size} on {socket.gethostname()}, process {os.getpid()}: in phase {phase} of "
             f"step {self.step} for {waited:.1f} s, resources.watchdog_s={self.limit_s:g}"
         )
-        with tempfile.TemporaryFile("w+") as file:
+        with tempfile.TemporaryFile("w+") as file:  # faulthandler writes to a file descriptor, not to a stream
             faulthandler.dump_traceback(file, all_threads=True)
             file.seek(0)
             stacks = file.read()

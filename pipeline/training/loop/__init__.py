@@ -1,1 +1,1 @@
-"""The training loop."""
+"""The training loop, its periodic actions, and what it scores at the end."""

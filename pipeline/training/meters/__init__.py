@@ -1,1 +1,1 @@
-"""What a training does with its time and memory."""
+"""Measurements of where a training's time and memory go."""

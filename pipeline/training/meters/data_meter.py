@@ -1,7 +1,7 @@
-"""How the data came: waits, cache, network, substitutions, coverage, from counters that only grow.
+"""How the data arrived: waits, cache hits, network traffic, substitutions and coverage, from counters that only grow.
 
-Counters are of one worker; a row is of all, summed in one reduction, so it costs a collective at logged steps and none between.
-Units: seconds, bytes; shares in [0, 1]."""
+Each worker has its own counters. A row covers all workers, summed in one reduction, so it costs one collective per logged step
+and none in between. Units: seconds, bytes; shares in [0, 1]."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,21 +11,21 @@ from pipeline.data.feed.substitution import Substitution
 from pipeline.training.world import World
 
 DATA_METRICS = {
-    "data_wait": "throughput/data_wait_share",  # of the time since the last row, mean over workers
-    "data_wait_seconds": "data/wait_seconds",  # a step, mean over workers
-    "cache_hits": "data/cache_hit_share",  # of reads since this attempt began: found their shard on the disk; for remote stores
-    "shard_fetches": "data/shard_fetches_per_epoch",  # of a shard by a node, since this attempt began; 1.0 is each once
-    "requests": "data/requests",  # HTTP, since the last row, all workers; checkpoints' own are among them
-    "bytes_received": "data/bytes_received",  # likewise
-    "retries": "data/retries",  # likewise
+    "data_wait": "throughput/data_wait_share",  # share of the time since the last row, mean over workers
+    "data_wait_seconds": "data/wait_seconds",  # per step, mean over workers
+    "cache_hits": "data/cache_hit_share",  # reads that found their shard on disk, since this attempt began; remote stores only
+    "shard_fetches": "data/shard_fetches_per_epoch",  # per shard and node, since this attempt began; 1.0 means once each
+    "requests": "data/requests",  # HTTP requests since the last row, all workers; those for checkpoints are included
+    "bytes_received": "data/bytes_received",  # since the last row, all workers
+    "retries": "data/retries",  # since the last row, all workers
     "substitutions": "data/substitutions",  # since the first step
-    "epoch_coverage": "data/epoch_coverage",  # share of the running epoch's samples that have reached a device
+    "epoch_coverage": "data/epoch_coverage",  # share of the current epoch's samples that have reached a device
 }
 """Names in the history and in MLflow."""
 
 
 class Counters(NamedTuple):
-    """What grew so far."""
+    """Totals of one worker since it started."""
 
     wait_seconds: float
     hits: float
@@ -36,23 +36,23 @@ class Counters(NamedTuple):
     retries: float
 
     def since(self, before: "Counters") -> "Counters":
-        """The growth."""
+        """Return the growth since an earlier reading."""
         return Counters(*(now - then for now, then in zip(self, before, strict=True)))
 
 
-def counters(loader: Loader) -> Counters:
-    """This worker's."""
+def read_counters(loader: Loader) -> Counters:
+    """Read this worker's counters."""
     cache, traffic = loader.cache.counts, loader.cache.store.traffic
     return Counters(loader.wait_seconds, cache.hits, cache.misses, cache.downloads, *traffic)
 
 
 class DataMeter:
-    """Rows of one attempt."""
+    """Computes the data columns of an attempt's rows."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
-        self.first = self.last = counters(loader)
-        self.images = 0  # of this attempt
+        self.first = self.last = read_counters(loader)
+        self.images = 0  # since this attempt began
 
     def row(
         self,
@@ -61,18 +61,19 @@ class DataMeter:
         elapsed: float,
         steps: int,
         images: int,
-        images_here: int,
+        new_images: int,
         substitutions: Sequence[Substitution],
-        passed_over: Sequence[tuple[int, int]] = (),
+        skipped_images: Sequence[tuple[int, int]] = (),
     ) -> dict[str, float]:
-        """The numbers since the last row (`elapsed` seconds, `steps`, `images_here`); `images`: since the first step,
-        `passed_over`: those of them, from the first to one past the last, that never came.
+        """Return the numbers since the last row, which was `elapsed` seconds, `steps` and `new_images` ago. Collective.
 
-        Collective: every worker calls it.
+        `images` counts from the first step of the training; `skipped_images` are ranges of them, [first, one past the last),
+        that were skipped and never reached a device.
         """
-        now = counters(self.loader)
+        now = read_counters(self.loader)
         sums = world.total([*now.since(self.last), *now.since(self.first), 1 / world.local_size])
-        self.last, self.images = now, self.images + images_here
+        self.last, self.images = now, self.images + new_images
+        # Each worker adds one over the number of workers on its node, so the last sum is the number of nodes.
         length = len(Counters._fields)
         grown, whole, nodes = Counters(*sums[:length]), Counters(*sums[length:-1]), sums[-1]
         samples, shards = self.loader.order.samples_per_epoch, len(self.loader.selection.shards)
@@ -83,7 +84,7 @@ class DataMeter:
             "bytes_received": grown.bytes_received,
             "retries": grown.retries,
             "substitutions": float(len(substitutions)),
-            "epoch_coverage": epoch_coverage(images, samples, substitutions, passed_over),
+            "epoch_coverage": epoch_coverage(images, samples, substitutions, skipped_images),
         }
         if reads := whole.hits + whole.misses:
             epochs = self.images / samples
@@ -93,17 +94,20 @@ class DataMeter:
 
 
 def fetches_per_epoch(fetched: float, *, shards: int, nodes: float, epochs: float) -> float:
-    """Mean fetches of a shard by a node in an epoch; the first epoch counts as whole: what is fetched ahead is for it."""
+    """Return the mean number of fetches per shard, node and epoch.
+
+    The first epoch counts as a whole one from its start, because fetching runs ahead of reading.
+    """
     return fetched / (shards * nodes * max(1.0, epochs))
 
 
 def epoch_coverage(
-    images: int, samples: int, substitutions: Sequence[Substitution], passed_over: Sequence[tuple[int, int]] = ()
+    images: int, samples: int, substitutions: Sequence[Substitution], skipped_images: Sequence[tuple[int, int]] = ()
 ) -> float:
-    """Share of an epoch's samples that have reached a device, of the epoch that the newest image belongs to."""
+    """Return the share of samples that have reached a device in the epoch that the newest image belongs to."""
     if not images:
         return 0.0
-    epoch, place = divmod(images - 1, samples)
+    epoch, index = divmod(images - 1, samples)
     lost = sum(one.epoch == epoch for one in substitutions)
-    lost += sum(max(0, min(last, images) - max(first, epoch * samples)) for first, last in passed_over)
-    return (place + 1 - lost) / samples
+    lost += sum(max(0, min(last, images) - max(first, epoch * samples)) for first, last in skipped_images)
+    return (index + 1 - lost) / samples

@@ -1,6 +1,6 @@
-"""What this device does at most: the best square matrix product, which a step's share of use (MFU) refers to.
+"""A device's peak throughput: its fastest square matrix product, to which model FLOPs utilisation (MFU) refers.
 
-Units: FLOP/s, 2 a multiply-add. Errors: none. Source: measured, since data sheets state clocks that a card does not hold."""
+It is measured, because data sheets state clocks that a card does not sustain. Units: FLOP/s, 2 FLOPs per multiply-add."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -8,17 +8,16 @@ from collections.abc import Mapping, Sequence
 import torch
 
 SIDES: Mapping[str, Sequence[int]] = {"cuda": (4096, 8192), "cpu": (256, 512, 1024)}
-"""Sides of square matrices that show in a second what a device can do."""
+"""Sides of the square matrices that show within a second what a device can do."""
 LONG_S = 0.2
-"""A product that takes longer is the last: bfloat16 on a CPU without instructions for it."""
+"""No larger product is tried after one that takes longer: bfloat16 on a CPU without instructions for it."""
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, *, sides: Sequence[int] = (), times: int = 0) -> float:
-    """FLOP/s of the best square matrix product: the peak that a step's share of use (MFU) refers to.
+    """Return the FLOP/s of the fastest square matrix product.
 
-    `sides`, `times` (products timed in a row, three times over): left out, so many as take about a second. A CPU without
-    instructions for bfloat16 computes it by float32's, as fast as those at best: of a CPU's rates the larger one counts.
-    Errors: none. Source: measured, since data sheets state clocks that a card does not hold.
+    Without `sides` and `times` (products timed in a row, repeated three times) measuring takes about a second. A CPU without
+    bfloat16 instructions computes bfloat16 in float32, and at best as fast, so the faster of the two counts on a CPU.
     """
     best = 0.0
     if device.type == "cpu" and dtype != torch.float32:
@@ -46,6 +45,6 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, *, sides: Sequence[int
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was told. Errors: none. Source: none."""
+    """Wait until the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,8 +1,8 @@
-"""What a training does with its time: images/s, MFU, waits, memory, the slowest rank. Rows of the history, of MLflow, of the line.
+"""Where a training's time goes: images/s, MFU, waits, memory, the slowest rank. One row serves history, MLflow and progress line.
 
-MFU: operations that the model needs for the images that came through (recomputation not counted), by what all workers could have
-done: so many times the matrix product of the slowest of them, measured at the start in the compute precision.
-A row costs collectives at logged steps and none between. Units: seconds, GiB; shares in [0, 1]. Errors: none of its own."""
+MFU (model FLOPs utilisation) is the FLOPs that the model needs for the images trained on, without recomputation, divided by
+what all workers could have done: their number times the matrix-product peak of the slowest one, measured at the start in the
+compute precision. A row costs collectives at logged steps and none in between. Units: seconds, GiB; shares in [0, 1]."""
 
 import functools
 import math
@@ -34,11 +34,11 @@ METRICS = {
     "stepped_over": "train/stepped_over_steps",
     "images_per_s": "throughput/images_per_s",
     "mfu": "throughput/mfu",
-    "checkpoint_wait": "throughput/checkpoint_wait_share",  # of the time since the last row, mean over workers
-    "slowest_rank": "throughput/slowest_rank",  # by its forward passes, which wait for nobody (but for weights at ZeRO-3)
-    "slowest_excess": "throughput/slowest_rank_excess",  # how much longer they took than the median's, as a share of it
-    "process_gib": "memory/process_gib",  # most that a worker ever had resident
-    "device_gib": "memory/device_gib",  # most that torch ever held on a worker's GPU
+    "checkpoint_wait": "throughput/checkpoint_wait_share",  # share of the time since the last row, mean over workers
+    "slowest_rank": "throughput/slowest_rank",  # by forward passes, which wait for no other rank (except for weights at ZeRO-3)
+    "slowest_excess": "throughput/slowest_rank_excess",  # how much longer its passes took than the median, as a share of that
+    "process_gib": "memory/process_gib",  # peak resident memory of the largest worker
+    "device_gib": "memory/device_gib",  # peak that torch allocated on a worker's GPU
     **DATA_METRICS,
 }
 """Names in the history and in MLflow."""
@@ -56,29 +56,29 @@ class WorkerReading(NamedTuple):
 
 
 class TrainingMeter:
-    """Rows between a position and the next; all workers ask for them together. Close it before the module is used otherwise."""
+    """Measures between one row and the next. Close it before the module is used for anything but training."""
 
     def __init__(self, spec: TrainSpec, loader: Loader, module: nn.Module, world: World, global_step: int) -> None:
         self.global_batch, self.samples = spec.recipe.global_batch, loader.order.samples_per_epoch
         self.world, self.data = world, DataMeter(loader)
         self.forward = ForwardClock(module, world.device)
         self.flops = spec.task.training_flops()
-        self.peak = world.size * min(world.all_of(_peak(world.device, DTYPES[spec.recipe.precision])))
+        self.peak = world.size * min(world.all_gather(_peak(world.device, DTYPES[spec.recipe.precision])))
         self.begin(global_step)
 
     def begin(self, global_step: int) -> None:
-        """The next row is about what follows from here: at the start, and where training jumps back."""
+        """Start the interval of the next row here: at the start, and after a roll-back."""
         self.step, self.time, self.checkpoint_s = global_step, time.monotonic(), 0.0
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Around what the loop does for a checkpoint while training waits."""
+        """Time what the loop does for a checkpoint while training waits."""
         began = time.monotonic()
         yield
         self.checkpoint_s += time.monotonic() - began
 
     def row(self, position: Position, *, lr: float) -> dict[str, float]:
-        """What to log at this position; `lr`: the last step's."""
+        """Return the row to log at this position; `lr` is that of the last step. Collective."""
         now, guard = time.monotonic(), position.guard
         elapsed, steps = max(now - self.time, 1e-9), position.global_step - self.step
         images = position.global_step * self.global_batch
@@ -87,11 +87,15 @@ class TrainingMeter:
             elapsed=elapsed,
             steps=steps,
             images=images,
-            images_here=steps * self.global_batch,
+            new_images=steps * self.global_batch,
             substitutions=position.substitutions,
-            passed_over=[(first * self.global_batch, last * self.global_batch) for first, last in guard.stepped_over],
+            skipped_images=[
+                (first * self.global_batch, last * self.global_batch) for first, last in guard.stepped_over
+            ],
         )
-        everyone = self.world.all_of(WorkerReading(self.forward.take(), self.checkpoint_s, *memory(self.world.device)))
+        everyone = self.world.all_gather(
+            WorkerReading(self.forward.take(), self.checkpoint_s, *memory(self.world.device))
+        )
         self.begin(position.global_step)
         images_per_s = steps * self.global_batch / elapsed
         return {
@@ -103,20 +107,20 @@ class TrainingMeter:
             "lr": lr,
             "grad_norm": position.grad_norm,
             "skipped_steps": len(guard.skipped),
-            "stepped_over": guard.missed(position.global_step),
+            "stepped_over": guard.untrained_before(position.global_step),
             "images_per_s": images_per_s,
             "mfu": images_per_s * self.flops / self.peak,
             **data,
-            **of_everyone(everyone, elapsed=elapsed),
+            **over_workers(everyone, elapsed=elapsed),
         }
 
     def close(self) -> None:
-        """Takes the clock off the module."""
+        """Remove the clock from the module."""
         self.forward.close()
 
 
-def of_everyone(everyone: Sequence[WorkerReading], *, elapsed: float) -> dict[str, float]:
-    """What the workers' own measurements say together."""
+def over_workers(everyone: Sequence[WorkerReading], *, elapsed: float) -> dict[str, float]:
+    """Combine the workers' own measurements into columns of a row."""
     row = {
         "checkpoint_wait": sum(own.checkpoint_s for own in everyone) / len(everyone) / elapsed,
         "process_gib": max(own.process_bytes for own in everyone) / 2**30,
@@ -131,18 +135,18 @@ def of_everyone(everyone: Sequence[WorkerReading], *, elapsed: float) -> dict[st
 
 
 def as_metrics(row: Mapping[str, float]) -> dict[str, float]:
-    """A row under MLflow's names."""
+    """Return a row under its names in MLflow."""
     return {METRICS[key]: value for key, value in row.items() if key in METRICS}
 
 
 def as_points(history: Sequence[Mapping[str, float]]) -> list[Point]:
-    """Rows of a checkpoint's history as they were logged; those of old checkpoints do not know their time."""
+    """Return the rows of a checkpoint's history as tracker points. Rows of old checkpoints have no time and get the current one."""
     now = time.time()
     return [Point(int(row["step"]), int(1000 * row.get("time", now)), as_metrics(row)) for row in history]
 
 
-def shown(row: Mapping[str, float]) -> dict[str, float]:
-    """What of a row stands in the progress line: what may be wrong only when it is."""
+def progress_fields(row: Mapping[str, float]) -> dict[str, float]:
+    """Return what the progress line shows of a row. Signs of trouble appear only when there is trouble."""
     line = {"loss": row["loss"]}
     if row["substitutions"]:
         line["substituted"] = row["substitutions"]
@@ -158,7 +162,7 @@ def shown(row: Mapping[str, float]) -> dict[str, float]:
 
 
 class ForwardClock:
-    """Seconds that a module's forward passes took: on CUDA by events, so that the host need not wait."""
+    """Measures the seconds that a module's forward passes take; on CUDA with events, so that the host need not wait."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self.device = device
@@ -180,7 +184,7 @@ class ForwardClock:
         self._spans.append((self._began, self._now()))
 
     def take(self) -> float:
-        """Those since the last call."""
+        """Return the seconds since the last call."""
         synchronise(self.device)
         spans, self._spans = self._spans, []
         if self.device.type == "cuda":
@@ -188,18 +192,18 @@ class ForwardClock:
         return math.fsum(ended - began for began, ended in spans)
 
     def close(self) -> None:
-        """Takes the hooks off."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
 
 
 def memory(device: torch.device) -> tuple[float, float]:
-    """Bytes: the most this process ever had resident, and the most torch ever held on its GPU (0: none)."""
+    """Return peak bytes: resident in this process, and allocated by torch on its GPU (0 without one)."""
     resident = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts KiB
     return resident, float(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else 0.0
 
 
 @functools.cache
 def _peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Measured once a process."""
+    """Return the device's peak; measured once per process, because it takes about a second."""
     return matmul_peak(device, dtype)

@@ -1,1 +1,1 @@
-"""What a worker is told to train: task, recipe and data, as small frozen values that travel."""
+"""The specification of a training: task, recipe and data, as small frozen values that travel to the workers."""

@@ -1,4 +1,8 @@
-"""recipe: split from pipeline.training.spec.train_spec."""
+"""How a task is optimised: batch size, schedule, optimiser, precision, augmentation, guard.
+
+A recipe decides results, so all of it enters the fingerprint; a field that is added later stays out of it at its default
+(ADDED_LATER). Units: epochs, steps and images; learning rates are per global batch of 256 (`base_lr`) or absolute.
+Errors: ConfigError names the field, its value and what to write."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,26 +17,26 @@ from pipeline.training.guard import GuardConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a task is optimised: all of it decides results. Defaults are MAE's for pretraining (arXiv 2111.06377, table 8)."""
+    """How a task is optimised. Defaults are MAE's for pretraining (arXiv 2111.06377, table 8)."""
 
     global_batch: int = 4096
-    """Samples of one optimiser step, over all workers: micro-batch and accumulation are derived."""
+    """Samples per optimiser step, over all workers; micro-batch and accumulation are derived."""
     epochs: int = 800
     base_lr: float = 1.5e-4
     """Learning rate at a global batch of 256; the absolute rate is base_lr * global_batch / 256."""
     warmup_epochs: float = 40.0
     schedule: Literal["cosine", "warmup_stable_decay"] = field(default="cosine", metadata=ADDED_LATER)
-    """After the warmup: half a cosine, or constant and then down over the last `decay_share`."""
+    """After the warmup: half a cosine, or constant and then falling over the last `decay_share`."""
     decay_share: float = field(default=0.2, metadata=ADDED_LATER)
-    """Share of the epochs over which `warmup_stable_decay` comes down; `cosine` does not read it."""
+    """Share of the epochs over which `warmup_stable_decay` falls; `cosine` ignores it."""
     min_lr: float = 0.0
     """Absolute learning rate at the end."""
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float | None = field(default=None, metadata=ADDED_LATER)
-    """Gradients whose norm over all parameters is larger are scaled down to it; null, as in the paper: never."""
+    """Gradients whose norm over all parameters exceeds this are scaled down to it; null, as in the paper, for no clipping."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """What the model computes in; targets, softmax and loss are float32 either way."""
+    """What the model computes in. Targets, softmax and loss are float32 either way."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     guard: GuardConfig = field(default=GuardConfig(), metadata=ADDED_LATER)
     """When a step is skipped, rolled back, or ends the training."""
@@ -53,11 +57,11 @@ class Recipe:
         most = 1 - self.warmup_epochs / self.epochs
         if self.schedule == "warmup_stable_decay" and not 0 < self.decay_share <= most:
             raise ConfigError(
-                f"decay_share={self.decay_share} is not in (0, {most:.2g}], what the warmup leaves: write less"
+                f"decay_share={self.decay_share} is not in (0, {most:.2g}], the share that the warmup leaves: write less"
             )
 
     def learning_rate(self, global_step: int, samples_per_epoch: int) -> float:
-        """Absolute rate of a step: a pure function of images seen, so a resumed run cannot slip."""
+        """Return the absolute rate of a step: a pure function of the images seen, so a resumed run gets the same one."""
         total_images = self.epochs * samples_per_epoch
         warmup_images = round(self.warmup_epochs * samples_per_epoch)
         curve = warmup_cosine

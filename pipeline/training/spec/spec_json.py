@@ -1,8 +1,8 @@
-"""A training's specification as JSON and back, so that a bundle says by itself what to replay.
+"""A training's specification as JSON and back, so that a bundle is enough to know what to replay.
 
-Plain values alone: nothing in a file decides which code runs, beyond the name of a task and a recipe that are known here. A
-patch basis (target `pca`) is not written: it lies in the training step's directory.
-Errors: DataError for a task that is not known."""
+Only plain values are written: nothing in a file decides which code runs, beyond the name of a task and a recipe known here.
+A patch basis (target `pca`) is left out, because it lies in the training step's directory.
+Errors: DataError for a task that is not known, or a value that this version does not accept."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
@@ -29,13 +29,13 @@ Built = TypeVar("Built")
 
 
 def as_json(spec: TrainSpec) -> dict[str, Any]:
-    """JSON values, the kinds of task and recipe among them."""
+    """Return JSON values, including the kinds of task and recipe."""
     body = asdict(replace(spec, task=_plain(spec.task))) | {"resources": spec.resources.model_dump(mode="json")}
     return body | {"kinds": [type(spec.task).__name__, type(spec.recipe).__name__]}
 
 
 def from_json(body: Mapping[str, Any], root: Store) -> TrainSpec:
-    """The specification; `root`: the training step's directory."""
+    """Return the specification; `root` is the training step's directory. Reads the JSON of older versions too."""
     task_kind, recipe_kind = body["kinds"]
     if task_kind not in TASKS or recipe_kind not in RECIPES:
         raise DataError(
@@ -57,7 +57,7 @@ def from_json(body: Mapping[str, Any], root: Store) -> TrainSpec:
 
 
 def _resources(body: Mapping[str, Any]) -> Resources:
-    """Resources of a bundle; bundles written before 0.2 call them `placement` and hold those that the loop reads."""
+    """Return a bundle's resources; older bundles call them `placement` and hold only the fields that the loop reads."""
     try:
         return Resources.model_validate(body["resources"] if "resources" in body else body["placement"])
     except ValidationError as cause:
@@ -69,7 +69,7 @@ def _plain(task: Any) -> Any:
 
 
 def _made(kind: type[Built], body: Mapping[str, Any]) -> Built:
-    """A frozen dataclass from JSON values, checked field by field; a basis is put in by its reader."""
+    """Return a frozen dataclass from JSON values, checked field by field; the caller adds a basis."""
     hints = get_type_hints(kind)
     try:
         values = {

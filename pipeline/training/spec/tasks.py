@@ -1,7 +1,8 @@
-"""What the loop trains: a Task says which module, which groups, which inputs. Masked autoencoding and classification.
+"""What the loop trains: a Task defines the module, its parameter groups and its inputs. Masked autoencoding and classification.
 
-A Task is a small frozen value (it travels to the workers); its module's forward takes what `inputs` makes of a batch and gives
-per-sample losses float32 [b]. All randomness is keyed by (seed, epoch, sample id): the same at any world size."""
+A Task is a small frozen value that travels to the workers. Its module's forward takes what `inputs` makes of a batch and
+returns per-sample losses, float32 [b]. All randomness is keyed by (seed, epoch, sample id), so it is the same at any world
+size. Letters: b samples of a micro-batch, H x W pixels, C channels, L patches."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from pipeline.training.world import World
 from pipeline.weights import read_weights
 
 BASIS = "basis.safetensors"
-"""Of target `pca`, in the training step's directory."""
+"""The patch basis of target `pca`, in the training step's directory."""
 
 
 class Built(NamedTuple):
@@ -41,31 +42,34 @@ class Task(Protocol):
     """What the loop needs to know of what it trains."""
 
     def build(self) -> Built:
-        """The module with its initial weights, equal on every worker, and its optimiser groups."""
+        """Return the module with its initial weights, equal on every worker, and its optimiser groups."""
         ...
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """What the module's forward takes, first dimension b."""
+        """Return the arguments of the module's forward, each with first dimension b; the first is the images."""
         ...
 
     def training_flops(self) -> int:
-        """FLOPs of one image's training step, as the model needs them."""
+        """Return the FLOPs that the model needs to train on one image, without recomputation."""
         ...
 
     def evaluate(self, module: nn.Module, batches: Iterator[Batch], world: World) -> Mapping[str, float]:
-        """Scores of the trained module over all workers; empty: nothing to score."""
+        """Return the scores of the trained module over all workers, or an empty mapping if there is nothing to score."""
         ...
 
 
 class MAELosses(nn.Module):
-    """uint8 images and mask noise in, per-sample reconstruction losses out."""
+    """Reconstruction loss per sample, from uint8 images and mask noise."""
 
     def __init__(self, model: MaskedAutoencoder) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:
-        """images uint8 [b, H, W, C], noise [b, L] -> float32 [b]; pixels become float32 here, targets stay float32."""
+        """images uint8 [b, H, W, C], noise [b, L] -> losses float32 [b].
+
+        Pixels become float32 here, on the device, so that a quarter of the bytes are copied to it; targets stay float32.
+        """
         encoder = self.model.config.encoder
         pixels = normalise_pixels(images, mean=encoder.pixel_mean, std=encoder.pixel_std)
         return cast("Tensor", self.model(pixels, noise).loss)
@@ -79,30 +83,30 @@ class MAETask:
     weight_decay: float
     seed: int
     basis: PatchBasis | None = None
-    """What target `pca` needs; None for the other targets."""
+    """For target `pca`; None for the other targets."""
 
     def build(self) -> Built:
-        """The autoencoder, initialised from the seed."""
+        """Return the autoencoder, initialised from the seed."""
         generator = torch.Generator().manual_seed(self.seed)
         model = MaskedAutoencoder(self.model, generator=generator, basis=self.basis)
         return Built(MAELosses(model), parameter_groups(model, weight_decay=self.weight_decay))
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Images and each sample's own mask noise of this epoch."""
+        """Return the images and each sample's own mask noise for this epoch."""
         noise = mask_noise(self.seed, batch.epochs.numpy(), batch.sample_ids.numpy(), self.model.encoder.num_patches)
         return batch.images, torch.as_tensor(noise)
 
     def training_flops(self) -> int:
-        """Encoder on visible patches, decoder, head."""
+        """Count the encoder on visible patches, the decoder and its head."""
         return training_flops(self.model)
 
     def evaluate(self, module: nn.Module, batches: Iterator[Batch], world: World) -> Mapping[str, float]:
-        """Nothing: what an encoder is worth, the evaluation stages say."""
+        """Return nothing: the quality of an encoder is measured by the evaluation stages."""
         return {}
 
 
 class ClassifierLosses(nn.Module):
-    """uint8 images, labels and drop path noise in, per-sample cross entropies out; without labels: logits."""
+    """Cross entropy per sample, from uint8 images, labels and drop path noise; logits without labels."""
 
     def __init__(self, model: Classifier, config: ViTConfig, *, drop_path: float, label_smoothing: float) -> None:
         super().__init__()
@@ -110,7 +114,7 @@ class ClassifierLosses(nn.Module):
         self.drop_path, self.label_smoothing = drop_path, label_smoothing
 
     def forward(self, images: Tensor, labels: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
-        """images uint8 [b, H, W, C], labels int64 [b], noise [b, depth, 2] -> float32 [b], or logits [b, classes]."""
+        """images uint8 [b, H, W, C], labels int64 [b], noise [b, depth, 2] -> losses float32 [b], or logits [b, classes]."""
         pixels = normalise_pixels(images, mean=self.config.pixel_mean, std=self.config.pixel_std)
         if labels is None or noise is None:
             return cast("Tensor", self.model(pixels))
@@ -124,7 +128,7 @@ class ClassificationTask:
 
     encoder: ViTConfig
     encoder_uri: str
-    """Folder of a pretrained `encoder.safetensors`; empty: the encoder starts from its random initialisation."""
+    """Folder of a pretrained `encoder.safetensors`; empty for a randomly initialised encoder."""
     num_classes: int
     weight_decay: float
     layer_decay: float
@@ -133,7 +137,7 @@ class ClassificationTask:
     seed: int
 
     def build(self) -> Built:
-        """Encoder (pretrained or not) and a fresh head, from the seed."""
+        """Return the encoder, pretrained or not, with a new head; both are initialised from the seed."""
         generator = torch.Generator().manual_seed(self.seed)
         encoder = ViTEncoder(self.encoder)
         initialise(encoder, generator=generator)
@@ -147,17 +151,17 @@ class ClassificationTask:
         return Built(losses, groups)
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Images, labels and each sample's own drop path noise of this epoch."""
+        """Return images, labels and each sample's own drop path noise for this epoch."""
         depth = self.encoder.depth
         noise = uniform_rows(self.seed, batch.epochs.numpy(), batch.sample_ids.numpy(), "drop_path", 2 * depth)
         return batch.images, batch.labels, torch.as_tensor(noise, dtype=torch.float32).reshape(-1, depth, 2)
 
     def training_flops(self) -> int:
-        """Encoder on all patches, head; what drop path leaves out is counted, since it is computed."""
+        """Count the encoder on all patches and the head; branches that drop path drops are computed, so they count."""
         return classifier_training_flops(self.encoder, num_classes=self.num_classes)
 
     def evaluate(self, module: nn.Module, batches: Iterator[Batch], world: World) -> Mapping[str, float]:
-        """Top-1 and top-5 accuracy: counts summed over samples and workers, divided once."""
+        """Return top-1 and top-5 accuracy and the mean loss: counts are summed over samples and workers, and divided once."""
         counts = TopK()
         module.eval()
         with torch.inference_mode():
@@ -165,7 +169,12 @@ class ClassificationTask:
                 counts += topk_counts(module(batch.images.to(world.device)).cpu(), batch.labels)
         module.train()
         totals: Any = world.total([counts.correct_top1, counts.correct_top5, counts.count, counts.loss_sum])
-        everywhere = TopK(
+        over_workers = TopK(
             correct_top1=int(totals[0]), correct_top5=int(totals[1]), count=int(totals[2]), loss_sum=totals[3]
         )
-        return {"top1": everywhere.top1, "top5": everywhere.top5, "loss": everywhere.loss, "images": everywhere.count}
+        return {
+            "top1": over_workers.top1,
+            "top5": over_workers.top5,
+            "loss": over_workers.loss,
+            "images": over_workers.count,
+        }

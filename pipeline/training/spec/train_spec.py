@@ -1,4 +1,6 @@
-"""What a worker is told: task, recipe (decides results) and placement (does not). Small frozen values that travel."""
+"""What a worker is told to train: a task and its recipe, which decide results, and resources, which do not.
+
+Small frozen values that travel from the stage to the workers. Units are in the field names."""
 
 import math
 from dataclasses import dataclass, field
@@ -20,20 +22,15 @@ from pipeline.training.spec.tasks import Task
 from pipeline.training.world import World
 
 
-def engine_settings(recipe: Recipe, resources: Resources, *, workers: int) -> EngineSettings:
-    """Micro-batch and accumulation follow from the global batch and the largest slice of a worker."""
-    largest_slice = math.ceil(recipe.global_batch / workers)
-    micro_batch = min(resources.micro_batch, largest_slice)
-    return EngineSettings(
-        precision=recipe.precision,
-        zero_stage=resources.zero_stage,
-        micro_batch=micro_batch,
-        accumulation=math.ceil(largest_slice / micro_batch),
-        betas=recipe.betas,
-        max_grad_norm=recipe.max_grad_norm,
-        offload=resources.offload,
-        activation_checkpointing=resources.activation_checkpointing,
-    )
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """What decides the encoder: the config of a pretraining step."""
+
+    model: MAEConfig
+    recipe: Recipe
+    seed: int
+    start: StartPoint | None = field(default=None, metadata=ADDED_LATER)
+    """The checkpoint that a fork starts from; None for initial weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +43,15 @@ class TrainSpec:
     image_size: tuple[int, int]
     dataset: DatasetAddress
     train_samples: Samples
-    """What of the training split is trained on."""
+    """Which samples of the training split are trained on."""
     evaluation_split: str
-    """Split to score after training; empty: none."""
+    """Split to score after training; empty for none."""
     resources: Resources
     start: StartPoint | None = None
-    """Where it begins; None: with initial weights."""
+    """The checkpoint that a fork starts from; None for initial weights."""
 
     def cursor(self, order: SampleOrder) -> dict[str, object]:
-        """What a position is bound to."""
+        """Return what a position is bound to: under another of these values the same step means other samples."""
         return {
             "dataset": self.dataset.digest,
             "train_samples": self.train_samples,
@@ -63,7 +60,7 @@ class TrainSpec:
         }
 
     def loader(self, manifest: Manifest, split: str, world: World) -> Loader:
-        """This worker's reader of a split: the training split in the computed order, others whole."""
+        """Return this worker's reader of a split: the training split in the computed order, any other split whole."""
         samples = self.train_samples if split == "train" else "all"
         selection = select(manifest, split, samples, seed=self.order.seed)
         return Loader(
@@ -78,22 +75,30 @@ class TrainSpec:
             cache=node_cache(self.dataset, self.resources),
             decode_threads=self.resources.decode_threads,
             pin_memory=world.device.type == "cuda",
-            fetch_bytes=self.resources.cache_max_bytes // world.local_size,
+            fetch_bytes=self.resources.cache_max_bytes // world.local_size,  # workers on a node share its cache
         )
+
+
+def engine_settings(recipe: Recipe, resources: Resources, *, workers: int) -> EngineSettings:
+    """Return the engine's settings; micro-batch and accumulation follow from the largest part of the global batch.
+
+    The largest part counts on every worker, because all must run the same number of passes.
+    """
+    largest_part = math.ceil(recipe.global_batch / workers)
+    micro_batch = min(resources.micro_batch, largest_part)
+    return EngineSettings(
+        precision=recipe.precision,
+        zero_stage=resources.zero_stage,
+        micro_batch=micro_batch,
+        accumulation=math.ceil(largest_part / micro_batch),
+        betas=recipe.betas,
+        max_grad_norm=recipe.max_grad_norm,
+        offload=resources.offload,
+        activation_checkpointing=resources.activation_checkpointing,
+    )
 
 
 def node_cache(dataset: DatasetAddress, resources: Resources) -> ShardCache:
     """Return the node's cache for the shards of a dataset."""
     directory = Path(resources.cache_directory).expanduser()
     return ShardCache(open_store(dataset.root_uri), directory, max_bytes=resources.cache_max_bytes)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """What decides the encoder."""
-
-    model: MAEConfig
-    recipe: Recipe
-    seed: int
-    start: StartPoint | None = field(default=None, metadata=ADDED_LATER)
-    """A checkpoint to go on from; None: initial weights."""

@@ -17,9 +17,9 @@ from pipeline.runs.fork import fork
 from pipeline.runs.pretrainings import pretrain_step
 from pipeline.runs.workflow import build
 from pipeline.storage import FileStore
-from pipeline.training.checkpoints.format import CheckpointManifest, commit, folder_of, write_history
+from pipeline.training.checkpoints.format import CheckpointManifest, checkpoint_folder, commit, write_history
 from pipeline.training.checkpoints.host_copy import HostCopy
-from pipeline.training.checkpoints.resume import beginning
+from pipeline.training.checkpoints.resume import starting_checkpoint
 from pipeline.training.checkpoints.retention import Pruner, Retention
 from pipeline.training.checkpoints.saver import write_part
 from pipeline.training.engine.deepspeed_engine import Fragment
@@ -40,7 +40,7 @@ def path(tmp_path):
         copy = HostCopy(fragments)
         copy.take(fragments)
         store = root.at("g0001")
-        rows = write_history(store, folder_of(step), [{"step": step, "epoch": step / 4, "loss": 1.0}])
+        rows = write_history(store, checkpoint_folder(step), [{"step": step, "epoch": step / 4, "loss": 1.0}])
         manifest = CheckpointManifest(
             global_step=step,
             optimizer_steps=step,
@@ -49,9 +49,9 @@ def path(tmp_path):
             parameters={f"model.{name}": list(p.shape) for name, p in values.items()},
             world_size=1,
             zero_stage=1,
-            files=(write_part(store, folder_of(step), copy, World(0, 1, torch.device("cpu"), None)), rows),
+            files=(write_part(store, checkpoint_folder(step), copy, World(0, 1, torch.device("cpu"), None)), rows),
         )
-        commit(store, folder_of(step), manifest)
+        commit(store, checkpoint_folder(step), manifest)
     return path
 
 
@@ -120,16 +120,16 @@ def test_a_fork_begins_from_that_very_checkpoint_or_not_at_all(path, tmp_path):
 
     start = fork(path, [], at=4, out=tmp_path / "fork.yaml")
     attempt = attempt_at(tmp_path / "store" / "pretrain-child")
-    with beginning(attempt, start) as checkpoint:
+    with starting_checkpoint(attempt, start) as checkpoint:
         assert (checkpoint.manifest.global_step, checkpoint.root.uri) == (4, (tmp_path / "store").as_uri())
     with pytest.raises(CheckpointError, match="is another checkpoint"):
-        beginning(attempt, replace(start, manifest_sha256="0" * 64))
+        starting_checkpoint(attempt, replace(start, manifest_sha256="0" * 64))
     file = tmp_path / "store" / start.checkpoint / "manifest.json"
     body = json.loads(file.read_text())
     file.write_text(json.dumps(body))
     file.unlink()
     with pytest.raises(CheckpointError, match="which was forked, is gone"):
-        beginning(attempt, start)
+        starting_checkpoint(attempt, start)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

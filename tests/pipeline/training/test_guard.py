@@ -19,7 +19,7 @@ from pipeline.training.checkpoints.format import read_manifest
 from pipeline.training.engine.deepspeed_engine import Engine
 from pipeline.training.engine.micro_batches import split
 from pipeline.training.engine.settings import EngineSettings
-from pipeline.training.guard import FRESH, GuardConfig, GuardState, Seen, gone_back, judge, with_range
+from pipeline.training.guard import FRESH, GuardConfig, GuardState, StepStats, judge, merge_range, state_after_roll_back
 from pipeline.training.world import enter_world
 
 NAN, INF = math.nan, math.inf
@@ -32,9 +32,9 @@ def follow(config: GuardConfig, losses: list[float], total_steps: int = 1000) ->
     """Verdicts of steps with these losses, from the first; a roll-back goes on behind what it steps over."""
     state, verdicts = FRESH, []
     for step, loss in enumerate(losses):
-        judgement = judge(config, state, Seen(step, loss, 1.0), total_steps)
+        judgement = judge(config, state, StepStats(step, loss, 1.0), total_steps)
         verdicts.append(judgement.verdict)
-        state = judgement.state
+        state = judgement.state_after
         if judgement.verdict == "give_up":
             break
     return verdicts, state
@@ -42,8 +42,8 @@ def follow(config: GuardConfig, losses: list[float], total_steps: int = 1000) ->
 
 @pytest.mark.parametrize(("loss", "norm"), [(NAN, 1.0), (INF, 1.0), (1.0, NAN), (1.0, INF), (-INF, 1.0)])
 def test_a_step_that_is_not_finite_is_skipped_from_the_first_on(loss, norm):
-    judgement = judge(GuardConfig(), FRESH, Seen(0, loss, norm), 1000)
-    assert (judgement.verdict, judgement.state.skipped, judgement.state.recent) == ("skip", (0,), ())
+    judgement = judge(GuardConfig(), FRESH, StepStats(0, loss, norm), 1000)
+    assert (judgement.verdict, judgement.state_after.skipped, judgement.state_after.recent) == ("skip", (0,), ())
     assert ("loss not finite" if norm == 1.0 else "gradient norm not finite") in judgement.reason
 
 
@@ -57,13 +57,13 @@ def test_skips_apart_from_each_other_are_borne_and_skips_in_a_row_roll_back():
 
 def test_a_roll_back_soon_after_another_goes_back_further():
     config = GuardConfig(roll_back_steps=10, skips_in_a_row=1)
-    first = judge(config, FRESH, Seen(100, NAN, 1.0), 1000)
-    assert first.undo == (90, 101)
-    there = gone_back(FRESH, GuardState(recent=((1.0, 1.0),)), first.undo)
+    first = judge(config, FRESH, StepStats(100, NAN, 1.0), 1000)
+    assert first.undone == (90, 101)
+    there = state_after_roll_back(FRESH, GuardState(recent=((1.0, 1.0),)), first.undone)
     assert there == GuardState(recent=((1.0, 1.0),), stepped_over=((90, 101),), roll_backs=1)
-    second = judge(config, there, Seen(105, NAN, 1.0), 1000)  # 95 was stepped over
-    assert second.undo == (80, 106)
-    assert gone_back(there, FRESH, second.undo) == GuardState(stepped_over=((80, 106),), roll_backs=2)
+    second = judge(config, there, StepStats(105, NAN, 1.0), 1000)  # 95 was stepped over
+    assert second.undone == (80, 106)
+    assert state_after_roll_back(there, FRESH, second.undone) == GuardState(stepped_over=((80, 106),), roll_backs=2)
 
 
 def test_roll_backs_and_lost_steps_have_a_limit():
@@ -73,7 +73,7 @@ def test_roll_backs_and_lost_steps_have_a_limit():
     verdicts, _ = follow(GuardConfig(lost_share=0.05), [1, NAN] * 20, total_steps=100)
     assert verdicts.count("skip") == 5
     assert verdicts[-1] == "give_up"
-    reason = judge(GuardConfig(), FRESH, Seen(8, NAN, 1.0), 20)
+    reason = judge(GuardConfig(), FRESH, StepStats(8, NAN, 1.0), 20)
     assert reason.verdict == "skip"  # as many as a row are borne however short the training
 
 
@@ -85,7 +85,7 @@ def test_a_spike_is_far_above_the_median_of_accepted_steps_only():
     assert follow(config, [*noisy, 0.0])[0][-1] == "go"  # a fall is none
     assert follow(config, [*noisy[:-1], 50.0])[0][-1] == "go"  # too early to say
     assert follow(config, [*[1.0] * 8, 1.05, 1.2])[0][-2:] == ["go", "skip"]  # a plateau: one per cent is its least
-    norms = judge(config, GuardState(recent=((1.0, 2.0),) * 8), Seen(8, 1.0, 9.0), 1000)
+    norms = judge(config, GuardState(recent=((1.0, 2.0),) * 8), StepStats(8, 1.0, 9.0), 1000)
     assert (norms.verdict, norms.reason) == ("skip", "gradient norm 9 spikes, 2 is the median of 8 steps before")
     assert follow(replace(config, spikes="roll_back", roll_back_steps=3), [*noisy, 3.0])[1].stepped_over == ((5, 9),)
     verdicts, state = follow(replace(config, spikes="report"), [*noisy, 3.0])
@@ -95,11 +95,11 @@ def test_a_spike_is_far_above_the_median_of_accepted_steps_only():
 def test_the_state_survives_json_and_ranges_join():
     state = GuardState(((1.0, 2.0), (0.1, 0.7)), (3, 9), ((4, 6), (20, 30)), 2)
     assert GuardState.from_json(json.loads(json.dumps(asdict(state)))) == state
-    assert [state.past_gaps(step) for step in (3, 4, 5, 6, 29)] == [3, 6, 6, 6, 30]
-    assert [state.missed(step) for step in (4, 5, 6, 25, 40)] == [0, 1, 2, 7, 12]
-    assert with_range(state.stepped_over, (6, 10)) == ((4, 10), (20, 30))
-    assert with_range(state.stepped_over, (5, 21)) == ((4, 30),)
-    assert with_range(state.stepped_over, (1, 2)) == ((1, 2), (4, 6), (20, 30))
+    assert [state.next_step(step) for step in (3, 4, 5, 6, 29)] == [3, 6, 6, 6, 30]
+    assert [state.untrained_before(step) for step in (4, 5, 6, 25, 40)] == [0, 1, 2, 7, 12]
+    assert merge_range(state.stepped_over, (6, 10)) == ((4, 10), (20, 30))
+    assert merge_range(state.stepped_over, (5, 21)) == ((4, 30),)
+    assert merge_range(state.stepped_over, (1, 2)) == ((1, 2), (4, 6), (20, 30))
 
 
 def test_thresholds_that_cannot_be_meant_are_refused():

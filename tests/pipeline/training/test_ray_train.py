@@ -4,7 +4,7 @@ import pytest
 import torch
 from training_kit import Team, attempt_at, checkpoint_state, in_a_process, mae_spec, pretrain_config, pretrain_on_ray
 
-from pipeline.training.launch import work
+from pipeline.training.launch import run_worker
 
 EPOCHS = 30  # 139 steps of about 30 ms
 
@@ -21,7 +21,7 @@ def test_a_killed_worker_changes_nothing(shards, tmp_path):
     calm = attempt_at(tmp_path / "calm", **changes)
     # Not the session's team: a process that ever ran ZeRO-3 keeps DeepSpeed's F.linear, which rounds otherwise.
     team = Team(2, tmp_path)
-    team.run(work, mae_spec(shards, calm, epochs=EPOCHS), calm)
+    team.run(run_worker, mae_spec(shards, calm, epochs=EPOCHS), calm)
     team.close()
     step = f"checkpoints/step-{disturbed.result.facts['global_step']:08d}"
     assert calm.store.exists(f"{step}/manifest.json")

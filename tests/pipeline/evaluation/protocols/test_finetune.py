@@ -19,7 +19,7 @@ from pipeline.data.images.pictures import AugmentConfig, augment, decode
 from pipeline.evaluation.protocols.finetune import CLASSIFIER, FinetuneConfig, finetune
 from pipeline.graph.step import Attempt, StageInput
 from pipeline.tracking import NullTracker
-from pipeline.training.health.stop_reasons import StoreSupervisor
+from pipeline.training.health.stop_reasons import StoreStopSignal
 from pipeline.training.loop.loop import train
 from pipeline.training.spec.tasks import ClassificationTask
 from pipeline.training.world import enter_world
@@ -77,7 +77,7 @@ def test_the_score_is_the_saved_classifiers_over_all_test_images(teams, shards, 
 
 
 def train_here(spec, attempt):
-    trained = train(spec, attempt, world=enter_world(), tracker=NullTracker(), supervisor=StoreSupervisor(attempt))
+    trained = train(spec, attempt, world=enter_world(), tracker=NullTracker(), stop_signal=StoreStopSignal(attempt))
     return dict(trained.scores)
 
 

@@ -53,12 +53,12 @@ class LoggedMAETask(MAETask):
 
 
 class Never:
-    def should_stop(self):
+    def stop_reason(self):
         return ""
 
 
 def train_here(spec, attempt):
-    return asdict(train(spec, attempt, world=enter_world(), tracker=NullTracker(), supervisor=Never()))
+    return asdict(train(spec, attempt, world=enter_world(), tracker=NullTracker(), stop_signal=Never()))
 
 
 def logged(shards, attempt, log: Path):
@@ -190,7 +190,9 @@ def test_substitutions_are_excused_and_forged_ones_are_not(teams, shards, tmp_pa
     )
     forged = first._replace(sample_id=first.substitute_id, substitute_id=first.sample_id)
     checkpoints.commit(store, folder, replace(manifest, substitutions=(*manifest.substitutions, forged)))
-    assert "1 recorded substitutions are not of this order" in audit(attempt.root, dataset=dataset_address(bad)).line
+    assert (
+        "1 recorded substitutions do not belong to this order" in audit(attempt.root, dataset=dataset_address(bad)).line
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,7 +249,7 @@ def test_another_dataset_or_order_version_is_refused(teams, shards, tmp_path):
     trained = teams(1).run(train_here, mae_spec(shards, attempt), attempt)[0]
     key = trained["checkpoint_key"]
     manifest = read_manifest(attempt.root, key)
-    for change, words in (({"dataset": "0" * 64}, "holds the dataset"), ({"version": 0}, "order is of version 0")):
+    for change, words in (({"dataset": "0" * 64}, "holds the dataset"), ({"version": 0}, "order has version 0")):
         spoilt = replace(manifest, cursor=dict(manifest.cursor) | change)
         checkpoints.commit(attempt.store, key.partition("/")[2], spoilt)
         with pytest.raises(DataError, match=words):

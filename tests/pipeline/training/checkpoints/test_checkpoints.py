@@ -15,7 +15,13 @@ from training_kit import attempt_at
 from pipeline.errors import CheckpointError
 from pipeline.storage import FileStore, S3Store, Store
 from pipeline.training.checkpoints import format as checkpoints
-from pipeline.training.checkpoints.format import CheckpointManifest, check_cursor, newest, open_checkpoint, resume_point
+from pipeline.training.checkpoints.format import (
+    CheckpointManifest,
+    check_cursor,
+    newest_checkpoint,
+    open_checkpoint,
+    resume_point,
+)
 from pipeline.training.checkpoints.host_copy import HostCopy
 from pipeline.training.checkpoints.retention import Pruner, Retention
 from pipeline.training.checkpoints.saver import write_part
@@ -37,7 +43,7 @@ def value(kind: str, name: str, step: int) -> torch.Tensor:
 
 def save(store: Store, step: int, *, ranks: int = 3) -> str:
     """A checkpoint as so many ranks leave it: each parameter in uneven pieces, one a rank."""
-    folder = checkpoints.folder_of(step)
+    folder = checkpoints.checkpoint_folder(step)
     files = []
     for rank in range(ranks):
         fragments = []
@@ -168,7 +174,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_it_is_used(tmp_path, 
     save(attempt.store, 3)
     last = save(attempt.store, 6)
     harm(file_of(tmp_path / "g0001", last, name))
-    with caplog.at_level(logging.WARNING), newest(attempt) as checkpoint:
+    with caplog.at_level(logging.WARNING), newest_checkpoint(attempt) as checkpoint:
         assert checkpoint.key == "g0001/checkpoints/step-00000003"
         assert torch.equal(checkpoint.read("encoder.bias", "weight", 0, 11), value("weight", "encoder.bias", 3))
     assert f"g0001/checkpoints/step-00000006/{name} is" in caplog.text
@@ -180,7 +186,7 @@ def test_a_manifest_that_cannot_be_read_refuses_its_checkpoint(tmp_path, caplog,
     attempt = attempt_at(tmp_path)
     save(attempt.store, 3)
     file_of(tmp_path / "g0001", save(attempt.store, 6), "manifest.json").write_text(text)
-    with newest(attempt) as checkpoint:
+    with newest_checkpoint(attempt) as checkpoint:
         assert checkpoint.manifest.global_step == 3
     assert "step-00000006/manifest.json is damaged" in caplog.text
 
@@ -200,7 +206,7 @@ def test_a_torn_checkpoint_does_not_exist(tmp_path):
     save(attempt.store, 3)
     torn = save(attempt.store, 6)
     (tmp_path / "g0001" / torn / "manifest.json").unlink()
-    with newest(attempt) as checkpoint:
+    with newest_checkpoint(attempt) as checkpoint:
         assert checkpoint.manifest.global_step == 3
     assert resume_point(attempt.root) == "g0001/checkpoints/step-00000003"
     with pytest.raises(CheckpointError, match="was never committed"):
@@ -213,7 +219,7 @@ def test_when_all_are_damaged_nothing_starts_from_nothing(tmp_path):
         flip(file_of(tmp_path / "g0001", save(attempt.store, step), "rank-0000-of-0003.safetensors"))
     for again in (attempt, attempt_at(tmp_path)):  # its own generation, and the next one
         with pytest.raises(CheckpointError, match=r"every checkpoint is damaged \(.*step-00000006.*step-00000003.*\)"):
-            newest(again)
+            newest_checkpoint(again)
 
 
 def test_a_checkpoint_that_vanished_is_not_taken_for_a_fresh_start(tmp_path):
@@ -224,13 +230,13 @@ def test_a_checkpoint_that_vanished_is_not_taken_for_a_fresh_start(tmp_path):
         path.unlink()
     for attempt in (second, attempt_at(tmp_path)):  # the next driver does not forget it either
         with pytest.raises(CheckpointError, match="g0001/checkpoints/step-00000003 is gone"):
-            newest(attempt)
+            newest_checkpoint(attempt)
 
 
 def test_without_any_checkpoint_training_starts_from_nothing(tmp_path):
     assert resume_point(FileStore(tmp_path)) == ""
-    assert newest(attempt_at(tmp_path)) is None
-    assert newest(attempt_at(tmp_path)) is None  # nor did the generation before it leave any
+    assert newest_checkpoint(attempt_at(tmp_path)) is None
+    assert newest_checkpoint(attempt_at(tmp_path)) is None  # nor did the generation before it leave any
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,10 +250,10 @@ def test_the_own_generation_wins_then_what_it_continues_from(tmp_path):
     second = attempt_at(tmp_path)
     assert second.continues == "g0001/checkpoints/step-00000006"
     save(first.store, 9)  # a zombie's: nobody reads it
-    with newest(second) as checkpoint:
+    with newest_checkpoint(second) as checkpoint:
         assert checkpoint.key == "g0001/checkpoints/step-00000006"
     save(second.store, 8)
-    with newest(second) as checkpoint:
+    with newest_checkpoint(second) as checkpoint:
         assert checkpoint.key == "g0002/checkpoints/step-00000008"
     assert attempt_at(tmp_path).continues == "g0002/checkpoints/step-00000008"
 
@@ -261,9 +267,9 @@ def test_older_ones_are_found_along_the_recorded_parents(tmp_path, caplog):
     third = attempt_at(tmp_path)
     assert third.continues == "g0001/checkpoints/step-00000006"
     own = save(third.store, 9)
-    for root, key in ((tmp_path / "g0003", own), (tmp_path / "g0001", checkpoints.folder_of(6))):
+    for root, key in ((tmp_path / "g0003", own), (tmp_path / "g0001", checkpoints.checkpoint_folder(6))):
         flip(file_of(root, key, "rank-0002-of-0003.safetensors"))
-    with newest(third) as checkpoint:
+    with newest_checkpoint(third) as checkpoint:
         assert checkpoint.key == "g0001/checkpoints/step-00000003"
     assert [("step-00000009" in line, "step-00000006" in line) for line in caplog.messages] == [
         (True, False),
@@ -278,7 +284,7 @@ def test_a_generation_above_9999_finds_its_parent(tmp_path):
     save(high.store, 3)
     above = attempt_at(tmp_path)
     assert (above.generation, above.continues) == (10_001, "g10000/checkpoints/step-00000003")
-    with newest(above) as checkpoint:
+    with newest_checkpoint(above) as checkpoint:
         assert checkpoint.manifest.global_step == 3
 
 
@@ -291,7 +297,7 @@ def test_a_roll_back_finds_the_newest_from_before_and_never_one_of_a_line_that_w
         save(second.store, step)
 
     def found(undo, stepped_over=()) -> str:
-        checkpoint = checkpoints.before(second, undo, stepped_over)
+        checkpoint = checkpoints.roll_back_checkpoint(second, undo, stepped_over)
         with checkpoint:
             return checkpoint.key
 
@@ -300,12 +306,12 @@ def test_a_roll_back_finds_the_newest_from_before_and_never_one_of_a_line_that_w
     assert found((48, 52), [(25, 41)]) == "g0001/checkpoints/step-00000020"
     assert found((48, 52), [(20, 41)]) == "g0001/checkpoints/step-00000020"  # where the gap begins all was well
     assert found((5, 52)) == "g0001/checkpoints/step-00000010"  # the oldest there is
-    flip(file_of(tmp_path / "g0001", checkpoints.folder_of(30), "rank-0002-of-0003.safetensors"))
+    flip(file_of(tmp_path / "g0001", checkpoints.checkpoint_folder(30), "rank-0002-of-0003.safetensors"))
     assert found((35, 52)) == "g0001/checkpoints/step-00000020"
-    assert checkpoints.before(second, (0, 52), ()) is None  # the beginning is nearer than any
+    assert checkpoints.roll_back_checkpoint(second, (0, 52), ()) is None  # the beginning is nearer than any
     with pytest.raises(CheckpointError, match="no checkpoint from before step 9 is left"):
-        checkpoints.before(second, (5, 9), ())
-    assert checkpoints.before(attempt_at(tmp_path / "new"), (5, 9), ()) is None
+        checkpoints.roll_back_checkpoint(second, (5, 9), ())
+    assert checkpoints.roll_back_checkpoint(attempt_at(tmp_path / "new"), (5, 9), ()) is None
 
 
 def test_manifests_from_before_there_was_a_guard_are_read(tmp_path):

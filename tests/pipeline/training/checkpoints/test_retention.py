@@ -10,13 +10,19 @@ from training_kit import attempt_at
 from pipeline.graph.receipts import claim
 from pipeline.training.checkpoints.format import (
     CheckpointManifest,
+    checkpoint_folder,
     commit,
-    folder_of,
-    newest,
+    newest_checkpoint,
     resume_point,
     write_history,
 )
-from pipeline.training.checkpoints.retention import Pruner, Retention, StoredCheckpoint, kept, named_checkpoints
+from pipeline.training.checkpoints.retention import (
+    Pruner,
+    Retention,
+    StoredCheckpoint,
+    keys_to_keep,
+    referenced_checkpoints,
+)
 
 LOSSES = {10: 0.5, 20: 0.2, 30: 0.4, 40: 0.2, 50: math.nan, 60: 0.3}
 HELD = [StoredCheckpoint(f"s{step}", step, loss) for step, loss in LOSSES.items()]
@@ -39,13 +45,13 @@ BARE = Retention(last=1, every_steps=None, best=0)
 )
 def test_what_stays(changes, named, steps):
     expected = {f"s{step}" for step in steps}
-    assert kept(HELD, replace(BARE, **changes), named=named) == expected
-    assert kept(HELD[::-1], replace(BARE, **changes), named=named) == expected
+    assert keys_to_keep(HELD, replace(BARE, **changes), referenced=named) == expected
+    assert keys_to_keep(HELD[::-1], replace(BARE, **changes), referenced=named) == expected
 
 
 def put(attempt, step, loss=None):
     """A checkpoint without values."""
-    rows = write_history(attempt.store, folder_of(step), [{"step": step, "loss": 1.0}])
+    rows = write_history(attempt.store, checkpoint_folder(step), [{"step": step, "loss": 1.0}])
     manifest = CheckpointManifest(
         global_step=step,
         optimizer_steps=step,
@@ -57,7 +63,7 @@ def put(attempt, step, loss=None):
         files=(rows,),
         loss=loss,
     )
-    commit(attempt.store, folder_of(step), manifest)
+    commit(attempt.store, checkpoint_folder(step), manifest)
 
 
 def steps_left(attempt):
@@ -69,7 +75,7 @@ def test_the_best_of_the_manifests_stay_and_a_damaged_one_is_not_among_them(tmp_
     attempt = attempt_at(tmp_path)
     for step, loss in ((1, 0.1), (2, 0.3), (3, 0.2), (4, None), (5, 0.9)):
         put(attempt, step, loss)
-    attempt.store.write(f"{folder_of(1)}/manifest.json", b"{")
+    attempt.store.write(f"{checkpoint_folder(1)}/manifest.json", b"{")
     Pruner(attempt.root, 1, replace(BARE, best=1)).prune()
     assert steps_left(attempt) == [3, 5]
 
@@ -84,7 +90,7 @@ def test_a_fenced_run_does_not_take_away_what_the_next_one_stands_on(tmp_path):
         put(zombie, step)
         Pruner(zombie.root, 1, BARE).prune()
     assert steps_left(zombie) == [2, 4]
-    with newest(following) as checkpoint:
+    with newest_checkpoint(following) as checkpoint:
         assert checkpoint.key == following.continues
 
 
@@ -97,8 +103,8 @@ def test_receipt_claims_and_pins_name_checkpoints(tmp_path):
     attempt.root.write("receipt.json", json.dumps(body).encode())
     claim(attempt.root, continues="g0001/checkpoints/step-00000002")
     attempt.root.write("pins/fork.json", json.dumps({"checkpoint": "g0001/checkpoints/step-00000003"}).encode())
-    named = set(named_checkpoints(attempt.root, above=1))
-    assert named == {f"g0001/checkpoints/step-{step:08d}" for step in (1, 2, 3)}
+    referenced = set(referenced_checkpoints(attempt.root, above=1))
+    assert referenced == {f"g0001/checkpoints/step-{step:08d}" for step in (1, 2, 3)}
     Pruner(attempt.root, 1, BARE).prune()
     assert steps_left(attempt) == [1, 2, 3, 5]
     assert resume_point(attempt.root) == "g0001/checkpoints/step-00000002"

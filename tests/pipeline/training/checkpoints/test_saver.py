@@ -15,7 +15,7 @@ from training_kit import Raised, attempt_at, checkpoint_state
 from pipeline.errors import StorageError
 from pipeline.graph.step import Attempt
 from pipeline.storage import FileStore, S3Store
-from pipeline.training.checkpoints.format import CheckpointManifest, newest, read_manifest
+from pipeline.training.checkpoints.format import CheckpointManifest, newest_checkpoint, read_manifest
 from pipeline.training.checkpoints.host_copy import HostCopy, joined, on_disk
 from pipeline.training.checkpoints.retention import Retention
 from pipeline.training.checkpoints.saver import Saver, mean_loss
@@ -140,7 +140,7 @@ def dies_while_writing(attempt: GatedAttempt) -> None:
     if state.world.is_first:
         saver.store = attempt.root.at("g0001")  # this one's part is written at once
     saver.save(state.move(2), HISTORY)
-    while state.world.is_first and not saver._under_way.work.done():
+    while state.world.is_first and not saver._pending.future.done():
         time.sleep(0.01)
     for _ in range(3):
         saver.advance()
@@ -151,7 +151,7 @@ def test_a_worker_that_dies_before_its_part_is_written_leaves_no_checkpoint(team
     attempt = gated(attempt_at(tmp_path / "step"), tmp_path / "gate")
     teams(2).run(dies_while_writing, attempt)
     assert (tmp_path / "step/g0001/checkpoints/step-00000002/rank-0000-of-0002.safetensors").exists()
-    with newest(attempt_at(tmp_path / "step")) as checkpoint:
+    with newest_checkpoint(attempt_at(tmp_path / "step")) as checkpoint:
         assert checkpoint.key == "g0001/checkpoints/step-00000001"
     (tmp_path / "gate").touch()  # lets the thread end
 

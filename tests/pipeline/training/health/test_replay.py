@@ -54,14 +54,14 @@ def test_a_bad_step_is_reproduced_by_one_process_and_names_the_sample(teams, sha
 def test_what_is_otherwise_than_it_was_is_said(teams, shards, skipped):
     healed = teams(1).run(replay_here, skipped, 11, spoilt_spec(shards, skipped, {10: NAN}, GUARD))[0]
     assert (
-        "are finite in one of the two alone" in healed.differences[1]
+        "are finite in only one of the two" in healed.differences[1]
     )  # the first: its factor is given beside the image
     assert healed.differences[-1] == "loss and gradient norm are finite now"
     other_rate = spoilt_spec(shards, skipped, BAD, GUARD, base_lr=1.0)
     assert "losses of" in teams(1).run(replay_here, skipped, 11, other_rate)[0].differences[0]
     spec = spoilt_spec(shards, skipped, BAD, GUARD)
     masked = replace(spec, task=replace(spec.task, seed=6))
-    assert "masks of 13 samples are others" in teams(1).run(replay_here, skipped, 11, masked)[0].differences
+    assert "masks of 13 samples differ" in teams(1).run(replay_here, skipped, 11, masked)[0].differences
     far = teams(1).outcomes(replay_here, skipped, 11, spec, 1)[0]
     assert (far.kind, "2 steps behind the nearest checkpoint kept" in far.message) == ("DataError", True)
 

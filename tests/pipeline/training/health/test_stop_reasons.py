@@ -15,8 +15,8 @@ from pipeline.graph.runner import stop_request_key
 from pipeline.tracking import NullTracker
 from pipeline.training import launch
 from pipeline.training.checkpoints import format as checkpoints
-from pipeline.training.health.failures import Restarts, classify, verdict
-from pipeline.training.health.stop_reasons import StoreSupervisor, Streak, Supervision
+from pipeline.training.health.failures import FailureStreak, classify, reason_to_give_up
+from pipeline.training.health.stop_reasons import CombinedStopSignal, DebouncedCheck, StoreStopSignal
 from pipeline.training.launch import RESULT
 from pipeline.training.loop.loop import train
 from pipeline.training.world import enter_world
@@ -35,7 +35,7 @@ class Clock:
 
 def test_a_question_is_asked_now_and_then_and_must_be_answered_so_many_times_in_a_row():
     clock, answers, asked = Clock(), iter([True, False, True, True]), []
-    streak = Streak(lambda: asked.append(clock.now) or next(answers), every_s=10, length=2, clock=clock)
+    streak = DebouncedCheck(lambda: asked.append(clock.now) or next(answers), every_s=10, length=2, clock=clock)
     told = []
     for clock.now in range(1, 45):
         told.append(streak())
@@ -46,16 +46,16 @@ def test_a_question_is_asked_now_and_then_and_must_be_answered_so_many_times_in_
 def test_a_higher_generation_and_a_request_come_before_a_notice(tmp_path):
     attempt = attempt_at(tmp_path)
     clock = Clock()
-    supervision = Supervision(StoreSupervisor(attempt, clock), [(lambda: clock.now > 0, "preempted")])
-    assert supervision.should_stop() == ""
+    supervision = CombinedStopSignal(StoreStopSignal(attempt, clock), [(lambda: clock.now > 0, "preempted")])
+    assert supervision.stop_reason() == ""
     clock.now += 0.5
-    assert supervision.should_stop() == "preempted"
+    assert supervision.stop_reason() == "preempted"
     attempt.root.create(stop_request_key(1), b"{}")
     clock.now += 1
-    assert supervision.should_stop() == "asked"
+    assert supervision.stop_reason() == "asked"
     claim(attempt.root, continues="")
     clock.now += 1
-    assert supervision.should_stop() == "fenced"
+    assert supervision.stop_reason() == "fenced"
 
 
 class Told:
@@ -64,15 +64,15 @@ class Told:
     def __init__(self, rank, step, reason):
         self.rank, self.step, self.reason, self.asked = rank, step, reason, 0
 
-    def should_stop(self):
+    def stop_reason(self):
         self.asked += 1
         mine = torch.distributed.get_rank() == self.rank
         return self.reason if mine and self.asked > self.step else ""
 
 
 def train_told(spec, attempt, *told):
-    supervisor = Told(*next(one for one in told if one[0] == torch.distributed.get_rank()))
-    return asdict(train(spec, attempt, world=enter_world(), tracker=NullTracker(), supervisor=supervisor))
+    stop_signal = Told(*next(one for one in told if one[0] == torch.distributed.get_rank()))
+    return asdict(train(spec, attempt, world=enter_world(), tracker=NullTracker(), stop_signal=stop_signal))
 
 
 def test_any_rank_stops_all_at_one_step_and_the_weightier_reason_counts(teams, shards, tmp_path):
@@ -91,7 +91,7 @@ def work_terminated(spec, attempt):
             os.kill(os.getpid(), signal.SIGTERM)
         return batch
 
-    launch.work(spoiled(spec, spoil), attempt)
+    launch.run_worker(spoiled(spec, spoil), attempt)
 
 
 def test_sigterm_to_a_process_without_a_handler_saves_and_stops(shards, tmp_path):
@@ -133,19 +133,26 @@ def test_the_class_of_a_failure_is_that_of_the_worker_that_met_it(errors, kind):
 
 
 def test_a_training_that_goes_forward_is_never_given_up():
-    restarts, given = Restarts(), resources(max_failures=2)
-    said = [verdict("infrastructure", restarts.after(f"step-{number // 2}"), given) for number in range(20)]
+    restarts, given = FailureStreak(), resources(max_failures=2)
+    said = [
+        reason_to_give_up("infrastructure", restarts.count_with(f"step-{number // 2}"), given) for number in range(20)
+    ]
     assert set(said) == {""}
-    assert [verdict("infrastructure", restarts.after("step-9"), given) != "" for _ in range(2)] == [True, True]
-    assert verdict("infrastructure", 3, given) == (
+    assert [reason_to_give_up("infrastructure", restarts.count_with("step-9"), given) != "" for _ in range(2)] == [
+        True,
+        True,
+    ]
+    assert reason_to_give_up("infrastructure", 3, given) == (
         "the workers failed 3 times without a new checkpoint, more often than max_failures=2 allows"
     )
 
 
 def test_what_would_fail_again_is_not_tried_again():
-    assert "lower resources.micro_batch" in verdict("memory", 1, resources(max_failures=9))
-    assert "would fail again" in verdict("user", 1, resources(max_failures=9))
-    assert verdict("preempted", 1, resources(max_preemptions=0)).endswith("more often than max_preemptions=0 allows")
+    assert "lower resources.micro_batch" in reason_to_give_up("memory", 1, resources(max_failures=9))
+    assert "would fail again" in reason_to_give_up("user", 1, resources(max_failures=9))
+    assert reason_to_give_up("preempted", 1, resources(max_preemptions=0)).endswith(
+        "more often than max_preemptions=0 allows"
+    )
 
 
 def test_a_range_of_workers_or_a_number():

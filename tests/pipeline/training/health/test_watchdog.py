@@ -9,7 +9,7 @@ from training_kit import StopAfter, attempt_at, mae_spec, spoiled
 
 from pipeline.data.feed.loader import Batch
 from pipeline.tracking import NullTracker
-from pipeline.training.health.watchdog import EXIT_CODE, stacks_left
+from pipeline.training.health.watchdog import EXIT_CODE, stack_dump_hint
 from pipeline.training.loop.loop import train
 from pipeline.training.world import enter_world
 
@@ -23,14 +23,14 @@ def asleep_at_step_4(step: int, rank: int, batch: Batch) -> Batch:
 
 
 def train_slowly(spec, attempt):
-    spec = replace(spec, placement=replace(spec.placement, watchdog_s=LIMIT_S))
-    return train(spec, attempt, world=enter_world(), tracker=NullTracker(), supervisor=StopAfter(6)).global_step
+    spec = replace(spec, resources=spec.resources.model_copy(update={"watchdog_s": LIMIT_S}))
+    return train(spec, attempt, world=enter_world(), tracker=NullTracker(), stop_signal=StopAfter(6)).global_step
 
 
 def test_every_rank_leaves_its_stacks_and_the_sleeper_is_the_one_in_the_data_phase(teams, shards, tmp_path):
     """And since nobody would restart these, they wait, and go on when it wakes up."""
     attempt = attempt_at(tmp_path / "step")
-    assert stacks_left(attempt.store) == ""
+    assert stack_dump_hint(attempt.store) == ""
     assert teams(2).run(train_slowly, spoiled(mae_spec(shards, attempt), asleep_at_step_4), attempt) == [6, 6]
     waiting, sleeping = (attempt.store.read(f"stacks/rank-{rank:04d}.txt").decode() for rank in (0, 1))
     assert sleeping.startswith("rank 1 of 2 on ")
@@ -38,7 +38,7 @@ def test_every_rank_leaves_its_stacks_and_the_sleeper_is_the_one_in_the_data_pha
     assert "asleep_at_step_4" in sleeping
     assert "in phase agree of step 4 for 1." in waiting
     assert "all_reduce" in waiting
-    assert stacks_left(attempt.store).endswith("/step/g0001/stacks/. ")
+    assert stack_dump_hint(attempt.store).endswith("/step/g0001/stacks/. ")
 
 
 ALONE = """
@@ -46,7 +46,7 @@ import sys, time, torch
 from pipeline.storage import open_store
 from pipeline.training.health.watchdog import Watchdog
 from pipeline.training.world import World
-with Watchdog(open_store(sys.argv[1]), World(0, 1, torch.device("cpu"), None), limit_s=0.3, then="exit") as watchdog:
+with Watchdog(open_store(sys.argv[1]), World(0, 1, torch.device("cpu"), None), limit_s=0.3, on_timeout="exit") as watchdog:
     for _ in range(4):
         with watchdog.phase("forward"):
             time.sleep(0.2)

@@ -40,8 +40,8 @@ from pipeline.graph.step import Attempt, StageInput
 from pipeline.storage import FileStore, S3Store
 from pipeline.tracking import NullTracker
 from pipeline.training.checkpoints.format import open_checkpoint, read_manifest
-from pipeline.training.health.stop_reasons import StoreSupervisor
-from pipeline.training.launch import RESULT, run_training, work
+from pipeline.training.health.stop_reasons import StoreStopSignal
+from pipeline.training.launch import RESULT, run_training, run_worker
 from pipeline.training.loop.loop import _warn_of_small_cache, train
 from pipeline.training.spec.tasks import MAETask
 from pipeline.training.spec.train_spec import TrainSpec
@@ -59,12 +59,12 @@ class WatchedMAETask(MAETask):
         return super().inputs(batch)
 
 
-def train_here(spec: TrainSpec, attempt: Attempt, supervisor: StopAfter) -> dict[str, Any]:
+def train_here(spec: TrainSpec, attempt: Attempt, stop_signal: StopAfter) -> dict[str, Any]:
     """Runs the loop as one worker of a team; what it returned and what it saw."""
     SEEN.clear()
     if isinstance(spec.task, MAETask):
         spec = replace(spec, task=WatchedMAETask(**asdict(spec.task) | {"model": spec.task.model}))
-    trained = train(spec, attempt, world=enter_world(), tracker=NullTracker(), supervisor=supervisor)
+    trained = train(spec, attempt, world=enter_world(), tracker=NullTracker(), stop_signal=stop_signal)
     return asdict(trained) | {"seen": list(SEEN)}
 
 
@@ -148,7 +148,7 @@ class OpenAfter:
     steps: int
     attempt: SlowAttempt
 
-    def should_stop(self) -> Any:
+    def stop_reason(self) -> Any:
         self.steps -= 1
         if self.steps < 0 and not self.attempt.gate.exists():
             keys = [info.key for info in self.attempt.store.list("checkpoints/")]
@@ -232,7 +232,7 @@ def test_two_images_and_three_workers(teams, shards, tmp_path):
 
 
 def work_here(spec: TrainSpec, attempt: Attempt) -> None:
-    work(spec, attempt)
+    run_worker(spec, attempt)
 
 
 def run_training_here(spec: TrainSpec, attempt: Attempt) -> Any:
@@ -370,7 +370,7 @@ def train_watched(spec: TrainSpec, attempt: Attempt, environment: dict[str, str]
     os.environ |= environment
     watch = Remembering()
     attempt = replace(attempt, progress=watch)
-    train(spec, attempt, world=enter_world(), tracker=watch, supervisor=StopAfter(99))
+    train(spec, attempt, world=enter_world(), tracker=watch, stop_signal=StopAfter(99))
     return watch.metrics, watch.shown
 
 
@@ -486,20 +486,20 @@ def test_a_fenced_run_saves_nothing_more(teams, shards, tmp_path):
 def test_the_supervisor_reads_the_store_once_a_second(tmp_path):
     now = [100.0]
     attempt = attempt_at(tmp_path / "step")
-    supervisor = StoreSupervisor(attempt, clock=lambda: now[0])
-    assert supervisor.should_stop() == ""
+    stop_signal = StoreStopSignal(attempt, clock=lambda: now[0])
+    assert stop_signal.stop_reason() == ""
     attempt.root.create(stop_request_key(attempt.generation), b"{}")
-    assert supervisor.should_stop() == ""  # asked a moment ago
+    assert stop_signal.stop_reason() == ""  # asked a moment ago
     now[0] += 1.0
-    assert supervisor.should_stop() == "asked"
+    assert stop_signal.stop_reason() == "asked"
     claim(attempt.root, continues="")
     now[0] += 1.0
-    assert supervisor.should_stop() == "fenced"
+    assert stop_signal.stop_reason() == "fenced"
 
 
 def test_a_store_that_does_not_answer_stops_no_training(s3_endpoint, tmp_path, caplog):
     attempt = replace(attempt_at(tmp_path / "step"), root_uri=S3Store("no-such-bucket", "step").uri)
-    assert StoreSupervisor(attempt).should_stop() == ""
+    assert StoreStopSignal(attempt).stop_reason() == ""
     assert "no-such-bucket" in caplog.text
 
 
@@ -514,7 +514,7 @@ def test_a_stop_asked_through_the_store_is_answered_as_stopped(teams, shards, tm
     assert teams(1).run(run_training_here, mae_spec(shards, attempt), attempt)[0]["global_step"] == TOTAL_STEPS
 
 
-def engines_left(spec: TrainSpec, attempt: Attempt, supervisor: StopAfter) -> int:
+def engines_left(spec: TrainSpec, attempt: Attempt, stop_signal: StopAfter) -> int:
     """DeepSpeed's engines alive in this process, beyond those before, once a training has ended, well or not."""
 
     def alive() -> int:
@@ -523,7 +523,7 @@ def engines_left(spec: TrainSpec, attempt: Attempt, supervisor: StopAfter) -> in
 
     before = alive()
     with suppress(Fenced):
-        train(spec, attempt, world=enter_world(), tracker=NullTracker(), supervisor=supervisor)
+        train(spec, attempt, world=enter_world(), tracker=NullTracker(), stop_signal=stop_signal)
     return alive() - before
 
 

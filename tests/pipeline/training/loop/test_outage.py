@@ -12,8 +12,8 @@ from training_kit import Team, TeamError, attempt_at, mae_spec, napping
 from pipeline import tracking
 from pipeline.tracking import Journal
 from pipeline.tracking.journal import JournalCursor
-from pipeline.training.checkpoints.format import newest
-from pipeline.training.launch import work
+from pipeline.training.checkpoints.format import newest_checkpoint
+from pipeline.training.launch import run_worker
 
 EPOCHS, STEPS = 87, 402
 PACE_S = 0.02
@@ -61,7 +61,7 @@ def test_a_training_neither_waits_nor_loses_nor_repeats_a_point(teams, killable,
         assert len(points_of(server.database, run, "train/loss")) == sent
         server.start()
         training.join()
-    with newest(second) as checkpoint:
+    with newest_checkpoint(second) as checkpoint:
         history = checkpoint.history()
     assert [row["step"] for row in history] == list(range(1, STEPS + 1))
     for name, key in {"train/loss": "loss", "train/lr": "lr", "throughput/mfu": "mfu"}.items():
@@ -76,7 +76,7 @@ def test_a_training_neither_waits_nor_loses_nor_repeats_a_point(teams, killable,
 
 def _outcome(team, spec, attempt):
     try:
-        return team.outcomes(work, spec, attempt)[0]
+        return team.outcomes(run_worker, spec, attempt)[0]
     except (TeamError, EOFError, OSError) as error:
         return error
 

@@ -52,7 +52,7 @@ def test_a_row_is_what_grew_since_the_last_one_over_all_workers():
                 elapsed=2.0,
                 steps=5,
                 images=images,
-                images_here=images if images == 500 else 1500,
+                new_images=images if images == 500 else 1500,
                 substitutions=[],
             )
         )
@@ -68,7 +68,7 @@ def test_a_row_is_what_grew_since_the_last_one_over_all_workers():
 
 def test_where_shards_lie_here_nothing_is_said_of_a_cache():
     world = Together(0, 4, torch.device("cpu"), None, local_size=2)
-    row = DataMeter(distant()).row(world, elapsed=1.0, steps=1, images=10, images_here=10, substitutions=[])
+    row = DataMeter(distant()).row(world, elapsed=1.0, steps=1, images=10, new_images=10, substitutions=[])
     assert row.keys() == DATA_METRICS.keys() - {"cache_hits", "shard_fetches"}
     assert row["data_wait"] == 0.0
 

@@ -18,7 +18,14 @@ from pipeline.training.loop.loop import train
 from pipeline.training.meters import profiler as profiling
 from pipeline.training.meters.matmul_peak import matmul_peak
 from pipeline.training.meters.profiler import Profiler
-from pipeline.training.meters.telemetry import ForwardClock, WorkerReading, as_metrics, as_points, of_everyone, shown
+from pipeline.training.meters.telemetry import (
+    ForwardClock,
+    WorkerReading,
+    as_metrics,
+    as_points,
+    over_workers,
+    progress_fields,
+)
 from pipeline.training.spec.train_spec import TrainSpec
 from pipeline.training.world import enter_world
 
@@ -56,9 +63,9 @@ class Watching:
 
 
 class Nobody:
-    """A supervisor who wants nothing."""
+    """A stop_signal who wants nothing."""
 
-    def should_stop(self):
+    def stop_reason(self):
         return ""
 
 
@@ -72,7 +79,7 @@ def watched(spec: TrainSpec, attempt: Attempt) -> Any:
 
     Saver.save = slow
     try:
-        train(spec, attempt, world=enter_world(), tracker=tracker, supervisor=Nobody())
+        train(spec, attempt, world=enter_world(), tracker=tracker, stop_signal=Nobody())
     finally:
         Saver.save = plain
     return tracker.metrics, tracker.kept, tracker.resumed
@@ -130,20 +137,20 @@ def test_a_cpu_s_peak_in_bfloat16_is_that_of_what_it_computes_with(monkeypatch, 
 
 
 def test_numbers_of_all_workers_together():
-    row = of_everyone(
+    row = over_workers(
         [WorkerReading(2.0, 1.0, 2**30, 0.0), WorkerReading(3.0, 0.0, 2**31, 0.0), WorkerReading(2.0, 0.5, 1.0, 0.0)],
         elapsed=2.0,
     )
     assert row == {"checkpoint_wait": 0.25, "process_gib": 2.0, "slowest_rank": 1, "slowest_excess": 0.5}
-    alone = of_everyone([WorkerReading(2.0, 0.0, 2**30, 2**32)], elapsed=1.0)
+    alone = over_workers([WorkerReading(2.0, 0.0, 2**30, 2**32)], elapsed=1.0)
     assert alone == {"checkpoint_wait": 0.0, "process_gib": 1.0, "device_gib": 4.0}
 
 
 def test_the_line_shows_what_is_wrong_only_when_it_is():
-    quiet = shown(ROW)
+    quiet = progress_fields(ROW)
     assert list(quiet) == ["loss", "wait", "mfu", "GiB", "images_per_s"]
     assert (quiet["wait"], quiet["mfu"], quiet["GiB"]) == (0.12, 0.457, 2.0)
-    loud = shown(
+    loud = progress_fields(
         ROW
         | {
             "substitutions": 2,
@@ -223,13 +230,13 @@ def test_a_trace_too_large_and_a_store_that_refuses_are_warnings(tmp_path, monke
     monkeypatch.setattr(profiling, "TRACE_MAX_BYTES", 10)
     tracker = Watching()
     profiler = Profiler((1, 1), FileStore(tmp_path / "g"), tracker)
-    profiler.before(0)
+    profiler.before_step(0)
     torch.ones(8, 8) @ torch.ones(8, 8)
-    profiler.before(1)
+    profiler.before_step(1)
     assert tracker.kept == [(1, "profile/steps-00000001-00000001.txt")]
     assert "profile fewer steps" in caplog.text
     (tmp_path / "full").write_text("no folder")
     profiler = Profiler((1, 1), FileStore(tmp_path / "full"), tracker)
-    profiler.before(0)
+    profiler.before_step(0)
     profiler.close()
     assert "the profile of steps 1 to 1 is lost" in caplog.text

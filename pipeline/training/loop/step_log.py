@@ -1,0 +1,33 @@
+"""The log action: one row for the history, the tracker and the progress line."""
+
+from dataclasses import dataclass
+
+from pipeline.graph.step import Attempt
+from pipeline.tracking import Tracker
+from pipeline.training.checkpoints.position import Position
+from pipeline.training.meters.telemetry import TrainingMeter, as_metrics, progress_fields
+from pipeline.training.spec.recipe import Recipe
+from pipeline.training.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepLog:
+    """Writes rows about the steps since the last row."""
+
+    recipe: Recipe
+    attempt: Attempt
+    world: World
+    tracker: Tracker
+    meter: TrainingMeter
+    total_steps: int
+    samples_per_epoch: int
+
+    def write(self, position: Position) -> None:
+        """Log the row at this position. Collective: the row sums over all workers, and rank 0 writes it."""
+        lr = self.recipe.learning_rate(position.global_step - 1, self.samples_per_epoch)  # of the step just taken
+        row = self.meter.row(position, lr=lr)
+        if self.world.is_first:
+            position.history.append(row)
+            self.tracker.log(position.global_step, as_metrics(row))
+            images = self.total_steps * self.recipe.global_batch
+            self.attempt.progress.update(int(row["images"]), images, unit="images", **progress_fields(row))
