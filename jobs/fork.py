@@ -19,7 +19,7 @@ def fork(
     Weights, optimiser moments and position come from the checkpoint; learning rate, schedule and
     epochs may change. Then run it: `mae run FORK.yaml`.
     """
-    from pipeline.runs.fork import fork as write_fork
+    from pipeline.runs.finished.fork import fork as write_fork
 
     start = write_fork(config, overrides, at=at, out=out)
     typer.echo(f"{out}: continues from {start.checkpoint}. Run it: mae run {out}")

@@ -46,8 +46,8 @@ def export(
     Prints the paths of the files.
     """
     from pipeline.config import absolute_address
-    from pipeline.runs.pretrainings import export as export_weights
-    from pipeline.runs.pretrainings import pretraining_at, pretraining_of
+    from pipeline.runs.finished.pretrainings import export as export_weights
+    from pipeline.runs.finished.pretrainings import pretraining_at, pretraining_of
     from pipeline.storage import open_store
 
     config = config_at(target, overrides)

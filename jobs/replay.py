@@ -27,8 +27,8 @@ def replay(
     from dataclasses import asdict
 
     from pipeline.reporting.replay_report import replay_lines
-    from pipeline.runs.replay import find_bundle
-    from pipeline.runs.replay import replay as replay_bundle
+    from pipeline.runs.finished.replay import find_bundle
+    from pipeline.runs.finished.replay import replay as replay_bundle
 
     bundle = find_bundle(address, step=step)
     with redirect_stdout(sys.stderr):  # DeepSpeed prints on standard output, which belongs to the result

@@ -14,7 +14,7 @@ import typer
 from jobs.options import AsJson, Overrides, config_at
 
 if TYPE_CHECKING:
-    from pipeline.runs.datasets import FinishedDataset
+    from pipeline.runs.finished.datasets import FinishedDataset
 
 app = typer.Typer(no_args_is_help=True, help="Verify, inspect and index shards; audit what was read from them.")
 
@@ -45,7 +45,7 @@ def verify(
     from pipeline.reporting.progress import ProgressDisplay
     from pipeline.reporting.shard_pictures import verification_table
     from pipeline.runs.executor import connected, executor_for_reading
-    from pipeline.runs.verification import verify as verify_dataset
+    from pipeline.runs.finished.verification import verify as verify_dataset
 
     datasets = _datasets(target, overrides)
     executor = executor_for_reading(datasets, workers=workers)
@@ -122,8 +122,8 @@ def index(
     from pipeline.data.dataset.survey import survey
     from pipeline.reporting.progress import ProgressDisplay
     from pipeline.reporting.shard_pictures import survey_table
-    from pipeline.runs.datasets import datasets_of, make_datasets
     from pipeline.runs.executor import connected, executor_for_indexing
+    from pipeline.runs.finished.datasets import datasets_of, make_datasets
     from pipeline.runs.indexing import index_config
     from pipeline.runs.summary import EXIT_CODES
     from pipeline.runs.terminal import TerminalHooks
@@ -157,7 +157,7 @@ def audit(
     Exit code 1 when a sample was read more or less often. Recorded substitutions and skipped steps
     are excused.
     """
-    from pipeline.runs.audit import audit as audit_steps
+    from pipeline.runs.finished.audit import audit as audit_steps
 
     results = audit_steps(address, dataset=dataset)
     for result in results:
@@ -166,7 +166,7 @@ def audit(
 
 
 def _datasets(target: str, overrides: Sequence[str]) -> "list[FinishedDataset]":
-    from pipeline.runs.datasets import dataset_in, datasets_of
+    from pipeline.runs.finished.datasets import dataset_in, datasets_of
 
     config = config_at(target, overrides)
     return datasets_of(config) if config else [dataset_in(target)]

@@ -34,7 +34,7 @@ def gc(
     Shards, receipts, results, what a running step may be writing, and what a receipt, claim or fork
     names are never among it.
     """
-    from pipeline.runs import garbage
+    from pipeline.runs.finished import garbage
     from pipeline.storage import open_store
 
     root = open_store(address)

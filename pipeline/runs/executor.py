@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pipeline import cluster
 from pipeline.cluster.tasks import Executor
 from pipeline.errors import DataError
-from pipeline.runs.datasets import FinishedDataset
+from pipeline.runs.finished.datasets import FinishedDataset
 
 CLUSTER_FROM_BYTES = 2 * 2**30
 """Fewer bytes are read in this process before a cluster would have started."""

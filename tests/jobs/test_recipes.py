@@ -4,7 +4,7 @@ import pytest
 from run_kit import ROOT
 
 from mae_core import SIZES
-from mae_core.schedules import scaled_lr
+from mae_core.optimisation.schedules import scaled_lr
 from pipeline.config import load_config
 from pipeline.planning.estimate import estimate_effort, estimate_memory, training_configs
 from pipeline.planning.hardware import hardware_named

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from jobs.shards import app
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, DataError
-from pipeline.runs.datasets import datasets_of, make_datasets
+from pipeline.runs.finished.datasets import datasets_of, make_datasets
 from pipeline.runs.workflow import build
 
 

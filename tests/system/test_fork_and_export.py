@@ -6,7 +6,7 @@ import pytest
 from run_kit import document, mae, migrated_database, store, write_config, write_images  # noqa: F401 - fixtures
 
 from pipeline.config import load_config
-from pipeline.runs.pretrainings import pretrain_step, pretraining_of
+from pipeline.runs.finished.pretrainings import pretrain_step, pretraining_of
 from pipeline.storage import open_store
 from pipeline.training.checkpoints.audit import audit
 

@@ -5,7 +5,7 @@ in the manifest, and the same samples in webdataset's own reader. Of a sample: o
 next to it, that the training reader decodes it, and its width and height.
 Plain WebDataset readers take a damaged header or a cut between two members for the end of the archive, so the findings say how
 many samples they would lose. Our reader goes by offset and checksum instead.
-`pipeline.runs.verification` applies this to all shards of a dataset and says how to repair them.
+`pipeline.runs.finished.verification` applies this to all shards of a dataset and says how to repair them.
 Units: bytes, offsets from the start of the tar. A tar is read at most twice, from disk; from a bucket it is downloaded once.
 Errors: damage is a Finding, not an exception; StorageError when a store is down."""
 

@@ -14,8 +14,8 @@ from safetensors.torch import save
 from torch import nn
 from torch.nn import functional as F
 
-from mae_core.metrics import topk_counts
-from mae_core.schedules import scaled_lr, warmup_cosine
+from mae_core.classification.metrics import topk_counts
+from mae_core.optimisation.schedules import scaled_lr, warmup_cosine
 from pipeline.data.dataset.facts import DatasetFacts
 from pipeline.evaluation.features import Features, Pool, extract_splits
 from pipeline.evaluation.protocol import EvaluationProtocol, ProtocolConfig, ScoreFacts, skipped

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mae_core.optim import ParameterGroup
+from mae_core.optimisation.parameter_groups import ParameterGroup
 from mae_core.vit import Block
 from pipeline.errors import ConfigError
 from pipeline.training.engine.settings import EPS, EngineSettings, check_effective, deepspeed_config

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Literal
 
 from mae_core.config import ADDED_LATER
-from mae_core.schedules import scaled_lr, warmup_cosine, warmup_stable_decay
+from mae_core.optimisation.schedules import scaled_lr, warmup_cosine, warmup_stable_decay
 from pipeline.data.images.pictures import AugmentConfig
 from pipeline.errors import ConfigError
 from pipeline.training.guard import GuardConfig

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from mae_core.classification.heads import Classifier, drop_path_scales
+from mae_core.classification.metrics import TopK, topk_counts
 from mae_core.config import MAEConfig, ViTConfig
 from mae_core.cost import classifier_training_flops, training_flops
-from mae_core.heads import Classifier, drop_path_scales
 from mae_core.losses import cross_entropy_per_sample
 from mae_core.mae import MaskedAutoencoder
-from mae_core.metrics import TopK, topk_counts
-from mae_core.optim import ParameterGroup, parameter_groups
+from mae_core.optimisation.parameter_groups import ParameterGroup, parameter_groups
 from mae_core.patches import normalise_pixels
 from mae_core.randomness import mask_noise, uniform_rows
 from mae_core.targets import PatchBasis

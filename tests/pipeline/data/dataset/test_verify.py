@@ -15,8 +15,8 @@ from pipeline.data.dataset.integrity import check_shard, check_totals
 from pipeline.data.dataset.manifest import Manifest
 from pipeline.errors import DataError
 from pipeline.graph.runner import GraphRun
-from pipeline.runs.datasets import dataset_in, datasets_of
-from pipeline.runs.verification import verify
+from pipeline.runs.finished.datasets import dataset_in, datasets_of
+from pipeline.runs.finished.verification import verify
 from pipeline.runs.workflow import build
 from pipeline.storage import open_store
 

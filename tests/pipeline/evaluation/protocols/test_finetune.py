@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load
 from training_kit import SEED, TEST, TRAIN, attempt_at, classification_spec, encoder_config, finetune_recipe
 
-from mae_core.heads import Classifier
-from mae_core.metrics import topk_counts
+from mae_core.classification.heads import Classifier
+from mae_core.classification.metrics import topk_counts
 from mae_core.patches import normalise_pixels
 from mae_core.vit import ViTEncoder
 from pipeline.data.dataset.address import dataset_address

@@ -22,7 +22,7 @@ from engine_kit import (
 from torch import nn
 from training_kit import SIDE, Team, encoder_config
 
-from mae_core.optim import layer_index, parameter_groups
+from mae_core.optimisation.parameter_groups import layer_index, parameter_groups
 from mae_core.vit import Block
 from pipeline.errors import ConfigError
 from pipeline.training.engine import deepspeed_engine as engine_module

@@ -30,7 +30,7 @@ from pipeline.data.dataset.shard_record import find_records
 from pipeline.data.dataset.shard_writer import file_sha256
 from pipeline.errors import DataError
 from pipeline.graph.receipts import RECEIPT
-from pipeline.runs.datasets import FinishedDataset
+from pipeline.runs.finished.datasets import FinishedDataset
 from pipeline.storage import MissingObject, Store, open_store
 from pipeline.storage.files import local_copy
 

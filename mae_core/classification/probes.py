@@ -37,7 +37,7 @@ class LinearProbe(nn.Module):
 
     The weight starts normal with standard deviation 0.01 and the bias at zero; `generator` draws them. The caller chooses
     the feature, that is, which tokens are pooled and how; `ViTEncoder.encode` offers two pools, both after the pretrained
-    final norm. In train mode the BatchNorm uses the statistics of the rank's own batch; `mae_core.probes` says
+    final norm. In train mode the BatchNorm uses the statistics of the rank's own batch; `mae_core.classification.probes` says
     when that is a problem.
 
     Raises:

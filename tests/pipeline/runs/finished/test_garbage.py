@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from jobs.store import app
-from pipeline.runs.garbage import StepState, unneeded, unneeded_in_step
+from pipeline.runs.finished.garbage import StepState, unneeded, unneeded_in_step
 from pipeline.storage import FileStore, ObjectInfo
 
 DAY = 86400.0

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mae_core import LARS, ConfigError, parameter_groups
-from mae_core.lars import trust_ratio
+from mae_core.optimisation.lars import trust_ratio
 
 
 def parameter(*values):

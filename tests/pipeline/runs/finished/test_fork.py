@@ -13,8 +13,8 @@ from mae_core import MaskedAutoencoder
 from pipeline.config import load_config
 from pipeline.errors import CheckpointError, ConfigError, DataError
 from pipeline.graph.receipts import claim
-from pipeline.runs.fork import fork
-from pipeline.runs.pretrainings import pretrain_step
+from pipeline.runs.finished.fork import fork
+from pipeline.runs.finished.pretrainings import pretrain_step
 from pipeline.runs.workflow import build
 from pipeline.storage import FileStore
 from pipeline.training.checkpoints.format import CheckpointManifest, checkpoint_folder, commit, write_history
