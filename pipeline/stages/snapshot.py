@@ -80,7 +80,7 @@ def snapshot(config: SnapshotConfig, inputs: Mapping[str, StageInput], attempt: 
     """List the source. `inputs`: earlier parts of the dataset, if any."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        earlier = Earlier([_entries(part, folder / name) for name, part in sorted(inputs.items())])
+        earlier = EarlierListing([_entries(part, folder / name) for name, part in sorted(inputs.items())])
         listing = _list(config, earlier, folder / "listing.parquet", attempt)
         resolve = {"images": _resolve_images, "tars": _resolve_tars, "Parquet tables": _resolve_tables}[listing.kind]
         listed = resolve(config, listing, folder)
@@ -105,7 +105,7 @@ def snapshot(config: SnapshotConfig, inputs: Mapping[str, StageInput], attempt: 
     return StageResult(facts=facts.as_json(), files=files)
 
 
-class Earlier:
+class EarlierListing:
     """What earlier parts list: asked about every file of a listing, in path order."""
 
     def __init__(self, parts: Sequence[Iterator[tuple[str, int]]]) -> None:
@@ -142,7 +142,7 @@ class Earlier:
 def has_new_files(source: str, labels: str | None, parts: Sequence[StageInput]) -> bool:
     """Return whether the source holds a file that no part lists. It is read only up to the first such file."""
     with tempfile.TemporaryDirectory() as scratch:
-        earlier = Earlier([_entries(part, Path(scratch) / str(number)) for number, part in enumerate(parts)])
+        earlier = EarlierListing([_entries(part, Path(scratch) / str(number)) for number, part in enumerate(parts)])
         items = (item for item in list_source(source, besides=labels) if item.role != "ignored")
         return any(earlier.is_new(item.path, item.size) for item in items)
 
@@ -182,7 +182,7 @@ _Resolver = Callable[[_Batch], tuple[list[str | None], list[str]]]
 """Returns label names and splits of a batch."""
 
 
-def _list(config: SnapshotConfig, earlier: Earlier, path: Path, attempt: Attempt) -> _Listing:
+def _list(config: SnapshotConfig, earlier: EarlierListing, path: Path, attempt: Attempt) -> _Listing:
     """List the source in one pass."""
     labels = Labels(config.labels) if config.labels else None
     folders: set[tuple[str, ...]] = set()

@@ -17,7 +17,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -44,6 +44,17 @@ MANIFEST_FILES = ("samples.parquet", "shards.parquet", "quarantine.parquet", "ma
 _TABLES_HELD = 64
 """Shards whose samples stay in memory."""
 _COUNTS = TypeAdapter(DatasetCounts)
+
+
+class ManifestDocument(TypedDict):
+    """manifest.json."""
+
+    schema: int
+    digest: str
+    counts: dict[str, Any]  # DatasetCounts
+    classes: list[str]
+    policy: dict[str, int]  # the fields of an IntakePolicy
+    bytes: dict[str, int]  # table -> size
 
 
 def write_manifest(
@@ -90,12 +101,23 @@ def write_manifest(
             "shards": content_digest(_without_folders(shards), SHARDS.names),
             "quarantine": content_digest(quarantine, [name for name in QUARANTINE.names if name != "detail"]),
         }
-        shared = {"schema": SCHEMA_VERSION, "classes": list(classes), "policy": dict(policy), "counts": asdict(counts)}
-        digest = json_digest(shared | {"tables": hashes})
-        sizes = {name: path.stat().st_size for name, path in paths.items()}
+        identity = {
+            "schema": SCHEMA_VERSION,
+            "classes": list(classes),
+            "policy": dict(policy),
+            "counts": asdict(counts),
+        }
+        digest = json_digest(identity | {"tables": hashes})
+        document: ManifestDocument = {
+            "schema": SCHEMA_VERSION,
+            "digest": digest,
+            "counts": asdict(counts),
+            "classes": list(classes),
+            "policy": dict(policy),
+            "bytes": {name: path.stat().st_size for name, path in paths.items()},
+        }
         for name, path in paths.items():
             store.upload(name, path)
-    document = shared | {"digest": digest, "bytes": sizes}
     store.write("manifest.json", json.dumps(document, indent=1, sort_keys=True).encode())
     return DatasetFacts(
         digest=digest, counts=counts, classes=tuple(classes), shards=shards.num_rows, splits=tuple(counts.splits)
@@ -120,7 +142,7 @@ class Manifest:
     """A complete dataset, opened for reading. Threads may share it; each process opens its own."""
 
     def __init__(
-        self, store: Store, root: Store, document: Mapping[str, Any], shards: ShardTable, samples: pq.ParquetFile
+        self, store: Store, root: Store, document: ManifestDocument, shards: ShardTable, samples: pq.ParquetFile
     ) -> None:
         self._store = store
         self.root = root
@@ -142,7 +164,7 @@ class Manifest:
     def open(cls, store: Store, root: Store) -> "Manifest":
         """Open the tables in `store`, the generation's directory. `root`: what the shards' keys are relative to."""
         try:
-            document = json.loads(store.read("manifest.json"))
+            document: ManifestDocument = json.loads(store.read("manifest.json"))
             if document["schema"] != SCHEMA_VERSION:
                 raise DataError(
                     f"{store.uri}/manifest.json: schema {document['schema']}, but this version reads schema {SCHEMA_VERSION}. "

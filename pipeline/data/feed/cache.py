@@ -90,7 +90,7 @@ class ShardCache:
     def open(self, key: str, *, sha256: str, bytes: int) -> int:  # noqa: A002 (the manifest's word)
         """Return a descriptor for reading, which the caller closes, and fetch the shard first if necessary.
 
-        Errors: OSError for a local shard that cannot be opened.
+        Raises OSError for a local shard that cannot be opened.
         """
         local = self.local_path(key)
         if local is not None:

@@ -173,7 +173,7 @@ def _decoded(data: bytes) -> Image.Image:
     """Decode a JPEG with the training reader; for YCbCr only the luma, which is less work.
 
     The decoder still reads the codes of all components, so damage to chroma is found too.
-    Errors: ValueError for a JPEG that the training reader cannot decode.
+    Raises ValueError for a JPEG that the training reader cannot decode.
     """
     if simplejpeg.decode_jpeg_header(data)[2] == "YCbCr":
         return Image.fromarray(simplejpeg.decode_jpeg(data, "GRAY", strict=True)[..., 0])

@@ -19,7 +19,7 @@ _NO_FRAME = (0xC4, 0xC8, 0xCC)
 
 
 def decode_top(data: bytes, *, rows: int) -> npt.NDArray[np.uint8]:
-    """Return at least the top `rows` rows, equal to those of the whole picture. Errors: ValueError from simplejpeg."""
+    """Return at least the top `rows` rows, equal to those of the whole picture. Raises ValueError through simplejpeg."""
     at = _frame_offset(data)
     # frame header: marker (2 bytes), length (2), precision (1), height (2), width (2), components (1), 3 bytes for each
     height = data[at + 5] << 8 | data[at + 6] if at else 0

@@ -45,7 +45,7 @@ def photos(folder: Path | None, *, count: int) -> Photos:
     """Return up to `count` photographs from a folder, or `count` synthetic ones if there is no folder.
 
     Only upright RGB JPEGs within the default IntakePolicy count: a shard keeps their bytes, so a benchmark that decodes the
-    file decodes what training would. Errors: ConfigError for a folder without such a JPEG.
+    file decodes what training would. Raises ConfigError for a folder without such a JPEG.
     """
     if folder is None:
         return Photos(

@@ -75,7 +75,7 @@ class AugmentConfig:
 def decode(data: bytes) -> Image:
     """Return [H, W, 3] pixels: JPEGs by simplejpeg, which refuses a damaged file, other formats by Pillow.
 
-    Errors: DataError for damage and for anything but RGB. It does not name the file, which only the caller knows.
+    Raises DataError for damage and for anything but RGB. It does not name the file, which only the caller knows.
     """
     with _decoding_errors():
         if not _is_jpeg(data):
@@ -170,7 +170,7 @@ def augment(image: Image, uniforms: Uniforms, config: AugmentConfig, size: tuple
 def picture(data: bytes, uniforms: Uniforms, config: AugmentConfig, size: tuple[int, int]) -> Image:
     """Return `augment(decode(data), ...)`, [*size, 3], for bytes that were decoded before: damage below the box goes unnoticed.
 
-    Errors: DataError, without the name of the file, which only the caller knows.
+    Raises DataError, without the name of the file, which only the caller knows.
     """
     if config.kind == "shift" or not _is_jpeg(data):
         return augment(decode(data), uniforms, config, size)

@@ -4,10 +4,10 @@ An image is a column of bytes, or Hugging Face's struct {bytes, path}. A row's n
 Units: bytes. Memory: one batch of rows.
 Errors: DataError for a file that is not a Parquet table or lacks a column; StorageError when a store is down."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Required, TypedDict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,6 +30,13 @@ class TableColumns:
     image: str
     label: str | None
     split: str | None
+
+
+class _ImageStruct(TypedDict, total=False):
+    """Hugging Face's image value."""
+
+    bytes: Required[bytes | None]
+    path: str | None
 
 
 def row_name(file: str, row: int) -> str:
@@ -95,10 +102,10 @@ def read_images(source: str, rows: pa.Table, column: str) -> Iterator[tuple[str,
                         row += 1
 
 
-def _image_of(value: bytes | Mapping[str, Any] | None) -> bytes | Refused:
-    data = value.get("bytes") if isinstance(value, Mapping) else value
+def _image_of(value: bytes | _ImageStruct | None) -> bytes | Refused:
+    data = value.get("bytes") if isinstance(value, dict) else value
     if data is None:
-        path = value.get("path") if isinstance(value, Mapping) else None
+        path = value.get("path") if isinstance(value, dict) else None
         return Refused(
             "missing", f"the row holds no bytes, only the path {path!r}" if path else "the row holds no image"
         )

@@ -9,7 +9,7 @@ from pipeline.data.dataset.address import dataset_address
 from pipeline.data.dataset.manifest import Manifest
 from pipeline.graph.step import StageInput
 from pipeline.stages.join import JoinConfig, join
-from pipeline.stages.snapshot import Earlier, has_new_files
+from pipeline.stages.snapshot import EarlierListing, has_new_files
 from pipeline.storage import open_store
 
 
@@ -145,7 +145,7 @@ def test_tars_and_tables_have_parts_too(tmp_path):
 
 def test_three_parts_know_each_other():
     parts = [[("a", 1), ("b", 1), ("d", 1)], [("a", 2), ("c", 1)]]
-    earlier = Earlier([iter(entries) for entries in parts])
+    earlier = EarlierListing([iter(entries) for entries in parts])
     listing = [("a", 1), ("b", 3), ("e", 1)]
     assert [earlier.is_new(*entry) for entry in listing] == [False, True, True]
     assert earlier.counts() == {"known": 1, "changed": 1, "gone": 2}
