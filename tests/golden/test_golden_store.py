@@ -20,7 +20,7 @@ def images():
     write_images(SOURCE, 30)
     (SOURCE / "cat" / "bad.png").write_bytes(b"no image\n")
     yield SOURCE
-    shutil.rmtree(SOURCE.parent)
+    shutil.rmtree(SOURCE.parent, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
