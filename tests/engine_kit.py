@@ -1,4 +1,4 @@
-"""The engine and, beside it, plain torch DDP: the same tiny autoencoder for the same steps, run by the processes of a Team."""
+"""The engine and plain torch DDP: the same tiny autoencoder for the same steps, run by the processes of a Team."""
 
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
@@ -24,7 +24,7 @@ PEAK_LR = 5e-3
 
 @dataclass(frozen=True)
 class Case:
-    """One way to run; 13 samples are 6 + 7, 4 + 4 + 5 or 3 + 3 + 3 + 4."""
+    """One way to train; 13 samples are 6 + 7, 4 + 4 + 5 or 3 + 3 + 3 + 4."""
 
     zero_stage: int = 1
     batch: int = 13
@@ -53,7 +53,7 @@ def make_engine(case: Case, module: nn.Module, groups: Any) -> Engine:
 
 
 def step_on(engine: Engine, inputs: tuple[torch.Tensor, ...], batch: int, lr: float) -> tuple[float, float]:
-    """One step on this rank's slice; (global mean loss, gradient norm)."""
+    """Take one step on this rank's part; return (global mean loss, gradient norm)."""
     micro_batches = split(of_rank(inputs, engine.world), engine.settings, engine.world.device)
     local_sum, norm = engine.train_step(micro_batches, global_batch=batch, lr=lr)
     return engine.world.total([local_sum])[0] / batch, norm
@@ -70,7 +70,7 @@ def held(engine: Engine) -> list[tuple[str, int, torch.Tensor]]:
 
 
 def assembled(results: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """All ranks' fragments as whole parameters; every value exactly once."""
+    """Put all ranks' fragments together; every value must be held exactly once."""
     numel = {name: int(torch.Size(shape).numel()) for name, shape in results[0]["shapes"].items()}
     state = {f"{kind}|{name}": torch.full((numel[name],), torch.nan) for name in numel for kind in KINDS}
     times = {key: torch.zeros(len(value), dtype=torch.int64) for key, value in state.items()}
@@ -94,7 +94,7 @@ def built_mae() -> Built:
 
 
 def mae_inputs(batch: int, step: int) -> tuple[torch.Tensor, ...]:
-    """The same global batch on every rank: images whose patches differ, and mask noise."""
+    """Return the same global batch on every rank: images whose patches differ, and mask noise."""
     generator = torch.Generator().manual_seed(100 + step)
     images = torch.randint(0, 256, (batch, SIDE, SIDE, 3), generator=generator).byte()
     ids = list(range(batch * step, batch * (step + 1)))
@@ -102,14 +102,14 @@ def mae_inputs(batch: int, step: int) -> tuple[torch.Tensor, ...]:
 
 
 def schedule(start: int, stop: int) -> Iterator[tuple[int, float]]:
-    """Steps with their rates, over a warmup of ten steps."""
+    """Yield steps with their rates, over a warmup of ten steps."""
     return ((step, PEAK_LR * min(1.0, (step + 1) / 10)) for step in range(start, stop))
 
 
 def train_mae(
     case: Case, start: int = 0, stop: int = STEPS, state: dict[str, torch.Tensor] | None = None
 ) -> dict[str, Any]:
-    """Steps of the engine, from a state as `assembled` gives it or from the initial weights."""
+    """Train with the engine, from a state as `assembled` returns it or from the initial weights."""
     built = built_mae()
     if state:
         weights = {name: state[f"weight|{name}"].reshape(p.shape) for name, p in built.module.named_parameters()}
@@ -130,11 +130,11 @@ def train_mae(
 
 
 def train_mae_with_ddp(case: Case) -> dict[str, Any]:
-    """The same with nothing but torch: DistributedDataParallel, clip_grad_norm_, AdamW on float32 weights."""
+    """Do the same with nothing but torch: DistributedDataParallel, clip_grad_norm_, AdamW on float32 weights."""
     world, built = enter_world(), built_mae()
     weights = [parameter for group in built.groups for parameter in group["params"]]
     if case.precision == "bf16":
-        built.module.bfloat16()  # before the float32 copies are taken: as DeepSpeed does
+        built.module.bfloat16()  # before the float32 copies are taken, as in DeepSpeed
     masters = [nn.Parameter(weight.detach().float().clone()) for weight in weights]
     of = dict(zip(weights, masters, strict=True))
     groups = [
@@ -167,7 +167,7 @@ def train_mae_with_ddp(case: Case) -> dict[str, Any]:
 
 @dataclass
 class References:
-    """Losses and norms of DDP on two workers, each way of training run once."""
+    """Losses and norms of DDP on two workers; each way of training is run only once."""
 
     teams: Teams
     known: dict[Case, dict[str, Any]]

@@ -23,7 +23,7 @@ TOTAL_STEPS = 19
 
 
 class Spoilt(nn.Module):
-    """Losses of the inner module, each times a factor."""
+    """The inner module's losses, each times a factor."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def train_here(spec: TrainSpec, attempt: Attempt, stop_signal: StopAfter) -> dic
 def spoilt_spec(
     shards: StageInput, attempt: Attempt, bad: Mapping[int, float], guard: GuardConfig, **recipe: Any
 ) -> TrainSpec:
-    """A training in which one sample in each of some steps has its loss multiplied."""
+    """Return a training in which one sample in each of some steps has its loss multiplied."""
     steps = computed_by_step(shards, steps=TOTAL_STEPS)
     factors = tuple((*steps[step][5], factor) for step, factor in bad.items())
     spec = mae_spec(shards, attempt, epochs=4, guard=guard, **recipe)
@@ -65,7 +65,7 @@ def spoilt_spec(
 
 
 def run(team, shards, folder: Path, bad, guard, *, stops=(), **recipe) -> tuple[dict[str, Any], Attempt]:
-    """Trains to the end, stopped after so many steps each and gone on with; the last result and attempt."""
+    """Train to the end, with a stop and a resume after each number of steps in `stops`; return the last result and attempt."""
     for stop in (*stops, 999):
         attempt = attempt_at(folder, zero_stage=recipe.get("zero_stage", 1))
         changes = {name: value for name, value in recipe.items() if name != "zero_stage"}

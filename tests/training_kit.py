@@ -1,4 +1,4 @@
-"""A tiny real dataset, tiny models, and teams of real processes: what the tests of training are made of.
+"""A tiny real dataset, tiny models, and teams of real processes, for the tests of training.
 
 A Team is W processes that joined one gloo group and run functions together; it is kept for the session, since importing
 DeepSpeed takes seconds. The dataset is made by the real snapshot and shard stages."""
@@ -56,7 +56,7 @@ SEED = 5
 
 
 class Silent:
-    """Progress that nobody watches."""
+    """Progress that is not shown."""
 
     def update(self, done, total, *, unit, **fields):
         pass
@@ -72,7 +72,7 @@ def mae_config(**changes: Any) -> MAEConfig:
 
 
 def recipe(**changes: Any) -> Recipe:
-    """13 does not divide: not 60 samples, not by 2 or 3 workers."""
+    """A global batch of 13 does not divide 60 samples, and splits unevenly among 2 or 3 workers."""
     values = {"global_batch": 13, "epochs": 2, "base_lr": 0.05, "warmup_epochs": 0.5, "precision": "fp32"}
     return Recipe(**values | changes)
 
@@ -84,7 +84,7 @@ def finetune_recipe(**changes: Any) -> FinetuneRecipe:
 
 
 def resources(**changes: Any) -> Resources:
-    """Everything outside the fingerprint that a training stage asks for."""
+    """Resources for tiny trainings."""
     chosen = {
         "use_gpu": False,
         "micro_batch": 4,
@@ -104,7 +104,7 @@ def resources(**changes: Any) -> Resources:
 
 
 def attempt_at(folder: Path, *, continues: str | None = None, executor="in_process", **changes: Any) -> Attempt:
-    """Claims the next generation of the step whose directory this is; by default it goes on from where the last one stood."""
+    """Claim the next generation of the step whose directory this is; by default it continues where the last one stood."""
     from pipeline.training.checkpoints.format import resume_point
 
     root = FileStore(folder)
@@ -123,7 +123,7 @@ def attempt_at(folder: Path, *, continues: str | None = None, executor="in_proce
 
 
 def same_attempt(attempt: Attempt, **changes: Any) -> Attempt:
-    """The same generation at work again, as after a worker's death, with other resources."""
+    """Return the same generation for another try, as after a worker's death, with other resources."""
     assert claims(attempt.root)[-1] == attempt.generation
     return replace(attempt, resources=attempt.resources.model_copy(update=changes))
 
@@ -133,7 +133,7 @@ def same_attempt(attempt: Attempt, **changes: Any) -> Attempt:
 
 
 def picture(index: int, kind: str) -> bytes:
-    """A PNG of 20 x 24 pixels whose class shows."""
+    """Return a PNG of 20 x 24 pixels that shows its class."""
     rng = np.random.default_rng(index)
     y, x = np.mgrid[:20, :24]
     tint = rng.integers(60, 255, 3)
@@ -149,7 +149,7 @@ def picture(index: int, kind: str) -> bytes:
 
 
 def write_images(folder: Path, *, classes=CLASSES) -> None:
-    """train/ and test/ with class folders; without classes: flat."""
+    """Write train/ and test/, with a folder per class or, without classes, flat."""
     for split, count, offset in (("train", TRAIN, 0), ("test", TEST, 1000)):
         for index in range(count):
             kind = CLASSES[index % len(CLASSES)]
@@ -159,7 +159,7 @@ def write_images(folder: Path, *, classes=CLASSES) -> None:
 
 
 def make_shards(folder: Path, source: Path) -> StageInput:
-    """The source through the real snapshot and shard stages."""
+    """Run the source through the real snapshot and shard stages."""
     taken = SnapshotConfig(source=str(source), test_share=0.0, seed=0)
     listing = _finish(snapshot, taken, {}, attempt_at(folder / "snapshot"))
     cut = ShardStageConfig(source=str(source), seed=0, shard_max_bytes=2**16, min_shards=5)
@@ -171,7 +171,7 @@ def _finish(stage: Callable[..., Any], config: Any, inputs: Mapping[str, StageIn
 
 
 def as_input(result: StageResult, attempt: Attempt) -> StageInput:
-    """A stage's result as the next stage sees it."""
+    """Return a stage's result as the next stage sees it."""
     return StageInput(attempt.root_uri, attempt.generation, attempt.fingerprint, result.facts, {"notes": result.notes})
 
 
@@ -180,7 +180,7 @@ def pretrain_config(**changes: Any) -> PretrainConfig:
 
 
 def mae_spec(shards: StageInput, attempt: Attempt, **changes: Any) -> TrainSpec:
-    """What the pretrain stage makes of the tiny config; 10 steps."""
+    """Return what the pretrain stage makes of the tiny config; 10 steps."""
     made = recipe(**changes)
     return TrainSpec(
         task=MAETask(model=mae_config(), weight_decay=made.weight_decay, seed=SEED),
@@ -195,7 +195,7 @@ def mae_spec(shards: StageInput, attempt: Attempt, **changes: Any) -> TrainSpec:
 
 
 def pretrain_here(shards: StageInput, folder: Path, model: Mapping[str, Any] = MappingProxyType({})) -> StageInput:
-    """The real pretraining stage in this process; 10 steps. `model` changes the tiny autoencoder."""
+    """Run the real pretraining stage in this process; 10 steps. `model` changes the tiny autoencoder."""
     attempt = attempt_at(folder)
     config = replace(pretrain_config(), model=mae_config(**model))
     return as_input(pretrain(config, {"shards": shards}, attempt), attempt)
@@ -203,7 +203,7 @@ def pretrain_here(shards: StageInput, folder: Path, model: Mapping[str, Any] = M
 
 @dataclass(frozen=True, kw_only=True)
 class SpoiledSpec(TrainSpec):
-    """Its training batches pass through a function on their way to the loop."""
+    """A spec whose training batches pass through a function on their way to the loop."""
 
     spoil: Callable[[int, int, Batch], Batch]
     """(step, rank, batch) -> what the loop gets."""
@@ -222,7 +222,7 @@ class SpoiledSpec(TrainSpec):
 
 
 def spoiled(spec: TrainSpec, spoil: Callable[[int, int, Batch], Batch]) -> SpoiledSpec:
-    """The spec with something wrong in its loader; `spoil` is a top-level function."""
+    """Return the spec with something wrong in its loader; `spoil` is a top-level function."""
     return SpoiledSpec(**{one.name: getattr(spec, one.name) for one in fields(spec)}, spoil=spoil)
 
 
@@ -240,7 +240,7 @@ class Napping(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class NappingTask(MAETask):
-    """Forward passes take longer, on each rank by its own time."""
+    """A task whose forward passes take longer, by a time per rank."""
 
     naps_s: tuple[float, ...]
 
@@ -250,13 +250,13 @@ class NappingTask(MAETask):
 
 
 def napping(spec: TrainSpec, *naps_s: float) -> TrainSpec:
-    """The spec with naps, by rank."""
+    """Return the spec with a nap per rank in each forward pass."""
     task = {one.name: getattr(spec.task, one.name) for one in fields(spec.task)}
     return replace(spec, task=NappingTask(**task, naps_s=naps_s))
 
 
 def damage(shards: StageInput, folder: Path, chosen: Sequence[tuple[str, int, int]]) -> StageInput:
-    """A copy of the dataset in which one byte each of some images, (split, shard, index), is another."""
+    """Copy the dataset and change one byte in each of some images, given as (split, shard, index)."""
     copied = shutil.copytree(Path(shards.root_uri.removeprefix("file://")), folder)
     bad = replace(shards, root_uri=copied.as_uri())
     for split, number, index in chosen:
@@ -270,7 +270,7 @@ def damage(shards: StageInput, folder: Path, chosen: Sequence[tuple[str, int, in
 
 
 def classification_spec(shards: StageInput, attempt: Attempt, **changes: Any) -> TrainSpec:
-    """What the finetune stage makes of a tiny config with random weights."""
+    """Return what fine-tuning makes of a tiny config with random weights."""
     made = finetune_recipe(epochs=2, **changes)
     task = ClassificationTask(
         encoder=encoder_config(),
@@ -295,7 +295,7 @@ TOTAL_STEPS = 10
 
 @dataclass
 class StopAfter:
-    """Asks for a stop, for a reason, when so many steps are done."""
+    """Asks for a stop, for a reason, after `steps` steps."""
 
     steps: int
     reason: str = "asked"
@@ -308,7 +308,7 @@ class StopAfter:
 def computed_by_step(
     shards: StageInput, global_batch: int = 13, steps: int = TOTAL_STEPS
 ) -> list[list[tuple[int, int]]]:
-    """The same by arithmetic alone."""
+    """Return the sorted (epoch, sample) of each step, by arithmetic alone."""
     selection = Selection.all(dataset_address(shards).open(), "train")
     order = SampleOrder(selection.counts, OrderConfig(seed=SEED))
     slots = [order.global_batch(step, global_batch) for step in range(steps)]
@@ -325,7 +325,7 @@ def digest_of(steps: list[list[tuple[int, int]]]) -> int:
 
 
 PATIENCE_S = 150
-"""What takes a second or two on an idle machine gets this long before it is called a hang."""
+"""What takes a second or two on an idle machine gets this long before it counts as a hang."""
 
 
 class TeamError(AssertionError):
@@ -358,7 +358,7 @@ class Team:
         self.run(_ready)
 
     def run(self, function: Callable[..., Any], *arguments: Any, timeout_s: float = PATIENCE_S) -> list[Any]:
-        """The results by rank; an exception is an error of the test."""
+        """Return the results by rank; an exception is an error of the test."""
         results = self.outcomes(function, *arguments, timeout_s=timeout_s)
         for rank, result in enumerate(results):
             if isinstance(result, Raised):
@@ -366,7 +366,7 @@ class Team:
         return results
 
     def outcomes(self, function: Callable[..., Any], *arguments: Any, timeout_s: float = PATIENCE_S) -> list[Any]:
-        """The results by rank, exceptions as `Raised`."""
+        """Return the results by rank, exceptions as `Raised`."""
         for pipe in self.pipes:
             pipe.send_bytes(pickle.dumps((function, arguments)))
         results = []
@@ -384,7 +384,7 @@ class Team:
 
 
 def _ready() -> None:
-    """DeepSpeed is imported, which takes seconds, and all ranks are there."""
+    """Import DeepSpeed, which takes seconds, and wait for all ranks."""
     importlib.import_module("deepspeed")
     dist.barrier()
 
@@ -412,7 +412,7 @@ def _serve(rank: int, size: int, rendezvous: str, pipe: Any) -> None:
             return
         try:
             answer = function(*arguments)
-        except BaseException as error:  # noqa: BLE001 - told to the test
+        except BaseException as error:  # noqa: BLE001 - sent to the test
             answer = Raised(type(error).__name__, str(error), traceback.format_exc())
         pipe.send_bytes(pickle.dumps(answer))  # plain bytes: torch would hand over file descriptors
 
@@ -436,7 +436,7 @@ class Teams:
 
 
 def checkpoint_state(root_uri: str, key: str) -> dict[str, torch.Tensor]:
-    """Every value of a checkpoint: "kind|parameter" -> float32."""
+    """Return every value of a checkpoint: "kind|parameter" -> float32."""
     from pipeline.training.checkpoints.format import open_checkpoint
     from pipeline.training.engine.deepspeed_engine import KINDS
 
@@ -449,12 +449,12 @@ def checkpoint_state(root_uri: str, key: str) -> dict[str, torch.Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Ray Train, disturbed
+# Ray Train with killed workers
 
 
 @dataclass(frozen=True)
 class Disturbed:
-    """What became of a pretraining on Ray whose workers were killed."""
+    """Result of a pretraining on Ray whose workers were killed."""
 
     result: StageResult
     killed_at: list[int]
@@ -462,13 +462,13 @@ class Disturbed:
     killed: list[int]
     """Process ids."""
     left: list[str]
-    """Command lines of processes of ours that outlived the cluster."""
+    """Command lines of our processes that outlived the cluster."""
 
 
 def pretrain_on_ray(
     shards: StageInput, attempt: Attempt, config: PretrainConfig, kill_after: tuple[int, ...]
 ) -> Disturbed:
-    """Runs the real stage on a cluster of its own; kills one training worker as soon as each of these steps is committed."""
+    """Run the real stage on a cluster of its own; kill one training worker as soon as each of these steps is committed."""
     watcher = _Killer(attempt, kill_after)
     cluster.connect(cpus=2)
     try:
@@ -486,7 +486,7 @@ def pretrain_on_ray(
 
 
 class _Killer(threading.Thread):
-    """Sends SIGKILL to training workers while the stage is at work."""
+    """Sends SIGKILL to training workers while the stage runs."""
 
     def __init__(self, attempt: Attempt, kill_after: tuple[int, ...]) -> None:
         super().__init__()
@@ -522,6 +522,6 @@ class _Killer(threading.Thread):
 
 
 def in_a_process(function: Callable[..., Any], *arguments: Any, timeout_s: float = 280) -> Any:
-    """Calls a top-level function in a fresh process: Ray lets a process be in one cluster only."""
+    """Call a top-level function in a fresh process: Ray lets a process join only one cluster."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result(timeout=timeout_s)

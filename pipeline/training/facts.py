@@ -19,7 +19,7 @@ class IncidentFacts(Facts):
     skipped_steps: int = 0
     """Steps whose gradients the guard dropped."""
     stepped_over: tuple[Range, ...] | None = None
-    """Skipped ranges: steps that were never trained on, after roll-backs."""
+    """Skipped ranges: steps that were never trained on, after rollbacks."""
 
 
 @dataclass(frozen=True, kw_only=True)

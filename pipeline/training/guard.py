@@ -37,13 +37,13 @@ class GuardConfig:
     window: int = 128
     """Number of accepted steps behind the median and the deviation; nothing is called a spike before there are that many."""
     skips_in_a_row: int = 3
-    """This many consecutive skipped steps lead to a roll-back."""
+    """This many consecutive skipped steps lead to a rollback."""
     roll_back_steps: int = 100
     """Steps before the first bad one that are undone and skipped with it: whatever damaged the weights came earlier."""
     roll_backs: int = 3
-    """More roll-backs than this end the training."""
+    """More rollbacks than this end the training."""
     lost_share: float = 0.1
-    """Largest share of all steps that may be lost to skips and roll-backs; more end the training."""
+    """Largest share of all steps that may be lost to skips and rollbacks; more end the training."""
 
     def __post_init__(self) -> None:
         for name, least in (("window", 8), ("skips_in_a_row", 1), ("roll_back_steps", 0), ("roll_backs", 0)):
@@ -73,7 +73,7 @@ class GuardState:
     skipped: tuple[int, ...] = ()
     """Steps whose samples were seen and whose gradients were dropped."""
     stepped_over: tuple[Range, ...] = ()
-    """Skipped ranges: steps whose samples were never seen. Ascending and disjoint; after a roll-back one may lie ahead."""
+    """Skipped ranges: steps whose samples were never seen. Ascending and disjoint; after a rollback one may lie ahead."""
     roll_backs: int = 0
 
     @classmethod
@@ -105,9 +105,9 @@ class Judgement(NamedTuple):
     state_before: GuardState
     """What was known when the step was judged."""
     state_after: GuardState
-    """What is known afterwards. For a roll-back it lacks the checkpoint's own past, which is known only once it is loaded."""
+    """What is known afterwards. For a rollback it lacks the checkpoint's own past, which is known only once it is loaded."""
     undone: Range = (0, 0)
-    """For a roll-back: load a checkpoint from the start of this range, or earlier, and never train on the range."""
+    """For a rollback: load a checkpoint from the start of this range, or earlier, and never train on the range."""
 
 
 def judge(config: GuardConfig, state: GuardState, stats: StepStats, total_steps: int) -> Judgement:
@@ -125,12 +125,12 @@ def judge(config: GuardConfig, state: GuardState, stats: StepStats, total_steps:
     target = _roll_back_target(first_bad - config.roll_back_steps, config.roll_back_steps, state.stepped_over)
     undone = (target, stats.step + 1)
     at_target = GuardState(skipped=tuple(step for step in state.skipped if step < target))
-    state_after = state_after_roll_back(state, at_target, undone)
+    state_after = state_after_rollback(state, at_target, undone)
     return _within_limits(config, Judgement("roll_back", reason, stats, state, state_after, undone), total_steps)
 
 
-def state_after_roll_back(state: GuardState, at_checkpoint: GuardState, undone: Range) -> GuardState:
-    """Return what is known after a roll-back: the checkpoint's past, with all skipped ranges and one more roll-back."""
+def state_after_rollback(state: GuardState, at_checkpoint: GuardState, undone: Range) -> GuardState:
+    """Return what is known after a rollback: the checkpoint's past, with all skipped ranges and one more rollback."""
     stepped_over = merge_range(state.stepped_over, undone)
     return replace(at_checkpoint, stepped_over=stepped_over, roll_backs=state.roll_backs + 1)
 
@@ -141,7 +141,7 @@ def _within_limits(config: GuardConfig, judgement: Judgement, total_steps: int) 
     # A short training may still skip one row of steps: lost_share of it would round down to nothing.
     most = max(config.skips_in_a_row, int(config.lost_share * total_steps))
     if judgement.state_after.roll_backs > config.roll_backs:
-        why = f"{config.roll_backs} roll-backs have not helped"
+        why = f"{config.roll_backs} rollbacks have not helped"
     elif lost > most:
         why = f"{lost} of {total_steps} steps would be lost, {most} may be (lost_share={config.lost_share:g})"
     else:
@@ -191,7 +191,7 @@ def _skips_in_a_row(skipped: Sequence[int]) -> int:
 def _roll_back_target(step: int, further: int, ranges: Sequence[Range]) -> int:
     """Return where training can go on from: `step`, or `further` before each skipped range that it would fall into.
 
-    Going back into a skipped range would land on steps that were given up already, so a second roll-back soon after the
+    Going back into a skipped range would land on steps that were given up already, so a second rollback soon after the
     first goes back further.
     """
     for first, last in reversed(ranges):

@@ -211,8 +211,8 @@ def newest_checkpoint(attempt: Attempt) -> Checkpoint | None:
     return checkpoint
 
 
-def roll_back_checkpoint(attempt: Attempt, undone: Range, skipped_ranges: Sequence[Range]) -> Checkpoint | None:
-    """Open the checkpoint that a roll-back loads: the newest valid one up to the start of `undone`.
+def rollback_checkpoint(attempt: Attempt, undone: Range, skipped_ranges: Sequence[Range]) -> Checkpoint | None:
+    """Open the checkpoint that a rollback loads: the newest valid one up to the start of `undone`.
 
     If none is kept from that long ago, it is the oldest one before the end of `undone`. It is never one inside a skipped
     range: that line was given up. None means the initial weights: `undone` starts at step 0, or nothing has been saved yet.

@@ -9,7 +9,7 @@ State goes in and out as fragments (parameter, kind, start, values): the float32
 holds. They are read without collectives, and any world size and ZeRO stage can read what any other wrote.
 
 Some of this reads private attributes of DeepSpeed. Its public accessors gather whole parameters (or exist for ZeRO-3 only),
-and its own checkpoints are bound to one layout. The attributes are those of DeepSpeed 0.19, to which pyproject.toml is pinned;
+and its own checkpoints are bound to one layout. pyproject.toml pins DeepSpeed 0.19, whose attributes these are;
 tests/pipeline/training/engine compares every stage with plain torch and notices when one of them changes its meaning.
 Errors: ConfigError when DeepSpeed's effective settings are not the ones asked for (`engine/settings.py`)."""
 

@@ -1,7 +1,7 @@
 """Actions that the loop repeats at step boundaries: profile, log, save.
 
 An action runs before or after a step, every `every_steps` steps. Actions run in the order of their list, each in its own
-watchdog phase. A step that ends in a roll-back has no "after": the position has jumped, and the steps that led here are not
+watchdog phase. A step that ends in a rollback has no "after": the position has jumped, and the steps that led here are not
 part of the training any more. What is due is a function of the position alone, so every rank comes to the same answer and
 an action may use collectives."""
 

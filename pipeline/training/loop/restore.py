@@ -6,11 +6,11 @@ Errors: CheckpointError when no usable checkpoint is left where one is needed, o
 import logging
 
 from pipeline.graph.step import Attempt
-from pipeline.training.checkpoints.format import Checkpoint, check_cursor, roll_back_checkpoint
+from pipeline.training.checkpoints.format import Checkpoint, check_cursor, rollback_checkpoint
 from pipeline.training.checkpoints.position import Position, opened_on_all_ranks, position_of
 from pipeline.training.checkpoints.resume import forked_checkpoint, starting_checkpoint
 from pipeline.training.engine.deepspeed_engine import Engine, initial_state
-from pipeline.training.guard import Judgement, state_after_roll_back
+from pipeline.training.guard import Judgement, state_after_rollback
 from pipeline.training.spec.train_spec import TrainSpec, engine_settings
 from pipeline.training.world import World
 
@@ -43,7 +43,7 @@ def roll_back(spec: TrainSpec, attempt: Attempt, world: World, engine: Engine, j
     undone, skipped_ranges = judgement.undone, judgement.state_before.stepped_over
 
     def find() -> Checkpoint | None:
-        return roll_back_checkpoint(attempt, undone, skipped_ranges) or forked_checkpoint(attempt, spec.start)
+        return rollback_checkpoint(attempt, undone, skipped_ranges) or forked_checkpoint(attempt, spec.start)
 
     with opened_on_all_ranks(world, find) as checkpoint:
         with world.fail_together():
@@ -56,11 +56,11 @@ def roll_back(spec: TrainSpec, attempt: Attempt, world: World, engine: Engine, j
             position = position_of(checkpoint, global_batch=spec.recipe.global_batch, world=world)
     # With few checkpoints kept, the one found may lie inside the range: then only what follows it is undone.
     undone = (max(undone[0], position.global_step), undone[1])
-    position.guard = state_after_roll_back(judgement.state_before, position.guard, undone)
+    position.guard = state_after_rollback(judgement.state_before, position.guard, undone)
     position.global_step = position.guard.next_step(position.global_step)
     if world.is_first:
         log.warning(
-            "%s: rolled back to step %d; steps %d to %d are skipped (roll-back %d of at most %d)",
+            "%s: rolled back to step %d; steps %d to %d are skipped (rollback %d of at most %d)",
             attempt.step_name,
             max(position.saved_at, 0),
             undone[0],

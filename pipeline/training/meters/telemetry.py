@@ -67,7 +67,7 @@ class TrainingMeter:
         self.begin(global_step)
 
     def begin(self, global_step: int) -> None:
-        """Start the interval of the next row here: at the start, and after a roll-back."""
+        """Start the interval of the next row here: at the start, and after a rollback."""
         self.step, self.time, self.checkpoint_s = global_step, time.monotonic(), 0.0
 
     @contextmanager

@@ -12,7 +12,7 @@ def made(count, epoch):
     return [Substitution(id_, id_ + 1, epoch, 5, "crc32", f"{id_}.jpg") for id_ in range(count)]
 
 
-def test_a_receipt_says_how_often_and_which():
+def test_a_receipt_records_which_images_were_substituted_and_how_often():
     assert IncidentFacts(**incident_fields([], FRESH)).as_json() == {"substitutions": 0, "skipped_steps": 0}
     facts = IncidentFacts(
         **incident_fields([*made(2, 0), *made(2, 1)], GuardState(skipped=(3,), stepped_over=((5, 8),)))

@@ -1,4 +1,4 @@
-"""The guard: what it decides, that a bad step moves no bit anywhere, and real trainings that skip, go back and give up."""
+"""The guard: what it decides, that a bad step changes no bit anywhere, and real trainings that skip, roll back and give up."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from pipeline.training.checkpoints.format import read_manifest
 from pipeline.training.engine.deepspeed_engine import Engine
 from pipeline.training.engine.micro_batches import split
 from pipeline.training.engine.settings import EngineSettings
-from pipeline.training.guard import FRESH, GuardConfig, GuardState, StepStats, judge, merge_range, state_after_roll_back
+from pipeline.training.guard import FRESH, GuardConfig, GuardState, StepStats, judge, merge_range, state_after_rollback
 from pipeline.training.world import enter_world
 
 NAN, INF = math.nan, math.inf
@@ -29,7 +29,7 @@ NAN, INF = math.nan, math.inf
 
 
 def follow(config: GuardConfig, losses: list[float], total_steps: int = 1000) -> tuple[list[str], GuardState]:
-    """Verdicts of steps with these losses, from the first; a roll-back goes on behind what it steps over."""
+    """Return the verdicts on steps with these losses; a rollback continues after the range that it skips."""
     state, verdicts = FRESH, []
     for step, loss in enumerate(losses):
         judgement = judge(config, state, StepStats(step, loss, 1.0), total_steps)
@@ -47,7 +47,7 @@ def test_a_step_that_is_not_finite_is_skipped_from_the_first_on(loss, norm):
     assert ("loss not finite" if norm == 1.0 else "gradient norm not finite") in judgement.reason
 
 
-def test_skips_apart_from_each_other_are_borne_and_skips_in_a_row_roll_back():
+def test_isolated_skips_are_accepted_and_skips_in_a_row_roll_back():
     verdicts, state = follow(GuardConfig(), [1, NAN, 1, NAN, NAN, 1, NAN, NAN, NAN])
     assert verdicts == ["go", "skip", "go", "skip", "skip", "go", "skip", "skip", "roll_back"]
     assert state == GuardState(stepped_over=((0, 9),), roll_backs=1)
@@ -55,15 +55,15 @@ def test_skips_apart_from_each_other_are_borne_and_skips_in_a_row_roll_back():
     assert state == GuardState(skipped=(1,), stepped_over=((20, 25),), roll_backs=1)
 
 
-def test_a_roll_back_soon_after_another_goes_back_further():
+def test_a_rollback_soon_after_another_goes_back_further():
     config = GuardConfig(roll_back_steps=10, skips_in_a_row=1)
     first = judge(config, FRESH, StepStats(100, NAN, 1.0), 1000)
     assert first.undone == (90, 101)
-    there = state_after_roll_back(FRESH, GuardState(recent=((1.0, 1.0),)), first.undone)
+    there = state_after_rollback(FRESH, GuardState(recent=((1.0, 1.0),)), first.undone)
     assert there == GuardState(recent=((1.0, 1.0),), stepped_over=((90, 101),), roll_backs=1)
-    second = judge(config, there, StepStats(105, NAN, 1.0), 1000)  # 95 was stepped over
+    second = judge(config, there, StepStats(105, NAN, 1.0), 1000)  # 95 lies in the skipped range
     assert second.undone == (80, 106)
-    assert state_after_roll_back(there, FRESH, second.undone) == GuardState(stepped_over=((80, 106),), roll_backs=2)
+    assert state_after_rollback(there, FRESH, second.undone) == GuardState(stepped_over=((80, 106),), roll_backs=2)
 
 
 def test_roll_backs_and_lost_steps_have_a_limit():
@@ -74,17 +74,24 @@ def test_roll_backs_and_lost_steps_have_a_limit():
     assert verdicts.count("skip") == 5
     assert verdicts[-1] == "give_up"
     reason = judge(GuardConfig(), FRESH, StepStats(8, NAN, 1.0), 20)
-    assert reason.verdict == "skip"  # as many as a row are borne however short the training
+    assert reason.verdict == "skip"  # one row of skips is accepted however short the training
 
 
 def test_a_spike_is_far_above_the_median_of_accepted_steps_only():
     config = GuardConfig(spikes="skip", window=8, deviations=10)
     noisy = [1.0, 1.1, 0.9, 1.0, 1.05, 0.95, 1.0, 1.1]
     assert follow(config, [*noisy, 1.5])[0][-1] == "go"
-    assert follow(config, [*noisy, 3.0, 1.0, 3.0])[0][-3:] == ["skip", "go", "skip"]  # the first 3.0 is no measure
-    assert follow(config, [*noisy, 0.0])[0][-1] == "go"  # a fall is none
+    assert follow(config, [*noisy, 3.0, 1.0, 3.0])[0][-3:] == [
+        "skip",
+        "go",
+        "skip",
+    ]  # the first 3.0 does not count for the median
+    assert follow(config, [*noisy, 0.0])[0][-1] == "go"  # a drop is no spike
     assert follow(config, [*noisy[:-1], 50.0])[0][-1] == "go"  # too early to say
-    assert follow(config, [*[1.0] * 8, 1.05, 1.2])[0][-2:] == ["go", "skip"]  # a plateau: one per cent is its least
+    assert follow(config, [*[1.0] * 8, 1.05, 1.2])[0][-2:] == [
+        "go",
+        "skip",
+    ]  # on a plateau the deviation is at least one per cent
     norms = judge(config, GuardState(recent=((1.0, 2.0),) * 8), StepStats(8, 1.0, 9.0), 1000)
     assert (norms.verdict, norms.reason) == ("skip", "gradient norm 9 spikes, 2 is the median of 8 steps before")
     assert follow(replace(config, spikes="roll_back", roll_back_steps=3), [*noisy, 3.0])[1].stepped_over == ((5, 9),)
@@ -92,7 +99,7 @@ def test_a_spike_is_far_above_the_median_of_accepted_steps_only():
     assert (verdicts[-1], state.recent[-1]) == ("go", (3.0, 1.0))
 
 
-def test_the_state_survives_json_and_ranges_join():
+def test_the_state_survives_json_and_ranges_merge():
     state = GuardState(((1.0, 2.0), (0.1, 0.7)), (3, 9), ((4, 6), (20, 30)), 2)
     assert GuardState.from_json(json.loads(json.dumps(asdict(state)))) == state
     assert [state.next_step(step) for step in (3, 4, 5, 6, 29)] == [3, 6, 6, 6, 30]
@@ -102,7 +109,7 @@ def test_the_state_survives_json_and_ranges_join():
     assert merge_range(state.stepped_over, (1, 2)) == ((1, 2), (4, 6), (20, 30))
 
 
-def test_thresholds_that_cannot_be_meant_are_refused():
+def test_thresholds_that_make_no_sense_are_refused():
     for wrong in ({"window": 2}, {"deviations": 0}, {"lost_share": 2.0}, {"roll_backs": -1}, {"skips_in_a_row": 0}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             GuardConfig(**wrong)
@@ -120,12 +127,12 @@ class Case:
 
 
 def held(engine: Engine) -> list[tuple[str, str, int, bytes]]:
-    """Every bit of what this rank holds: fragments, and the module's own copy where it is whole."""
+    """Return every bit of the state that this rank holds."""
     return [(f.kind, f.parameter, f.start, f.values.cpu().numpy().tobytes()) for f in engine.fragments()]
 
 
 def steps_with_one_bad(case: Case) -> dict[str, Any]:
-    """Two steps on one engine; on another with two more between them, one NaN from a sample of rank 1, one only not wanted."""
+    """Take two steps on one engine; on another take two more between them, which are dropped: one with a NaN, one finite."""
     world, batch = enter_world(), 8
     local = batch // world.size
     settings = EngineSettings(
@@ -176,9 +183,9 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.zero_stage}-{case.precision}-{case.offload}")
-def test_gradients_are_known_before_the_step_and_dropped_without_a_trace(teams, case):
-    """A NaN of one sample on one rank, and finite gradients that are not wanted: weights and moments stay bit by bit, on all
-    ranks, and the steps that follow are those of a training that never met them."""
+def test_gradient_norms_are_known_before_the_step_and_gradients_are_dropped_without_a_trace(teams, case):
+    """A NaN from one sample on one rank, and finite gradients that are dropped: no bit of weights and moments changes on any
+    rank, and the steps that follow are those of a training that never met them."""
     for result in teams(2).run(steps_with_one_bad, case):
         assert math.isnan(result["nan"])
         assert math.isfinite(result["2.0"])
@@ -211,7 +218,7 @@ def test_a_bad_step_is_skipped_recorded_and_survives_a_stop(teams, shards, tmp_p
     assert manifest.ids_count == 13 * TOTAL_STEPS
     assert result["ids_digest"] == digest_of(computed_by_step(shards, steps=TOTAL_STEPS))
     assert math.isfinite(result["loss"])
-    # stopped right before, right behind, and far behind
+    # stopped right before, right after, and long after the bad step
     same_bits(straight, run(teams(2), shards, tmp_path / "stopped", bad, GuardConfig(), stops=(4, 1, 6)))
     found = audit(attempt.root, dataset=dataset_address(shards))
     assert found.agrees
@@ -227,12 +234,10 @@ def test_a_bad_step_is_skipped_recorded_and_survives_a_stop(teams, shards, tmp_p
     ],
     ids=["1-fp32", "2-bf16", "3-bf16"],
 )
-def test_bad_steps_in_a_row_are_gone_back_from_and_stepped_over(
-    teams, shards, tmp_path, zero_stage, precision, stopped
-):
-    """Checkpoints at 3 and 6 of steps 8, 9, 10: back to 3, on to 5, then over to 11. Stopped anywhere (11: right
-    after going back, 12: on the way to the gap, one more: behind it), a fresh process comes to the same bits: what was put back
-    into the living engine is all that there is."""
+def test_bad_steps_in_a_row_roll_back_and_are_never_trained_on(teams, shards, tmp_path, zero_stage, precision, stopped):
+    """Steps 8, 9 and 10 are bad, checkpoints are at 3 and 6: back to 3, on to 5, then on from 11. Stopped anywhere (11: right
+    after rolling back, 12: before the skipped range, one more: after it), a fresh process comes to the same bits: what is
+    loaded into the running engine is all the state there is."""
     guard = GuardConfig(roll_back_steps=3, lost_share=0.5)
     bad = dict.fromkeys((8, 9, 10), NAN)
     options = {"zero_stage": zero_stage, "precision": precision}
@@ -252,7 +257,7 @@ def test_bad_steps_in_a_row_are_gone_back_from_and_stepped_over(
     assert "known gaps where it rolled back: steps 5 to 10" in found.line
 
 
-def test_a_roll_back_before_the_first_checkpoint_begins_anew(teams, shards, tmp_path):
+def test_a_rollback_before_the_first_checkpoint_starts_from_initial_weights(teams, shards, tmp_path):
     guard = GuardConfig(lost_share=0.5)
     result, attempt = run(teams(2), shards, tmp_path / "step", dict.fromkeys((1, 2, 3), NAN), guard)
     manifest = read_manifest(attempt.root, result["checkpoint_key"])
@@ -260,7 +265,7 @@ def test_a_roll_back_before_the_first_checkpoint_begins_anew(teams, shards, tmp_
     assert manifest.ids_count == 13 * (TOTAL_STEPS - 4)
 
 
-def test_a_spike_is_gone_back_from_where_the_recipe_says_so(teams, shards, tmp_path):
+def test_a_spike_rolls_back_if_the_recipe_says_so(teams, shards, tmp_path):
     bad = {14: 1e4}
     guard = GuardConfig(spikes="roll_back", window=8, roll_back_steps=2, lost_share=0.2)
     result, attempt = run(teams(2), shards, tmp_path / "acted", bad, guard)
@@ -276,5 +281,5 @@ def test_it_gives_up_with_step_loss_rate_and_what_to_do(teams, shards, tmp_path)
     for outcome in teams(2).outcomes(train_here, spec, attempt, StopAfter(999)):
         assert outcome.kind == "PipelineError"
         assert "the loss is nan and the gradient norm nan at step 8 (learning rate 0.00" in outcome.message
-        assert "1 roll-backs have not helped" in outcome.message
+        assert "1 rollbacks have not helped" in outcome.message
         assert "lower base_lr" in outcome.message

@@ -1,4 +1,4 @@
-"""The pretraining stage on Ray Train: a worker is killed in the middle, and the result is that of a run that was not."""
+"""The pretraining stage on Ray Train: killing a worker in the middle does not change the result."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def test_a_killed_worker_changes_nothing(shards, tmp_path):
     assert disturbed.left == []
 
     calm = attempt_at(tmp_path / "calm", **changes)
-    # Not the session's team: a process that ever ran ZeRO-3 keeps DeepSpeed's F.linear, which rounds otherwise.
+    # Not the session's team: a process that ever ran ZeRO-3 keeps DeepSpeed's F.linear, which rounds differently.
     team = Team(2, tmp_path)
     team.run(run_worker, mae_spec(shards, calm, epochs=EPOCHS), calm)
     team.close()

@@ -1,4 +1,4 @@
-"""Real trainings, killed and spoiled: the audit passes when each id was seen once an epoch, and says so when not."""
+"""Real trainings, killed and spoiled: the audit passes if each id was seen once an epoch, and says what is wrong if not."""
 
 import json
 import pickle
@@ -41,14 +41,14 @@ TOTAL_STEPS = 42  # 9 epochs of 60 samples in batches of 13
 
 @dataclass(frozen=True, kw_only=True)
 class LoggedMAETask(MAETask):
-    """Writes down, a line a step, which (epoch, sample) reach the module of this rank; a killed process's lines stay."""
+    """Logs one line per step: the (epoch, sample) that reach this rank's module. The lines of a killed process stay."""
 
     log: str
 
     def inputs(self, batch: Batch):
         with Path(f"{self.log}-{enter_world().rank}").open("a") as log:
             log.write(json.dumps(list(zip(batch.epochs.tolist(), batch.sample_ids.tolist(), strict=True))) + "\n")
-        time.sleep(0.01)  # so that there is a time to kill it in
+        time.sleep(0.01)  # leaves time to kill it
         return super().inputs(batch)
 
 
@@ -67,7 +67,7 @@ def logged(shards, attempt, log: Path):
 
 
 def lines(log: Path, ranks: int) -> list[list[list[int]]]:
-    """For each step that all ranks have written down, all their [epoch, sample]."""
+    """Return, for each step that all ranks have logged, all their [epoch, sample]."""
     of_ranks = [
         [json.loads(line) for line in path.read_text().splitlines()]
         for path in (Path(f"{log}-{rank}") for rank in range(ranks))
@@ -78,7 +78,7 @@ def lines(log: Path, ranks: int) -> list[list[list[int]]]:
 
 
 def train_and_kill(folder: Path, size: int, shards, attempt, log: Path, after: int) -> None:
-    """SIGKILL to all workers as soon as they have seen so many steps."""
+    """Send SIGKILL to all workers as soon as they have seen `after` steps."""
     team = Team(size, folder)
     try:
         for pipe in team.pipes:
@@ -93,7 +93,7 @@ def train_and_kill(folder: Path, size: int, shards, attempt, log: Path, after: i
 
 @pytest.mark.system
 def test_killed_at_random_steps_each_id_reaches_a_device_once_an_epoch(teams, shards, tmp_path):
-    """One worker, then two, then three; what a kill undid does not count."""
+    """One worker, then two, then three; steps that a kill undid do not count."""
     draw = random.Random()
     starts, logs = [], []
     for size in (1, 2):
@@ -131,7 +131,7 @@ def test_killed_at_random_steps_each_id_reaches_a_device_once_an_epoch(teams, sh
 
 
 def doubled(batch: Batch) -> Batch:
-    """The first sample in the place of the second, too."""
+    """Put the first sample in the place of the second, too."""
     for tensor in batch[:3]:
         tensor[1] = tensor[0]
     return batch
@@ -162,7 +162,7 @@ def drop_one(step: int, rank: int, batch: Batch) -> Batch:
     ],
 )  # fmt: skip
 def test_a_loader_that_repeats_loses_or_exchanges_a_sample_fails_the_audit(teams, shards, tmp_path, spoil, words):
-    """And the checkpoint before it, which is right, narrows it down."""
+    """The checkpoint before it, which is right, narrows the range down."""
     attempt = attempt_at(tmp_path / "step", micro_batch=8)
     teams(2).run(train_here, spoiled(mae_spec(shards, attempt), spoil), attempt)
     result = audit(attempt.root, dataset=dataset_address(shards))
@@ -184,7 +184,7 @@ def test_substitutions_are_excused_and_forged_ones_are_not(teams, shards, tmp_pa
     manifest = read_manifest(attempt.root, key)
     first, *others = manifest.substitutions
     store, folder = attempt.store, key.partition("/")[2]
-    checkpoints.commit(store, folder, replace(manifest, substitutions=tuple(others)))  # one kept silent about
+    checkpoints.commit(store, folder, replace(manifest, substitutions=tuple(others)))  # one is left out
     assert f"sample {first.substitute_id} came once too often, and sample {first.sample_id} was" in (
         audit(attempt.root, dataset=dataset_address(bad)).line
     )
@@ -200,13 +200,13 @@ def test_substitutions_are_excused_and_forged_ones_are_not(teams, shards, tmp_pa
 
 
 def finish(root, facts, generation, kind="shard") -> None:
-    """A receipt as the runner writes it, as far as the audit reads it."""
+    """Write a receipt with the fields that the audit reads."""
     receipt = Receipt("x", "f" * 64, {}, facts, (), generation, {}, kind)
     assert root.create("receipt.json", json.dumps(asdict(receipt)).encode())
 
 
 def command(*arguments) -> subprocess.CompletedProcess[str]:
-    """`mae shards audit ...` as a person starts it."""
+    """Run `mae shards audit ...` as from a shell."""
     call = [sys.executable, "-m", "jobs.cli", "shards", "audit", *map(str, arguments)]
     return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=False)
 
@@ -254,6 +254,6 @@ def test_another_dataset_or_order_version_is_refused(teams, shards, tmp_path):
         checkpoints.commit(attempt.store, key.partition("/")[2], spoilt)
         with pytest.raises(DataError, match=words):
             audit(attempt.root, dataset=dataset_address(shards))
-    claim(open_store(attempt.root_uri), continues="")  # a generation that has nothing yet, and goes on from nothing
+    claim(open_store(attempt.root_uri), continues="")  # a generation that has no checkpoint yet and continues from none
     with pytest.raises(CheckpointError, match="nothing to audit yet"):
         audit(attempt.root, dataset=dataset_address(shards))

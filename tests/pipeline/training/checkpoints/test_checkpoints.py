@@ -1,4 +1,4 @@
-"""Checkpoints on disk and in a bucket: what is committed is whole, what is damaged is refused and told."""
+"""Checkpoints on disk and in a bucket: what is committed is whole, what is damaged is refused and named."""
 
 import json
 import logging
@@ -34,7 +34,7 @@ CURSOR = {"dataset": "d" * 8, "global_batch": 13, "seed": 5}
 
 
 def value(kind: str, name: str, step: int) -> torch.Tensor:
-    """What the parameter holds at that step: every number tells kind, parameter, step and place."""
+    """Return the values of a parameter at a step: every number encodes kind, parameter, step and index."""
     count = int(np.prod(SHAPES[name]))
     return (
         torch.arange(count, dtype=torch.float32) + 1000 * step + 100 * KINDS.index(kind) + 50 * (name == "encoder.bias")
@@ -42,7 +42,7 @@ def value(kind: str, name: str, step: int) -> torch.Tensor:
 
 
 def save(store: Store, step: int, *, ranks: int = 3) -> str:
-    """A checkpoint as so many ranks leave it: each parameter in uneven pieces, one a rank."""
+    """Write a checkpoint as `ranks` ranks leave it: each parameter in uneven pieces, one per rank."""
     folder = checkpoints.checkpoint_folder(step)
     files = []
     for rank in range(ranks):
@@ -101,7 +101,7 @@ def test_the_layout_is_the_documented_one(tmp_path):
         "rank-0001-of-0002.safetensors",
     ]
     with safe_open(tmp_path / folder / "rank-0001-of-0002.safetensors", framework="pt") as tensors:
-        held = tensors.get_tensor("exp_avg|encoder.bias|5")  # anybody's safetensors reads it
+        held = tensors.get_tensor("exp_avg|encoder.bias|5")  # any safetensors library reads it
     assert torch.equal(held, value("exp_avg", "encoder.bias", 100)[5:])
     manifest = json.loads((tmp_path / folder / "manifest.json").read_text())
     assert [file["name"] for file in manifest["files"]] == [names[2], names[3], names[0]]
@@ -124,7 +124,7 @@ def test_any_range_of_any_parameter_is_put_together(tmp_path):
         assert (checkpoint.manifest.ids_digest, checkpoint.manifest.optimizer_steps) == (2**64 - 1, 2)
 
 
-def test_a_module_gets_its_weights_or_the_first_parameter_that_differs_is_named(tmp_path):
+def test_a_module_gets_its_weights_or_the_error_names_the_first_parameter_that_differs(tmp_path):
     store = FileStore(tmp_path)
     with open_checkpoint(store, save(store, 3)) as checkpoint:
         module = torch.nn.ModuleDict({"encoder": torch.nn.Bilinear(1, 7, 5)})
@@ -201,7 +201,7 @@ def test_a_manifest_of_another_schema_is_refused(tmp_path):
 
 
 def test_a_torn_checkpoint_does_not_exist(tmp_path):
-    """Killed before the manifest: nobody looks at it, and opening it says that it was never committed."""
+    """Killed before the manifest was written: it is ignored, and opening it says that it was never committed."""
     attempt = attempt_at(tmp_path)
     save(attempt.store, 3)
     torn = save(attempt.store, 6)
@@ -213,7 +213,7 @@ def test_a_torn_checkpoint_does_not_exist(tmp_path):
         open_checkpoint(attempt.store, torn)
 
 
-def test_when_all_are_damaged_nothing_starts_from_nothing(tmp_path):
+def test_if_all_are_damaged_training_does_not_start_from_nothing(tmp_path):
     attempt = attempt_at(tmp_path)
     for step in (3, 6):
         flip(file_of(tmp_path / "g0001", save(attempt.store, step), "rank-0000-of-0003.safetensors"))
@@ -236,7 +236,7 @@ def test_a_checkpoint_that_vanished_is_not_taken_for_a_fresh_start(tmp_path):
 def test_without_any_checkpoint_training_starts_from_nothing(tmp_path):
     assert resume_point(FileStore(tmp_path)) == ""
     assert newest_checkpoint(attempt_at(tmp_path)) is None
-    assert newest_checkpoint(attempt_at(tmp_path)) is None  # nor did the generation before it leave any
+    assert newest_checkpoint(attempt_at(tmp_path)) is None  # the generation before it left none either
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ def test_the_own_generation_wins_then_what_it_continues_from(tmp_path):
         save(first.store, step)
     second = attempt_at(tmp_path)
     assert second.continues == "g0001/checkpoints/step-00000006"
-    save(first.store, 9)  # a zombie's: nobody reads it
+    save(first.store, 9)  # by a superseded driver: never read
     with newest_checkpoint(second) as checkpoint:
         assert checkpoint.key == "g0001/checkpoints/step-00000006"
     save(second.store, 8)
@@ -288,7 +288,7 @@ def test_a_generation_above_9999_finds_its_parent(tmp_path):
         assert checkpoint.manifest.global_step == 3
 
 
-def test_a_roll_back_finds_the_newest_from_before_and_never_one_of_a_line_that_was_given_up(tmp_path):
+def test_a_rollback_finds_the_newest_from_before_and_never_one_of_a_line_that_was_given_up(tmp_path):
     first = attempt_at(tmp_path)
     for step in (10, 20, 30):
         save(first.store, step)
@@ -297,21 +297,23 @@ def test_a_roll_back_finds_the_newest_from_before_and_never_one_of_a_line_that_w
         save(second.store, step)
 
     def found(undo, stepped_over=()) -> str:
-        checkpoint = checkpoints.roll_back_checkpoint(second, undo, stepped_over)
+        checkpoint = checkpoints.rollback_checkpoint(second, undo, stepped_over)
         with checkpoint:
             return checkpoint.key
 
     assert found((35, 52)) == "g0001/checkpoints/step-00000030"
     assert found((40, 52)) == "g0002/checkpoints/step-00000040"
     assert found((48, 52), [(25, 41)]) == "g0001/checkpoints/step-00000020"
-    assert found((48, 52), [(20, 41)]) == "g0001/checkpoints/step-00000020"  # where the gap begins all was well
+    assert (
+        found((48, 52), [(20, 41)]) == "g0001/checkpoints/step-00000020"
+    )  # at the start of the skipped range all was well
     assert found((5, 52)) == "g0001/checkpoints/step-00000010"  # the oldest there is
     flip(file_of(tmp_path / "g0001", checkpoints.checkpoint_folder(30), "rank-0002-of-0003.safetensors"))
     assert found((35, 52)) == "g0001/checkpoints/step-00000020"
-    assert checkpoints.roll_back_checkpoint(second, (0, 52), ()) is None  # the beginning is nearer than any
+    assert checkpoints.rollback_checkpoint(second, (0, 52), ()) is None  # the range starts at step 0
     with pytest.raises(CheckpointError, match="no checkpoint from before step 9 is left"):
-        checkpoints.roll_back_checkpoint(second, (5, 9), ())
-    assert checkpoints.roll_back_checkpoint(attempt_at(tmp_path / "new"), (5, 9), ()) is None
+        checkpoints.rollback_checkpoint(second, (5, 9), ())
+    assert checkpoints.rollback_checkpoint(attempt_at(tmp_path / "new"), (5, 9), ()) is None
 
 
 def test_manifests_from_before_there_was_a_guard_are_read(tmp_path):
@@ -328,7 +330,7 @@ def test_manifests_from_before_there_was_a_guard_are_read(tmp_path):
 
 
 class Recording(FileStore):
-    """A folder that writes down what is deleted, in order."""
+    """A folder that records what is deleted, in order."""
 
     deleted: list[str] = []  # noqa: RUF012 - one store in one test
 

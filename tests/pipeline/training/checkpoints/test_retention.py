@@ -1,4 +1,4 @@
-"""Which checkpoints stay: decided from numbers, then done in a folder."""
+"""Which checkpoints are kept: decided from numbers, then carried out in a folder."""
 
 import json
 import math
@@ -36,21 +36,21 @@ BARE = Retention(last=1, every_steps=None, best=0)
         ({"last": 3}, (), {40, 50, 60}),
         ({"last": 99}, (), set(LOSSES)),
         ({"every_steps": 20}, (), {20, 40, 60}),
-        ({"best": 1}, (), {40, 60}),  # of two equal ones the later
+        ({"best": 1}, (), {40, 60}),  # the later of two equal ones
         ({"best": 3}, (), {20, 40, 60}),
         ({"best": 99}, (), {10, 20, 30, 40, 60}),  # one without a loss is never among the best
         ({}, ("s10", "elsewhere"), {10, 60}),
         ({"last": 2, "every_steps": 30, "best": 1}, ("s10",), {10, 30, 40, 50, 60}),
     ],
 )
-def test_what_stays(changes, named, steps):
+def test_which_are_kept(changes, named, steps):
     expected = {f"s{step}" for step in steps}
     assert keys_to_keep(HELD, replace(BARE, **changes), referenced=named) == expected
     assert keys_to_keep(HELD[::-1], replace(BARE, **changes), referenced=named) == expected
 
 
 def put(attempt, step, loss=None):
-    """A checkpoint without values."""
+    """Write a checkpoint without values."""
     rows = write_history(attempt.store, checkpoint_folder(step), [{"step": step, "loss": 1.0}])
     manifest = CheckpointManifest(
         global_step=step,
@@ -71,7 +71,7 @@ def steps_left(attempt):
     return sorted({int(info.key.split("/")[2][5:]) for info in keys})
 
 
-def test_the_best_of_the_manifests_stay_and_a_damaged_one_is_not_among_them(tmp_path):
+def test_the_best_are_kept_and_a_damaged_one_is_not_among_them(tmp_path):
     attempt = attempt_at(tmp_path)
     for step, loss in ((1, 0.1), (2, 0.3), (3, 0.2), (4, None), (5, 0.9)):
         put(attempt, step, loss)
@@ -80,7 +80,7 @@ def test_the_best_of_the_manifests_stay_and_a_damaged_one_is_not_among_them(tmp_
     assert steps_left(attempt) == [3, 5]
 
 
-def test_a_fenced_run_does_not_take_away_what_the_next_one_stands_on(tmp_path):
+def test_a_fenced_run_does_not_remove_what_the_next_one_continues_from(tmp_path):
     zombie = attempt_at(tmp_path)
     put(zombie, 1)
     put(zombie, 2)
@@ -94,7 +94,7 @@ def test_a_fenced_run_does_not_take_away_what_the_next_one_stands_on(tmp_path):
         assert checkpoint.key == following.continues
 
 
-def test_receipt_claims_and_pins_name_checkpoints(tmp_path):
+def test_receipt_claims_and_pins_keep_checkpoints(tmp_path):
     attempt = attempt_at(tmp_path)
     for step in range(1, 6):
         put(attempt, step)

@@ -1,4 +1,4 @@
-"""Saving beside training, in real processes: what is written is the moment of the save, and nobody waits or is left waiting."""
+"""Saving while training goes on, in real processes: the state of the save is written, and no worker waits for a thread."""
 
 import os
 import resource
@@ -30,7 +30,7 @@ PATIENCE_S = 60
 
 @dataclass(frozen=True)
 class GatedAttempt(Attempt):
-    """Its checkpoints are not written before a file is there: a store slower than training."""
+    """Its checkpoints are not written before the gate file exists: a store slower than training."""
 
     gate: Path = Path()
 
@@ -56,7 +56,7 @@ def gated(attempt: Attempt, gate: Path) -> GatedAttempt:
 
 
 class State:
-    """A rank's half of one parameter; every value is the step's."""
+    """A rank's part of one parameter, whose values encode the step."""
 
     def __init__(self) -> None:
         self.world = enter_world()
@@ -90,7 +90,7 @@ def same(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> b
 
 
 def goes_on_meanwhile(attempt: GatedAttempt) -> tuple[list[bool], float]:
-    """Saves step 1, trains on to 5, then lets the store write; whether step 1 was committed, step by step, and the wait."""
+    """Save step 1, train on to 5, then open the gate; return whether step 1 was committed, step by step, and the wait."""
     state = State()
     saver = state.saver(attempt)
     moved, began = state.move(1), time.monotonic()
@@ -103,7 +103,7 @@ def goes_on_meanwhile(attempt: GatedAttempt) -> tuple[list[bool], float]:
     attempt.gate.touch()
     saver.save(state.move(5), HISTORY)  # waits for the first
     committed.append(attempt.store.exists("checkpoints/step-00000001/manifest.json"))
-    while saver.busy:  # what the boundaries of later steps do
+    while saver.busy:  # as at the boundaries of later steps
         saver.advance()
     saver.close()
     return committed, waited
@@ -128,7 +128,7 @@ def test_training_goes_on_while_the_state_of_the_save_is_written(teams, tmp_path
 
 
 def dies_while_writing(attempt: GatedAttempt) -> None:
-    """Step 1 is committed; at step 2 the second worker's thread is never done, and both are gone before it is."""
+    """Step 1 is committed; at step 2 the second worker's thread does not finish before both workers are gone."""
     state = State()
     attempt.gate.touch()
     saver = state.saver(attempt)
@@ -138,7 +138,7 @@ def dies_while_writing(attempt: GatedAttempt) -> None:
     attempt.gate.unlink(missing_ok=True)
     state.world.total([0])
     if state.world.is_first:
-        saver.store = attempt.root.at("g0001")  # this one's part is written at once
+        saver.store = attempt.root.at("g0001")  # only rank 0's part is written at once
     saver.save(state.move(2), HISTORY)
     while state.world.is_first and not saver._pending.future.done():
         time.sleep(0.01)
@@ -157,7 +157,7 @@ def test_a_worker_that_dies_before_its_part_is_written_leaves_no_checkpoint(team
 
 
 def full_disk(attempt: Attempt) -> Any:
-    """The second worker may write no file above 10 kB; what it gets at the boundary after, and where the first one stands."""
+    """The second worker may write no file above 10 kB, so its part fails; both workers run on to later boundaries."""
     state = State()
     saver = state.saver(attempt)
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -175,7 +175,7 @@ def full_disk(attempt: Attempt) -> Any:
         saver.close()
 
 
-def test_a_part_that_cannot_be_written_ends_all_at_the_next_boundary(teams, tmp_path):
+def test_a_part_that_cannot_be_written_ends_all_workers_at_the_next_boundary(teams, tmp_path):
     attempt = attempt_at(tmp_path / "step")
     first, second = teams(2).outcomes(full_disk, attempt)
     assert isinstance(first, Raised)
@@ -204,10 +204,10 @@ def test_a_bucket_holds_checkpoints_of_two_workers(teams, s3_bucket, tmp_path):
     teams(2).run(saves_thrice, attempt, environment)
     for step in (2, 3):
         assert same(checkpoint_state(root.uri, f"g0001/checkpoints/step-{step:08d}"), values_at(step))
-    assert not list(root.list("g0001/checkpoints/step-00000001"))  # two are kept
+    assert not list(root.list("g0001/checkpoints/step-00000001"))  # only two are kept
 
 
-def test_the_copy_is_the_file_that_any_safetensors_reads():
+def test_the_copy_is_a_file_that_any_safetensors_library_reads():
     fragments = [Fragment("a.b", "weight", 5, torch.arange(3.0)), Fragment("c", "exp_avg", 0, torch.arange(4.0))]
     copy = HostCopy(fragments)
     copy.take(fragments)
@@ -217,25 +217,25 @@ def test_the_copy_is_the_file_that_any_safetensors_reads():
         "weight|a.b|5": [0.0, 1.0, 2.0],
         "exp_avg|c|0": [0.0, 1.0, 2.0, 3.0],
     }
-    assert load(bytes(HostCopy([]).file)) == {}  # more workers than numbers
+    assert load(bytes(HostCopy([]).file)) == {}  # a worker that holds nothing
 
 
-def test_a_copy_on_disk_is_the_same_file_and_leaves_none(tmp_path):
+def test_a_copy_on_disk_is_the_same_file_and_leaves_nothing_behind(tmp_path):
     fragments = [Fragment("a.b", "weight", 0, torch.arange(3.0)), Fragment("c", "weight", 0, torch.arange(4.0))]
     there, in_memory = HostCopy(fragments, on_disk(tmp_path / "copies")), HostCopy(fragments)
     for copy in (there, in_memory):
         copy.take(fragments)
     assert bytes(there.file) == bytes(in_memory.file)
-    assert list((tmp_path / "copies").iterdir()) == []  # even when it is killed now
+    assert list((tmp_path / "copies").iterdir()) == []  # not even if the process is killed now
 
 
-def test_a_disk_without_room_for_the_copy_is_said_before_training(tmp_path):
+def test_a_disk_without_room_for_the_copy_is_reported_before_training(tmp_path):
     with pytest.raises(StorageError, match=r"(?s)copies: \d+ bytes for .*resources\.checkpoint_copy=memory"):
         on_disk(tmp_path / "copies")(2**60)
 
 
 def test_pieces_of_one_flat_buffer_are_copied_together_and_never_more_than_they_are():
-    """In whatever order they come; a gap (padding) between two stays out, another buffer and moved memory do, too."""
+    """In any order; a gap (padding) between two is not copied, and other buffers and moved memory are not joined."""
     flat, other = torch.arange(20.0), torch.arange(100.0, 105.0)
     cuts = {"a": flat[0:4], "b": flat[4:11], "c": flat[13:20], "d": other}
     fragments = [Fragment(name, "weight", 0, values) for name, values in cuts.items()]
@@ -255,5 +255,5 @@ def test_pieces_of_one_flat_buffer_are_copied_together_and_never_more_than_they_
 @pytest.mark.parametrize(
     ("losses", "mean"), [([], None), ([4.0] * 5 + [1.0, 2.0] * 5, 1.5), ([1.0, float("nan")], None)]
 )
-def test_a_checkpoint_is_compared_by_its_last_losses(losses, mean):
+def test_a_checkpoint_is_ranked_by_its_last_losses(losses, mean):
     assert mean_loss([{"loss": loss} for loss in losses]) == mean

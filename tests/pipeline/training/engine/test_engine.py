@@ -35,7 +35,7 @@ ZERO_STAGES = pytest.mark.parametrize("zero_stage", [1, 2, 3])
 
 
 class Perceptron(nn.Module):
-    """Sizes that nothing divides; forward gives per-sample losses."""
+    """Layers of sizes that nothing divides; forward returns per-sample losses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def rate(step: int) -> float:
 
 
 def reference(batch: int) -> dict[str, Any]:
-    """AdamW of torch on the whole batch."""
+    """torch's AdamW on the whole batch."""
     module = Perceptron()
     groups = parameter_groups(module, weight_decay=0.3)
     optimizer = torch.optim.AdamW(
@@ -109,7 +109,7 @@ def references():
     ids=str,
 )
 def test_steps_equal_plain_adamw_on_the_whole_batch(teams, references, zero_stage, workers, batch, micro_batch):
-    # Uneven slices (13 = 6 + 7 = 4 + 4 + 5), accumulation 1 to 3 with padding, a rank without samples (B = 2). Sums in another
+    # Uneven parts (13 = 6 + 7 = 4 + 4 + 5), accumulation 1 to 3 with padding, a rank without samples (B = 2). Sums in another
     # order: worst seen over all cases 1.2e-7 relative in losses, 2e-7 in norms, 6e-8 absolute in weights and moments. A
     # forgotten W / B shows as a factor.
     results = teams(workers).run(train_perceptron, Case(zero_stage, batch, micro_batch))
@@ -129,7 +129,7 @@ def test_steps_equal_plain_adamw_on_the_whole_batch(teams, references, zero_stag
 
 
 def loss_type(case: Case) -> str:
-    """Type of the per-sample losses."""
+    """Return the type of the per-sample losses."""
     built = built_mae()
     engine = make_engine(case, built.module, built.groups)
     return str(engine.module(*mae_inputs(2, 0)).dtype)
@@ -173,7 +173,7 @@ def test_twenty_steps_of_an_autoencoder_equal_plain_ddp(teams, ddp, case):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Blocks computed again
+# Recomputed blocks
 
 
 def built_classifier(*, layer_decay: float = 0.75, drop_path: float = 0.5) -> Built:
@@ -199,7 +199,7 @@ def classifier_inputs(batch: int) -> tuple[torch.Tensor, ...]:
 
 
 def finetune(case: Case) -> dict[str, Any]:
-    """Three steps with dropped branches, then scores of whole images; and how often blocks were computed."""
+    """Train three steps with drop path, then score whole images; return how often blocks were computed, too."""
     built = built_classifier()
     blocks = [part.attn for part in built.module.modules() if isinstance(part, Block)]
     runs = 0
@@ -222,8 +222,8 @@ def finetune(case: Case) -> dict[str, Any]:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @ZERO_STAGES
-def test_blocks_computed_again_change_no_bit(teams, zero_stage, precision):
-    """Losses, norms, weights and moments (the first of which is the gradient), with drop path; evaluation works on."""
+def test_recomputed_blocks_change_no_bit(teams, zero_stage, precision):
+    """In losses, norms, weights and moments (the first moment is the gradient), with drop path; evaluation still works."""
     case = Case(zero_stage, precision=precision)
     kept = teams(2).run(finetune, case)
     again = teams(2).run(finetune, replace(case, activation_checkpointing=True))
@@ -245,7 +245,7 @@ DECAY, LR = 0.75, 0.01
 
 
 def decayed_step(case: Case) -> dict[str, Any]:
-    """One step of fine-tuning: each parameter's largest move, and the live rates after it."""
+    """Take one step of fine-tuning; return each parameter's largest move, and the live rates after it."""
     built = built_classifier(layer_decay=DECAY, drop_path=0.0)
     names = [group["names"] for group in built.groups]
     engine = make_engine(case, built.module, built.groups)
@@ -282,7 +282,7 @@ def test_layer_wise_decay_reaches_the_live_optimiser(teams, zero_stage, offload)
 
 
 def test_training_compiles_nothing(tmp_path, monkeypatch):
-    """In a process of its own, since DeepSpeed compiles what it thinks it needs once a process, and takes what is there."""
+    """In a process of its own: DeepSpeed compiles what it wants once per process, and uses what was built before."""
     built = tmp_path / "built"
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(built))
     with closing(Team(1, tmp_path)) as team:
@@ -296,7 +296,7 @@ def test_training_compiles_nothing(tmp_path, monkeypatch):
 
 
 def collectives_of_a_step(case: Case, layer_decay: float | None) -> tuple[int, dict[str, int]]:
-    """Number of parameter groups, and how often which collective reduces gradients in a step."""
+    """Return the number of parameter groups, and how often each collective reduces gradients in a step."""
     from deepspeed import comm
 
     built = built_classifier()
@@ -324,7 +324,7 @@ def collectives_of_a_step(case: Case, layer_decay: float | None) -> tuple[int, d
 
 
 @ZERO_STAGES
-def test_a_group_for_each_layer_costs_no_reduction_more(teams, zero_stage):
+def test_a_group_per_layer_costs_no_extra_reduction(teams, zero_stage):
     few, at_once = teams(2).run(collectives_of_a_step, Case(zero_stage), None)[0]
     many, layered = teams(2).run(collectives_of_a_step, Case(zero_stage), DECAY)[0]
     assert (few, many) == (2, 2 * (encoder_config().depth + 2))
@@ -333,19 +333,19 @@ def test_a_group_for_each_layer_costs_no_reduction_more(teams, zero_stage):
 
 
 def in_small_buckets(case: Case) -> dict[str, Any]:
-    """Training in which gradients are reduced 500 numbers at a time."""
+    """Train with gradients reduced 500 numbers at a time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.training.engine.settings.REDUCE_BUCKET_ELEMENTS", 500)
         return train_mae(case)
 
 
-def test_the_size_of_buckets_moves_no_loss_in_bf16(teams):
+def test_the_size_of_buckets_changes_no_loss_in_bf16(teams):
     case = Case(2, precision="bf16", micro_batch=4)
     assert teams(2).run(in_small_buckets, case)[0]["losses"] == teams(2).run(train_mae, case)[0]["losses"]
 
 
 def test_no_parameter_is_frozen():
-    """DeepSpeed's own checkpoints lose frozen ones; position tables are buffers."""
+    """DeepSpeed's own checkpoints lose frozen parameters, so position tables are buffers."""
     for built in (built_mae(), built_classifier()):
         assert all(parameter.requires_grad for parameter in built.module.parameters())
         grouped = [parameter for group in built.groups for parameter in group["params"]]
@@ -358,16 +358,16 @@ def test_no_parameter_is_frozen():
 
 
 def tampered(change: dict[str, Any]) -> str:
-    """The engine's answer when DeepSpeed is told something else than was asked for."""
+    """Return the engine's error when DeepSpeed gets other settings than were asked for."""
     honest = engine_module.deepspeed_config
 
-    def told(settings: Any) -> dict[str, Any]:
+    def tampered_config(settings: Any) -> dict[str, Any]:
         config = honest(settings)
         zero = config["zero_optimization"] | change.get("zero_optimization", {})
         return config | change | {"zero_optimization": zero}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "deepspeed_config", told)
+        patch.setattr(engine_module, "deepspeed_config", tampered_config)
         module = Perceptron()
         try:
             make_engine(Case(), module, parameter_groups(module, weight_decay=0.0))

@@ -1,4 +1,4 @@
-"""Bundles of bad steps, and the same steps once more in one process: from the library and through the command."""
+"""Bundles of bad steps, and their replay in one process, from the library and through the command."""
 
 import json
 import math
@@ -39,7 +39,7 @@ def skipped(teams, shards, tmp_path_factory) -> Attempt:
 
 
 def test_a_bad_step_is_reproduced_by_one_process_and_names_the_sample(teams, shards, skipped):
-    """Step 11 from the checkpoint at 9: step 9 is taken again, 10 is skipped again."""
+    """Step 11 is replayed from the checkpoint at 9: step 9 is taken again, 10 is skipped again."""
     spec = spoilt_spec(shards, skipped, BAD, GUARD)
     done = teams(1).run(replay_here, skipped, 11, spec)[0]
     assert (done.began_at, done.differences) == (9, ())
@@ -51,11 +51,11 @@ def test_a_bad_step_is_reproduced_by_one_process_and_names_the_sample(teams, sha
     assert len({one.now for one in finite}) == 12
 
 
-def test_what_is_otherwise_than_it_was_is_said(teams, shards, skipped):
+def test_what_differs_from_the_recorded_step_is_named(teams, shards, skipped):
     healed = teams(1).run(replay_here, skipped, 11, spoilt_spec(shards, skipped, {10: NAN}, GUARD))[0]
     assert (
         "are finite in only one of the two" in healed.differences[1]
-    )  # the first: its factor is given beside the image
+    )  # differences[0] is about the factor, which is an input beside the image
     assert healed.differences[-1] == "loss and gradient norm are finite now"
     other_rate = spoilt_spec(shards, skipped, BAD, GUARD, base_lr=1.0)
     assert "losses of" in teams(1).run(replay_here, skipped, 11, other_rate)[0].differences[0]
@@ -91,7 +91,7 @@ def replay_as_json(address: str, step: int) -> tuple[int, dict[str, Any]]:
 
 
 def test_the_command_finds_the_last_bundle_and_reproduces_it(teams, shards, tmp_path):
-    """A learning rate beyond all measure: the first step ruins the weights, and what the second met is met again."""
+    """An absurd learning rate: the first step ruins the weights, and the replay meets what the second step met."""
     attempt = attempt_at(tmp_path / "store/pretrain-abc")
     spec = mae_spec(shards, attempt, base_lr=1e30, warmup_epochs=0.0)
     raised = teams(2).outcomes(train_here, spec, attempt, StopAfter(99))[0]
@@ -108,6 +108,6 @@ def test_the_command_finds_the_last_bundle_and_reproduces_it(teams, shards, tmp_
     assert told["bundle"] == address.replace("00000003", "00000001")
 
 
-def test_the_command_says_where_there_is_nothing_to_replay(tmp_path):
+def test_the_command_says_so_if_there_is_nothing_to_replay(tmp_path):
     with pytest.raises(DataError, match="no bundle of a bad step"):
         CliRunner().invoke(app, ["replay", str(tmp_path)], catch_exceptions=False)

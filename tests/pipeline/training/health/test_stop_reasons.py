@@ -1,4 +1,4 @@
-"""Why a worker should stop, and what becomes of a training whose workers failed: decisions, without a cluster."""
+"""Why a worker should stop, and whether a training whose workers failed is restarted: decisions, without a cluster."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from pipeline.training.world import enter_world
 
 
 class Clock:
-    """Stands still until it is told."""
+    """Stands still until it is set."""
 
     now = 0.0
 
@@ -33,33 +33,33 @@ class Clock:
         return self.now
 
 
-def test_a_question_is_asked_now_and_then_and_must_be_answered_so_many_times_in_a_row():
-    clock, answers, asked = Clock(), iter([True, False, True, True]), []
-    streak = DebouncedCheck(lambda: asked.append(clock.now) or next(answers), every_s=10, length=2, clock=clock)
-    told = []
+def test_a_debounced_check_is_made_at_intervals_and_must_hold_several_times_in_a_row():
+    clock, answers, checked_at = Clock(), iter([True, False, True, True]), []
+    check = DebouncedCheck(lambda: checked_at.append(clock.now) or next(answers), every_s=10, length=2, clock=clock)
+    held = []
     for clock.now in range(1, 45):
-        told.append(streak())
-    assert asked == [10, 20, 30, 40]
-    assert told.index(True) == 39
+        held.append(check())
+    assert checked_at == [10, 20, 30, 40]
+    assert held.index(True) == 39
 
 
 def test_a_higher_generation_and_a_request_come_before_a_notice(tmp_path):
     attempt = attempt_at(tmp_path)
     clock = Clock()
-    supervision = CombinedStopSignal(StoreStopSignal(attempt, clock), [(lambda: clock.now > 0, "preempted")])
-    assert supervision.stop_reason() == ""
+    stop_signal = CombinedStopSignal(StoreStopSignal(attempt, clock), [(lambda: clock.now > 0, "preempted")])
+    assert stop_signal.stop_reason() == ""
     clock.now += 0.5
-    assert supervision.stop_reason() == "preempted"
+    assert stop_signal.stop_reason() == "preempted"
     attempt.root.create(stop_request_key(1), b"{}")
     clock.now += 1
-    assert supervision.stop_reason() == "asked"
+    assert stop_signal.stop_reason() == "asked"
     claim(attempt.root, continues="")
     clock.now += 1
-    assert supervision.stop_reason() == "fenced"
+    assert stop_signal.stop_reason() == "fenced"
 
 
-class Told:
-    """Says its reason to one rank, at one step."""
+class ReasonAt:
+    """Gives its reason to one rank, at one step."""
 
     def __init__(self, rank, step, reason):
         self.rank, self.step, self.reason, self.asked = rank, step, reason, 0
@@ -70,21 +70,21 @@ class Told:
         return self.reason if mine and self.asked > self.step else ""
 
 
-def train_told(spec, attempt, *told):
-    stop_signal = Told(*next(one for one in told if one[0] == torch.distributed.get_rank()))
+def train_with_reasons(spec, attempt, *reasons):
+    stop_signal = ReasonAt(*next(one for one in reasons if one[0] == torch.distributed.get_rank()))
     return asdict(train(spec, attempt, world=enter_world(), tracker=NullTracker(), stop_signal=stop_signal))
 
 
-def test_any_rank_stops_all_at_one_step_and_the_weightier_reason_counts(teams, shards, tmp_path):
+def test_any_rank_stops_all_at_one_step_and_precedence_decides_the_reason(teams, shards, tmp_path):
     attempt = attempt_at(tmp_path, checkpoint_every_steps=100)
-    told = [(0, 4, "resized"), (1, 4, "preempted")]
-    results = teams(2).run(train_told, mae_spec(shards, attempt), attempt, *told)
+    reasons = [(0, 4, "resized"), (1, 4, "preempted")]
+    results = teams(2).run(train_with_reasons, mae_spec(shards, attempt), attempt, *reasons)
     assert [(one["global_step"], one["stopped"]) for one in results] == [(4, "preempted")] * 2
     assert checkpoints.resume_point(attempt.root) == "g0001/checkpoints/step-00000004"
 
 
 def work_terminated(spec, attempt):
-    """SIGTERM to this process in its third step."""
+    """Send SIGTERM to this process in its third step."""
 
     def spoil(step, rank, batch):
         if step == 2:
@@ -97,7 +97,7 @@ def work_terminated(spec, attempt):
 def test_sigterm_to_a_process_without_a_handler_saves_and_stops(shards, tmp_path):
     """torchrun's workers: the loop runs in the main thread."""
     attempt = attempt_at(tmp_path, checkpoint_every_steps=100)
-    team = Team(1, tmp_path)  # of its own: the notice lasts
+    team = Team(1, tmp_path)  # a team of its own, because the signal stays set
     team.run(work_terminated, mae_spec(shards, attempt), attempt)
     team.close()
     answer = json.loads(attempt.store.read(RESULT))
@@ -110,7 +110,7 @@ def test_sigterm_to_a_process_without_a_handler_saves_and_stops(shards, tmp_path
 
 
 class WorkerDied(Exception):
-    """As Ray Train wraps the death of a worker."""
+    """The error in which Ray Train wraps the death of a worker."""
 
     def __init__(self, *, preempted):
         self.health_check_failure = RuntimeError()
@@ -128,17 +128,17 @@ class WorkerDied(Exception):
         ([RuntimeError(), KeyError("x")], "user"),
     ],
 )
-def test_the_class_of_a_failure_is_that_of_the_worker_that_met_it(errors, kind):
+def test_the_class_of_a_failure_comes_from_the_worker_that_met_it(errors, kind):
     assert classify(errors) == kind
 
 
-def test_a_training_that_goes_forward_is_never_given_up():
-    restarts, given = FailureStreak(), resources(max_failures=2)
-    said = [
-        reason_to_give_up("infrastructure", restarts.count_with(f"step-{number // 2}"), given) for number in range(20)
+def test_a_training_that_makes_progress_is_never_given_up():
+    failures, given = FailureStreak(), resources(max_failures=2)
+    reasons = [
+        reason_to_give_up("infrastructure", failures.count_with(f"step-{number // 2}"), given) for number in range(20)
     ]
-    assert set(said) == {""}
-    assert [reason_to_give_up("infrastructure", restarts.count_with("step-9"), given) != "" for _ in range(2)] == [
+    assert set(reasons) == {""}
+    assert [reason_to_give_up("infrastructure", failures.count_with("step-9"), given) != "" for _ in range(2)] == [
         True,
         True,
     ]
@@ -147,7 +147,7 @@ def test_a_training_that_goes_forward_is_never_given_up():
     )
 
 
-def test_what_would_fail_again_is_not_tried_again():
+def test_a_failure_that_would_repeat_is_not_retried():
     assert "lower resources.micro_batch" in reason_to_give_up("memory", 1, resources(max_failures=9))
     assert "would fail again" in reason_to_give_up("user", 1, resources(max_failures=9))
     assert reason_to_give_up("preempted", 1, resources(max_preemptions=0)).endswith(

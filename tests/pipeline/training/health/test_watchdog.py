@@ -1,4 +1,4 @@
-"""A rank that stands still: everyone's stacks are in the store, with their phases; a worker that is restarted ends itself."""
+"""A rank that hangs: the stacks of all ranks are in the store, with their phases; a worker that is restarted ends itself."""
 
 import subprocess
 import sys
@@ -28,7 +28,7 @@ def train_slowly(spec, attempt):
 
 
 def test_every_rank_leaves_its_stacks_and_the_sleeper_is_the_one_in_the_data_phase(teams, shards, tmp_path):
-    """And since nobody would restart these, they wait, and go on when it wakes up."""
+    """Nothing would restart these workers, so they wait, and go on when the sleeper wakes up."""
     attempt = attempt_at(tmp_path / "step")
     assert stack_dump_hint(attempt.store) == ""
     assert teams(2).run(train_slowly, spoiled(mae_spec(shards, attempt), asleep_at_step_4), attempt) == [6, 6]
@@ -56,7 +56,7 @@ with Watchdog(open_store(sys.argv[1]), World(0, 1, torch.device("cpu"), None), l
 """
 
 
-def test_a_worker_that_somebody_restarts_ends_itself_and_phases_are_timed_one_by_one(tmp_path):
+def test_a_worker_that_is_restarted_ends_itself_and_phases_are_timed_one_by_one(tmp_path):
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", ALONE, tmp_path.as_uri()], capture_output=True, text=True, check=False, timeout=50

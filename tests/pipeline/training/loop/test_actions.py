@@ -1,4 +1,4 @@
-"""Periodic actions: when they are due, in which order they run, and that stops, resumes and roll-backs shift none of them."""
+"""Periodic actions: when they are due, in which order they run, and that stops, resumes and rollbacks shift none of them."""
 
 import math
 from contextlib import contextmanager

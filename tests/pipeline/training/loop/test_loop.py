@@ -1,4 +1,4 @@
-"""The loop in real processes: what is trained does not depend on stops, world size or ZeRO stage, and nobody is left waiting."""
+"""The loop in real processes: stops, world size and ZeRO stage do not change what is trained, and no worker is left waiting."""
 
 import gc
 import json
@@ -52,7 +52,7 @@ SEEN: list[tuple[list[int], list[int]]] = []
 
 @dataclass(frozen=True, kw_only=True)
 class WatchedMAETask(MAETask):
-    """Writes down which (epoch, sample) reach the module."""
+    """Records which (epoch, sample) reach the module."""
 
     def inputs(self, batch: Batch) -> tuple[torch.Tensor, ...]:
         SEEN.append((batch.epochs.tolist(), batch.sample_ids.tolist()))
@@ -60,7 +60,7 @@ class WatchedMAETask(MAETask):
 
 
 def train_here(spec: TrainSpec, attempt: Attempt, stop_signal: StopAfter) -> dict[str, Any]:
-    """Runs the loop as one worker of a team; what it returned and what it saw."""
+    """Run the loop as one worker of a team; return its result and the samples that it saw."""
     SEEN.clear()
     if isinstance(spec.task, MAETask):
         spec = replace(spec, task=WatchedMAETask(**asdict(spec.task) | {"model": spec.task.model}))
@@ -69,7 +69,7 @@ def train_here(spec: TrainSpec, attempt: Attempt, stop_signal: StopAfter) -> dic
 
 
 def run(team, shards: StageInput, attempt: Attempt, *, stop_after: int = 99, **recipe: Any) -> list[dict[str, Any]]:
-    """One call of the loop on all workers of a team."""
+    """Call the loop once on all workers of a team."""
     return team.run(train_here, mae_spec(shards, attempt, **recipe), attempt, StopAfter(stop_after))
 
 
@@ -93,10 +93,10 @@ def seen_by_step(results: list[dict[str, Any]]) -> list[list[tuple[int, int]]]:
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_a_stop_and_a_resume_change_no_bit(teams, shards, tmp_path, zero_stage):
-    """In one layout, fp32: weights, moments, losses and digest of a run that was stopped twice are those of one that was not."""
+    """In one layout and fp32, a run that is stopped twice ends with the weights, moments, losses and digest of one that is not."""
     straight = attempt_at(tmp_path / "straight", zero_stage=zero_stage)
     whole = run(teams(2), shards, straight)[0]
-    for stop_after in (4, 3):  # 4: between two checkpoints, 7: likewise
+    for stop_after in (4, 3):  # at 4 and at 7, both between two checkpoints
         stopped = attempt_at(tmp_path / "broken", zero_stage=zero_stage)
         assert run(teams(2), shards, stopped, stop_after=stop_after)[0]["stopped"]
     last = attempt_at(tmp_path / "broken", zero_stage=zero_stage)
@@ -120,7 +120,7 @@ def test_a_stop_and_a_resume_change_no_bit(teams, shards, tmp_path, zero_stage):
 
 @dataclass(frozen=True)
 class SlowAttempt(Attempt):
-    """Its store takes parts of checkpoints only when a file is there."""
+    """Its store accepts parts of checkpoints only once the gate file exists."""
 
     gate: Path = Path()
 
@@ -143,7 +143,7 @@ class SlowStore(FileStore):
 
 @dataclass
 class OpenAfter:
-    """Lets the store write when so many steps are done; notes what was there by then."""
+    """Opens the gate after `steps` steps; records what the store held until then."""
 
     steps: int
     attempt: SlowAttempt
@@ -158,8 +158,8 @@ class OpenAfter:
 
 
 @pytest.mark.parametrize("zero_stage", [1, 3])
-def test_a_checkpoint_holds_its_step_though_training_went_on_before_it_was_written(teams, shards, tmp_path, zero_stage):
-    """Saved at step 3, written after step 5: bit by bit what a store without delay holds of step 3."""
+def test_a_checkpoint_holds_its_step_even_if_training_goes_on_before_it_is_written(teams, shards, tmp_path, zero_stage):
+    """Saved at step 3 and written after step 5, it equals bit for bit what a store without delay holds for step 3."""
     key = "g0001/checkpoints/step-00000003"
     prompt = attempt_at(tmp_path / "prompt", zero_stage=zero_stage)
     run(teams(2), shards, prompt)
@@ -176,7 +176,7 @@ def test_a_checkpoint_holds_its_step_though_training_went_on_before_it_was_writt
     assert manifests[0].ids_digest == manifests[1].ids_digest
 
 
-def test_any_world_size_and_zero_stage_goes_on_with_the_same_samples(teams, shards, tmp_path):
+def test_any_world_size_and_zero_stage_continues_with_the_same_samples(teams, shards, tmp_path):
     """2 workers at ZeRO-1, 1 at ZeRO-2, 3 at ZeRO-3, 2 at ZeRO-1: the ids of one worker at ZeRO-1, and its losses."""
     straight = attempt_at(tmp_path / "straight")
     whole = run(teams(1), shards, straight)
@@ -197,12 +197,12 @@ def test_any_world_size_and_zero_stage_goes_on_with_the_same_samples(teams, shar
     for key, value in checkpoint_state(straight.root_uri, whole[0]["checkpoint_key"]).items():
         if not key.endswith(
             "qkv.bias"
-        ):  # softmax cancels the keys' bias: its gradient is rounding, which Adam makes steps of
+        ):  # softmax cancels the keys' bias: its gradient is rounding noise, which Adam turns into steps
             torch.testing.assert_close(state[key], value, rtol=0, atol=2e-6)  # 1.2e-7 seen
 
 
-def test_the_same_generation_goes_on_after_its_workers_died(teams, shards, tmp_path):
-    """What Ray Train does when a worker dies, elastic at that: the generation's own newest checkpoint, fewer workers."""
+def test_the_same_generation_continues_after_its_workers_died(teams, shards, tmp_path):
+    """As Ray Train restarts an elastic group when a worker dies: from the generation's newest checkpoint, with fewer workers."""
     attempt = attempt_at(tmp_path / "step")
     run(teams(3), shards, attempt, stop_after=5)
     resumed = run(teams(2), shards, same_attempt(attempt, zero_stage=2))
@@ -218,7 +218,7 @@ def test_a_finished_training_is_not_trained_again(teams, shards, tmp_path):
 
 
 def test_two_images_and_three_workers(teams, shards, tmp_path):
-    """B < W: the worker without a sample runs padding that counts for nothing."""
+    """With fewer samples than workers, the one without a sample runs padding that does not count."""
     losses = []
     for workers, folder in ((1, "alone"), (3, "crowd")):
         attempt = attempt_at(tmp_path / folder, checkpoint_every_steps=100)
@@ -229,10 +229,6 @@ def test_two_images_and_three_workers(teams, shards, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Going wrong together
-
-
-def work_here(spec: TrainSpec, attempt: Attempt) -> None:
-    run_worker(spec, attempt)
 
 
 def run_training_here(spec: TrainSpec, attempt: Attempt) -> Any:
@@ -249,24 +245,26 @@ def alone_without_shard(step: int, rank: int, batch: Batch) -> Batch:
     return no_shard_at_step_4(step, 1, batch)
 
 
-def test_a_shard_that_one_worker_cannot_read_ends_all_with_its_message(teams, shards, tmp_path):
+def test_a_shard_that_one_worker_cannot_read_ends_all_workers_with_its_message(teams, shards, tmp_path):
     attempt = attempt_at(tmp_path / "step")
     spec = spoiled(mae_spec(shards, attempt), no_shard_at_step_4)
     first, second = teams(2).outcomes(train_here, spec, attempt, StopAfter(99))
     assert (first.kind, first.message) == ("PipelineError", ELSEWHERE)
     assert (second.kind, second.message) == ("DataError", "shards/ab.tar cannot be read")
 
-    teams(2).run(work_here, spec, attempt)  # what a Ray worker runs: it returns, and leaves the answer
+    teams(2).run(
+        run_worker, spec, attempt
+    )  # what a Ray worker runs: it returns normally and leaves its answer in the store
     answer = json.loads(attempt.store.read(RESULT))
     assert answer == {"error": "DataError", "message": second.message}
     spec = spoiled(mae_spec(shards, attempt), alone_without_shard)
     alone = teams(1).outcomes(run_training_here, spec, attempt)[0]
     assert (alone.kind, alone.message) == ("DataError", second.message)
-    # and the work done before it is kept
+    # what was trained before is kept
     assert attempt_at(tmp_path / "step").continues == "g0001/checkpoints/step-00000003"
 
 
-def test_an_unreadable_image_in_evaluation_ends_all(teams, shards, tmp_path):
+def test_an_unreadable_image_in_evaluation_ends_all_workers(teams, shards, tmp_path):
     bad = damage(shards, tmp_path / "shards", [("test", -1, -1)])
     key = Selection.all(dataset_address(bad).open(), "test").shards[-1].key
     attempt = attempt_at(tmp_path / "step", zero_stage=3)
@@ -281,7 +279,7 @@ def test_an_unreadable_image_in_evaluation_ends_all(teams, shards, tmp_path):
 
 
 def test_an_unreadable_image_in_training_is_substituted_the_same_everywhere(teams, shards, tmp_path):
-    """Two workers, stopped and gone on with as three, against one undisturbed: the same ids, losses and records."""
+    """Two workers, stopped and resumed as three, against one worker undisturbed: the same ids, losses and records."""
     bad = damage(shards, tmp_path / "shards", [("train", 2, 1)])
     selection = Selection.all(dataset_address(bad).open(), "train")
     lost = int(selection.rows(2).sample_ids[1])
@@ -326,8 +324,8 @@ def test_an_unreadable_image_in_training_is_substituted_the_same_everywhere(team
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def test_too_many_unreadable_images_end_all_and_are_named(teams, shards, tmp_path):
-    """Four of one epoch, three are allowed: every worker says which; what was done before is kept."""
+def test_too_many_unreadable_images_end_all_workers_and_are_named(teams, shards, tmp_path):
+    """Four in one epoch where three are allowed: every worker names them, and what was trained before is kept."""
     bad = damage(shards, tmp_path / "shards", [("train", shard, 0) for shard in range(4)])
     selection = Selection.all(dataset_address(bad).open(), "train")
     attempt = attempt_at(tmp_path / "step", checkpoint_every_steps=1)
@@ -341,7 +339,7 @@ def test_too_many_unreadable_images_end_all_and_are_named(teams, shards, tmp_pat
     kept = read_manifest(following.root, following.continues)
     assert 1 <= len(kept.substitutions) <= 3
     again = teams(1).outcomes(train_here, mae_spec(bad, following), following, StopAfter(99))
-    assert again[0].message == outcomes[0].message  # those before the resume count
+    assert again[0].message == outcomes[0].message  # substitutions from before the resume count too
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -349,7 +347,7 @@ def test_too_many_unreadable_images_end_all_and_are_named(teams, shards, tmp_pat
 
 
 class Remembering:
-    """A tracker and a progress line that keep what they are told."""
+    """A tracker and a progress line that record what they get."""
 
     def __init__(self) -> None:
         self.metrics: list[dict[str, float]] = []
@@ -366,7 +364,7 @@ class Remembering:
 
 
 def train_watched(spec: TrainSpec, attempt: Attempt, environment: dict[str, str]) -> Any:
-    """What the loop told tracker and progress line."""
+    """Return what the loop sent to the tracker and to the progress line."""
     os.environ |= environment
     watch = Remembering()
     attempt = replace(attempt, progress=watch)
@@ -374,7 +372,7 @@ def train_watched(spec: TrainSpec, attempt: Attempt, environment: dict[str, str]
     return watch.metrics, watch.shown
 
 
-def test_how_the_data_came_is_logged_and_shown(teams, shards, s3_bucket, tmp_path):
+def test_data_metrics_are_logged_and_shown(teams, shards, s3_bucket, tmp_path):
     """Two workers, shards in a bucket."""
     store = S3Store(s3_bucket, "root")
     opened = dataset_address(shards).open()
@@ -387,17 +385,19 @@ def test_how_the_data_came_is_logged_and_shown(teams, shards, s3_bucket, tmp_pat
     environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     (metrics, shown), (others, _) = teams(2).run(train_watched, spec, attempt, environment)
     assert [row["step"] for row in metrics] == list(range(1, TOTAL_STEPS + 1))
-    assert others == []  # rank 0 alone logs
+    assert others == []  # only rank 0 logs
     names = {"wait_seconds", "cache_hit_share", "shard_fetches_per_epoch", "requests", "bytes_received", "retries"}
     names |= {"substitutions", "epoch_coverage"}
     assert {f"data/{name}" for name in names} | {"throughput/data_wait_share"} <= metrics[-1].keys()
     assert sum(row["data/bytes_received"] for row in metrics) == sum(
         row.bytes for row in rows
-    )  # each once for two ranks
+    )  # each shard is fetched once for both ranks
     assert sum(row["data/requests"] for row in metrics) >= len(rows)
     assert all(0 <= row["data/cache_hit_share"] <= 1 for row in metrics)
     assert metrics[-1]["data/cache_hit_share"] > 0.5
-    assert metrics[-1]["data/shard_fetches_per_epoch"] == pytest.approx(60 / 130)  # once in 130 images of 60
+    assert metrics[-1]["data/shard_fetches_per_epoch"] == pytest.approx(
+        60 / 130
+    )  # once in 130 images, where an epoch has 60
     assert metrics[-1]["data/substitutions"] == 0
     assert {"throughput/mfu", "throughput/slowest_rank", "memory/process_gib"} <= metrics[-1].keys()
     assert {"loss", "images_per_s", "wait", "mfu", "GiB"} <= shown[-1].keys()
@@ -409,10 +409,10 @@ def test_substitutions_are_shown_when_there_are_any(teams, shards, tmp_path):
     metrics, shown = teams(1).run(train_watched, mae_spec(bad, attempt), attempt, {})[0]
     assert [row.get("substituted", 0) for row in shown] == [row["data/substitutions"] for row in metrics]
     assert shown[-1]["substituted"] >= 2
-    assert "data/cache_hit_share" not in metrics[-1]  # the shards lie here
+    assert "data/cache_hit_share" not in metrics[-1]  # the shards are on the local disk
 
 
-def test_a_cache_too_small_for_what_is_read_at_once_is_told_before_it_costs(caplog):
+def test_a_cache_too_small_for_what_is_read_at_once_is_warned_about(caplog):
     asked = []
 
     def loader(needed):
@@ -433,7 +433,7 @@ def test_a_cache_too_small_for_what_is_read_at_once_is_told_before_it_costs(capl
 # Failures of the disk, the store, the order
 
 
-def test_a_worker_that_cannot_write_its_part_ends_all_and_commits_nothing(teams, shards, tmp_path):
+def test_a_worker_that_cannot_write_its_part_ends_all_workers_and_nothing_is_committed(teams, shards, tmp_path):
     attempt = attempt_at(tmp_path / "step")
     in_the_way = tmp_path / "step/g0001/checkpoints/step-00000003/rank-0001-of-0002.safetensors"
     (in_the_way / "folder").mkdir(parents=True)
@@ -444,7 +444,7 @@ def test_a_worker_that_cannot_write_its_part_ends_all_and_commits_nothing(teams,
     assert not attempt.store.exists("checkpoints/step-00000003/manifest.json")
 
 
-def test_a_dataset_that_cannot_be_opened_ends_all(teams, shards, tmp_path):
+def test_a_dataset_that_cannot_be_opened_ends_all_workers(teams, shards, tmp_path):
     attempt = attempt_at(tmp_path / "step")
     gone = mae_spec(replace(shards, root_uri=(tmp_path / "nothing").as_uri()), attempt)
     results = teams(2).outcomes(train_here, gone, attempt, StopAfter(99))
@@ -460,7 +460,7 @@ def test_another_order_is_refused_on_all_workers(teams, shards, tmp_path):
         assert "global_batch was 13, is now 12" in result.message
 
 
-def test_a_loss_that_is_no_number_ends_all_and_says_what_to_lower(teams, shards, tmp_path):
+def test_a_loss_that_is_not_finite_ends_all_workers_and_says_what_to_lower(teams, shards, tmp_path):
     attempt = attempt_at(tmp_path / "step", checkpoint_every_steps=1)
     spec = mae_spec(shards, attempt, base_lr=1e30, warmup_epochs=0.0)
     results = teams(2).outcomes(train_here, spec, attempt, StopAfter(99))
@@ -483,13 +483,13 @@ def test_a_fenced_run_saves_nothing_more(teams, shards, tmp_path):
 # Who asks for the stop
 
 
-def test_the_supervisor_reads_the_store_once_a_second(tmp_path):
+def test_the_store_is_polled_once_a_second(tmp_path):
     now = [100.0]
     attempt = attempt_at(tmp_path / "step")
     stop_signal = StoreStopSignal(attempt, clock=lambda: now[0])
     assert stop_signal.stop_reason() == ""
     attempt.root.create(stop_request_key(attempt.generation), b"{}")
-    assert stop_signal.stop_reason() == ""  # asked a moment ago
+    assert stop_signal.stop_reason() == ""  # polled a moment ago
     now[0] += 1.0
     assert stop_signal.stop_reason() == "asked"
     claim(attempt.root, continues="")
@@ -497,13 +497,13 @@ def test_the_supervisor_reads_the_store_once_a_second(tmp_path):
     assert stop_signal.stop_reason() == "fenced"
 
 
-def test_a_store_that_does_not_answer_stops_no_training(s3_endpoint, tmp_path, caplog):
+def test_a_store_that_does_not_answer_does_not_stop_training(s3_endpoint, tmp_path, caplog):
     attempt = replace(attempt_at(tmp_path / "step"), root_uri=S3Store("no-such-bucket", "step").uri)
     assert StoreStopSignal(attempt).stop_reason() == ""
     assert "no-such-bucket" in caplog.text
 
 
-def test_a_stop_asked_through_the_store_is_answered_as_stopped(teams, shards, tmp_path):
+def test_a_stop_request_in_the_store_raises_stopped(teams, shards, tmp_path):
     attempt = attempt_at(tmp_path / "step")
     attempt.root.create(stop_request_key(attempt.generation), b"{}")
     answer = teams(1).outcomes(run_training_here, mae_spec(shards, attempt), attempt)[0]
@@ -515,7 +515,7 @@ def test_a_stop_asked_through_the_store_is_answered_as_stopped(teams, shards, tm
 
 
 def engines_left(spec: TrainSpec, attempt: Attempt, stop_signal: StopAfter) -> int:
-    """DeepSpeed's engines alive in this process, beyond those before, once a training has ended, well or not."""
+    """Count the DeepSpeed engines that a training leaves alive in this process, whether it succeeds or not."""
 
     def alive() -> int:
         gc.collect()
@@ -530,7 +530,7 @@ def engines_left(spec: TrainSpec, attempt: Attempt, stop_signal: StopAfter) -> i
 @pytest.mark.parametrize("reason", ["asked", "fenced"])
 @pytest.mark.parametrize("zero_stage", [1, 2])
 def test_a_training_leaves_no_engine_in_the_process(teams, shards, tmp_path, zero_stage, reason):
-    """In process, fine-tuning follows on pretraining a dozen times: weights and moments must not pile up."""
+    """In one process a dozen fine-tunings may follow pretraining: weights and moments must not pile up."""
     attempt = attempt_at(tmp_path / "step", zero_stage=zero_stage)
     assert teams(1).run(engines_left, mae_spec(shards, attempt), attempt, StopAfter(2, reason)) == [0]
 
@@ -550,8 +550,8 @@ def masks(epochs: list[int], ids: list[int], seed: int = 0) -> torch.Tensor:
 
 def test_masks_depend_on_seed_epoch_and_sample_alone():
     batch = masks([0, 0, 0, 1], [7, 8, 9, 7])
-    assert torch.equal(batch[2], masks([0], [9])[0])  # wherever in whichever batch
-    assert len({tuple(mask.tolist()) for mask in batch}) == 4  # another sample or another epoch is another mask
+    assert torch.equal(batch[2], masks([0], [9])[0])  # independent of the batch and the place in it
+    assert len({tuple(mask.tolist()) for mask in batch}) == 4  # each sample and each epoch has its own mask
     assert not torch.equal(batch, masks([0, 0, 0, 1], [7, 8, 9, 7], seed=1))
     assert batch.sum(dim=1).eq(12).all()
 

@@ -1,4 +1,4 @@
-"""Rows about the data are sums over workers, and say nothing that was not measured."""
+"""Rows about the data are sums over workers, and hold only what was measured."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from pipeline.training.world import World
 
 
 class Together(World):
-    """One of four workers on two nodes; the others did the same."""
+    """One of four workers on two nodes, all of which measured the same."""
 
     def total(self, values):
         return [4 * value for value in values]
@@ -66,7 +66,7 @@ def test_a_row_is_what_grew_since_the_last_one_over_all_workers():
     assert [row["epoch_coverage"] for row in rows] == [0.5, 1.0]
 
 
-def test_where_shards_lie_here_nothing_is_said_of_a_cache():
+def test_with_shards_on_the_local_disk_there_are_no_cache_columns():
     world = Together(0, 4, torch.device("cpu"), None, local_size=2)
     row = DataMeter(distant()).row(world, elapsed=1.0, steps=1, images=10, new_images=10, substitutions=[])
     assert row.keys() == DATA_METRICS.keys() - {"cache_hits", "shard_fetches"}
@@ -77,7 +77,7 @@ def test_counters_only_grow():
     assert Counters(3, 9, 1, 2, 5, 6, 7).since(Counters(1, 2, 1, 2, 5, 3, 7)) == Counters(2, 7, 0, 0, 0, 3, 0)
 
 
-def test_coverage_is_of_the_running_epoch_and_lacks_what_was_substituted():
+def test_coverage_is_that_of_the_current_epoch_without_substituted_samples():
     lost = [Substitution(3, 4, epoch, 0, "crc32", "x") for epoch in (0, 1, 1)]
     assert [epoch_coverage(images, 100, []) for images in (0, 1, 99, 100, 101, 250)] == [0, 0.01, 0.99, 1.0, 0.01, 0.5]
     assert [epoch_coverage(images, 100, lost) for images in (100, 200, 300)] == [0.99, 0.98, 1.0]

@@ -45,7 +45,7 @@ ROW |= {"process_gib": 2.04, "images_per_s": 9.0}
 
 
 class Watching:
-    """A tracker that keeps what it is told."""
+    """A tracker that records what it gets."""
 
     def __init__(self) -> None:
         self.metrics: list[dict[str, float]] = []
@@ -62,15 +62,15 @@ class Watching:
         self.kept.append((step, key))
 
 
-class Nobody:
-    """A stop_signal who wants nothing."""
+class Never:
+    """A stop signal that never asks for a stop."""
 
     def stop_reason(self):
         return ""
 
 
 def watched(spec: TrainSpec, attempt: Attempt) -> Any:
-    """What the loop tells its tracker; every call for a checkpoint takes a little."""
+    """Return what the loop sends to its tracker; every save takes a while."""
     plain, tracker = Saver.save, Watching()
 
     def slow(*arguments):
@@ -79,7 +79,7 @@ def watched(spec: TrainSpec, attempt: Attempt) -> Any:
 
     Saver.save = slow
     try:
-        train(spec, attempt, world=enter_world(), tracker=tracker, stop_signal=Nobody())
+        train(spec, attempt, world=enter_world(), tracker=tracker, stop_signal=Never())
     finally:
         Saver.save = plain
     return tracker.metrics, tracker.kept, tracker.resumed
@@ -95,7 +95,7 @@ def test_the_slow_worker_is_named_and_waits_are_shares_of_the_time(teams, shards
         assert row["throughput/slowest_rank"] == 1
         assert row["throughput/slowest_rank_excess"] > 0.3
         assert row["memory/process_gib"] > 0.1
-        assert "memory/device_gib" not in row  # no GPU at work here
+        assert "memory/device_gib" not in row  # no GPU is in use
         assert 0 < row["throughput/mfu"] < 1
     # the checkpoint at 4 is waited for between the rows at 4 and 6
     waits = {row["step"]: row["throughput/checkpoint_wait_share"] for row in metrics}
@@ -103,7 +103,7 @@ def test_the_slow_worker_is_named_and_waits_are_shares_of_the_time(teams, shards
     assert 0.2 < waits[6] < 1
 
 
-def test_mfu_is_what_the_model_needs_by_what_the_workers_could_do(teams, shards, tmp_path):
+def test_mfu_is_what_the_model_needs_over_what_the_workers_could_do(teams, shards, tmp_path):
     attempt = attempt_at(tmp_path / "step")
     rows, peaks = zip(*teams(2).run(watched_with_peaks, mae_spec(shards, attempt), attempt), strict=True)
     for row in rows[0]:
@@ -119,7 +119,7 @@ def watched_with_peaks(spec: TrainSpec, attempt: Attempt) -> Any:
 
 @pytest.mark.parametrize("faster", [torch.bfloat16, torch.float32])
 def test_a_cpu_s_peak_in_bfloat16_is_that_of_what_it_computes_with(monkeypatch, faster):
-    """A second passes at every look on the clock, in the faster precision half of one: only the order of the rates is made up."""
+    """A product takes a second by the fake clock, and half a second in the faster precision."""
     matmul, clock = torch.matmul, [0.0]
 
     def timed(left, right, *, out):
@@ -146,7 +146,7 @@ def test_numbers_of_all_workers_together():
     assert alone == {"checkpoint_wait": 0.0, "process_gib": 1.0, "device_gib": 4.0}
 
 
-def test_the_line_shows_what_is_wrong_only_when_it_is():
+def test_the_progress_line_shows_trouble_only_when_there_is_any():
     quiet = progress_fields(ROW)
     assert list(quiet) == ["loss", "wait", "mfu", "GiB", "images_per_s"]
     assert (quiet["wait"], quiet["mfu"], quiet["GiB"]) == (0.12, 0.457, 2.0)
@@ -174,7 +174,7 @@ def test_a_history_becomes_points_with_their_own_times():
     new, old = as_points([ROW | {"time": 1.5}, ROW])
     assert (new.step, new.time_ms, new.metrics) == (4, 1500, as_metrics(ROW))
     assert new.metrics["throughput/mfu"] == 0.4567
-    assert abs(old.time_ms / 1000 - time.time()) < 60  # written before rows knew their time
+    assert abs(old.time_ms / 1000 - time.time()) < 60  # written before rows had a time
 
 
 def test_the_clock_counts_forward_passes_and_nothing_else():
@@ -207,10 +207,10 @@ def test_a_window_of_steps_is_profiled_and_kept(teams, shards, tmp_path):
     assert names & {
         "aten::addmm",
         "aten::matmul",
-    }  # where ZeRO-3 was at work before, DeepSpeed's own linear stands in for torch's
+    }  # in a process that ran ZeRO-3 before, DeepSpeed's linear replaces torch's
 
 
-def test_a_resumed_training_profiles_what_is_left_of_the_window_and_tells_its_history(teams, shards, tmp_path):
+def test_a_resumed_training_profiles_what_is_left_of_the_window_and_resends_its_history(teams, shards, tmp_path):
     attempt = attempt_at(tmp_path / "step", profile_steps=(6, 20))
     spec = mae_spec(shards, attempt)
     teams(2).run(watched, spec, attempt)
@@ -226,7 +226,7 @@ def test_a_resumed_training_profiles_what_is_left_of_the_window_and_tells_its_hi
     assert [key for _, key in kept] == [f"profile/steps-00000007-00000010.{kind}" for kind in ("txt", "json.gz")]
 
 
-def test_a_trace_too_large_and_a_store_that_refuses_are_warnings(tmp_path, monkeypatch, caplog):
+def test_a_trace_that_is_too_large_and_a_store_that_refuses_are_warnings(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(profiling, "TRACE_MAX_BYTES", 10)
     tracker = Watching()
     profiler = Profiler((1, 1), FileStore(tmp_path / "g"), tracker)
