@@ -3,7 +3,7 @@
 A PipelineError is never retried: all workers return, rank 0 writes it down, and the stage that started them raises it.
 Workers also save and return when their node is about to go, or when there is room for more of them. The group is then
 started again on the nodes there are, and nothing is trained twice.
-Errors: Stopped when asked to stop, or when there is no room any more; Fenced; a worker's own PipelineError or ConfigError;
+Errors: Stopped when asked to stop, or when there is no more room; Fenced; a worker's own PipelineError or ConfigError;
 PipelineError when the training is given up."""
 
 import json
@@ -90,6 +90,6 @@ def run_worker(spec: TrainSpec, attempt: Attempt) -> None:
 
 
 def _first_error(answers: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """Return the error of the worker that met it rather than of those that were told about it, or None without an error."""
+    """Return the error of the worker that met it, rather than of those that only heard of it; None if there is none."""
     failed = [answer for answer in answers if "error" in answer]
     return next((answer for answer in failed if answer["message"] != ELSEWHERE), failed[0] if failed else None)

@@ -72,8 +72,8 @@ def _trainer(run_worker: WorkerFunction, spec: TrainSpec, attempt: Attempt, scra
     resources = attempt.resources
     use_gpu, need = resources.use_gpu, resources.per_worker
     least, most = resources.worker_range
-    # Ray Train counts a draining node as room until it is dead, and would wait for it: it is told what stays. When there is
-    # more, the loop stops for it (`resized`) with a checkpoint, where Ray Train itself would cut the workers off.
+    # Ray Train counts a draining node as room until it is dead, and would wait for it. So its maximum is what fits on the nodes
+    # that stay. When there is more room, the loop stops with a checkpoint (`resized`); Ray Train would cut the workers off.
     most = max(least, min(most, cluster.worker_capacity(need, of="all")))
     return TorchTrainer(
         _on_worker,

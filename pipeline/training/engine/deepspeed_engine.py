@@ -302,7 +302,7 @@ def initial_state(module: nn.Module) -> Lookup:
 
 
 def _deepspeed() -> Any:
-    """Import DeepSpeed, told which accelerator there is, and to compile nothing. Here, because the import takes seconds."""
+    """Import DeepSpeed for the accelerator that there is, set to compile nothing. Imported here because that takes seconds."""
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on a launcher's variable even without a launcher
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
