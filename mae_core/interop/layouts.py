@@ -31,9 +31,15 @@ _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpo
 one block. No model has them of its own."""
 
 _PATCH_EMBED = re.compile(
-    r"(?P<prefix>(?:.*\.)?)(?:patch_embed\.(?:proj\.)?|embeddings\.patch_embeddings\.projection\.)weight"
+    r"(?P<prefix>(?:.*\.)?)(?P<name>(?:patch_embed\.(?:proj\.)?|embeddings\.patch_embeddings\.projection\.)weight)"
 )
 """A name of the patch embedding: timm's, Hugging Face's or ours. What precedes it precedes every name of that encoder."""
+
+_AUTOENCODERS = {
+    "embeddings.patch_embeddings.projection.weight": ("vit.", "decoder.decoder_"),
+    "patch_embed.weight": ("encoder.", "decoder."),
+}
+"""The prefix of an autoencoder's encoder, and how its decoder's names begin, by the patch embedding's name: Hugging Face, ours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,9 +226,8 @@ def depth_of(names: Iterable[str], table: NameTable) -> int:
     names = list(names)
     pattern = re.compile(rf"{re.escape(table.blocks)}\.([0-9]{{1,9}})\.")
     depth = max((int(found[1]) + 1 for name in names if (found := pattern.match(name))), default=0)
-    if depth > len(
-        names
-    ):  # callers list the names of every block, so a forged index must not decide how many there are
+    # callers list the names of every block, so a forged index must not decide how many blocks there are
+    if depth > len(names):
         raise ConfigError(
             f"the weights name block {depth - 1} of {table.blocks} and hold {len(names)} tensors: blocks are missing"
         )
@@ -258,10 +263,10 @@ def encoder_prefixes(names: Iterable[str]) -> tuple[str, ...]:
     found = set()
     for match in filter(None, map(_PATCH_EMBED.fullmatch, names)):
         prefix = match["prefix"]
-        for part in ("vit.", "encoder.") if "patch_embed.proj." not in match[0] else ():
-            whole = prefix.removesuffix(part)
-            if whole != prefix and any(name.startswith(f"{whole}decoder.") for name in names):
-                prefix = whole
+        encoder, decoder = _AUTOENCODERS.get(match["name"], ("", ""))
+        whole = prefix.removesuffix(encoder)
+        if encoder and whole != prefix and any(name.startswith(whole + decoder) for name in names):
+            prefix = whole
         found.add(prefix)
     return tuple(sorted(found))
 

@@ -238,7 +238,7 @@ def _check_names(found: Iterable[str], wanted: Iterable[str], *, ignored: Iterab
             hint = parts_message(parts)
         raise ConfigError(
             f"the weights do not fit the config: missing {format_names(missing)}, unknown {format_names(unknown)}; "
-            f"{hint or 'give the config they were trained with'}"
+            f"{hint or 'give the config they were trained with, or the complete weights of a plain ViT'}"
         )
 
 

@@ -56,7 +56,7 @@ def file_kind(path: Path) -> FileKind:
         return "zip"
     if head.startswith(b"\x80"):
         return "pickle"
-    if path.name.endswith(".index.json"):
+    if path.name.endswith(".index.json") and head.lstrip()[:1] in (b"{", b"["):
         return "index"
     raise DataError(f"{path} ({size} bytes) is {_describe(head)}")
 

@@ -90,7 +90,8 @@ def read_foreign_weights(path: Path, *, prefix: str | None = None) -> ForeignWei
         raise DataError(f"{path} does not exist: give a file of torch.save or safetensors, or a folder with one")
     content, arguments = _read_content(file)
     chosen = choose_weights(path, content, prefix=prefix)
-    _check_size(file, chosen.state_dict)
+    if not _is_index(file):  # its parts are checked as they are read
+        _check_size(file, chosen.state_dict)
     return ForeignWeights(
         chosen.state_dict,
         arguments=arguments,
@@ -151,8 +152,6 @@ def _arguments(content: Mapping[Any, Any]) -> dict[str, Any]:
 
 def _check_size(path: Path, weights: Mapping[str, Tensor]) -> None:
     """Refuse tensors that would take far more memory than their file: views that repeat the same few values."""
-    if _is_index(path):
-        return
     needed, size = sum(value.numel() * value.element_size() for value in weights.values()), path.stat().st_size
     if needed > 2 * size:
         raise DataError(
@@ -187,7 +186,9 @@ def _read_parts(index: Path) -> dict[str, Tensor]:
         content = _read_safetensors(part) if file_kind(part) == "safetensors" else _read_pickle(part)
         if not isinstance(content, Mapping):
             raise DataError(f"{part} holds a {type(content).__name__}, not a dict of tensors: download it again")
-        found |= content
+        tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+        _check_size(part, tensors)
+        found |= tensors
     if missing := sorted(set(weight_map) - set(found)):
         raise DataError(
             f"{index} lists tensors that no file holds ({len(missing)}, such as {missing[0]!r}): download the files again"

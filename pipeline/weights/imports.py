@@ -74,7 +74,7 @@ class ImportReport(NamedTuple):
     source: str
     layout: str
     left_out: tuple[str, ...]
-    """Names in the file that were not imported, all of a known kind: a head, a pooler, a decoder, an optimiser."""
+    """Names in the file that were not imported: a head, a pooler, a decoder, an optimiser, whatever lies outside the encoder."""
     assumed: tuple[str, ...]
     """`field=value` for each field that neither the caller nor the file states."""
     notes: tuple[str, ...] = ()

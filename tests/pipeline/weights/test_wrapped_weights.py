@@ -112,6 +112,7 @@ WRAPPED = {
         "net": vit,
         "optimizer": {"exp_avg": {name: torch.zeros_like(value) for name, value in vit.items()}},
     },
+    "a head for no classes": lambda vit: {**vit, "head.weight": torch.ones(0, 32), "head.bias": torch.ones(0)},
     "beside the tensors, other values": lambda vit: {**vit, "epoch": 3, "arch": "vit"},
     "scores as NumPy's numbers": lambda vit: {
         "model": vit,
