@@ -78,7 +78,7 @@ def _encoders(content: Mapping[Any, Any]) -> list[_Found]:
     found: list[_Found] = []
     prefixes: dict[int, tuple[str, ...]] = {}
     waiting: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), content)]
-    for entries, mapping in waiting:  # grows under way
+    for entries, mapping in waiting:  # grows while it is walked
         if id(mapping) not in prefixes:  # a forged pickle may hold itself many times: each mapping is searched once
             prefixes[id(mapping)] = encoder_prefixes(without_wrappers(_tensors(mapping)))
             if len(entries) < _MOST_LEVELS:

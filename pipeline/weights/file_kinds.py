@@ -1,4 +1,4 @@
-"""What a weight file really is, by its content: names of files lie, and so do downloads.
+"""Tell what a weight file is by its content: its name can mislead, and a download can fail.
 
 Weights come as safetensors, as the zip archive or the bare pickle of torch.save, or as the JSON index of several files. Whatever
 else is found under the name of a weight file is refused by what it is: a git-lfs pointer, a web page, an archive, nothing at all.

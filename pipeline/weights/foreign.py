@@ -1,6 +1,6 @@
 """Read other people's weight files as plain tensors: those of torch.save and safetensors, Hugging Face and timm folders.
 
-What a file is, its content says (`file_kinds`): .pth, .pth.tar, .pt, .bin, .ckpt and .safetensors are only names.
+The content of a file decides how it is read (`file_kinds`), not whether it is called .pth, .pth.tar, .ckpt or .safetensors.
 
 Pickles are treated as data, never run as programs: torch's weights-only reader builds tensors and plain containers, and of all
 other classes only argparse.Namespace (official MAE checkpoints contain one) and paths, as PurePosixPath, which cannot touch a
