@@ -28,6 +28,7 @@ from mae_core.interop.layouts import (
     depth_of,
     names_matching,
     tensor_names,
+    unsupported_parts,
 )
 from mae_core.positions import sine_cosine_2d
 
@@ -74,6 +75,7 @@ def infer_encoder_config(
     """
     found, names = canonical_names(state_dict, LAYOUTS[layout]), LAYOUTS[layout].encoder
     depth = depth_of(found, names)
+    _check_parts(found, layout, depth)
     kernel, hidden, stored = _required(
         found,
         *(_foreign_name(names, name, depth) for name in ("patch_embed.weight", "blocks.0.mlp.fc1.weight")),
@@ -86,17 +88,17 @@ def infer_encoder_config(
         )
     embed_dim, in_channels, patch_size, _ = kernel.shape
     shape = tuple(stored.shape)
-    if len(shape) != 3 or shape[0] != 1 or shape[1] < 2 or shape[2] != embed_dim or not stored.is_floating_point():
+    if len(shape) != 3 or shape[0] != 1 or shape[1] < 2 or shape[2] != embed_dim:
         raise ConfigError(
             f"{names.positions} of shape {shape}, {stored.dtype}, is no table [1, 1 + L, {embed_dim}]: encoders "
             f"with other positions cannot be imported"
         )
-    table = stored[0, 1:]  # [L, D]
     if image_size is None:
-        grid = _grid_of(table, names.positions)
+        grid = _grid_of(stored[0], names.positions)
         image_size = grid[0] * patch_size, grid[1] * patch_size
     else:
         grid = image_size[0] // patch_size, image_size[1] // patch_size
+    table = patch_rows(stored, num_patches=grid[0] * grid[1])
     config = ViTConfig(
         image_size=image_size,
         patch_size=patch_size,
@@ -215,13 +217,56 @@ def positions_error(name: str, stored: Tensor, config: ViTConfig) -> ConfigError
     )
 
 
+def check_floating_point(name: str, tensor: Tensor) -> None:
+    """Raise a ConfigError if a tensor holds integers or floats of 8 bits and less, as quantised weights do."""
+    if not tensor.is_floating_point():
+        raise ConfigError(
+            f"{name} is {tensor.dtype}, which is not a floating-point type: use the weights from before quantisation"
+        )
+    if tensor.element_size() < 2:
+        raise ConfigError(f"{name} is {tensor.dtype}, a type of quantised weights: use those from before quantisation")
+
+
+def patch_rows(stored: Tensor, *, num_patches: int) -> Tensor:
+    """Return the rows [L, D] of the patches in a position table [1, 1 + L, D] or [1, L, D].
+
+    The first row is the class token's, unless there are as many rows as patches: timm's models with `no_embed_class` give the
+    class token no position, as we do.
+    """
+    return stored[0] if stored.shape[1] == num_patches else stored[0, 1:]
+
+
+def _check_parts(found: Mapping[str, Tensor], layout: LayoutName, depth: int) -> None:
+    """Refuse an encoder of another kind by what it has, before its shapes are read as if it were of ours."""
+    known, names = LAYOUTS[layout], LAYOUTS[layout].encoder
+    wanted = {name for group in tensor_names(names, depth=depth).values() for name in group}
+    ignored = names_matching(found, (*known.decoder_patterns, *known.optional_patterns))
+    if parts := unsupported_parts(set(found) - wanted - ignored):
+        raise ConfigError(parts_message(parts))
+    cls_token = names.names["cls_token"]
+    if depth and cls_token not in found:
+        raise ConfigError(
+            f"the weights have no class token ({cls_token}), and the encoder here always has one: use weights that were "
+            f"trained with one"
+        )
+
+
+def parts_message(parts: str) -> str:
+    """Return the message for weights with parts that the encoder here does not have."""
+    return f"the weights hold {parts}: the encoder here has no such part, so use weights of a plain ViT"
+
+
 def _required(found: Mapping[str, Tensor], *names: str, among: Iterable[str] = (), hint: str = "") -> list[Tensor]:
-    """Return the tensors of these names. If one is absent, the error lists all missing names, including those in `among`."""
+    """Return the tensors of these names, which hold floating-point numbers.
+
+    If one is absent, the error lists all missing names, including those in `among`."""
     if not all(name in found for name in names):
         missing = format_names({*names, *among} - set(found))
         raise ConfigError(
             f"the weights are incomplete: missing {missing}; {hint or 'check that the layout is the right one'}"
         )
+    for name in names:
+        check_floating_point(name, found[name])
     return [found[name] for name in names]
 
 
@@ -238,20 +283,33 @@ def _foreign_name(names: NameTable, ours: str, depth: int) -> str:
     return tensor_names(names, depth=max(1, depth))[ours][0]
 
 
-def _grid_of(table: Tensor, name: str) -> tuple[int, int]:
-    count = table.shape[0]
+def _grid_of(rows: Tensor, name: str) -> tuple[int, int]:
+    """Return the grid of a position table [1 + L, D] or [L, D], if its values or its shape determine one."""
+    # 256 patches may be 16 x 16 or 8 x 32; a fixed table matches only one of them
+    for table in (rows[1:], rows):
+        for grid in _grids(len(table)):
+            if is_sine_cosine(table, grid=grid):
+                return grid
+    count = len(rows) - 1
     side = math.isqrt(count)
-    grids = [(rows, count // rows) for rows in range(1, count + 1) if count % rows == 0]
-    # 256 patches may be 16 x 16 or 8 x 32; a fixed table matches only one of them. The most square grid is tried first.
-    for grid in sorted(grids, key=lambda grid: abs(grid[0] - grid[1])):
-        if is_sine_cosine(table, grid=grid):
-            return grid
-    if side * side != count:
+    if side * side == count:
+        return side, side
+    without = math.isqrt(len(rows))
+    if without * without == len(rows):
         raise ConfigError(
-            f"{name} holds trained positions of {count} patches, which is no square: give the image_size that the weights "
-            f"were trained with"
+            f"{name} has {len(rows)} trained rows: {without} x {without} patches and no row for the class token, or a row for "
+            f"it and {count} patches, which is no square. Give the image_size that the weights were trained with"
         )
-    return side, side
+    raise ConfigError(
+        f"{name} holds trained positions of {count} patches, which is no square: give the image_size that the weights "
+        f"were trained with"
+    )
+
+
+def _grids(count: int) -> list[tuple[int, int]]:
+    """Return the grids of `count` patches, the most square first."""
+    grids = [(rows, count // rows) for rows in range(1, count + 1) if count % rows == 0]
+    return sorted(grids, key=lambda grid: abs(grid[0] - grid[1]))
 
 
 def _mlp_ratio(hidden: int, width: int) -> float:

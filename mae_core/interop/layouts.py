@@ -8,7 +8,7 @@
 "Ours" are the names of this project, "theirs" those of a layout. In a table, `name.*` means name.weight and name.bias.
 
 Shapes: our fused qkv [3D, D] is q, k and v, [D, D] each, at Hugging Face. Stored position tables are [1, 1 + L, D], the row
-of the class token first.
+of the class token first, or [1, L, D] where the class token has none.
 
 Source: the names found in files of each kind. For Hugging Face these are the parameter names of transformers 5 in memory,
 of transformers 5 on disk, and of the released facebook/vit-mae-* files (transformers 4)."""
@@ -26,8 +26,20 @@ LayoutName = Literal["official_mae", "timm", "hf_vit", "hf_vitmae"]
 
 Value = TypeVar("Value")
 
-WRAPPERS = ("module.", "model.", "encoder.")
-"""Prefixes that wrappers such as DistributedDataParallel put before every name; removed when all names carry one."""
+_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""Parts of names that torch.compile, FSDP and activation checkpointing add wherever they wrap a module, be it the whole model or
+one block. No model has them of its own."""
+
+_PATCH_EMBED = re.compile(
+    r"(?P<prefix>(?:.*\.)?)(?P<name>(?:patch_embed\.(?:proj\.)?|embeddings\.patch_embeddings\.projection\.)weight)"
+)
+"""A name of the patch embedding: timm's, Hugging Face's or ours. What precedes it precedes every name of that encoder."""
+
+_AUTOENCODERS = {
+    "embeddings.patch_embeddings.projection.weight": ("vit.", "decoder.decoder_"),
+    "patch_embed.weight": ("encoder.", "decoder."),
+}
+"""The prefix of an autoencoder's encoder, and how its decoder's names begin, by the patch embedding's name: Hugging Face, ours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +145,7 @@ LAYOUTS: Mapping[LayoutName, Layout] = MappingProxyType(
                 positions="decoder.decoder_pos_embed",
             ),
             decoder_patterns=("decoder.*",),
+            optional_patterns=("vit.embeddings.mask_token",),
             renames=(
                 (r"^vit\.encoder\.layer\.", "vit.layers."),
                 (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),
@@ -141,13 +154,40 @@ LAYOUTS: Mapping[LayoutName, Layout] = MappingProxyType(
         ),
         "hf_vit": Layout(
             encoder=_hf_encoder(""),
-            optional_patterns=("pooler.dense.*", "classifier.*"),
+            optional_patterns=("pooler.dense.*", "classifier.*", "embeddings.mask_token"),
             renames=((r"^vit\.", ""), (r"^encoder\.layer\.", "layers."), *_HF_BLOCK_RENAMES),
         ),
     }
 )
 """The known layouts. Those with a decoder come first, because `detect_layout` takes the first match and a layout without a
 decoder matches their encoders too."""
+
+_UNSUPPORTED_PARTS = (
+    (r"reg_token|register_tokens", "register tokens"),
+    (r"dist_token|distillation_token|head_dist\.", "a distillation token"),
+    (r"\.ls[12]\.gamma$|\.gamma_[12]$|layer_scale", "LayerScale"),
+    (r"\b[qk]_norm\.|inner_attn_ln", "normalised queries and keys"),
+    (r"\.mlp\.(w\d+|fc1_[gx]|weights_in|weights_out)\.", "a gated MLP"),
+    (r"relative_position|rel_pos|(^|[._])rope|freqs_cis", "relative or rotary positions"),
+    (r"norm_pre\.|pre_?layrnorm|\bln_pre\.", "a norm in front of the blocks"),
+    (r"attn_pool\.", "attention pooling"),
+    (r"lora_|adapter", "adapters such as LoRA, which have to be merged first"),
+    (r"\bSCB$|absmax|quant_|weight_scale|zero_points?$|_packed_params|qweight|qzeros", "quantised weights"),
+    (r"patch_embed\.(?!proj\.)|patch_embeddings\.(?!projection\.)", "another patch embedding"),
+)
+"""What other encoders have and ours does not: regular expressions of the names, and what to call it. They only explain a refusal:
+unknown names are refused whether or not they are listed here."""
+
+
+def unsupported_parts(unknown: Iterable[str]) -> str:
+    """Return what unknown names stand for, with an example of each, or an empty string if none is recognised."""
+    unknown = sorted(unknown)
+    found = []
+    for pattern, what in _UNSUPPORTED_PARTS:
+        if name := next((name for name in unknown if re.search(pattern, name)), None):
+            found.append(f"{what} ({name})")
+    return ", ".join(found)
+
 
 _HF_FILE_RENAMES = (
     (r"^(vit\.|)layers\.", r"\1encoder.layer."),
@@ -178,15 +218,57 @@ def tensor_names(table: NameTable, *, depth: int) -> dict[str, tuple[str, ...]]:
 
 
 def depth_of(names: Iterable[str], table: NameTable) -> int:
-    """Return the number of blocks among their names: one more than the highest index, or 0."""
-    pattern = re.compile(rf"{re.escape(table.blocks)}\.(\d+)\.")
-    return max((int(found[1]) + 1 for name in names if (found := pattern.match(name))), default=0)
+    """Return the number of blocks among their names: one more than the highest index, or 0.
+
+    Raises:
+        ConfigError: The highest index is larger than the number of names.
+    """
+    names = list(names)
+    pattern = re.compile(rf"{re.escape(table.blocks)}\.([0-9]{{1,9}})\.")
+    depth = max((int(found[1]) + 1 for name in names if (found := pattern.match(name))), default=0)
+    # callers list the names of every block, so a forged index must not decide how many blocks there are
+    if depth > len(names):
+        raise ConfigError(
+            f"the weights name block {depth - 1} of {table.blocks} and hold {len(names)} tensors: blocks are missing"
+        )
+    return depth
 
 
 def names_matching(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
     """Return the names that match at least one of the fnmatch patterns."""
     patterns = tuple(patterns)
     return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
+
+
+def without_wrappers(state_dict: Mapping[str, Value]) -> dict[str, Value]:
+    """Return the same tensors without the parts of names that torch.compile, FSDP and activation checkpointing add.
+
+    Raises:
+        ConfigError: Two names mean the same tensor.
+    """
+    found: dict[str, Value] = {}
+    for name, value in state_dict.items():
+        _add_once(found, _WRAPPERS.sub("", name), value, name)
+    return found
+
+
+def encoder_prefixes(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the prefixes under which names hold an encoder, sorted; "" where its names carry no prefix.
+
+    Wrappers such as DistributedDataParallel (`module.`), Lightning (`model.`) and classifiers (`backbone.`) add prefixes, and
+    may add them repeatedly. The names have to be those of `without_wrappers`. Where a decoder belongs to the encoder, as in
+    Hugging Face's ViTMAEForPreTraining and in ours, the prefix is the one that both share.
+    """
+    names = list(names)
+    found = set()
+    for match in filter(None, map(_PATCH_EMBED.fullmatch, names)):
+        prefix = match["prefix"]
+        encoder, decoder = _AUTOENCODERS.get(match["name"], ("", ""))
+        whole = prefix.removesuffix(encoder)
+        if encoder and whole != prefix and any(name.startswith(whole + decoder) for name in names):
+            prefix = whole
+        found.add(prefix)
+    return tuple(sorted(found))
 
 
 def canonical_names(state_dict: Mapping[str, Value], layout: Layout) -> dict[str, Value]:
@@ -202,9 +284,7 @@ def canonical_names(state_dict: Mapping[str, Value], layout: Layout) -> dict[str
         current = name
         for pattern, new in layout.renames:
             current = re.sub(pattern, new, current)
-        if current in found:
-            raise ConfigError(f"the weights hold {current} twice, the second time as {name}: remove one of them")
-        found[current] = value
+        _add_once(found, current, value, name)
     return found
 
 
@@ -244,9 +324,15 @@ def hf_file_names(state_dict: Mapping[str, Value]) -> dict[str, Value]:
 
 
 def _unwrapped(state_dict: Mapping[str, Value]) -> Mapping[str, Value]:
-    while state_dict:
-        prefix = next((wrap for wrap in WRAPPERS if all(name.startswith(wrap) for name in state_dict)), None)
-        if prefix is None:
-            break
-        state_dict = {name.removeprefix(prefix): value for name, value in state_dict.items()}
-    return state_dict
+    """Return the same tensors without what wrappers added to every name."""
+    found = without_wrappers(state_dict)
+    prefixes = encoder_prefixes(found)
+    if len(prefixes) != 1 or not all(name.startswith(prefixes[0]) for name in found):
+        return found
+    return {name.removeprefix(prefixes[0]): value for name, value in found.items()}
+
+
+def _add_once(found: dict[str, Value], name: str, value: Value, given: str) -> None:
+    if name in found:
+        raise ConfigError(f"the weights hold {name} twice, the second time as {given}: remove one of them")
+    found[name] = value

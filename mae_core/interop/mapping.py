@@ -4,8 +4,8 @@ Shapes: our patch_embed.weight [D, P * P * C] is a convolution kernel [D, C, P, 
 [D, D] each, at Hugging Face. Other layouts store position tables as [1, 1 + L, D]; here the fixed table is computed, and a
 learned one is kept as [L, D].
 
-Our class token has no position. On import, its row of the position table is added to the token itself, which is what the
-other programs do in every forward pass; exported tables have a zero row.
+Our class token has no position. On import, its row of the position table, if there is one, is added to the token itself, which
+is what the other programs do in every forward pass; exported tables have a zero row.
 
 Errors: ConfigError if names are missing or unknown, if a shape does not fit the config, or if a position table is not the
 fixed one where it has to be."""
@@ -18,8 +18,25 @@ from torch import Tensor
 
 from mae_core.config import MAEConfig, ViTConfig
 from mae_core.errors import ConfigError
-from mae_core.interop.infer import decoder_table, encoder_only_hint, format_names, is_sine_cosine, positions_error
-from mae_core.interop.layouts import LAYOUTS, LayoutName, NameTable, canonical_names, names_matching, tensor_names
+from mae_core.interop.infer import (
+    check_floating_point,
+    decoder_table,
+    encoder_only_hint,
+    format_names,
+    is_sine_cosine,
+    parts_message,
+    patch_rows,
+    positions_error,
+)
+from mae_core.interop.layouts import (
+    LAYOUTS,
+    LayoutName,
+    NameTable,
+    canonical_names,
+    names_matching,
+    tensor_names,
+    unsupported_parts,
+)
 from mae_core.mae import MaskedAutoencoder
 from mae_core.positions import sine_cosine_2d
 from mae_core.vit import ViTEncoder
@@ -97,6 +114,20 @@ def autoencoder_from(state_dict: Mapping[str, Tensor], config: MAEConfig, *, lay
         raise positions_error(decoder.positions, stored, config.encoder)
     weights |= {f"encoder.{name}": value for name, value in encoder.items()}
     return Imported(weights, tuple(sorted(set(theirs) - wanted)))
+
+
+def check_encoder(state_dict: Mapping[str, Tensor], config: ViTConfig) -> None:
+    """Raise a ConfigError unless a state dict under our names is one of ViTEncoder(config)."""
+    shapes = _encoder_shapes(config)
+    _check_names(state_dict, shapes)
+    _check_shapes(state_dict, shapes)
+
+
+def check_autoencoder(state_dict: Mapping[str, Tensor], config: MAEConfig) -> None:
+    """Raise a ConfigError unless a state dict under our names is one of MaskedAutoencoder(config)."""
+    shapes = _autoencoder_shapes(config)
+    _check_names(state_dict, shapes)
+    _check_shapes(state_dict, shapes)
 
 
 def from_hf_vitmae(state_dict: Mapping[str, Tensor], config: MAEConfig) -> dict[str, Tensor]:
@@ -203,9 +234,11 @@ def _check_names(found: Iterable[str], wanted: Iterable[str], *, ignored: Iterab
     found, wanted = set(found), set(wanted)
     missing, unknown = wanted - found, found - wanted - set(ignored)
     if missing or unknown:
+        if parts := unsupported_parts(unknown):
+            hint = parts_message(parts)
         raise ConfigError(
             f"the weights do not fit the config: missing {format_names(missing)}, unknown {format_names(unknown)}; "
-            f"{hint or 'give the config they were trained with'}"
+            f"{hint or 'give the config they were trained with, or the complete weights of a plain ViT'}"
         )
 
 
@@ -278,10 +311,7 @@ def _check_shapes(found: Mapping[str, Tensor], expected: Mapping[str, Iterable[i
             raise ConfigError(
                 f"{name} of shape {tuple(tensor.shape)} should be {tuple(shape)}: give the config the weights were trained with"
             )
-        if not tensor.is_floating_point():
-            raise ConfigError(
-                f"{name} is {tensor.dtype}, which is not a floating-point type: use the weights from before quantisation"
-            )
+        check_floating_point(name, tensor)
 
 
 def _is_position_table(stored: Tensor, config: ViTConfig, width: int) -> bool:
@@ -293,12 +323,15 @@ def _import_positions(
 ) -> dict[str, Tensor]:
     """Return the class token with its row of the table added and, if positions are learned, the rest of the table."""
     fixed = config.positions == "sine_cosine"
-    if not _is_position_table(stored, config, config.embed_dim) or (
-        fixed and not is_sine_cosine(stored[0, 1:], grid=config.grid, tolerance=tolerance)
-    ):
+    without_class_row = tuple(stored.shape) == (1, config.num_patches, config.embed_dim)
+    if not without_class_row and not _is_position_table(stored, config, config.embed_dim):
         raise positions_error(names.positions, stored, config)
-    token = {"cls_token": cls_token + stored[:, :1]}
-    return token if fixed else token | {"positions": stored[0, 1:].clone()}
+    check_floating_point(names.positions, stored)
+    table = patch_rows(stored, num_patches=config.num_patches)
+    if fixed and not is_sine_cosine(table, grid=config.grid, tolerance=tolerance):
+        raise positions_error(names.positions, stored, config)
+    token = {"cls_token": cls_token if without_class_row else cls_token + stored[:, :1]}
+    return token if fixed else token | {"positions": table.clone()}
 
 
 def _export_positions(like: Tensor, learned: Tensor | None, config: ViTConfig) -> Tensor:

@@ -1,9 +1,12 @@
 """Import encoders and autoencoders of the official MAE, timm and Hugging Face: config, weights and a report.
 
+Our own files are read too, as a folder or as a file with its config.json beside it.
+
 Tensor shapes do not determine the whole config. The rest comes from the caller, or else from the folder's config.json and
 preprocessor_config.json (or a checkpoint's arguments), or else from a default that the report names. Weights become float32,
 which changes no value. layer_norm_eps follows config.json, so that outputs equal those of transformers; facebook/vit-mae-* has
-1e-12 there although it was trained with 1e-6, so pass layer_norm_eps=1e-6 for the outputs of the original.
+1e-12 there although it was trained with 1e-6, so pass layer_norm_eps=1e-6 for the outputs of the original. Weights that are
+not finite are refused: no later step would say why its scores are those of chance.
 Errors: DataError for an unreadable file; ConfigError, naming the file, for unusable contents."""
 
 from collections.abc import Mapping, Sequence
@@ -18,6 +21,8 @@ from mae_core.config import MAEConfig, Target, ViTConfig
 from mae_core.interop import (
     LayoutName,
     autoencoder_from,
+    check_autoencoder,
+    check_encoder,
     detect_layout,
     encoder_from,
     infer_autoencoder_config,
@@ -26,7 +31,10 @@ from mae_core.interop import (
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import FileStore
 from pipeline.weights.foreign import ForeignWeights, read_foreign_weights
-from pipeline.weights.own import CONFIG, ENCODER, read_encoder
+from pipeline.weights.own import CONFIG, ENCODER, MODEL, read_autoencoder_config, read_encoder_config
+
+OWN_LAYOUT = "mae_pipeline"
+"""What reports call the names of this project."""
 
 
 class StatedFields(BaseModel):
@@ -66,9 +74,11 @@ class ImportReport(NamedTuple):
     source: str
     layout: str
     left_out: tuple[str, ...]
-    """Names in the file that were not imported, all of a known kind: a head, a pooler, a decoder, an optimiser."""
+    """Names in the file that were not imported: a head, a pooler, a decoder, an optimiser, whatever lies outside the encoder."""
     assumed: tuple[str, ...]
     """`field=value` for each field that neither the caller nor the file states."""
+    notes: tuple[str, ...] = ()
+    """Which of several models in the file was taken, and how to take another; empty if there is one."""
 
     def lines(self) -> list[str]:
         """Return the report as text, one fact per line."""
@@ -77,6 +87,7 @@ class ImportReport(NamedTuple):
             f"{self.source}: layout {self.layout}",
             f"left out: {left_out or 'nothing'}",
             f"assumed: {', '.join(self.assumed) or 'nothing'}",
+            *self.notes,
         ]
 
 
@@ -100,6 +111,7 @@ def import_encoder(
     path: Path,
     *,
     layout: LayoutName | None = None,
+    prefix: str | None = None,
     image_size: tuple[int, int] | None = None,
     num_heads: int | None = None,
     layer_norm_eps: float | None = None,
@@ -108,8 +120,9 @@ def import_encoder(
 ) -> ImportedEncoder:
     """Import the encoder of a weight file or folder, leaving out any decoder, pooler or classification head.
 
-    `image_size` is the size the weights were made for; mae_core.resized_encoder changes it. A folder of our own
-    (encoder.safetensors, config.json) is read as it is and takes no overrides.
+    `image_size` is the size the weights were made for; mae_core.resized_encoder changes it. `prefix` chooses among several
+    models in one file, such as "model_ema" or "teacher.backbone". Our own weights (encoder.safetensors or model.safetensors,
+    beside config.json) are read as they are and take no overrides.
     """
     caller = StatedFields(
         image_size=image_size,
@@ -118,14 +131,10 @@ def import_encoder(
         pixel_mean=None if pixel_mean is None else tuple(pixel_mean),
         pixel_std=None if pixel_std is None else tuple(pixel_std),
     )
-    if layout is None and (path / ENCODER).is_file() and (path / CONFIG).is_file():
-        if caller.stated():
-            raise ConfigError(
-                f"{path} sets {', '.join(caller.stated())} itself, in {CONFIG}: leave out these arguments"
-            )
-        config, weights = read_encoder(FileStore(path.absolute()))
-        return ImportedEncoder(config, weights, ImportReport(str(path), "mae_pipeline", (), ()))
-    found = read_foreign_weights(path)
+    own_file = path / ENCODER
+    found = read_foreign_weights(own_file if layout is None and own_file.is_file() else path, prefix=prefix)
+    if layout is None and _is_own(found):
+        return _import_own_encoder(path, found, caller)
     try:
         layout = layout or detect_layout(found.state_dict)
         stated = _stated_fields(path, found, layout).stated() | caller.stated()
@@ -134,14 +143,15 @@ def import_encoder(
         weights, left_out = encoder_from(found.state_dict, config, layout=layout)
     except ConfigError as cause:
         raise ConfigError(f"{path}: {cause}") from cause
-    report = ImportReport(str(path), layout, (*left_out, *found.left_out), _assumed(config, stated))
-    return ImportedEncoder(config, _in_float32(weights), report)
+    report = ImportReport(str(path), layout, (*left_out, *found.left_out), _assumed(config, stated), found.notes)
+    return ImportedEncoder(config, _in_float32(path, weights), report)
 
 
 def import_autoencoder(
     path: Path,
     *,
     layout: LayoutName | None = None,
+    prefix: str | None = None,
     image_size: tuple[int, int] | None = None,
     num_heads: int | None = None,
     decoder_num_heads: int | None = None,
@@ -151,7 +161,10 @@ def import_autoencoder(
     mask_ratio: float | None = None,
     target: Target | None = None,
 ) -> ImportedAutoencoder:
-    """Import the whole autoencoder of a weight file or folder; raise a ConfigError naming what is missing if it has no decoder."""
+    """Import the whole autoencoder of a weight file or folder; raise a ConfigError naming what is missing if it has no decoder.
+
+    The arguments are those of `import_encoder`, and the decoder's.
+    """
     caller = StatedFields(
         image_size=image_size,
         num_heads=num_heads,
@@ -162,7 +175,9 @@ def import_autoencoder(
         mask_ratio=mask_ratio,
         target=target,
     )
-    found = read_foreign_weights(path)
+    found = read_foreign_weights(path, prefix=prefix)
+    if layout is None and _is_own(found):
+        return _import_own_autoencoder(path, found, caller)
     try:
         layout = layout or detect_layout(found.state_dict)
         if layout == "timm":  # the official layout without a decoder: the error must name the decoder
@@ -172,8 +187,59 @@ def import_autoencoder(
         weights, left_out = autoencoder_from(found.state_dict, config, layout=layout)
     except ConfigError as cause:
         raise ConfigError(f"{path}: {cause}") from cause
-    report = ImportReport(str(path), layout, (*left_out, *found.left_out), _assumed(config, stated))
-    return ImportedAutoencoder(config, _in_float32(weights), report)
+    report = ImportReport(str(path), layout, (*left_out, *found.left_out), _assumed(config, stated), found.notes)
+    return ImportedAutoencoder(config, _in_float32(path, weights), report)
+
+
+def _is_own(found: ForeignWeights) -> bool:
+    """Return whether the tensors have our names: our patch embedding is a matrix, where others have a convolution."""
+    kernels = (found.state_dict.get(name) for name in ("patch_embed.weight", "encoder.patch_embed.weight"))
+    return any(kernel is not None and kernel.ndim == 2 for kernel in kernels)
+
+
+def _import_own_encoder(path: Path, found: ForeignWeights, caller: StatedFields) -> ImportedEncoder:
+    store = _own_store(path, caller)
+    config, weights, left_out = read_encoder_config(store), dict(found.state_dict), found.left_out
+    if "encoder.patch_embed.weight" in weights:  # an autoencoder
+        left_out = (*left_out, *sorted(name for name in weights if not name.startswith("encoder.")))
+        weights = {
+            name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")
+        }
+    try:
+        check_encoder(weights, config)
+    except ConfigError as cause:
+        raise ConfigError(f"{path}, {CONFIG} beside it: {cause}") from cause
+    return ImportedEncoder(
+        config, _in_float32(path, weights), ImportReport(str(path), OWN_LAYOUT, left_out, (), found.notes)
+    )
+
+
+def _import_own_autoencoder(path: Path, found: ForeignWeights, caller: StatedFields) -> ImportedAutoencoder:
+    if "patch_embed.weight" in found.state_dict:
+        raise ConfigError(
+            f"{path} holds an encoder alone, and a decoder with random weights is never added: use {MODEL}, or import only the "
+            f"encoder"
+        )
+    config, weights = read_autoencoder_config(_own_store(path, caller)), found.state_dict
+    try:
+        check_autoencoder(weights, config)
+    except ConfigError as cause:
+        raise ConfigError(f"{path}, {CONFIG} beside it: {cause}") from cause
+    report = ImportReport(str(path), OWN_LAYOUT, found.left_out, (), found.notes)
+    return ImportedAutoencoder(config, _in_float32(path, weights), report)
+
+
+def _own_store(path: Path, caller: StatedFields) -> FileStore:
+    """Return the folder of our own weights, whose config.json says everything about them."""
+    folder = path if path.is_dir() else path.parent
+    if not (folder / CONFIG).is_file():
+        raise DataError(
+            f"{path} has the tensor names of this project, whose {CONFIG} describes the model, and {folder / CONFIG} does not "
+            f"exist: copy it there from where the weights came from"
+        )
+    if caller.stated():
+        raise ConfigError(f"{path} sets {', '.join(caller.stated())} itself, in {CONFIG}: leave out these arguments")
+    return FileStore(folder.absolute())
 
 
 def _stated_fields(path: Path, found: ForeignWeights, layout: LayoutName) -> StatedFields:
@@ -245,5 +311,13 @@ def _assumed(config: ViTConfig | MAEConfig, stated: Mapping[str, Any]) -> tuple[
     )
 
 
-def _in_float32(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.to(torch.float32).contiguous() for name, value in weights.items()}
+def _in_float32(path: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    ours = {name: value.to(torch.float32).contiguous() for name, value in weights.items()}
+    if broken := [name for name, value in ours.items() if not value.isfinite().all()]:
+        first = ours[broken[0]]
+        raise DataError(
+            f"{path} holds weights that are not finite: {int((~first.isfinite()).sum())} of the {first.numel()} values of "
+            f"{broken[0]} are NaN or infinite, as are some in {len(broken)} of {len(ours)} tensors. The training diverged: use "
+            f"an earlier checkpoint"
+        )
+    return ours

@@ -30,6 +30,13 @@ class _Described(BaseModel):
     encoder: ViTConfig
 
 
+class _DescribedWhole(BaseModel):
+    """The whole config.json of an autoencoder, validated."""
+
+    model_config = ConfigDict(extra="forbid")
+    autoencoder: MAEConfig
+
+
 def write_weights(store: Store, weights: Mapping[str, Tensor], config: MAEConfig) -> tuple[str, ...]:
     """Write a trained autoencoder, given MaskedAutoencoder's state dict; return the keys of the three files."""
     encoder = {name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")}
@@ -54,10 +61,20 @@ def read_encoder_config(store: Store) -> ViTConfig:
     try:
         return _Described(encoder=json.loads(store.read(CONFIG))["encoder"]).encoder
     except (ValueError, KeyError, TypeError, ConfigError) as cause:
-        why = "; ".join(str(cause).splitlines()[1:3]) if isinstance(cause, ValidationError) else str(cause)
-        raise DataError(
-            f"{store.uri}/{CONFIG} does not describe an encoder ({why}): train or export it again"
-        ) from cause
+        raise _undescribed(store, "an encoder", cause) from cause
+
+
+def read_autoencoder_config(store: Store) -> MAEConfig:
+    """Return the config of a finished pretraining's autoencoder, or of an export as safetensors."""
+    try:
+        return _DescribedWhole(autoencoder=json.loads(store.read(CONFIG))).autoencoder
+    except (ValueError, TypeError, ConfigError) as cause:
+        raise _undescribed(store, "an autoencoder", cause) from cause
+
+
+def _undescribed(store: Store, what: str, cause: Exception) -> DataError:
+    why = "; ".join(str(cause).splitlines()[1:3]) if isinstance(cause, ValidationError) else str(cause)
+    return DataError(f"{store.uri}/{CONFIG} does not describe {what} ({why}): train or export it again")
 
 
 def read_encoder(store: Store) -> tuple[ViTConfig, dict[str, Tensor]]:

@@ -27,6 +27,7 @@ from mae_core import (
     to_official_mae,
     to_timm,
 )
+from mae_core.interop import encoder_prefixes
 
 
 @pytest.fixture
@@ -104,6 +105,39 @@ def test_prefixes_of_wrappers_are_removed_when_all_names_carry_them(config, peer
     half = {f"module.{name}" if index % 2 else name: value for index, (name, value) in enumerate(official.items())}
     with pytest.raises(ConfigError, match="missing"):
         autoencoder_from(half, config, layout="official_mae")
+
+
+def test_what_compilers_and_fsdp_add_inside_names_is_removed(config, peer):
+    official = official_names(peer.state_dict())
+    expected = autoencoder_from(official, config, layout="official_mae").weights
+    wrapped = {f"module._orig_mod.{name.replace('s.0.', 's.0._orig_mod.')}": value for name, value in official.items()}
+    found = autoencoder_from(wrapped, config, layout="official_mae").weights
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    with pytest.raises(ConfigError, match=r"norm\.bias twice"):
+        detect_layout([*official, "_orig_mod.norm.bias"])
+
+
+def test_prefixes_lead_to_each_encoder(config, peer, generator):
+    hf, official = peer.state_dict(), official_names(peer.state_dict())
+    ours = from_hf_vitmae(hf, config)
+    for names, prefixes in (
+        (official, [""]),
+        ([f"a.b.{name}" for name in official], ["a.b."]),
+        ([f"{part}.{name}" for part in ("teacher", "student") for name in official], ["student.", "teacher."]),
+        (hf, [""]),  # an autoencoder's decoder stays with its encoder
+        ([name for name in hf if not name.startswith("decoder.")], ["vit."]),
+        ([*(name.replace("vit.", "encoder.") for name in hf if "decoder" not in name), "decoder.x"], ["encoder."]),
+        (ours, [""]),
+        ([name for name in ours if name.startswith("encoder.")], ["encoder."]),
+        (["conv1.weight", "my_patch_embed.proj.weight"], []),
+    ):
+        assert list(encoder_prefixes(names)) == prefixes
+
+
+def test_a_forged_block_number_is_refused_at_once(config):
+    weights = timm_peer(config.encoder, positions="fixed").state_dict() | {"blocks.999999999.x": torch.zeros(1)}
+    with pytest.raises(ConfigError, match=r"name block 999999999 of blocks and hold \d+ tensors"):
+        infer_encoder_config(weights, layout="timm", num_heads=2)
 
 
 def test_one_tensor_under_two_names_is_refused(config, peer):

@@ -202,8 +202,8 @@ def test_a_missing_file_is_reported_clearly(tmp_path):
         read_foreign_weights(tmp_path / "nothing.pth")
     with pytest.raises(DataError, match=r"holds none of model.safetensors"):
         read_foreign_weights(tmp_path)
-    (tmp_path / "a.npz").write_bytes(b"")
-    with pytest.raises(DataError, match="not have the suffix of a weight file"):
+    (tmp_path / "a.npz").write_bytes(b"\x01\x02")
+    with pytest.raises(DataError, match=r"a.npz \(2 bytes\) is not a weight file"):
         read_foreign_weights(tmp_path / "a.npz")
 
 
@@ -271,7 +271,7 @@ def test_autoencoder_file(tmp_path, kind, side):
         scale = {"image_mean": HALF["pixel_mean"], "image_std": HALF["pixel_std"]}
         transformers.ViTImageProcessor(**scale).save_pretrained(tmp_path)
         found, weights, report = import_autoencoder(tmp_path)
-        assert report == (str(tmp_path), "hf_vitmae", (), ())
+        assert report == (str(tmp_path), "hf_vitmae", (), (), ())
     assert found == config
     model = MaskedAutoencoder(found, generator=torch.Generator())
     model.load_state_dict(weights, strict=True)
@@ -294,7 +294,7 @@ def test_a_hugging_face_folder_states_what_shapes_do_not(tmp_path, image_size):
     transformers.ViTImageProcessor(image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(tmp_path)
     found, weights, report = import_encoder(tmp_path)
     assert found == config
-    assert report == (str(tmp_path), "hf_vit", ("classifier.bias", "classifier.weight"), ())
+    assert report == (str(tmp_path), "hf_vit", ("classifier.bias", "classifier.weight"), (), ())
     theirs = peer.vit(pixels_for(config)).last_hidden_state
     torch.testing.assert_close(tokens_of(found, weights), theirs, **TOLERANCE)
     assert import_encoder(tmp_path, layer_norm_eps=1e-6).config == replace(config, layer_norm_eps=1e-6)
