@@ -1,9 +1,9 @@
-"""What is foreseen of a worker's memory against real processes of 112 million parameters: within 15 %."""
+"""What is predicted_bytes of a worker's memory against real processes of 112 million parameters: within 15 %."""
 
 import pytest
 import torch
 
-from benchmarks.footprint import Layout, foreseen, held
+from benchmarks.footprint import Layout, predicted_bytes, measured_bytes
 from mae_core import SIZES, MAEConfig, parameter_count
 from pipeline.planning.footprint import MARGIN
 
@@ -23,6 +23,6 @@ BASE = MAEConfig(encoder=SIZES["base"]())
     ],
     ids=lambda layout: layout.name,
 )
-def test_a_worker_holds_what_was_foreseen(layout):
+def test_the_prediction_is_within_the_margin(layout):
     assert parameter_count(BASE) > 100e6
-    assert foreseen(layout, BASE) == pytest.approx(held(layout, BASE), rel=MARGIN)
+    assert predicted_bytes(layout, BASE) == pytest.approx(measured_bytes(layout, BASE), rel=MARGIN)
