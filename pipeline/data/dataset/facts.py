@@ -7,7 +7,36 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.data.sources.listing import SourceKind
+from pipeline.data.sources.splits import SplitOrigin
 from pipeline.graph.facts import Facts
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitLabels:
+    """How the images of a split are labelled."""
+
+    images: int
+    """Those that a snapshot lists, or that a dataset serves."""
+    labelled: int
+    classes: int
+    """Classes that have an image in this split."""
+    not_in_train: tuple[str, ...] = ()
+    """Up to three of the classes that have an image in this split and none in `train`."""
+    examples: tuple[str, ...] = ()
+    """Up to three paths; empty for a dataset."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Understood:
+    """How a source was read, for people to check."""
+
+    origin: SplitOrigin
+    """What gave the images their splits."""
+    splits: Mapping[str, SplitLabels]
+    passed_over: Mapping[str, int]
+    """Ending -> files that are neither images, tars nor tables; hidden files are under `hidden`."""
+    notes: tuple[str, ...] = ()
+    """What looks like a mistake: class folders of which nothing is left, labels that differ only in case."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +61,8 @@ class SnapshotFacts(Facts):
     """Later parts only: files whose size has changed since an earlier part listed them. They are listed again."""
     gone: int | None = None
     """Later parts only: files that an earlier part lists and the source no longer holds."""
+    understood: Understood | None = None
+    """None in the receipts of older versions; `pipeline.runs.findings` then takes it from snapshot.parquet."""
 
 
 @dataclass(frozen=True, kw_only=True)
