@@ -22,6 +22,7 @@ from pydantic import (
 
 from mae_core.config import SIZES, MAEConfig
 from pipeline.cluster.resources import Resources
+from pipeline.data.dataset.facts import ScoredSplit
 from pipeline.data.images.intake import IntakePolicy
 from pipeline.data.sources.splits import SplitFrom
 from pipeline.errors import StorageError
@@ -160,6 +161,8 @@ class EvaluationConfig(Section):
     """A dataset without labels is skipped, and the tables say so."""
     seeds: tuple[Seed, ...] = (0,)
     """Every protocol runs once per seed; tables show mean and standard deviation."""
+    split: ScoredSplit = "test"
+    """The split that is scored: test, or val where there is no test split with labels."""
     train_labels: int | None = Field(None, ge=1)
     """Learn from only this many labelled images, equally many per class. If left out, from all."""
 

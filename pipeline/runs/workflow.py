@@ -177,7 +177,11 @@ def _evaluation(
 ) -> Step:
     evaluation, chosen = config.evaluation, protocol_named(protocol)
     common = ProtocolConfig(
-        encoder=config.model.encoder, weights=origin, train_labels=evaluation.train_labels, seed=seed
+        encoder=config.model.encoder,
+        weights=origin,
+        train_labels=evaluation.train_labels,
+        seed=seed,
+        split=evaluation.split,
     )
     return Step(
         kind="evaluate",

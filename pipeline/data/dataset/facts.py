@@ -2,13 +2,16 @@
 
 Units: counts are of images; shares are fractions in [0, 1]."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.data.sources.listing import SourceKind
 from pipeline.data.sources.splits import SplitOrigin
 from pipeline.graph.facts import Facts
+
+ScoredSplit = Literal["test", "val"]
+"""The split on which encoders are scored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,12 +141,28 @@ class DatasetFacts(Facts):
     """Joins only: the counts of each part, by snapshot name."""
     keys_from: Literal["store"] | None = None
     """Joins only: shard keys are relative to the run's store rather than to the step's directory."""
+    labels: Mapping[str, SplitLabels] | None = None
+    """By split, of the served images. None in the receipts of older versions; `labels_of` then counts them."""
 
     @property
-    def unsuited(self) -> str:
-        """Why nothing can be evaluated on this dataset, or an empty string if it can."""
-        if not self.classes:
-            return "no labels"
-        if "test" not in self.splits:
-            return "no test split"
-        return ""
+    def panel_split(self) -> Literal["test", "train"]:
+        """The split whose images show reconstructions: held-out ones if there are any."""
+        test = self.counts.splits.get("test")
+        return "test" if test and test.served else "train"
+
+
+def unsuited(classes: Sequence[str], labels: Mapping[str, SplitLabels], split: ScoredSplit) -> str:
+    """Return why nothing can be scored on a split, or an empty string if it can. `labels`: of all splits of the dataset."""
+    if not classes:
+        return "no labels"
+    if split not in labels:
+        return f"no {split} split"
+    if not labels[split].images:
+        return f"the {split} split serves no image"
+    for name in ("train", split):
+        known = labels.get(name)
+        if known is None or not known.labelled:
+            return f"no labelled image in the {name} split"
+        if known.classes == 1:
+            return f"all labelled images of the {name} split are of one class"
+    return ""

@@ -6,8 +6,10 @@ import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+import pyarrow.compute as pc
+
 from pipeline.data.dataset.facts import SplitLabels
-from pipeline.data.dataset.schema import NO_LABEL
+from pipeline.data.dataset.schema import NO_LABEL, SampleTable
 
 HIDDEN = "hidden"
 EXAMPLES = 3
@@ -62,6 +64,11 @@ class SplitTally:
                     : EXAMPLES - len(shown)
                 ]
 
+    def add_served(self, split: str, samples: SampleTable) -> None:
+        """Count the served samples of a shard."""
+        counts = pc.value_counts(samples.filter(samples.column("served")).column("label")).to_pylist()
+        self._counts.setdefault(split, Counter()).update({row["values"]: row["counts"] for row in counts})
+
     @property
     def counts(self) -> dict[str, int]:
         """Images of each split, by the split's name in order."""
@@ -72,18 +79,19 @@ class SplitTally:
         """Images without a label."""
         return sum(labels[NO_LABEL] for labels in self._counts.values())
 
-    def splits(self, classes: Sequence[str]) -> dict[str, SplitLabels]:
-        """Return what is known of each split. `classes`: the name of each label."""
+    def splits(self, classes: Sequence[str], *, also: Iterable[str] = ()) -> dict[str, SplitLabels]:
+        """Return what is known of each split. `classes`: the name of each label; `also`: splits that may have no image."""
         in_train = self._counts.get("train", Counter())
         found = {}
-        for split, labels in sorted(self._counts.items()):
+        for split in sorted({*self._counts, *also}):
+            labels = self._counts.get(split, Counter())
             present = sorted(label for label in labels if label != NO_LABEL)
             found[split] = SplitLabels(
                 images=labels.total(),
                 labelled=labels.total() - labels[NO_LABEL],
                 classes=len(present),
                 not_in_train=tuple(classes[label] for label in present if label not in in_train)[:EXAMPLES],
-                examples=tuple(self._examples[split]),
+                examples=tuple(self._examples.get(split, ())),
             )
         return found
 
