@@ -38,7 +38,7 @@ from pipeline.data.sources.splits import (
     pool_split,
     split_and_label,
 )
-from pipeline.data.sources.tables import TableColumns, list_rows
+from pipeline.data.sources.tables import TableColumns, list_rows, split_row_name
 from pipeline.errors import ConfigError, DataError
 from pipeline.graph.step import ADDED_LATER, Attempt, StageInput, StageResult
 from pipeline.storage.files import local_copy
@@ -182,6 +182,79 @@ class _Batch(TypedDict):
 
 _Resolver = Callable[[_Batch], tuple[list[str | None], list[str]]]
 """Returns label names and splits of a batch."""
+
+
+def reread(config: SnapshotConfig, parts: Sequence[StageInput]) -> tuple[str, str]:
+    """Compare the last of the parts, which an older version listed, with how this version reads the same paths.
+
+    Returns both readings in words; the second is empty if they agree. Labels of a labels file and columns of tables are not
+    compared: reading those has not changed."""
+    facts = SnapshotFacts.read(parts[-1].facts)
+    if config.labels is not None or (facts.kind == "Parquet tables" and config.split_column is not None):
+        return "", ""
+    with tempfile.TemporaryDirectory() as scratch:
+        tables = [
+            local_copy(part.store, SNAPSHOT_FILE, Path(scratch) / str(number)) for number, part in enumerate(parts)
+        ]
+        paths = (path for table in tables for path in _paths_of(table))
+        then, now = SplitTally(), SplitTally()
+        names: dict[str | None, int] = {}
+        same, pairs = True, set[tuple[int, int]]()
+        try:
+            read = _reader(config, facts.kind, paths)
+            for batch in _read_batches(tables[-1]):
+                old: dict[str, Any] = dict(batch)  # of a written snapshot, where labels are numbers
+                labels, splits = read(batch)
+                numbers = [NO_LABEL if name is None else names.setdefault(name, len(names)) for name in labels]
+                then.add(old["split"], old["label"])
+                now.add(splits, numbers)
+                same = same and splits == old["split"]
+                pairs.update(zip(old["label"], numbers, strict=True))
+        except DataError as error:
+            return _in_words(facts.splits, facts.classes), f"a layout that it refuses: {error}"
+    # a class may have another name (`label=cat` is now `cat`), but no class may be cut or merged
+    one_to_one = len({old for old, _ in pairs}) == len({new for _, new in pairs}) == len(pairs)
+    if same and (one_to_one or facts.kind != "images"):
+        return "", ""
+    return _in_words(facts.splits, facts.classes), _in_words(now.counts, sorted(name for name in names if name))
+
+
+def _reader(config: SnapshotConfig, kind: SourceKind, paths: Iterable[str]) -> _Resolver:
+    """Return how this version reads rows of a listing of these paths. For tars and tables only splits are read."""
+    if kind == "images":
+        layout = find_layout(FolderEvidence().add_all(paths), config.split_from)
+
+        def by_folders(batch: _Batch) -> tuple[list[str | None], list[str]]:
+            found = [split_and_label(p, layout, test_share=config.test_share, seed=config.seed) for p in batch["path"]]
+            return [label for _, label in found], [split for split, _ in found]
+
+        return by_folders
+    files = list(dict.fromkeys(_file_of(path, kind) for path in paths))
+    named = named_splits(files, config.split_from)
+    split_of = dict(zip(files, named, strict=True)) if named else {}
+
+    def by_files(batch: _Batch) -> tuple[list[str | None], list[str]]:
+        given: Any = batch["split"]  # of a pool, whose draw has not changed
+        splits = [split_of.get(_file_of(p, kind), s) for p, s in zip(batch["path"], given, strict=True)]
+        return [None] * len(given), splits
+
+    return by_files
+
+
+def _file_of(path: str, kind: SourceKind) -> str:
+    return split_row_name(path)[0] if kind == "Parquet tables" else path
+
+
+def _paths_of(table: Path) -> Iterator[str]:
+    with pq.ParquetFile(table) as file:
+        for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=["path"]):
+            yield from batch.column(0).to_pylist()
+
+
+def _in_words(splits: Mapping[str, int], classes: Sequence[str]) -> str:
+    counts = ", ".join(f"{split} {images}" for split, images in splits.items())
+    shown = ", ".join(classes[:6]) + (f" and {len(classes) - 6} more" if len(classes) > 6 else "")
+    return f"{counts}; {f'classes {shown}' if classes else 'no classes in the listing'}"
 
 
 def _take(
