@@ -49,5 +49,10 @@ def plan(
         return
     console = Console(highlight=False)
     console.print(plan_table(planned.rows), soft_wrap=True)
+    for table in planned.data.tables:
+        console.print()
+        console.print(table, soft_wrap=True)
+    for line in planned.data.lines:
+        console.print(f"note: {line}", soft_wrap=True, markup=False)
     if planned.forecasts:
         console.print(forecast_text(planned.forecasts.values(), planned.hardware, planned.proposed), soft_wrap=True)

@@ -22,7 +22,9 @@ from pydantic import (
 
 from mae_core.config import SIZES, MAEConfig
 from pipeline.cluster.resources import Resources
+from pipeline.data.dataset.facts import ScoredSplit
 from pipeline.data.images.intake import IntakePolicy
+from pipeline.data.sources.splits import SplitFrom
 from pipeline.errors import StorageError
 from pipeline.evaluation.protocols import PROTOCOL_NAMES, ProtocolName, protocol_named
 from pipeline.storage import open_store
@@ -87,14 +89,18 @@ class SourceConfig(Section):
     labels."""
     split_column: str | None = Field(None, min_length=1)
     """For Parquet tables: the column with train, val or test. If left out, folder or file names decide, or else a keyed hash."""
+    split_from: SplitFrom | None = None
+    """What decides the split: path (the folders), name (the file's own name), column (split_column, or that of the labels file) or
+    hash (test_share of all, whatever the names say). If left out: a column, else words such as train/, valid/ and test/ in the
+    names of folders, or of tars and tables; names that can be read in two ways are refused."""
 
 
 class DataConfig(SourceConfig):
     """Where the images come from and how they are stored."""
 
     source: Address
-    """A folder or s3:// prefix with images (in class folders or flat), WebDataset tars or Parquet tables. train/, val/ and test/ at
-    its top level are explicit splits."""
+    """A folder or s3:// prefix with images (in class folders or flat), WebDataset tars or Parquet tables. Folders train/, val/ and
+    test/ are explicit splits."""
     snapshot: Annotated[str | tuple[str, ...], BeforeValidator(_snapshot_names)] = "1"
     """Name of the listing. A source is listed once per name: write another name to list it again, or a list of names to grow the
     dataset. Each further name adds, as a part of its own, the images that the earlier ones do not have."""
@@ -155,6 +161,8 @@ class EvaluationConfig(Section):
     """A dataset without labels is skipped, and the tables say so."""
     seeds: tuple[Seed, ...] = (0,)
     """Every protocol runs once per seed; tables show mean and standard deviation."""
+    split: ScoredSplit = "test"
+    """The split that is scored: test, or val where there is no test split with labels."""
     train_labels: int | None = Field(None, ge=1)
     """Learn from only this many labelled images, equally many per class. If left out, from all."""
 

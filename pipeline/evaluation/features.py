@@ -74,7 +74,8 @@ class FeatureRequest:
 def extract_splits(
     config: ProtocolConfig, inputs: Mapping[str, StageInput], attempt: Attempt, *, pool: Pool
 ) -> tuple[Features, Features]:
-    """Return the features of an evaluation step: of the labelled images of `train` that it may learn from, and of all of `test`."""
+    """Return the features of an evaluation step: of the labelled images of `train` that it may learn from, and of all of the
+    split that is scored."""
 
     def features(split: str, samples: Samples) -> Features:
         request = FeatureRequest(
@@ -87,7 +88,7 @@ def extract_splits(
         )
         return extract_features(request, attempt)
 
-    return features("train", config.train_labels or "labelled"), features("test", "all")
+    return features("train", config.train_labels or "labelled"), features(config.split, "all")
 
 
 def extract_features(request: FeatureRequest, attempt: Attempt) -> Features:

@@ -10,13 +10,14 @@ The rest follows from it: the configuration section, its checks and error messag
 their fingerprints, and the rows of the report."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mae_core.config import ViTConfig
-from pipeline.data.dataset.facts import DatasetFacts
+from pipeline.data.dataset.address import labels_of
+from pipeline.data.dataset.facts import DatasetFacts, ScoredSplit, unsuited
 from pipeline.graph.facts import Facts
-from pipeline.graph.step import Attempt, StageInput, StageResult
+from pipeline.graph.step import ADDED_LATER, Attempt, StageInput, StageResult
 from pipeline.storage import Store
 
 EncoderOrigin = Literal["pretrained", "random"]
@@ -33,6 +34,8 @@ class ProtocolConfig:
     """Number of labelled training images, balanced over the classes. None for all of them."""
     seed: int
     """Of the random encoder's weights, the choice of labelled images, and whatever else the protocol draws."""
+    split: ScoredSplit = field(default="test", metadata=ADDED_LATER)
+    """The split that is scored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +54,7 @@ class EvaluationProtocol:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreFacts(Facts):
-    """Scores on the test split, or the reason why there are none."""
+    """Scores on the test split (or val, if the configuration says so), or the reason why there are none."""
 
     skipped: str | None = None
     """Why nothing was evaluated, such as `no labels`."""
@@ -63,9 +66,14 @@ class ScoreFacts(Facts):
     """Mean cross entropy in nats."""
     images: int | None = None
     """Images that the scores are means over."""
+    split: ScoredSplit | None = None
+    """The split that was scored, if it is not test."""
 
 
-def skipped(shards: StageInput) -> StageResult | None:
+def skipped(shards: StageInput, split: ScoredSplit = "test") -> StageResult | None:
     """Return the result to leave for a dataset that cannot be evaluated on, or None if it can be."""
-    reason = DatasetFacts.read(shards.facts).unsuited
+    facts = DatasetFacts.read(shards.facts)
+    reason = unsuited(
+        facts.classes, {name: one for name, one in labels_of(shards).items() if name in facts.splits}, split
+    )
     return StageResult(ScoreFacts(skipped=reason).as_json()) if reason else None

@@ -147,6 +147,11 @@ class ProgressDisplay:
             else:
                 self._print(Text(f"{step_name}: {state}{took}{about}"))
 
+    def show(self, what: RenderableType) -> None:
+        """Print a table above the live lines."""
+        with self._lock:
+            self._console.print(what, soft_wrap=True)
+
     def for_step(self, step_name: str) -> "StepProgress":
         """Return the `Progress` that a stage is handed."""
         return StepProgress(self, step_name)

@@ -13,6 +13,7 @@ from pipeline.graph.plan import plan_graph
 from pipeline.graph.step import Step
 from pipeline.planning.estimate import check_memory
 from pipeline.planning.hardware import cluster_hardware, local_hardware
+from pipeline.runs.findings import check_reading, examine, finished_in, problem_of
 from pipeline.storage import Store, open_store, probe
 
 log = logging.getLogger(__name__)
@@ -23,6 +24,11 @@ def check_before_start(config: RunConfig, steps: Sequence[Step], store: Store, e
 
     Memory is only checked for this machine; for a cluster, see `check_fits_cluster`."""
     waiting = steps_to_run(steps, store)
+    finished = finished_in(store)
+    for step in steps:
+        check_reading(step, finished, mark=True)
+    if wrong := problem_of(examine(config, steps, finished)):
+        raise wrong
     for step in waiting:
         if problem := source_problem(step):
             raise problem

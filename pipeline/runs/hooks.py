@@ -4,23 +4,27 @@ Tracking never fails a run: an error from MLflow becomes a warning."""
 
 import logging
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from rich.console import RenderableType
+from rich.text import Text
+
 from pipeline import tracking
 from pipeline.config import RunConfig
 from pipeline.data.dataset.facts import DatasetFacts
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.evaluation.protocol import ScoreFacts
 from pipeline.graph.receipts import Receipt, installed_versions
 from pipeline.graph.runner import Outcome
 from pipeline.graph.step import Step
 from pipeline.reporting.summaries import as_metrics
+from pipeline.runs.findings import examine, finished_in, lines_of, problem_of, table_of
 from pipeline.runs.summary import RunSummary
 from pipeline.stages.report import PAGE, PICTURES
-from pipeline.storage import Store
+from pipeline.storage import Store, open_store
 from pipeline.training.facts import IncidentFacts, PretrainFacts
 
 log = logging.getLogger(__name__)
@@ -37,14 +41,20 @@ class Display(Protocol):
         """Show that a step began or ended."""
         ...
 
+    def show(self, what: RenderableType) -> None:
+        """Show a table."""
+        ...
+
 
 class RunHooks:
     """`pipeline.graph.runner.Hooks` for a real run: a parent run in MLflow with one child per step, and a display.
 
     Opening the parent is the one call that may fail the run, since it comes before the first step."""
 
-    def __init__(self, uri: str, config: RunConfig, display: Display) -> None:
-        self.tracking_uri, self.config, self.display = uri, config, display
+    def __init__(self, uri: str, config: RunConfig, display: Display, steps: Sequence[Step] = ()) -> None:
+        self.tracking_uri, self.config, self.display, self.steps = uri, config, display, steps
+        self.told: set[str] = set()
+        """Findings that were shown."""
         self.open_children: dict[str, str] = {}
         self.unreported: list[Outcome] = []
         """Outcomes that MLflow refused when they happened; `close` tries them again."""
@@ -78,6 +88,26 @@ class RunHooks:
             self.unreported.append(outcome)  # stays there if the next line raises
             self._record(outcome)
             self.unreported.remove(outcome)
+        self._tell(outcome)
+
+    def _tell(self, outcome: Outcome) -> None:
+        """Show what a step made of the data, and what follows for the scores. Raises ConfigError or DataError for wrong data."""
+        step = outcome.step
+        if step.kind == "snapshot" and isinstance(outcome.error, DataError | ConfigError):
+            raise outcome.error  # as for a source that is not there: nothing was made, and no table of steps says more
+        if outcome.receipt is None:
+            return
+        if step.kind not in {"snapshot", "shard", "join"}:
+            return
+        if table := table_of(step, outcome.receipt.as_input(outcome.uri)):
+            self.display.show(table)
+        findings = examine(self.config, self.steps, finished_in(open_store(self.config.store)))
+        for line in lines_of(findings):
+            if line not in self.told:
+                self.told.add(line)
+                self.display.show(Text(f"note: {line}", style="yellow"))
+        if problem := problem_of(findings):
+            raise problem
 
     def close(self, summary: RunSummary, store: Store) -> None:
         """Close the parent run, with scores, report page and pictures. Outcomes that MLflow refused before are tried again."""

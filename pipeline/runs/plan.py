@@ -15,6 +15,7 @@ from pipeline.planning.forecast import Assumptions, Forecast, assumed_hardware, 
 from pipeline.planning.hardware import Hardware
 from pipeline.reporting.forecast import cost_text
 from pipeline.reporting.summaries import PlanRow
+from pipeline.runs.findings import DataDescription
 from pipeline.runs.run import plan_run
 from pipeline.storage import open_store
 
@@ -29,6 +30,7 @@ class RunPlan:
     """By name: the steps that would train."""
     proposed: Resources | None
     """The layout that fits all of them; None when none does, or nothing would train."""
+    data: DataDescription
 
     @property
     def rows(self) -> list[PlanRow]:
@@ -46,7 +48,7 @@ class RunPlan:
 
 def forecast_run(config: RunConfig, assumptions: Assumptions) -> RunPlan:
     """Plan a run, and forecast the training steps that are not done."""
-    steps, store, resources = plan_run(config), open_store(config.store), config.resources
+    (steps, data), store, resources = plan_run(config), open_store(config.store), config.resources
     # The hardware is that of all training steps, done or not, so that its peak does not depend on what is cached.
     hardware = assumed_hardware(training_configs(row.step for row in steps).values(), resources, assumptions)
     waiting = {row.step.name: row.step for row in steps if row.state != "cached"}
@@ -64,7 +66,7 @@ def forecast_run(config: RunConfig, assumptions: Assumptions) -> RunPlan:
         for name, training in configs.items()
     }
     proposed = propose_resources(list(configs.values()), resources, hardware) if configs else None
-    return RunPlan(hardware=hardware, steps=steps, forecasts=forecasts, proposed=proposed)
+    return RunPlan(hardware=hardware, steps=steps, forecasts=forecasts, proposed=proposed, data=data)
 
 
 def _row(planned: PlannedStep, forecast: Forecast | None) -> PlanRow:

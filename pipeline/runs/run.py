@@ -23,6 +23,7 @@ from pipeline.runs.checks import (
     steps_to_run,
     warn_of_unshared_paths,
 )
+from pipeline.runs.findings import DataDescription, describe
 from pipeline.runs.hooks import Display, RunHooks
 from pipeline.runs.summary import RunSummary, summarise
 from pipeline.runs.workflow import build
@@ -31,16 +32,21 @@ from pipeline.storage import open_store
 log = logging.getLogger(__name__)
 
 
-def plan_run(config: RunConfig) -> list[PlannedStep]:
-    """Return what a run would do with every step. Writes nothing."""
+def plan_run(config: RunConfig) -> tuple[list[PlannedStep], DataDescription]:
+    """Return what a run would do with every step, and what is known of its data. Writes nothing."""
     steps = build(config)
     store = open_store(config.store)
     problems = {step.name: problem for step in steps if (problem := source_problem(step))}
+    data = describe(config, [step for step in steps if step.name not in problems], store)
+    problems |= data.problems
     rows = plan_graph(steps, store=store, unable=problems)
+    said = set()
     for row in rows:
-        if row.state == "blocked" and row.step.name in problems:
-            log.warning("%s is blocked: %s", row.step.name, problems[row.step.name])
-    return rows
+        why = str(problems.get(row.step.name, ""))
+        if row.state == "blocked" and why and why not in said:  # one problem can block several steps
+            said.add(why)
+            log.warning("%s is blocked: %s", row.step.name, why)
+    return rows, data
 
 
 def run_pipeline(config: RunConfig, *, executor: Executor, display: Display) -> RunSummary:
@@ -50,7 +56,7 @@ def run_pipeline(config: RunConfig, *, executor: Executor, display: Display) -> 
     check_before_start(config, steps, store, executor)
     uri = tracking.resolve_tracking_uri(config.tracking.uri, store_uri=store.uri)
     tracking.check_tracking(uri)
-    hooks = RunHooks(uri, config, display)
+    hooks = RunHooks(uri, config, display, steps)
     on_cluster = executor == "ray" and any(row.state == "to_run" for row in plan_graph(steps, store=store))
     if on_cluster:
         cluster.connect()

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.config import RunConfig, SourceConfig
+from pipeline.data.sources.splits import SplitFrom
 from pipeline.evaluation.protocol import EncoderOrigin, ProtocolConfig
 from pipeline.evaluation.protocols import ProtocolName, protocol_named
 from pipeline.graph.step import Step, canonical
@@ -83,10 +84,11 @@ class _Source:
     image_column: str
     label_column: str | None
     split_column: str | None
+    split_from: SplitFrom | None
 
     @classmethod
     def of(cls, uri: str, reading: SourceConfig) -> "_Source":
-        return cls(uri, reading.labels, reading.image_column, reading.label_column, reading.split_column)
+        return cls(uri, **{name: getattr(reading, name) for name in SourceConfig.model_fields})
 
 
 def snapshot_names(config: RunConfig) -> tuple[str, ...]:
@@ -127,6 +129,7 @@ def _listings(config: RunConfig, source: _Source, names: Sequence[str], *, suffi
             image_column=source.image_column,
             label_column=source.label_column,
             split_column=source.split_column,
+            split_from=source.split_from,
         )
         part = (
             f".{number}" if steps else ""
@@ -174,7 +177,11 @@ def _evaluation(
 ) -> Step:
     evaluation, chosen = config.evaluation, protocol_named(protocol)
     common = ProtocolConfig(
-        encoder=config.model.encoder, weights=origin, train_labels=evaluation.train_labels, seed=seed
+        encoder=config.model.encoder,
+        weights=origin,
+        train_labels=evaluation.train_labels,
+        seed=seed,
+        split=evaluation.split,
     )
     return Step(
         kind="evaluate",

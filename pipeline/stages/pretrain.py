@@ -104,8 +104,8 @@ def _basis(spec: TrainSpec, model: MAEConfig, attempt: Attempt) -> PatchBasis:
 def _panel(
     config: PretrainConfig, spec: TrainSpec, shards: StageInput, basis: PatchBasis | None, weights: Mapping[str, Tensor]
 ) -> "np.typing.NDArray[np.uint8]":
-    """uint8 [N, 4, H, W, 3]: held-out images, their visible patches, and reconstructions before and after training."""
-    split = "test" if "test" in DatasetFacts.read(shards.facts).splits else "train"
+    """uint8 [N, 4, H, W, 3]: images, held out if any are, their visible patches, and reconstructions before and after training."""
+    split = DatasetFacts.read(shards.facts).panel_split
     single = World(0, 1, torch.device("cpu"), None)
     with closing(
         spec.loader(spec.dataset.open(), split, single).evaluation_batches(PANEL_IMAGES, unreadable="substitute")

@@ -57,6 +57,7 @@ class ReportConfig:
 def report(config: ReportConfig, inputs: Mapping[str, StageInput], attempt: Attempt) -> StageResult:
     """Draw the pictures and write the page."""
     scores = collect_scores(config.scored, inputs)
+    shown = "held-out" if DatasetFacts.read(inputs["shard"].facts).panel_split == "test" else "training"
     pretrained = inputs["pretrain"]
     panel = np.load(io.BytesIO(pretrained.store.read("reconstructions.npz")), allow_pickle=False)["images"]
     rows = [json.loads(line) for line in pretrained.store.read("history.jsonl").splitlines()]
@@ -85,7 +86,7 @@ def report(config: ReportConfig, inputs: Mapping[str, StageInput], attempt: Atte
                 _speed(rows),
             ),
             reconstructions_png=pictures["reconstructions.png"],
-            reconstructions_note=f"{len(panel)} held-out images, {model['mask_ratio']:.0%} of the patches hidden",
+            reconstructions_note=f"{len(panel)} {shown} images, {model['mask_ratio']:.0%} of the patches hidden",
             curves_png=pictures["curves.png"],
             scores_png=pictures.get("scores.png"),
             datasets=[_dataset_card(name, config, inputs) for name in config.sources],

@@ -261,6 +261,8 @@ class Saboteur:
         if state == "running":
             self.update(step_name)
 
+    def show(self, *_: object) -> None: ...
+
     def _start_again(self) -> None:
         time.sleep(1)
         self.server.start()
@@ -272,6 +274,8 @@ class Calm:
     def update(self, *_: object) -> None: ...
 
     def step_state(self, *_: object, **__: object) -> None: ...
+
+    def show(self, *_: object) -> None: ...
 
 
 def receipts(root: str, summary: RunSummary) -> dict[str, Any]:

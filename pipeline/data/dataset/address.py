@@ -1,8 +1,9 @@
 """Where a finished dataset and its shards are: all that a worker needs to open them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeline.data.dataset.facts import DatasetFacts
+from pipeline.data.dataset.facts import DatasetFacts, SplitLabels
 from pipeline.data.dataset.manifest import Manifest
 from pipeline.graph.step import StageInput
 from pipeline.storage import Store, open_store
@@ -29,6 +30,14 @@ def dataset_address(shards: StageInput) -> DatasetAddress:
     # a join writes no shards: those of its parts are in other steps' directories, so keys start at the store's root
     root_uri = shards.root_uri.rpartition("/")[0] if facts.keys_from == "store" else shards.root_uri
     return DatasetAddress(manifest_uri=shards.store.uri, root_uri=root_uri, digest=facts.digest)
+
+
+def labels_of(shards: StageInput) -> Mapping[str, SplitLabels]:
+    """Return how the served images of each split are labelled; for receipts of older versions the manifest is read."""
+    facts = DatasetFacts.read(shards.facts)
+    if facts.labels is None:
+        return dataset_address(shards).open().labels()
+    return facts.labels
 
 
 def is_indexed(key: str) -> bool:

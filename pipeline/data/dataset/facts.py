@@ -2,12 +2,44 @@
 
 Units: counts are of images; shares are fractions in [0, 1]."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.data.sources.listing import SourceKind
+from pipeline.data.sources.splits import SplitOrigin
 from pipeline.graph.facts import Facts
+
+ScoredSplit = Literal["test", "val"]
+"""The split on which encoders are scored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitLabels:
+    """How the images of a split are labelled."""
+
+    images: int
+    """Those that a snapshot lists, or that a dataset serves."""
+    labelled: int
+    classes: int
+    """Classes that have an image in this split."""
+    not_in_train: tuple[str, ...] = ()
+    """Up to three of the classes that have an image in this split and none in `train`."""
+    examples: tuple[str, ...] = ()
+    """Up to three paths; empty for a dataset."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Understood:
+    """How a source was read, for people to check."""
+
+    origin: SplitOrigin
+    """What gave the images their splits."""
+    splits: Mapping[str, SplitLabels]
+    passed_over: Mapping[str, int]
+    """Ending -> files that are neither images, tars nor tables; hidden files are under `hidden`."""
+    notes: tuple[str, ...] = ()
+    """What looks like a mistake: class folders of which nothing is left, labels that differ only in case."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +64,8 @@ class SnapshotFacts(Facts):
     """Later parts only: files whose size has changed since an earlier part listed them. They are listed again."""
     gone: int | None = None
     """Later parts only: files that an earlier part lists and the source no longer holds."""
+    understood: Understood | None = None
+    """None in the receipts of older versions; `pipeline.runs.findings` then takes it from snapshot.parquet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,12 +141,28 @@ class DatasetFacts(Facts):
     """Joins only: the counts of each part, by snapshot name."""
     keys_from: Literal["store"] | None = None
     """Joins only: shard keys are relative to the run's store rather than to the step's directory."""
+    labels: Mapping[str, SplitLabels] | None = None
+    """By split, of the served images. None in the receipts of older versions; `labels_of` then counts them."""
 
     @property
-    def unsuited(self) -> str:
-        """Why nothing can be evaluated on this dataset, or an empty string if it can."""
-        if not self.classes:
-            return "no labels"
-        if "test" not in self.splits:
-            return "no test split"
-        return ""
+    def panel_split(self) -> Literal["test", "train"]:
+        """The split whose images show reconstructions: held-out ones if there are any."""
+        test = self.counts.splits.get("test")
+        return "test" if test and test.served else "train"
+
+
+def unsuited(classes: Sequence[str], labels: Mapping[str, SplitLabels], split: ScoredSplit) -> str:
+    """Return why nothing can be scored on a split, or an empty string if it can. `labels`: of all splits of the dataset."""
+    if not classes:
+        return "no labels"
+    if split not in labels:
+        return f"no {split} split"
+    if not labels[split].images:
+        return f"the {split} split serves no image"
+    for name in ("train", split):
+        known = labels.get(name)
+        if known is None or not known.labelled:
+            return f"no labelled image in the {name} split"
+        if known.classes == 1:
+            return f"all labelled images of the {name} split are of one class"
+    return ""

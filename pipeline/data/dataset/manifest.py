@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
 from pipeline.data.dataset.digests import ContentHash, content_digest, json_digest
-from pipeline.data.dataset.facts import Counts, DatasetCounts, DatasetFacts
+from pipeline.data.dataset.facts import Counts, DatasetCounts, DatasetFacts, SplitLabels
 from pipeline.data.dataset.schema import (
     QUARANTINE,
     SAMPLES,
@@ -35,6 +35,7 @@ from pipeline.data.dataset.schema import (
     ShardRow,
     ShardTable,
 )
+from pipeline.data.dataset.understanding import SplitTally
 from pipeline.errors import DataError
 from pipeline.storage import MissingObject, Store
 from pipeline.storage.files import RangeFile
@@ -77,6 +78,7 @@ def write_manifest(
         quarantine.select(QUARANTINE.names).cast(QUARANTINE).sort_by([("split", "ascending"), ("source", "ascending")])
     )
     stored, served = Counter[str](), Counter[str]()
+    tally = SplitTally()
     content = ContentHash(SAMPLES.names)
     with tempfile.TemporaryDirectory() as folder:
         paths = {name: Path(folder) / name for name in MANIFEST_FILES[:3]}
@@ -92,6 +94,7 @@ def write_manifest(
                 content.update(rows)
                 stored[shard["split"]] += rows.num_rows
                 served[shard["split"]] += shard["served"]
+                tally.add_served(shard["split"], rows)
         pq.write_table(shards, paths["shards.parquet"], compression="zstd", write_page_checksum=True)
         pq.write_table(quarantine, paths["quarantine.parquet"], compression="zstd", write_page_checksum=True)
         counts = _counts(listed, stored, served, Counter(quarantine.column("split").to_pylist()))
@@ -120,7 +123,12 @@ def write_manifest(
             store.upload(name, path)
     store.write("manifest.json", json.dumps(document, indent=1, sort_keys=True).encode())
     return DatasetFacts(
-        digest=digest, counts=counts, classes=tuple(classes), shards=shards.num_rows, splits=tuple(counts.splits)
+        digest=digest,
+        counts=counts,
+        classes=tuple(classes),
+        shards=shards.num_rows,
+        splits=tuple(counts.splits),
+        labels=tally.splits(classes, also=counts.splits),
     )
 
 
@@ -197,6 +205,13 @@ class Manifest:
     def splits(self) -> tuple[str, ...]:
         """Names of the splits, sorted."""
         return tuple(sorted(self.counts.splits))
+
+    def labels(self) -> dict[str, SplitLabels]:
+        """Count the labels of the served images, by split. Reads every row."""
+        tally = SplitTally()
+        for row in self._shards.to_pylist():
+            tally.add_served(row["split"], self.stored_samples(row["shard"]))
+        return tally.splits(self.classes, also=self.splits)
 
     def shards(self, split: str) -> ShardTable:
         """Return the split's rows of shards.parquet, by shard number."""

@@ -45,9 +45,9 @@ def step_config(common: ProtocolConfig, settings: FinetuneRecipe) -> FinetuneCon
 
 
 def finetune(config: FinetuneConfig, inputs: Mapping[str, StageInput], attempt: Attempt) -> StageResult:
-    """Train encoder and head on the labelled part of the training split and score them on the test split."""
+    """Train encoder and head on the labelled part of the training split and score them on the held-out split."""
     shards = inputs["shards"]
-    if result := skipped(shards):
+    if result := skipped(shards, config.split):
         return result
     recipe, source = config.recipe, encoder_source(config, inputs)
     encoder = source.shape()
@@ -67,7 +67,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, StageInput], attempt: 
         image_size=encoder.image_size,
         dataset=dataset_address(shards),
         train_samples=config.train_labels or "labelled",
-        evaluation_split="test",
+        evaluation_split=config.split,
         resources=attempt.resources,
     )
     trained = run_training(spec, attempt)
@@ -77,6 +77,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, StageInput], attempt: 
     attempt.store.write(CLASSIFIER, save(weights))
     attempt.store.write(HISTORY, "".join(json.dumps(row) + "\n" for row in history).encode())
     facts = FinetuneFacts(
+        split=None if config.split == "test" else config.split,
         global_step=trained.global_step,
         ids_digest=str(trained.ids_digest),
         **incident_fields(manifest.substitutions, manifest.guard),

@@ -59,9 +59,9 @@ def step_config(common: ProtocolConfig, settings: LinearSettings) -> LinearConfi
 
 
 def linear(config: LinearConfig, inputs: Mapping[str, StageInput], attempt: Attempt) -> StageResult:
-    """Train the probe on features of the training split and score it on those of the test split."""
+    """Train the probe on features of the training split and score it on those of the held-out split."""
     shards = inputs["shards"]
-    if result := skipped(shards):
+    if result := skipped(shards, config.split):
         return result
     train, test = extract_splits(config, inputs, attempt, pool=config.probe.pool)
     mean, deviation = train.values.mean(dim=0), train.values.std(dim=0, correction=0).clamp_min(1e-6)
@@ -74,7 +74,13 @@ def linear(config: LinearConfig, inputs: Mapping[str, StageInput], attempt: Atte
     with torch.inference_mode():
         score = topk_counts(head((test.values - mean) / deviation), test.labels)
     attempt.store.write(PROBE, save({"mean": mean, "deviation": deviation, **head.state_dict()}))
-    facts = ScoreFacts(top1=score.top1, top5=score.top5, loss=score.loss, images=score.count)
+    facts = ScoreFacts(
+        top1=score.top1,
+        top5=score.top5,
+        loss=score.loss,
+        images=score.count,
+        split=None if config.split == "test" else config.split,
+    )
     return StageResult(facts.as_json(), files=(PROBE,))
 
 

@@ -311,6 +311,8 @@ def another(field: str, value: Any) -> Any:
         return value * 0.9 if value else 0.01
     choices = {
         "kind": "center",
+        "split_from": "hash",
+        "split": "val",
         "precision": "bf16",
         "pool": "mean",
         "schedule": "warmup_stable_decay",

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from rich.console import Console
 from run_kit import document, migrated_database, store, write_config, write_images
 
 from pipeline import cluster, tracking
@@ -59,6 +60,11 @@ class Silent:
 
     def step_state(self, step_name: str, state: Any, *, detail: str = "") -> None:
         self.said.append((step_name, state, detail))
+
+    def show(self, what: Any) -> None:
+        console = Console(width=200, file=io.StringIO())
+        console.print(what)
+        self.said.append(("", "table", console.file.getvalue()))
 
 
 def configured(tmp_path: Path, store: str | Path, source: Path, *overrides: str) -> RunConfig:
@@ -154,7 +160,7 @@ def test_the_same_run_again_does_nothing_and_starts_no_ray(finished, monkeypatch
 def test_another_field_of_an_evaluation_runs_that_evaluation_and_the_report(finished, tmp_path):
     config, _ = finished
     other = load_config(Path(config.store).parent / "run.yaml", ["evaluation.linear.epochs=3"])
-    to_run = {row.step.name for row in plan_run(other) if row.state == "to_run"}
+    to_run = {row.step.name for row in plan_run(other)[0] if row.state == "to_run"}
     assert to_run == {"linear-toy-pretrained-s0", "linear-toy-random-s0", "report"}
     summary = go(other)
     assert {name for name, state in states(summary).items() if state == "done"} == to_run
@@ -166,7 +172,7 @@ def test_resources_make_nothing_anew(finished):
     other = load_config(
         Path(config.store).parent / "run.yaml", ["resources.micro_batch=4", "resources.zero_stage=2", "name=b"]
     )
-    assert {row.state for row in plan_run(other)} == {"cached"}
+    assert {row.state for row in plan_run(other)[0]} == {"cached"}
 
 
 def test_mlflow_holds_the_family(finished):
@@ -399,7 +405,7 @@ def test_a_source_that_is_none_is_refused_and_nothing_is_written(tmp_path, make,
     with pytest.raises(error, match=re.escape(words)):
         go(config)
     assert not (tmp_path / "store").exists()
-    rows = plan_run(config)
+    rows, _ = plan_run(config)
     assert {row.state for row in rows} == {"blocked"}
     assert not (tmp_path / "store").exists()
 

@@ -104,7 +104,7 @@ def test_labels_from_a_file_are_evaluated_on(tmp_path, store):
     summary = go(path, f"data.labels={tmp_path / 'labels.csv'}")
     assert set(states(summary).values()) == {"done"}
     assert facts(summary, "shard")["classes"] == ["0", "1", "2"]
-    rows = plan_run(load_config(path, [LINEAR, "data.labels=/nowhere/labels.csv"]))
+    rows = plan_run(load_config(path, [LINEAR, "data.labels=/nowhere/labels.csv"]))[0]
     assert {row.state for row in rows} == {"blocked"}
 
 

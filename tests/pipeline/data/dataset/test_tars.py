@@ -267,7 +267,8 @@ def test_every_form_of_tar_with_long_and_strange_names(tmp_path, form):
 def test_splits_by_folder_and_by_name():
     assert named_splits(["test/0.tar", "train/0.tar", "validation/a/0.tar"]) == ["test", "train", "val"]
     assert named_splits(["train-000.tar", "val_1.tar", "test.tar"]) == ["train", "val", "test"]
-    assert named_splits(["training-000.tar", "tests-1.tar", "valley.tar"]) is None
+    assert named_splits(["training-000.tar", "imagenet-dev-1.tar", "default/testing/0.tar"]) == ["train", "val", "test"]
+    assert named_splits(["trainer-000.tar", "tests-1.tar", "valley.tar"]) is None
     with pytest.raises(DataError, match=r"train-0\.tar names its split and extra\.tar does not"):
         named_splits(["extra.tar", "train-0.tar"])
 

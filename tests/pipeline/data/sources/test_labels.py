@@ -87,7 +87,7 @@ def test_paths_that_are_not_in_the_source_are_an_error_that_names_three(source, 
     ("text", "words"),
     [
         ("path,label\na,1\na,2\n", r"labels\.csv \(data\.labels\) names 'a' twice"),
-        ("path,label,split\na,1,dev\n", r"split 'dev' is unknown\. Write train, val or test"),
+        ("path,label,split\na,1,holdout\n", r"split 'holdout' is unknown\. Write train, val or test"),
         ("file,label\na,1\n", "has no column 'path', only file, label"),
         ("path,label\n,1\n", "1 rows have no path"),
         ("", "cannot be read as csv"),

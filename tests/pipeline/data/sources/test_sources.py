@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.cluster.resources import Resources
 from pipeline.data.sources.listing import list_source
-from pipeline.data.sources.splits import find_layout, folders_of, split_and_label
+from pipeline.data.sources.splits import FolderEvidence, find_layout, split_and_label
 from pipeline.errors import ConfigError, DataError
 from pipeline.graph.step import Attempt
 from pipeline.stages import snapshot as stage
@@ -57,6 +57,20 @@ def test_class_folders_in_one_pool(tmp_path):
         "classes": ["cat", "dog"],
         "splits": {"train": 3},
         "source": source,
+        "understood": {
+            "origin": "hash",
+            "splits": {
+                "train": {
+                    "images": 3,
+                    "labelled": 3,
+                    "classes": 2,
+                    "not_in_train": [],
+                    "examples": [row[0] for row in rows],
+                }
+            },
+            "passed_over": {"hidden": 2, ".txt": 1},
+            "notes": [],
+        },
     }
 
 
@@ -74,8 +88,11 @@ def test_split_folders_share_their_classes(tmp_path):
     assert facts["classes"] == ["ant", "cat", "dog"]
 
 
-def test_a_class_called_train_among_others_is_a_class(tmp_path):
-    facts, rows, _ = take(fill(tmp_path / "s", "car/1.jpg", "train/1.jpg"), tmp_path)
+def test_a_class_called_train_among_others_is_a_class_if_the_configuration_says_so(tmp_path):
+    source = fill(tmp_path / "s", "car/1.jpg", "train/1.jpg")
+    with pytest.raises(DataError, match=r"train: train/1\.jpg.*car/1\.jpg.*data\.split_from: hash"):
+        take(source, tmp_path)
+    facts, rows, _ = take(source, tmp_path, split_from="hash")
     assert facts["classes"] == ["car", "train"]
     assert {split for _, split, _ in rows} == {"train"}
 
@@ -89,12 +106,12 @@ def test_flat_images_have_no_label(tmp_path, prefix):
 
 
 def test_images_next_to_split_folders_are_refused(tmp_path):
-    with pytest.raises(DataError, match="next to the split folders train"):
+    with pytest.raises(DataError, match=r"some images \(train: train/1\.jpg\) and not of others \(stray\.jpg\)"):
         take(fill(tmp_path / "s", "train/1.jpg", "stray.jpg"), tmp_path)
 
 
 def test_the_test_share_is_a_stable_random_choice():
-    layout = find_layout({folders_of("a/0.jpg")})
+    layout = find_layout(FolderEvidence().add_all(["a/0.jpg"]))
     paths = [f"a/{number}.jpg" for number in range(10_000)]
 
     def chosen(share, seed):

@@ -203,7 +203,7 @@ def test_a_bucket_gives_the_digest_of_the_folder(source, tmp_path, s3_bucket):
 
 
 def test_columns_that_are_missing_or_hold_something_else(tmp_path):
-    columns = {"picture": [picture(0)], "label": [0.5], "text": ["a"], "part": ["dev"]}
+    columns = {"picture": [picture(0)], "label": [0.5], "text": ["a"], "part": ["holdout"]}
     source = write_table(tmp_path / "source" / "a.parquet", columns)
 
     def refusal(image="picture", label=None, split=None):
@@ -215,7 +215,7 @@ def test_columns_that_are_missing_or_hold_something_else(tmp_path):
     assert "column 'text' is string, neither bytes nor a struct with bytes" in refusal(image="text")
     assert "the labels are of type double. Write whole numbers or text" in refusal(label="label")
     assert "has no column 'klass' (data.label_column)" in refusal(label="klass")
-    assert "split 'dev' is unknown" in refusal(split="part")
+    assert "split 'holdout' is unknown" in refusal(split="part")
     (Path(source) / "b.parquet").write_bytes(b"PAR1 no table")
     with pytest.raises(DataError, match=r"b\.parquet cannot be read as a Parquet table"):
         listed(source, tmp_path / "snapshot", image_column="picture", label_column=None)

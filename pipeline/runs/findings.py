@@ -1,0 +1,293 @@
+"""What is known of a run's data before it trains: how the sources were read, and which scores cannot be.
+
+Known after listing for folders and tables, after indexing for tars. Nothing here reads an image or a source; only `preview_source`
+lists one. Errors: those of the store."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.console import RenderableType
+
+from pipeline.cluster.progress import Progress
+from pipeline.config import RunConfig
+from pipeline.data.dataset.address import labels_of
+from pipeline.data.dataset.facts import (
+    DatasetFacts,
+    ScoredSplit,
+    SnapshotFacts,
+    SplitLabels,
+    unsuited,
+)
+from pipeline.data.dataset.understanding import notes_on_classes
+from pipeline.errors import ConfigError, DataError, PipelineError
+from pipeline.graph.receipts import read_receipt
+from pipeline.graph.step import StageInput, Step
+from pipeline.reporting.data_table import data_table
+from pipeline.reporting.format import count
+from pipeline.stages.snapshot import preview, reread
+from pipeline.storage import Store
+
+JUDGED = "judged/2.json"
+"""Marks the directory of a snapshot of an older version whose listing this version reads in the same way."""
+KEPT = "judged/kept.json"
+"""Marks one that the user keeps although this version reads it otherwise."""
+PREVIEW_FILES = 200_000
+Finished = Callable[[Step], StageInput | None]
+"""Returns a step that has its receipt, as its readers see it."""
+
+
+@dataclass(frozen=True)
+class DatasetFindings:
+    """What is known of one dataset of a run."""
+
+    step: Step
+    """The shard or join step."""
+    waiting: Sequence[Step]
+    """Those that would train or score on it."""
+    skipped: Mapping[str, str]
+    """Evaluation dataset -> why it is not evaluated, and the way out."""
+    problem: str
+    """Why nothing can be trained or evaluated on it; empty if it can."""
+    warnings: tuple[str, ...]
+
+
+def finished_in(store: Store) -> Finished:
+    """Return the function that looks a step up in the store."""
+
+    def finished(step: Step) -> StageInput | None:
+        root = store.at(step.directory)
+        receipt = read_receipt(root)
+        return receipt.as_input(root.uri) if receipt else None
+
+    return finished
+
+
+def examine(config: RunConfig, steps: Sequence[Step], finished: Finished) -> list[DatasetFindings]:
+    """Return what is known of every dataset that a step would still train or score on."""
+    found = []
+    for dataset in {step.inputs["shards"].name: step.inputs["shards"] for step in _readers(steps)}.values():
+        waiting = [step for step in _readers(steps) if step.inputs["shards"] is dataset and finished(step) is None]
+        known = _known_labels(dataset, finished)
+        if waiting and known:
+            evaluated = {_evaluation_name(step): step for step in waiting if step.kind == "evaluate"}
+            found.append(_judge(config, dataset, waiting, known, sorted(evaluated)))
+    return found
+
+
+def problem_of(findings: Sequence[DatasetFindings]) -> ConfigError | None:
+    """Return the first reason for not starting, or None."""
+    return next((ConfigError(one.problem) for one in findings if one.problem), None)
+
+
+def lines_of(findings: Sequence[DatasetFindings]) -> list[str]:
+    """Return one line per evaluation that is skipped and per warning."""
+    return [line for one in findings for line in (*(f"{n}: {why}" for n, why in one.skipped.items()), *one.warnings)]
+
+
+def table_of(step: Step, done: StageInput) -> RenderableType | None:
+    """Return the table of a finished snapshot, shard or join step."""
+    if step.kind == "snapshot":
+        facts = SnapshotFacts.read(done.facts)
+        return snapshot_table(step.name, facts)
+    if step.kind in {"shard", "join"} and _is_of_tars(step, done):
+        made = DatasetFacts.read(done.facts)
+        return data_table(
+            step.name,
+            labels_of(done),
+            unit="images",
+            classes=made.classes,
+            notes=notes_on_classes(made.classes),
+        )
+    return None
+
+
+def snapshot_table(name: str, facts: SnapshotFacts) -> RenderableType:
+    """Return the table of a listing. Listings of older versions have no labels by split."""
+    tars = facts.kind == "tars"
+    known = facts.understood
+    splits = (
+        known.splits
+        if known
+        else {split: SplitLabels(images=images, labelled=0, classes=0) for split, images in facts.splits.items()}
+    )
+    return data_table(
+        name,
+        splits,
+        unit="tars" if tars else "images",
+        classes=None if tars or known is None else facts.classes,
+        origin=known.origin if known else None,
+        passed_over=known.passed_over if known else None,
+        notes=known.notes if known else (),
+    )
+
+
+def preview_source(step: Step, progress: Progress) -> RenderableType:
+    """Return the table of a source that is not listed yet, from its first files. Raises what listing it would raise."""
+    facts = preview(step.config, progress, files=PREVIEW_FILES)
+    seen = facts.listed + facts.ignored
+    part = (
+        f" (the first {count(PREVIEW_FILES)} files)" if facts.kind != "Parquet tables" and seen >= PREVIEW_FILES else ""
+    )
+    return snapshot_table(f"{step.name}: {step.config.source}{part}", facts)
+
+
+@dataclass(frozen=True)
+class DataDescription:
+    """What is known of the data of a run that has not begun."""
+
+    tables: Sequence[RenderableType]
+    lines: Sequence[str]
+    problems: Mapping[str, PipelineError | ConfigError]
+    """Step -> why it cannot run."""
+
+
+def describe(config: RunConfig, steps: Sequence[Step], store: Store) -> DataDescription:
+    """Describe the data of a run. Sources that are not listed yet are listed, up to their first PREVIEW_FILES files."""
+    finished = finished_in(store)
+    tables: list[RenderableType] = []
+    problems: dict[str, PipelineError | ConfigError] = {}
+    listings = [step for step in steps if step.kind == "snapshot"]
+    for step in listings:
+        check_reading(step, finished, mark=False)
+        done = finished(step)
+        try:
+            if done:
+                tables += [table] if (table := table_of(step, done)) else []
+            elif not step.inputs:  # a later part is what is new, which only a whole listing finds
+                tables.append(preview_source(step, Unseen()))
+        except (DataError, ConfigError) as problem:
+            problems[step.name] = problem
+    findings = examine(config, steps, finished)
+    for one in findings:
+        if one.problem:
+            problems |= {reader.name: ConfigError(one.problem) for reader in one.waiting}
+    return DataDescription(tables, lines_of(findings), problems)
+
+
+class Unseen:
+    """Progress that nobody looks at."""
+
+    def update(self, done: int, total: int, *, unit: str, **fields: float) -> None:
+        """Do nothing."""
+
+
+def check_reading(step: Step, finished: Finished, *, mark: bool) -> None:
+    """Raise ConfigError if an older version read a pinned listing otherwise than this one reads the same paths.
+
+    `mark`: write down that both agree, so that it is compared once."""
+    done = finished(step)
+    if step.kind != "snapshot" or done is None or SnapshotFacts.read(done.facts).understood is not None:
+        return
+    if done.root.exists(JUDGED) or done.root.exists(KEPT):
+        return
+    earlier = [part for _, source in sorted(step.inputs.items()) if (part := finished(source))]
+    then, now = reread(step.config, [*earlier, done])
+    if now == "":
+        if mark:
+            done.root.create(JUDGED, b"{}")
+        return
+    raise ConfigError(
+        f"{step.name}: an older version listed {step.config.source} as\n    {then}\nand this version reads the same paths as\n"
+        f"    {now}\nTo list it again under this reading name a new data.snapshot; data.split_from: hash makes it a pool; "
+        f"`mae shards keep CONFIG.yaml` keeps the old listing and all that was trained on it"
+    )
+
+
+def keep_reading(step: Step, store: Store) -> bool:
+    """Mark a pinned listing as one to keep. Returns False if it does not exist."""
+    done = finished_in(store)(step)
+    if done is None:
+        return False
+    done.root.create(KEPT, b"{}")
+    return True
+
+
+def _readers(steps: Sequence[Step]) -> list[Step]:
+    return [step for step in steps if step.kind in {"pretrain", "evaluate"}]
+
+
+def _evaluation_name(step: Step) -> str:
+    return step.name.removesuffix(f"-s{step.config.seed}").removesuffix(f"-{step.config.weights}")
+
+
+@dataclass(frozen=True)
+class _Known:
+    classes: Sequence[str]
+    labels: Mapping[str, SplitLabels]
+    drawn: bool
+    """Whether a keyed hash made the splits."""
+
+
+def _known_labels(dataset: Step, finished: Finished) -> _Known | None:
+    """What is known of a dataset, from its own receipt or else from that of its only listing."""
+    listings = _listings(dataset)
+    read = [(step, SnapshotFacts.read(done.facts)) for step in listings if (done := finished(step))]
+    origins = {facts.understood.origin if facts.understood else _old_origin(step, facts) for step, facts in read}
+    drawn = origins <= {"hash"}
+    if done := finished(dataset):
+        facts = DatasetFacts.read(done.facts)
+        return _Known(facts.classes, {n: one for n, one in labels_of(done).items() if n in facts.splits}, drawn)
+    if len(listings) == len(read) == 1 and (known := read[0][1].understood) and read[0][1].kind != "tars":
+        return _Known(read[0][1].classes, known.splits, drawn)
+    return None
+
+
+def _old_origin(step: Step, facts: SnapshotFacts) -> str:
+    """What gave an old listing its splits, as far as its facts say: a source with a test split and no hash has no `val`."""
+    return "folders" if "val" in facts.splits or step.config.test_share == 0.0 else "hash"
+
+
+def _listings(dataset: Step) -> list[Step]:
+    parts = dataset.inputs.values() if dataset.kind == "join" else [dataset]
+    return [part.inputs["snapshot"] for part in parts]
+
+
+def _is_of_tars(step: Step, done: StageInput) -> bool:
+    return DatasetFacts.read(done.facts).other_members is not None
+
+
+def _judge(
+    config: RunConfig, dataset: Step, waiting: Sequence[Step], known: _Known, evaluated: Sequence[str]
+) -> DatasetFindings:
+    split, source = config.evaluation.split, _listings(dataset)[0].config.source
+    train = known.labels.get("train")
+    if train is None or not train.images:
+        there = ", ".join(f"{name} ({count(one.images)})" for name, one in known.labels.items())
+        return DatasetFindings(
+            dataset,
+            waiting,
+            {},
+            f"{source}: no image is in the train split, only in {there or 'no split'}. Add a train/ folder, or set "
+            "data.split_from: hash for a random split",
+            (),
+        )
+    skipped, problem = {}, ""
+    warnings = []
+    reason = unsuited(known.classes, known.labels, split)
+    if reason:
+        skipped = {name: f"not evaluated: {reason}; {_way_out(known, split)}" for name in evaluated}
+    for name, one in known.labels.items():
+        if not one.not_in_train:
+            continue
+        lacking = f"{source}: the {name} split has classes that train has not ({', '.join(one.not_in_train)}, ...)"
+        if known.drawn or name != split or not evaluated or reason:
+            warnings.append(lacking)
+        else:
+            problem = (
+                f"{lacking}, so its score would mean nothing. Give the labels of its images in data.labels, move them into the "
+                "class folders of train, or set evaluation.datasets: [] to pretrain only"
+            )
+    return DatasetFindings(dataset, waiting, skipped, problem, tuple(warnings))
+
+
+def _way_out(known: _Known, split: ScoredSplit) -> str:
+    other: ScoredSplit = "val" if split == "test" else "test"
+    if not unsuited(known.classes, known.labels, other):
+        return f"evaluation.split={other} scores on {other} ({count(known.labels[other].labelled)} labelled images)"
+    if not known.classes:
+        return "put the images into class folders, or name a file with labels in data.labels"
+    if split not in known.labels or not known.labels[split].images:
+        return "add images to it, or set data.split_from: hash to hold out data.test_share of all images"
+    if any((one := known.labels[name]) and one.images and not one.labelled for name in ("train", split)):
+        return "name a file with labels in data.labels, or add evaluation.datasets with a source of its own"
+    return "a score needs two classes: point data.source at the folder that holds the class folders, or use data.labels"
