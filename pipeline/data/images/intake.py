@@ -4,7 +4,10 @@ Upright three-component JPEGs whose short side is at most `image_max_short_side`
 training reader, has decoded them strictly). Everything else that Pillow can read is re-encoded once: turned as its EXIF
 says, converted to RGB (alpha over white, 16 bit scaled, first frame of an animation), its short side reduced to
 `image_max_short_side` with antialiased bicubic, JPEG quality 95, 4:4:4. `Accepted.policy` says which: "kept", or
-"reencoded:" and the reasons. Tars of other authors are indexed in place and not rewritten, so there an image is accepted
+"reencoded:" and the reasons. A JPEG in which the strict reader finds damage is refused, never re-encoded from what a
+lenient reader makes of it; a few named faults outside its coded data are harmless (`jpeg_damage.py`), and it is stored
+"reencoded:repaired". Values whose meaning Pillow does not apply (white is zero, 12 bits in 16) are given it or refused
+(`sample_meaning.py`). Tars of other authors are indexed in place and not rewritten, so there an image is accepted
 unchanged or refused (`accept_unchanged`).
 Units: pixels. Pure: the same bytes give the same result.
 Errors: a bad image is a Refused with its reason, not an exception; MemoryError propagates."""
@@ -12,22 +15,26 @@ Errors: a bad image is a Refused with its reason, not an exception; MemoryError 
 import io
 import struct
 import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
-import simplejpeg
-from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 
+from pipeline.data.images.jpeg_damage import check_codes, check_strips, decoded_luma, harmless_fault
+from pipeline.data.images.optional_formats import MissingDecoder, formats_of, optional_format
+from pipeline.data.images.sample_meaning import Unsupported, grey_scale
 from pipeline.errors import ConfigError
 
-INTAKE_VERSION = 2
+INTAKE_VERSION = 3
 """Part of every plan's digest. Raise it by hand when stored bytes, refusals or hashes change."""
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+REENCODED = "reencoded:"
+REPAIRED = "repaired"
 _QUALITY = 95
 _ORIENTATION = 0x0112
-_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+_DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _BAD_BYTES = (
     OSError, SyntaxError, ValueError, EOFError, ArithmeticError, LookupError, TypeError, AttributeError, RuntimeError,
     struct.error, zlib.error,
@@ -80,33 +87,38 @@ class Refused:
     """An image that goes to quarantine."""
 
     reason: str
-    """empty, unreadable, truncated, too_many_pixels, unsupported or needs_reencoding; readers of sources add missing, denied,
-    too_many_bytes, no_image, several_images and bad_label."""
+    """empty, unreadable, truncated, too_many_pixels, unsupported, no_decoder or needs_reencoding; readers of sources add
+    missing, denied, not_a_file, too_many_bytes, no_image, several_images and bad_label."""
     detail: str
 
 
 def accept_image(data: bytes, policy: IntakePolicy) -> Accepted | Refused:
     """Decode an image completely and return it as it will be stored, re-encoded if it must be, or the refusal."""
-    if not data:
-        return Refused("empty", "0 bytes")
-    try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            max_side = policy.image_max_short_side
-            return _too_large(image, policy) or _keep(data, image, max_side) or _reencode(image, max_side)
-    except _BAD_BYTES as error:
-        return _bad(error)
+    return _opened(data, policy, partial(_accept, data, max_side=policy.image_max_short_side))
 
 
 def accept_unchanged(data: bytes, policy: IntakePolicy) -> Accepted | Refused:
     """Accept an image of a tar indexed in place, or refuse it: upright, RGB, not animated, and JPEG, PNG or WebP.
 
-    Its bytes stay where they are, so `image_max_short_side` does not apply.
+    Its bytes stay where they are, so `image_max_short_side` does not apply. Damage is judged as by `accept_image`.
     """
+    if kind := optional_format(data):  # refused in any case, so no decoder is needed
+        return _would_reencode([kind])
+    return _opened(data, policy, partial(_unchanged, data))
+
+
+def _opened(
+    data: bytes, policy: IntakePolicy, accept: Callable[[Image.Image], Accepted | Refused]
+) -> Accepted | Refused:
     if not data:
         return Refused("empty", "0 bytes")
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            return _too_large(image, policy) or _unchanged(data, image)
+        with Image.open(io.BytesIO(data), formats=formats_of(data)) as image:
+            return _too_large(image, policy) or accept(image)
+    except MissingDecoder as error:
+        return Refused("no_decoder", str(error))
+    except Unsupported as error:
+        return Refused("unsupported", str(error))
     except _BAD_BYTES as error:
         return _bad(error)
 
@@ -120,23 +132,50 @@ def dhash64(image: Image.Image) -> int:
     return int.from_bytes(np.packbits(small[:, :-1] < small[:, 1:]).tobytes(), "big")
 
 
+def _accept(data: bytes, image: Image.Image, *, max_side: int) -> Accepted | Refused:
+    if image.format not in {"JPEG", "MPO"}:
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            check_strips(data, image)
+        return _reencode(image, max_side)
+    keep = image.mode == "RGB" and not _turned(image) and min(image.size) <= max_side
+    try:
+        if keep:
+            return Accepted(data, *image.size, *image.size, dhash64(decoded_luma(data)), "kept")
+        check_codes(data)
+    except ValueError as error:
+        harmless_fault(data, error)
+        return _reencode(image, max_side, repaired=True)
+    return _reencode(image, max_side)
+
+
 def _unchanged(data: bytes, image: Image.Image) -> Accepted | Refused:
     kind = "JPEG" if image.format == "MPO" else str(image.format)
+    fault = ""
+    if kind == "JPEG":
+        try:
+            check_codes(data)
+        except ValueError as error:
+            fault = harmless_fault(data, error)
     wrong = [
+        *([fault] if fault else []),
         *(["turned by EXIF"] if _turned(image) else []),
         *([f"{image.mode}, not RGB"] if image.mode != "RGB" or image.has_transparency_data else []),
         *([kind] if kind not in {"JPEG", "PNG", "WEBP"} else []),
         *(["animated"] if kind != "JPEG" and getattr(image, "is_animated", False) else []),
     ]
     if wrong:
-        what = f"it is {', '.join(wrong)} and would have to be re-encoded, which an indexed tar does not allow. "
-        return Refused("needs_reencoding", f"{what}Unpack the tars and point data.source at the folder")
+        return _would_reencode(wrong)
     if kind == "JPEG":
-        pixels = _decoded(data)
+        pixels = decoded_luma(data)
     else:
         image.load()
         pixels = image
     return Accepted(data, *pixels.size, *pixels.size, dhash64(pixels), "indexed")
+
+
+def _would_reencode(wrong: Sequence[str]) -> Refused:
+    what = f"it is {', '.join(wrong)} and would have to be re-encoded, which an indexed tar does not allow. "
+    return Refused("needs_reencoding", f"{what}Unpack the tars and point data.source at the folder")
 
 
 def _too_large(image: Image.Image, policy: IntakePolicy) -> Refused | None:
@@ -158,29 +197,7 @@ def _bad(error: BaseException) -> Refused:
     )
 
 
-def _keep(data: bytes, image: Image.Image, max_side: int) -> Accepted | None:
-    if image.format not in {"JPEG", "MPO"} or image.mode != "RGB" or _turned(image) or min(image.size) > max_side:
-        return None
-    try:
-        grey = _decoded(data)
-    except ValueError:
-        return None  # Pillow may still read it, and then it is stored repaired
-    width, height = image.size
-    return Accepted(data, width, height, width, height, dhash64(grey), "kept")
-
-
-def _decoded(data: bytes) -> Image.Image:
-    """Decode a JPEG with the training reader; for YCbCr only the luma, which is less work.
-
-    The decoder still reads the codes of all components, so damage to chroma is found too.
-    Raises ValueError for a JPEG that the training reader cannot decode.
-    """
-    if simplejpeg.decode_jpeg_header(data)[2] == "YCbCr":
-        return Image.fromarray(simplejpeg.decode_jpeg(data, "GRAY", strict=True)[..., 0])
-    return Image.fromarray(simplejpeg.decode_jpeg(data, "RGB", strict=True))
-
-
-def _reencode(image: Image.Image, max_side: int) -> Accepted | Refused:
+def _reencode(image: Image.Image, max_side: int, *, repaired: bool = False) -> Accepted:
     reasons = []  # in a fixed order: `policy` is part of the dataset's digest
     jpeg = image.format in {"JPEG", "MPO"}
     if not jpeg:
@@ -190,18 +207,15 @@ def _reencode(image: Image.Image, max_side: int) -> Accepted | Refused:
         reasons.append("exif")
     if not jpeg and getattr(image, "is_animated", False):
         reasons.append("animated")
+    scale = grey_scale(image)
     image.load()
     upright = ImageOps.exif_transpose(image) if turned else image
-    if upright.mode in _SIXTEEN_BIT:
-        grey = _eight_bit(np.asarray(upright))
-        if grey is None:
-            return Refused(
-                "unsupported", f"mode {upright.mode} with values outside 0 to 65535. Convert it to 8 or 16 bit"
-            )
-        upright = Image.fromarray(grey)
+    if upright.mode in _DEEP_GREY:
+        transparent = upright.info.get("transparency")
+        upright = Image.fromarray(scale.eight_bit(np.asarray(upright), transparent=transparent))
         reasons.append("16bit")
-    elif upright.mode == "F":
-        return Refused("unsupported", "floating-point pixels have no agreed range. Convert it to 8 or 16 bit")
+        if transparent is not None:
+            reasons.append("alpha")
     names = {"CMYK": "cmyk", "P": "palette", "PA": "palette", "1": "grayscale", "L": "grayscale", "LA": "grayscale"}
     if upright.mode in names:
         reasons.append(names[upright.mode])
@@ -215,10 +229,11 @@ def _reencode(image: Image.Image, max_side: int) -> Accepted | Refused:
     stored = _shrunk(rgb, max_side)
     if stored.size != rgb.size:
         reasons.append("resized")
+    if repaired:
+        reasons.append(REPAIRED)
     buffer = io.BytesIO()
     stored.save(buffer, "JPEG", quality=_QUALITY, subsampling=0)
-    policy = f"reencoded:{','.join(reasons or ['repaired'])}"
-    return Accepted(buffer.getvalue(), *stored.size, *rgb.size, dhash64(stored), policy)
+    return Accepted(buffer.getvalue(), *stored.size, *rgb.size, dhash64(stored), f"{REENCODED}{','.join(reasons)}")
 
 
 def _turned(image: Image.Image) -> bool:
@@ -226,14 +241,6 @@ def _turned(image: Image.Image) -> bool:
         return image.getexif().get(_ORIENTATION, 1) in range(2, 9)
     except _BAD_BYTES:
         return False  # a damaged EXIF block gives no orientation, and the pixels are intact
-
-
-def _eight_bit(values: NDArray[np.generic]) -> NDArray[np.uint8] | None:
-    """Scale 16-bit grey to 8 bit (65535 -> 255) rather than clip it. None if a value is outside 16 bit."""
-    wide = values.astype(np.int64)
-    if wide.min() < 0 or wide.max() > 65535:
-        return None
-    return ((wide * 255 + 32767) // 65535).astype(np.uint8)
 
 
 def _shrunk(image: Image.Image, max_side: int) -> Image.Image:

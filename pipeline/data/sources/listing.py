@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import FileStore, open_store
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif")
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
 Role = Literal["image", "tar", "table", "ignored"]
 SourceKind = Literal["images", "tars", "Parquet tables"]
