@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.footprint import Layout, predicted_bytes, measured_bytes
+from benchmarks.footprint import Layout, measured_bytes, predicted_bytes
 from mae_core import SIZES, MAEConfig, parameter_count
 from pipeline.planning.footprint import MARGIN
 
