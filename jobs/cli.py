@@ -43,12 +43,12 @@ def guarded(command: Callable[[], None]) -> None:
         sys.exit(3)
     except Exception as error:
         # Imported late: pipeline.errors imports torch through mae_core.
-        from pipeline.errors import ConfigError, DataError, PipelineError
+        from pipeline.errors import ConfigError, DataError, PipelineError, WrongAddress
 
         if not isinstance(error, ConfigError | PipelineError):
             raise
         typer.echo(f"mae: {error}", err=True)
-        sys.exit(2 if isinstance(error, ConfigError | DataError) else 1)
+        sys.exit(2 if isinstance(error, ConfigError | DataError | WrongAddress) else 1)
 
 
 if __name__ == "__main__":

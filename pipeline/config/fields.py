@@ -27,7 +27,7 @@ from pipeline.data.images.intake import IntakePolicy
 from pipeline.data.sources.splits import SplitFrom
 from pipeline.errors import StorageError
 from pipeline.evaluation.protocols import PROTOCOL_NAMES, ProtocolName, protocol_named
-from pipeline.storage import open_store
+from pipeline.storage import expand_address, open_store
 from pipeline.training.checkpoints.resume import StartPoint
 from pipeline.training.spec.recipe import Recipe
 
@@ -35,6 +35,7 @@ from pipeline.training.spec.recipe import Recipe
 def _check_address(address: str) -> str:
     if not address.strip():
         raise ValueError("is empty: write a folder or s3://bucket/prefix")
+    address = expand_address(address)
     if re.match(r"[a-z0-9]+:/(?!/)", address):
         raise ValueError(f"{address!r} has one slash too few: write {address.replace(':/', '://', 1)}")
     try:
@@ -183,7 +184,7 @@ class EvaluationConfig(Section):
 class TrackingConfig(Section):
     """MLflow."""
 
-    uri: str | None = None
+    uri: Annotated[str, AfterValidator(expand_address)] | None = None
     """If left out: MLFLOW_TRACKING_URI, or else an SQLite file in the store (in ./.mae/ if the store is remote)."""
     experiment: str = Field("mae", min_length=1)
 

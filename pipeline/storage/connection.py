@@ -2,7 +2,7 @@
 
 Transfers and retries are boto3's, with longer pauses while a store is away. Endpoint, region, addressing style and
 credentials come from AWS's standard environment and files (docs/storage.md). Units: seconds, bytes.
-Errors: StorageError for an endpoint that is not a URL."""
+Errors: WrongStoreAddress for settings that botocore refuses."""
 
 import logging
 import os
@@ -16,9 +16,18 @@ from typing import Any
 import boto3
 import botocore.session
 from botocore.config import Config
-from botocore.exceptions import EndpointConnectionError, HTTPClientError, SSLError
+from botocore.exceptions import (
+    BotoCoreError,
+    CredentialRetrievalError,
+    EndpointConnectionError,
+    HTTPClientError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ProfileNotFound,
+    SSLError,
+)
 
-from pipeline.errors import StorageError
+from pipeline.errors import WrongStoreAddress
 from pipeline.storage.error_messages import one_line
 from pipeline.storage.store import Traffic
 
@@ -26,7 +35,14 @@ log = logging.getLogger(__name__)
 _MAX_ATTEMPTS = 8
 _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.5, 16.0
 """The pauses of one request add up to 24 to 48 s, enough for a store to restart."""
-_WARN_EVERY_S = 30.0
+_WARN_AFTER_S, _WARN_EVERY_S = 20.0, 30.0
+_CONNECT_S, _READ_S = 10, 45
+_FIRST_ANSWER_S = 30.0
+"""Until the store has answered this process once, no attempt begins later than this. The longest one, of 10 + 45 s, is then the
+first and only one, so a wrong address is reported within a minute; a store that has answered before is given more time."""
+_TLS_TRIES = 3
+_BEGAN = "mae_began"
+_CREDENTIAL_ERRORS = (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError, ProfileNotFound)
 
 _clients: dict[tuple[int, int], Any] = {}
 _clients_lock = threading.Lock()
@@ -46,22 +62,44 @@ def client() -> Any:
 
 def _new_client() -> Any:
     core = botocore.session.get_session()
-    profile = core.get_scoped_config()
-    services = core.full_config.get("services", {}).get(profile.get("services", ""), {})
-    endpoint = endpoint_of(os.environ, profile, services)
-    options = client_options(os.environ, profile, own_endpoint=endpoint is not None)
+    profile: Mapping[str, Any] = {}
     try:
+        profile = core.get_scoped_config()
+        services = core.full_config.get("services", {}).get(profile.get("services", ""), {})
+        endpoint = endpoint_of(os.environ, profile, services)
+        options = client_options(os.environ, profile, own_endpoint=endpoint is not None)
         client = boto3.session.Session(botocore_session=core).client("s3", config=Config(**options))
-    except ValueError as error:  # botocore's answer to an endpoint it cannot parse
-        raise StorageError(
-            f"the endpoint {(endpoint or '').rpartition('@')[2]!r} is not a URL. "
-            "Set AWS_ENDPOINT_URL to http://host:port or https://host"
-        ) from error
+    except _CREDENTIAL_ERRORS:
+        raise  # error_messages.py explains these
+    except (ValueError, BotoCoreError) as error:
+        raise WrongStoreAddress(refusal_of_settings(str(error), os.environ, profile)) from error
     client.meta.events.register("before-send.s3", _count_request)
     # first: botocore takes the first answer that is not None, and its own handler would answer
     backoff = _Backoff(client.meta.config.retries["total_max_attempts"])
+    client.meta.events.register("before-call.s3", backoff.note_start)
     client.meta.events.register_first("needs-retry.s3", backoff.delay_s)
     return client
+
+
+def refusal_of_settings(message: str, environment: Mapping[str, str], profile: Mapping[str, Any]) -> str:
+    """Return one line that names the AWS settings at fault: those whose value is in botocore's message, or that are empty.
+
+    botocore does not say which setting its ValueError is about, and a wrong region can look like a wrong endpoint."""
+    settings = {name: value for name, value in environment.items() if name.startswith("AWS_")}
+    settings |= {f"{name} in the AWS profile": value for name, value in profile.items() if isinstance(value, str)}
+    settings = {name: value for name, value in settings.items() if not re.search("(?i)secret|token|access_key", name)}
+    named = {n: v for n, v in settings.items() if v and re.search(rf"(?<!\w){re.escape(v)}(?!\w)", message)}
+    named = named or {name: value for name, value in settings.items() if not value}
+    for value in named.values():  # an endpoint may hold a password
+        message = message.replace(value, value.rpartition("@")[2]) if value else message
+    shown = [f"{name}={value.rpartition('@')[2]!r}" for name, value in named.items()]
+    if any("endpoint_url" in name.lower() for name in named):
+        way_out = f"{' or '.join(shown)} is not a URL. Set AWS_ENDPOINT_URL to http://host:port or https://host"
+    elif shown:
+        way_out = f"correct or unset {' or '.join(shown)}"
+    else:
+        way_out = "check the AWS_* variables and the AWS configuration file"
+    return f"botocore refuses the AWS settings ({one_line(message)}): {way_out}"
 
 
 def endpoint_of(environment: Mapping[str, str], profile: Mapping[str, Any], services: Mapping[str, Any]) -> str | None:
@@ -91,8 +129,8 @@ def client_options(environment: Mapping[str, str], profile: Mapping[str, Any], *
         retries["total_max_attempts"] = _MAX_ATTEMPTS
     options: dict[str, Any] = {
         "retries": retries,
-        "connect_timeout": 10,
-        "read_timeout": 60,
+        "connect_timeout": _CONNECT_S,
+        "read_timeout": _READ_S,
         "max_pool_connections": 64,
     }
     if own_endpoint:  # other stores often lack virtual hosts and the newer checksums
@@ -123,19 +161,41 @@ class _Backoff:
 
     def __init__(self, max_attempts: int) -> None:
         self._max_attempts = max_attempts
+        self._answered = False
         self._silent_until = 0.0
 
+    def note_start(self, params: dict[str, Any], **_: Any) -> None:
+        """Note when a request began, in a context that botocore hands on to `delay_s`."""
+        params["context"][_BEGAN] = time.monotonic()
+
     def delay_s(
-        self, response: Any, attempts: int, caught_exception: Any, endpoint: Any = None, **_: Any
+        self,
+        response: Any,
+        attempts: int,
+        caught_exception: Any,
+        request_dict: Mapping[str, Any],
+        endpoint: Any = None,
+        **_: Any,
     ) -> float | None:
-        """Return the seconds to wait before the next attempt, or None to leave the decision to botocore."""
+        """Return the seconds to wait before the next attempt, or None to leave the decision to botocore.
+
+        Raises what the attempt raised when a store that has never answered is not to be asked again: botocore has no other
+        way to say so."""
+        self._answered = self._answered or response is not None
         away = isinstance(caught_exception, (EndpointConnectionError, HTTPClientError))
         overloaded = response is not None and response[0].status_code in {429, 500, 502, 503, 504}
-        # a TLS failure usually means a wrong certificate or address, which does not get better by waiting
-        if isinstance(caught_exception, SSLError) or not (away or overloaded):
+        if not (away or overloaded):
             return None
+        elapsed = time.monotonic() - request_dict["context"].get(_BEGAN, time.monotonic())
         pause = backoff_s(attempts, self._max_attempts, random.random())  # noqa: S311
-        if pause is not None and attempts >= 3 and time.monotonic() > self._silent_until:
+        if not self._answered and elapsed + (pause or 0.0) > _FIRST_ANSWER_S:
+            raise caught_exception
+        # a TLS failure usually means a wrong certificate or address, which does not get better by waiting
+        if isinstance(caught_exception, SSLError):
+            if attempts < _TLS_TRIES:
+                return None
+            raise caught_exception
+        if pause is not None and (attempts >= 3 or elapsed > _WARN_AFTER_S) and time.monotonic() > self._silent_until:
             self._silent_until = time.monotonic() + _WARN_EVERY_S
             problem = f"answered {response[0].status_code}" if overloaded else "does not answer"
             address = one_line(getattr(endpoint, "host", ""))

@@ -12,14 +12,16 @@ from botocore.exceptions import (
     ClientError,
     CredentialRetrievalError,
     EndpointConnectionError,
+    EndpointResolutionError,
     HTTPClientError,
     NoCredentialsError,
     PartialCredentialsError,
     ProfileNotFound,
+    SSLError,
 )
 from s3transfer.exceptions import S3DownloadFailedError
 
-from pipeline.errors import StorageError
+from pipeline.errors import StorageError, WrongStoreAddress
 from pipeline.storage.store import DeniedObject, MissingObject
 
 
@@ -73,6 +75,14 @@ def _explain(error: BaseException) -> tuple[type[StorageError], str]:
         return StorageError, "no AWS credentials found. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
     if isinstance(error, (PartialCredentialsError, CredentialRetrievalError, ProfileNotFound)):
         return StorageError, f"no usable AWS credentials ({detail}). Correct AWS_PROFILE or the keys in the environment"
+    if isinstance(error, EndpointResolutionError):  # botocore parses the endpoint for good with the first request
+        return WrongStoreAddress, f"{detail}. Set AWS_ENDPOINT_URL to http://host:port or https://host"
+    if isinstance(error, SSLError):
+        return (
+            StorageError,
+            f"the endpoint's TLS failed ({detail}). Check http:// or https:// in AWS_ENDPOINT_URL, and AWS_CA_BUNDLE "
+            "where the certificate is your own",
+        )
     if isinstance(error, (EndpointConnectionError, HTTPClientError)):
         return (
             StorageError,
@@ -119,7 +129,7 @@ def _explain_refusal(error: Any) -> tuple[type[StorageError], str]:
     code = answer.get("Code", "")
     reads = operation in {"GetObject", "HeadObject"}
     if code == "NoSuchBucket":
-        return StorageError, "no such bucket. Create it, or correct the address"
+        return WrongStoreAddress, "no such bucket. Create it, or correct the address"
     if code in _CREDENTIALS_REFUSED:
         return (
             StorageError,

@@ -2,16 +2,19 @@
 
 Addresses: `file:///abs/folder`, a plain folder path, `s3://bucket/prefix`. A run needs put-if-absent (`create`) to be
 atomic, which not every store offers; `probe` tries it before a run starts.
-Errors: ConfigError for any other address; StorageError for a store that is unfit for a run."""
+Errors: ConfigError for any other address; WrongStoreAddress for a folder that cannot be written; StorageError for a store that is
+unfit for a run."""
 
 import contextlib
+import errno
+import re
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
-from pipeline.errors import ConfigError, StorageError
+from pipeline.errors import ConfigError, StorageError, WrongStoreAddress
 from pipeline.storage.folder import FileStore
 from pipeline.storage.s3 import S3Store
 from pipeline.storage.store import Store, checked_key
@@ -23,20 +26,44 @@ _WHY_ATOMIC = (
 )
 
 
+_BUCKET = r"[a-zA-Z0-9.\-_]{1,255}"
+"""What botocore accepts; AWS itself is stricter, other stores are not."""
+_WRONG_PATH = {
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EINVAL,
+}
+
+
 def open_store(uri: str) -> Store:
     """Return the store at an address, without touching it."""
     scheme, separator, rest = uri.partition("://")
-    if uri and not separator:
-        return FileStore(Path(uri).expanduser().absolute())
-    if scheme == "file" and rest.startswith("/"):
-        return FileStore(Path(unquote(urlsplit(uri).path)))
-    if scheme == "s3":
+    problem = ""
+    if re.search(r"[\x00-\x1f\x7f]", uri):
+        problem = "it holds a control character, such as a line break; "
+    elif uri and not separator:
+        try:
+            return FileStore(Path(uri).expanduser().absolute())
+        except RuntimeError as cause:  # `~name` of nobody
+            problem = f"{cause}; "
+    elif scheme == "file" and rest.startswith("/"):
+        if not re.search("[?#]", rest):
+            return FileStore(Path(unquote(rest)))
+        problem = "in a file:// address, ? and # end the path: write %3F and %23, or the plain path; "
+    elif scheme == "s3":
         bucket, _, prefix = rest.partition("/")
         prefix = prefix.strip("/")
-        if bucket:
+        if re.fullmatch(_BUCKET, bucket):
             return S3Store(bucket, checked_key(uri, prefix) if prefix else "")
+        problem = f"{bucket!r} is not the name of a bucket (letters, digits, dots, _ and -); " if bucket else ""
     raise ConfigError(
-        f"store address {uri!r} is not usable: write file:///absolute/folder, a folder path, or s3://bucket/prefix"
+        f"store address {uri!r} is not usable: {problem}write file:///absolute/folder, a folder path, or s3://bucket/prefix"
     )
 
 
@@ -47,7 +74,7 @@ def probe(store: Store) -> None:
     so one probe can miss a store whose create is not atomic."""
     key, data = f".probe/{uuid.uuid4().hex}", b"mae"
     try:
-        store.write(key, data)
+        _write_first(store, key, data)
         if store.create(key, b"twice"):
             raise StorageError(
                 f"{store.uri}: create of {key} replaced an existing object: this store ignores `If-None-Match: *`, "
@@ -73,6 +100,20 @@ def probe(store: Store) -> None:
     finally:
         with contextlib.suppress(StorageError):
             store.delete(key)
+
+
+def _write_first(store: Store, key: str, data: bytes) -> None:
+    """Write the first object; a folder that cannot be one is the person's mistake."""
+    try:
+        store.write(key, data)
+    except StorageError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno in _WRONG_PATH:
+            raise WrongStoreAddress(
+                f"{store.uri}: no store can be kept there: {cause.strerror} ({cause.filename}). Write the path of a folder in "
+                "which this user may create files"
+            ) from error
+        raise
 
 
 def _create_together(store: Store, key: str, number: int, barrier: threading.Barrier) -> bool:

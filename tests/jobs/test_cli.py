@@ -127,7 +127,7 @@ def test_a_store_that_cannot_be_written_is_one_line(tmp_path, store):
         tmp_path / "run.yaml", document(tmp_path / "file" / "store", write_images(tmp_path / "images", 20))
     )
     done = mae("run", path, "--in-process")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert f"{tmp_path}/file/store" in only_line(done)
 
 
@@ -294,3 +294,38 @@ def test_a_second_signal_cuts_off_at_once_with_exit_code_3(config, store):
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
     assert process.returncode == 3
+
+
+# --- wrong addresses -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "environment", "words"),
+    [
+        (["store={tmp_path}/a file/store"], {}, "no store can be kept there"),
+        (["store=s3://no-such-bucket"], {"AWS_DEFAULT_REGION": "us_east"}, "AWS_DEFAULT_REGION='us_east'"),
+        (["tracking.uri=localhost:5000"], {}, "localhost:5000"),
+        (["tracking.uri=sqlite:///{tmp_path}/a file"], {}, "not a readable SQLite file"),
+    ],
+)
+def test_a_wrong_address_is_wrong_input(config, tmp_path, overrides, environment, words):
+    (tmp_path / "a file").write_text("not a database " * 100)
+    sets = [part for override in overrides for part in ("--set", override.format(tmp_path=tmp_path))]
+    done = mae("run", config, "--in-process", *sets, **environment)
+    assert done.returncode == 2
+    assert words in only_line(done)
+
+
+def test_a_bucket_that_does_not_exist_is_wrong_input(config, s3_endpoint):
+    done = mae("run", config, "--in-process", "--set", "store=s3://no-such-bucket-anywhere/x")
+    assert done.returncode == 2
+    assert "no such bucket" in only_line(done)
+
+
+def test_in_process_is_one_worker_whatever_a_launcher_left_in_the_environment(config):
+    launcher = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29519"}
+    done = mae("run", config, "--in-process", "--set", "evaluation.datasets=[]", **launcher)
+    assert done.returncode == 0, done.stderr
+    assert "ignored (RANK=0, WORLD_SIZE=4, MASTER_ADDR=127.0.0.1, MASTER_PORT=29519, LOCAL_RANK=0)" in " ".join(
+        done.stderr.split()
+    )

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pipeline.cluster.resources import Resources
 from pipeline.errors import StorageError
+from pipeline.storage import expand_address
 from pipeline.training.engine.deepspeed_engine import Fragment
 
 Allocator = Callable[[int], Tensor]
@@ -69,7 +70,7 @@ def on_disk(directory: Path) -> Allocator:
 def allocator_for(resources: Resources, device: torch.device) -> Allocator:
     """Return the allocator of the copy that `resources` ask for: pinned memory for CUDA, ordinary memory, or a file on disk."""
     if resources.checkpoint_copy == "disk":
-        return on_disk(Path(resources.cache_directory).expanduser() / "copies")
+        return on_disk(Path(expand_address(resources.cache_directory)) / "copies")
     return pinned if device.type == "cuda" else in_memory
 
 

@@ -14,7 +14,7 @@ from pipeline.data.feed.cache import ShardCache
 from pipeline.data.feed.loader import Loader
 from pipeline.data.feed.order import OrderConfig, SampleOrder
 from pipeline.data.feed.selection import Samples, select
-from pipeline.storage import open_store
+from pipeline.storage import expand_address, open_store
 from pipeline.training.checkpoints.resume import StartPoint
 from pipeline.training.engine.settings import EngineSettings
 from pipeline.training.spec.recipe import Recipe
@@ -100,5 +100,5 @@ def engine_settings(recipe: Recipe, resources: Resources, *, workers: int) -> En
 
 def node_cache(dataset: DatasetAddress, resources: Resources) -> ShardCache:
     """Return the node's cache for the shards of a dataset."""
-    directory = Path(resources.cache_directory).expanduser()
+    directory = Path(expand_address(resources.cache_directory))
     return ShardCache(open_store(dataset.root_uri), directory, max_bytes=resources.cache_max_bytes)

@@ -233,6 +233,22 @@ def test_local_addresses_become_absolute_and_remote_ones_lose_the_last_slash(pat
     assert config.evaluation.datasets[0].source == str(Path.home() / "x")
 
 
+def test_variables_and_the_home_folder_in_addresses_are_expanded(path, monkeypatch):
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load_config(
+        path,
+        ["store=$SCRATCH/mae", "data.source=~/images", "data.labels=${SCRATCH}/l.csv", "tracking.uri=sqlite:///~/r.db"],
+    )
+    assert (config.store, config.data.source) == ("/scratch/me/mae", "/home/me/images")
+    assert (config.data.labels, config.tracking.uri) == ("/scratch/me/l.csv", "sqlite:////home/me/r.db")
+    monkeypatch.delenv("SCRATCH")
+    for field in ("store", "data.source", "tracking.uri"):
+        said = complaint(path, f"{field}=$SCRATCH/mae")
+        assert said.startswith(f"--set: {field}")
+        assert "SCRATCH, which is not set" in said
+
+
 def test_a_resolved_configuration_reads_as_itself(path, tmp_path):
     config = load_config(path, ["resources.workers=[1, 2]", "model.encoder.depth=2"])
     again = write_config(tmp_path / "again.yaml", yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json"))))

@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import pickle
+import socket
 import threading
 import time
 import traceback
@@ -16,7 +17,7 @@ from s3_kit import Answer, Request, faulty_proxy, is_method
 
 from infra.local.s3 import serving
 from infra.local.swift_filters import GUEST_KEY
-from pipeline.errors import ConfigError, StorageError
+from pipeline.errors import ConfigError, StorageError, WrongStoreAddress
 from pipeline.storage import (
     DeniedObject,
     FileStore,
@@ -25,6 +26,7 @@ from pipeline.storage import (
     S3Store,
     Traffic,
     connection,
+    expand_address,
     open_store,
     probe,
 )
@@ -153,7 +155,7 @@ def test_probe_refuses_a_store_that_overwrites(tmp_path):
 
 def test_probe_refuses_a_store_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(StorageError, match="failed for"):
+    with pytest.raises(StorageError, match="no store can be kept there"):
         probe(open_store(str(tmp_path / "file" / "store")))
 
 
@@ -274,6 +276,88 @@ def test_an_endpoint_that_is_not_a_url_is_named_without_its_password(monkeypatch
         with pytest.raises(StorageError, match=r"is not a URL.*AWS_ENDPOINT_URL") as caught:
             open_store("s3://bucket").read("a")
         assert "pa55word" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"AWS_DEFAULT_REGION": "us_east"}, "region_name 'us_east' .*correct or unset AWS_DEFAULT_REGION='us_east'"),
+        ({"AWS_DEFAULT_REGION": '"us-east-1"'}, "correct or unset AWS_DEFAULT_REGION='\"us-east-1\"'"),
+        ({"AWS_DEFAULT_REGION": "", "AWS_ENDPOINT_URL": ""}, "AWS_DEFAULT_REGION='' or|AWS_ENDPOINT_URL=''"),
+        ({"AWS_MAX_ATTEMPTS": "abc"}, "int.*correct or unset AWS_MAX_ATTEMPTS='abc'$"),
+        ({"AWS_MAX_ATTEMPTS": "0"}, "correct or unset AWS_MAX_ATTEMPTS='0'$"),
+        ({"AWS_RETRY_MODE": "fast"}, "correct or unset AWS_RETRY_MODE='fast'$"),
+        ({"AWS_REQUEST_CHECKSUM_CALCULATION": "never"}, "unset AWS_REQUEST_CHECKSUM_CALCULATION='never'$"),
+        ({"AWS_ENDPOINT_URL": "http://host:port"}, "`http://host:port`.*AWS_ENDPOINT_URL"),
+        ({"AWS_ENDPOINT_URL": "http://host:99999"}, "`http://host:99999`.*AWS_ENDPOINT_URL"),
+    ],
+)
+def test_a_setting_that_botocore_refuses_is_named_and_no_other(s3_endpoint, monkeypatch, variables, words):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(WrongStoreAddress, match=words) as caught:
+        open_store("s3://bucket").read("a")
+    others = {"AWS_DEFAULT_REGION", "AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE", "AWS_ENDPOINT_URL"} - variables.keys()
+    assert not [name for name in others if name in str(caught.value)]
+    assert "\n" not in str(caught.value)
+
+
+def test_a_setting_of_the_profile_is_named(s3_endpoint, tmp_path, monkeypatch):
+    (tmp_path / "config").write_text("[default]\nregion = eu_west\n")
+    monkeypatch.delenv("AWS_DEFAULT_REGION")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    with pytest.raises(WrongStoreAddress, match="unset region in the AWS profile='eu_west'"):
+        open_store("s3://bucket").read("a")
+    (tmp_path / "config").write_text("region = eu-west-1\n")
+    with pytest.raises(WrongStoreAddress, match=f"unset AWS_CONFIG_FILE='{tmp_path}/config'"):
+        open_store("s3://bucket").read("a")
+
+
+def test_settings_are_named_without_their_secrets():
+    secrets = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "refused", "AWS_SESSION_TOKEN": "value"}
+    line = connection.refusal_of_settings("a refused value", secrets, {"aws_secret_access_key": "refused"})
+    assert line.endswith("check the AWS_* variables and the AWS configuration file")
+
+
+@pytest.fixture
+def silent_endpoint(s3_endpoint, monkeypatch):
+    """It accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{address}")
+        yield address
+
+
+def test_a_store_that_has_never_answered_is_given_up_in_time(silent_endpoint, monkeypatch):
+    """A minute at most, with the limits as they are: 10 s to connect and 45 s to read, once."""
+    assert connection._CONNECT_S + connection._READ_S < 60
+    assert connection._FIRST_ANSWER_S + connection._CONNECT_S + 16 < 60  # refused or lost: nothing is read
+    monkeypatch.setattr(connection, "_READ_S", 1)
+    monkeypatch.setattr(connection, "_FIRST_ANSWER_S", 1.2)
+    began = time.monotonic()
+    with pytest.raises(StorageError, match=rf"does not answer.*{silent_endpoint}.*AWS_ENDPOINT_URL"):
+        open_store("s3://bucket").read("a")
+    assert 1 <= time.monotonic() - began < 10
+
+
+def test_a_store_that_has_answered_is_given_more_time():
+    backoff = connection._Backoff(8)
+    failure = connection.EndpointConnectionError(endpoint_url="http://store")
+    late = {"context": {connection._BEGAN: time.monotonic() - 100}}
+    with pytest.raises(connection.EndpointConnectionError):
+        backoff.delay_s(response=None, attempts=2, caught_exception=failure, request_dict=late)
+
+    class Answer:
+        status_code = 404
+
+    assert backoff.delay_s(response=(Answer(), {}), attempts=1, caught_exception=None, request_dict=late) is None
+    assert backoff.delay_s(response=None, attempts=2, caught_exception=failure, request_dict=late) > 0
+
+
+def test_an_endpoint_without_tls_is_told_apart(s3_endpoint, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint.replace("http:", "https:"))
+    with pytest.raises(StorageError, match=r"TLS failed.*Check http:// or https://"):
+        open_store("s3://bucket").read("a")
 
 
 @pytest.mark.parametrize("act", ACTS)
@@ -613,6 +697,69 @@ def test_a_profile_sets_endpoint_and_addressing_style(s3_endpoint, tmp_path, mon
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     url = connection.client().generate_presigned_url("get_object", Params={"Bucket": "bucket", "Key": "key"})
     assert url.partition("?")[0].replace("s3.eu-west-1.", "s3.") == address
+
+
+# --- addresses ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a?b", "feature%2Fvit", "c#d", "e f+g", "$HOME", "~"])
+def test_a_folder_of_any_name_is_reopened_from_its_address(tmp_path, name):
+    store = open_store(str(tmp_path / name))
+    store.write("a", b"x")
+    assert (tmp_path / name / "a").read_bytes() == b"x"
+    assert open_store(store.uri) == store
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("file:///a?b", "%3F"),
+        ("file:///a#b", "%23"),
+        ("file://host/a", "file:///absolute/folder"),
+        ("s3://My Bucket/x", "'My Bucket' is not the name of a bucket"),
+        ("s3:///x", "s3://bucket/prefix"),
+        ("S3://bucket", "s3://bucket/prefix"),
+        ("~nobody-of-this-name/x", "home directory"),
+        ("/a\nb", "control character"),
+        ("/a\0b", "control character"),
+    ],
+)
+def test_an_address_that_cannot_be_right_is_refused(address, words):
+    with pytest.raises(ConfigError, match=words):
+        open_store(address)
+
+
+def test_variables_and_the_home_folder_are_expanded(monkeypatch):
+    monkeypatch.setenv("SCRATCH", "/scratch/me?")
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("EMPTY", "")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    for written, meant in {
+        "$SCRATCH/mae": "/scratch/me?/mae",
+        "${SCRATCH}/mae": "/scratch/me?/mae",
+        "file://$SCRATCH/mae": "file:///scratch/me%3F/mae",
+        "s3://bucket/$SCRATCH": "s3://bucket//scratch/me?",
+        "~/mae": "/home/me/mae",
+        "~": "/home/me",
+        "sqlite:///~/runs.db": "sqlite:////home/me/runs.db",
+        "/a/~/b$": "/a/~/b$",
+        "s3://bucket/x/": "s3://bucket/x/",
+        "http://host:5000": "http://host:5000",
+    }.items():
+        assert expand_address(written) == meant
+    for written, words in {
+        "$NOWHERE/mae": "NOWHERE, which is not set",
+        "${EMPTY}/mae": "EMPTY, which is empty",
+    }.items():
+        with pytest.raises(ConfigError, match=words):
+            expand_address(written)
+
+
+@pytest.mark.parametrize("inside", ["a file", "a file/store", "a" * 300])
+def test_probe_names_a_path_that_cannot_be_a_folder(tmp_path, inside):
+    (tmp_path / "a file").write_text("")
+    with pytest.raises(WrongStoreAddress, match=r"no store can be kept there: .*Write the path of a folder"):
+        probe(open_store(str(tmp_path / inside)))
 
 
 def probe_often(store):
