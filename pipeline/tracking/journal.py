@@ -12,8 +12,8 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from pipeline.errors import TrackingError
 from pipeline.storage import MissingObject, Store
-from pipeline.tracking.connection import TrackingError
 
 FOLDER = "journal/"
 SENT = f"{FOLDER}sent.json"

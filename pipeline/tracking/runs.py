@@ -7,7 +7,8 @@ included. A rollback opens another child with the same fingerprint, tagged with 
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pipeline.tracking.connection import TrackingError, artifact_location, client_of, translate_errors
+from pipeline.errors import TrackingError
+from pipeline.tracking.connection import artifact_location, client_of, translate_errors
 from pipeline.tracking.mlflow_format import mlflow_key, mlflow_tags
 from pipeline.tracking.records import log_params, log_tags
 

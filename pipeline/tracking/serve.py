@@ -5,7 +5,9 @@ import os
 import socket
 import sys
 
-from pipeline.tracking.connection import MLFLOW_SETTINGS, TrackingError, check_tracking, sqlite_file
+from pipeline.errors import TrackingError
+from pipeline.tracking.connection import MLFLOW_SETTINGS, artifact_location, check_tracking
+from pipeline.tracking.database import sqlite_file
 from pipeline.tracking.mlflow_format import redact_text
 
 
@@ -13,8 +15,7 @@ def serve_command(uri: str, *, port: int) -> list[str]:
     """Return the command that serves a local tracking store to this machine only, with artifacts beside the database."""
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", uri]
-    database = sqlite_file(uri)
-    return command + (["--artifacts-destination", str(database.absolute().parent / "mlartifacts")] if database else [])
+    return command + (["--artifacts-destination", str(artifact_location(uri))] if sqlite_file(uri) else [])
 
 
 def serve(uri: str, *, port: int) -> None:

@@ -1,21 +1,23 @@
 """Tracking against the real MLflow, over SQLite files in a temporary folder."""
 
+import contextlib
+import http.server
 import json
 import shutil
 import socket
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from pathlib import Path
 
 import pytest
 from mlflow_kit import wait_for
 
 from pipeline import tracking
-from pipeline.errors import StorageError
+from pipeline.errors import StorageError, WrongTrackingAddress
 from pipeline.storage import FileStore
-from pipeline.tracking import Journal, Point, TrackingError, journal
+from pipeline.tracking import Journal, Point, TrackingError, connection, journal
 from pipeline.tracking.connection import artifact_location
 from pipeline.tracking.mlflow_format import flatten_params
 from pipeline.tracking.records import log_params
@@ -23,13 +25,6 @@ from pipeline.tracking.runs import _experiment
 from pipeline.tracking.writer import JournalTracker
 
 FINGERPRINT = "ab" * 32
-
-
-@pytest.fixture(scope="session")
-def migrated_database(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    tracking.check_tracking(f"sqlite:///{path}")
-    return path
 
 
 @pytest.fixture
@@ -71,10 +66,10 @@ def test_the_configured_address_wins_then_the_environment_then_the_store(monkeyp
 
 
 def test_an_unusable_address_fails_early_and_clearly(tmp_path):
-    with pytest.raises(TrackingError, match="use sqlite:///"):
+    with pytest.raises(WrongTrackingAddress, match=r"write .* sqlite:///"):
         tracking.check_tracking(f"file://{tmp_path}")
     (tmp_path / "plain").write_text("")
-    with pytest.raises(TrackingError, match="cannot be created"):
+    with pytest.raises(WrongTrackingAddress, match="cannot be created"):
         tracking.check_tracking(f"sqlite:///{tmp_path}/plain/mlflow.db")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -82,6 +77,69 @@ def test_an_unusable_address_fails_early_and_clearly(tmp_path):
         with pytest.raises(TrackingError, match="the server is up") as failure:
             tracking.check_tracking(address)
     assert "pw@" not in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "localhost:5000",
+        "/a/folder",
+        "http://",
+        "http://host:port",
+        "http://host:99999",
+        "htp://host:5000",
+        "sqlite://",
+        "sqlite:///",
+        "sqlite:///:memory:",
+        "postgresql://u:pw@10.255.255.1/db",
+    ],
+)
+def test_what_cannot_be_an_address_is_refused_before_anything_waits(address):
+    began = time.monotonic()
+    with pytest.raises(WrongTrackingAddress, match="http://host:port") as failure:
+        tracking.check_tracking(address)
+    assert time.monotonic() - began < 1
+    assert "pw@" not in str(failure.value)
+
+
+def test_a_server_that_never_answers_is_named_in_time(monkeypatch):
+    """It accepts the connection, as a stopped process or a wrong port may."""
+    monkeypatch.setattr(connection, "_ANSWER_S", 0.2)
+    monkeypatch.setattr(connection, "_ANSWER_PAUSE_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        began = time.monotonic()
+        with pytest.raises(TrackingError, match=rf"{address} does not answer \(.*timed out"):
+            tracking.check_tracking(address)
+    assert time.monotonic() - began < 5
+
+
+def test_a_server_that_speaks_no_tls_is_told_apart(monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with serving_plainly() as port, pytest.raises(TrackingError, match="Check http:// or https://"):
+        tracking.check_tracking(f"https://127.0.0.1:{port}")
+
+
+@contextlib.contextmanager
+def serving_plainly():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server.server_port
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_bucket_without_a_server_says_where_its_runs_are_kept(monkeypatch, tmp_path, caplog):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    tracking.resolve_tracking_uri(None, store_uri=str(tmp_path))
+    assert caplog.messages == []
+    tracking.resolve_tracking_uri(None, store_uri="s3://bucket/runs")
+    (message,) = caplog.messages
+    assert "tracking.uri is not set" in message
+    assert f"{tmp_path}/.mae/mlflow.db" in message
 
 
 def test_a_bare_database_is_refused_for_want_of_a_place_for_artifacts():
