@@ -4,6 +4,7 @@ Errors: PipelineError if the cluster cannot be reached."""
 
 import os
 import secrets
+import socket
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal
@@ -21,6 +22,7 @@ WORKER_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+_ANSWER_S = 15.0
 FORWARDED_VARIABLES = (
     "DS_ACCELERATOR",
     "OMP_NUM_THREADS",
@@ -45,6 +47,8 @@ def connect(*, cpus: int | None = None) -> None:
 
     if ray.is_initialized():
         return
+    if address:
+        _await_answer(address)
     variables = dict(
         WORKER_ENVIRONMENT, **{name: os.environ[name] for name in FORWARDED_VARIABLES if name in os.environ}
     )
@@ -61,10 +65,32 @@ def connect(*, cpus: int | None = None) -> None:
                 _node_ip_address="127.0.0.1",
                 **options,
             )
-    except (ConnectionError, RuntimeError, ValueError) as cause:
-        where = address or "on this machine"
+    except (OSError, RuntimeError, ValueError) as cause:
+        message = " ".join(str(cause).split())
+        if address:
+            raise PipelineError(f"Ray {address}: cannot connect ({message}). Unset RAY_ADDRESS to run on this machine") from cause
+        raise PipelineError(f"Ray cannot start on this machine ({message}). {_way_out(cause)}") from cause
+
+
+def _way_out(cause: Exception) -> str:
+    """Return what to do when this machine's own Ray did not start. It keeps sockets and logs below RAY_TMPDIR, TMPDIR or /tmp."""
+    if not isinstance(cause, OSError):
+        return "`mae run --in-process` runs without Ray"
+    names = [f"{name}={os.environ[name]}" for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)]
+    kept = f"where {names[0]} says" if names else "in /tmp/ray, as neither RAY_TMPDIR nor TMPDIR is set"
+    return f"It keeps its sockets {kept}. Set RAY_TMPDIR to a short path of your own, such as RAY_TMPDIR=/tmp/mae-{os.getuid()}"
+
+
+def _await_answer(address: str) -> None:
+    """Raise PipelineError if nothing listens at host:port. Ray itself waits in C++, where Ctrl-C is not heard."""
+    host, separator, port = address.rpartition("://")[2].rpartition(":")
+    if not separator or not port.isdecimal():
+        return  # `auto`, `local`: Ray knows where to look
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+    except (OSError, OverflowError) as cause:
         raise PipelineError(
-            f"Ray {where}: cannot connect ({cause}). Unset RAY_ADDRESS to run on this machine"
+            f"Ray {address}: nothing answers there ({cause}). Start the cluster, correct RAY_ADDRESS, or unset it to run here"
         ) from cause
 
 

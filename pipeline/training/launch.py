@@ -19,7 +19,7 @@ from pipeline.training.health.failures import FailureStreak, reason_to_give_up
 from pipeline.training.health.stop_reasons import stop_on_sigterm_if_unhandled, stop_signal_of
 from pipeline.training.loop.loop import TrainingResult, train
 from pipeline.training.spec.train_spec import TrainSpec
-from pipeline.training.world import ELSEWHERE, enter_world
+from pipeline.training.world import ELSEWHERE, enter_world, leave_launcher
 
 RESULT = "trained.json"
 """The loop's result in the generation's directory: how a worker group answers the stage that started it."""
@@ -49,6 +49,7 @@ def _run_workers(spec: TrainSpec, attempt: Attempt) -> TrainingResult:
     """Run one group of workers from the newest checkpoint to the end, or to where all of them agreed to stop."""
     attempt.store.delete(RESULT)  # the answer of an earlier call must not be taken for this one's
     if attempt.executor == "in_process":
+        leave_launcher()
         run_worker(spec, attempt)
     else:
         from pipeline.training import ray_train

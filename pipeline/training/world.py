@@ -5,7 +5,10 @@ group of its own with a single member. Flags and sums travel as float64 over glo
 GPU stream.
 Errors: inside `fail_together`, a PipelineError or ConfigError on one worker is raised on every worker."""
 
+import logging
 import os
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +18,12 @@ import torch
 import torch.distributed as dist
 
 from pipeline.errors import ConfigError, PipelineError
+
+log = logging.getLogger(__name__)
+JOINED_BY = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""The environment variables from which torch joins a group."""
+LAUNCHER_VARIABLES = (*JOINED_BY, "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_JOIN_S, _SAY_AFTER_S, _JOIN_POLL_S = 600.0, 20.0, 0.5
 
 ELSEWHERE = "another worker failed; its own message says why"
 """What a worker raises when the error is not its own."""
@@ -79,6 +88,52 @@ class World:
             raise PipelineError(ELSEWHERE)
 
 
+def leave_launcher() -> None:
+    """Make this process a world of its own: remove what a launcher, or another job's, wrote into its environment.
+
+    For what promises one worker. Batch systems and shells keep such variables, and joining the group that they describe would
+    wait for workers that nobody starts. Without effect in a process that has joined a group already."""
+    if dist.is_initialized():
+        return
+    found = {name: os.environ.pop(name) for name in LAUNCHER_VARIABLES if name in os.environ}
+    if "RANK" in found or "WORLD_SIZE" in found:
+        described = ", ".join(f"{name}={value}" for name, value in found.items())
+        log.warning(
+            "one worker, in this process: the launcher's variables in the environment are ignored (%s)", described
+        )
+
+
+def _join_launched(backend: str) -> None:
+    """Join the group that a launcher describes.
+
+    torch waits in C++, up to half an hour, and says nothing. In a thread of its own, that leaves this one free to hear signals,
+    to say what is missing, and to give up."""
+    failure: list[BaseException] = []
+
+    def join() -> None:
+        try:
+            dist.init_process_group(backend)
+        except BaseException as error:  # noqa: BLE001 - raised below, in the thread that waits
+            failure.append(error)
+
+    joining = threading.Thread(target=join, name="join-launched", daemon=True)
+    joining.start()
+    described = ", ".join(f"{name}={os.environ[name]}" for name in JOINED_BY)
+    began, said = time.monotonic(), False
+    while joining.is_alive():
+        joining.join(_JOIN_POLL_S)
+        waited = time.monotonic() - began
+        if waited > _JOIN_S:
+            raise PipelineError(
+                f"not all workers came within {_JOIN_S:g} s ({described}). Start them all, or unset these variables to train alone"
+            )
+        if joining.is_alive() and waited > _SAY_AFTER_S and not said:
+            said = True
+            log.warning("waiting for the other workers of the group in the environment (%s)", described)
+    if failure:
+        raise failure[0]
+
+
 def enter_world() -> World:
     """Return this process's world; join the launcher's process group, or make a group with a single member.
 
@@ -86,8 +141,8 @@ def enter_world() -> World:
     """
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-            dist.init_process_group(backend)
+        if os.environ.keys() >= set(JOINED_BY):
+            _join_launched(backend)
         else:  # neither a port nor variables: child processes would take them for their own
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     device = torch.device("cpu")

@@ -21,7 +21,7 @@ from pipeline.training.engine.micro_batches import split
 from pipeline.training.guard import GuardState
 from pipeline.training.health.incidents import Bundle, Inputs
 from pipeline.training.spec.train_spec import TrainSpec, engine_settings
-from pipeline.training.world import enter_world
+from pipeline.training.world import enter_world, leave_launcher
 
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
 """Largest relative difference between a sample's recorded and replayed loss. Sums run in another order, and the difference
@@ -68,6 +68,7 @@ def replay(bundle: Bundle, root: Store, spec: TrainSpec, *, most_steps: int, tel
     """
     # One process has nothing to shard, and no other rank to gather weights from.
     spec = replace(spec, resources=spec.resources.model_copy(update={"zero_stage": 1, "offload": "none"}))
+    leave_launcher()
     world = enter_world()
     if world.size > 1:
         raise DataError(

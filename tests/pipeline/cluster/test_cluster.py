@@ -5,6 +5,9 @@ import sys
 
 import pytest
 
+from pipeline import cluster
+from pipeline.errors import PipelineError
+
 TWICE = """
 from pipeline import cluster
 for _ in range(2):
@@ -19,3 +22,51 @@ def test_a_process_may_start_a_cluster_more_than_once():
     """Ray's client keeps using its first token, so the second cluster must accept it."""
     done = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True, check=False, timeout=180)
     assert done.stdout.splitlines() == ["[3, 2]", "[3, 2]"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "variables", "words"),
+    [
+        (
+            OSError("AF_UNIX path length cannot exceed 107 bytes: /long"),
+            {"TMPDIR": "/long"},
+            "TMPDIR=/long says.*RAY_TMPDIR",
+        ),
+        (
+            PermissionError(13, "Permission denied", "/tmp/ray"),
+            {},
+            "'/tmp/ray'.*in /tmp/ray, as neither.*Set RAY_TMPDIR",
+        ),
+        (
+            OSError(28, "No space left on device"),
+            {"RAY_TMPDIR": "/full", "TMPDIR": "/x"},
+            "No space.*RAY_TMPDIR=/full says",
+        ),
+        (RuntimeError("timed out\nduring startup"), {}, "timed out during startup.*--in-process"),
+    ],
+)
+def test_a_cluster_of_its_own_that_cannot_start_is_one_line(monkeypatch, error, variables, words):
+    import ray
+
+    def fail(**_):
+        raise error
+
+    monkeypatch.setattr(ray, "init", fail)
+    for name in ("RAY_ADDRESS", "RAY_TMPDIR", "TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):  # connect sets them
+        monkeypatch.setenv(name, "")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(PipelineError, match=words) as caught:
+        cluster.connect()
+    assert "\n" not in str(caught.value)
+    assert "RAY_ADDRESS" not in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9"])
+def test_a_cluster_that_does_not_answer_is_named(monkeypatch, address):
+    """Before Ray waits for it in C++, where no signal is heard."""
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(PipelineError, match=f"Ray {address}: nothing answers there .*RAY_ADDRESS"):
+        cluster.connect()
