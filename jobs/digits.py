@@ -5,6 +5,8 @@
 
 The split is fixed: a keyed permutation, cut at fixed places. Images are enlarged to 16 x 16 (bicubic) and stored as PNG."""
 
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +37,8 @@ def write_digits(folder: Path, *, held_out: Literal["test", "val"] = "test") -> 
     parts = {"train": np.concatenate([validation, rest]), "test": test}
     if held_out == "val":
         parts = {"train": rest, "test": validation}
-    unfinished = folder.with_name(f".{folder.name}-unfinished")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-unfinished-", dir=folder.parent))
     for split, indices in parts.items():
         for index in indices:
             pixels = np.round(digits.images[index] * 255 / 16).astype(np.uint8)
@@ -45,5 +48,11 @@ def write_digits(folder: Path, *, held_out: Literal["test", "val"] = "test") -> 
     good = next((unfinished / "train" / "5").glob("*.png")).read_bytes()
     for name, content in BAD.items():
         (unfinished / name).write_bytes(good[: len(good) // 2] if content is None else content)
-    unfinished.rename(folder)
+    unfinished.chmod(0o755)  # mkdtemp keeps it to this user
+    try:
+        unfinished.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(unfinished)  # another process was first, with the same files
     return folder

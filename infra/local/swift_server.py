@@ -173,7 +173,9 @@ class _Servers:
         """Write the configuration and rings; return the ports by role."""
         etc = self.directory / "swift"
         if not (etc / "swift.conf").exists():  # the suffix is part of every path on the disk, so it must never change
-            (etc / "swift.conf").write_text(f"[swift-hash]\nswift_hash_path_suffix = {uuid.uuid4().hex}\n")
+            whole = etc / "swift.conf.new"  # renamed, since a kill must not leave a file without the suffix
+            whole.write_text(f"[swift-hash]\nswift_hash_path_suffix = {uuid.uuid4().hex}\n")
+            whole.replace(etc / "swift.conf")
         ports = dict(zip(BACKENDS, _free_ports(len(BACKENDS)), strict=True))
         _point_swift_at(etc)
         from swift.common.ring import RingBuilder
