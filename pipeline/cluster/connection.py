@@ -68,7 +68,9 @@ def connect(*, cpus: int | None = None) -> None:
     except (OSError, RuntimeError, ValueError) as cause:
         message = " ".join(str(cause).split())
         if address:
-            raise PipelineError(f"Ray {address}: cannot connect ({message}). Unset RAY_ADDRESS to run on this machine") from cause
+            raise PipelineError(
+                f"Ray {address}: cannot connect ({message}). Unset RAY_ADDRESS to run on this machine"
+            ) from cause
         raise PipelineError(f"Ray cannot start on this machine ({message}). {_way_out(cause)}") from cause
 
 
