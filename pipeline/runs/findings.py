@@ -18,7 +18,7 @@ from pipeline.data.dataset.facts import (
     SplitLabels,
     unsuited,
 )
-from pipeline.data.dataset.understanding import notes_on_classes
+from pipeline.data.dataset.understanding import EXAMPLES, notes_on_classes
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.graph.receipts import read_receipt
 from pipeline.graph.step import StageInput, Step
@@ -214,8 +214,8 @@ def keep_reading(step: Step, store: Store) -> bool:
 
 
 def _is_cut(facts: SnapshotFacts) -> bool:
-    """Whether a preview may have left files out."""
-    return facts.kind != "Parquet tables" and facts.listed + facts.ignored >= PREVIEW_FILES
+    """Whether a preview may have left files (or rows of tables) out."""
+    return facts.listed + facts.ignored >= PREVIEW_FILES
 
 
 def _readers(steps: Sequence[Step]) -> list[Step]:
@@ -286,7 +286,8 @@ def _judge(
     for name, one in known.labels.items():
         if not one.not_in_train:
             continue
-        lacking = f"{source}: the {name} split has classes that train has not ({', '.join(one.not_in_train)}, ...)"
+        more = ", ..." if len(one.not_in_train) == EXAMPLES else ""
+        lacking = f"{source}: the {name} split has classes that train has not ({', '.join(one.not_in_train)}{more})"
         if known.drawn or name != split or not evaluated:
             warnings.append(lacking)
         else:
@@ -294,6 +295,7 @@ def _judge(
                 f"{lacking}, so its score would mean nothing. Give the labels of its images in data.labels, move them into the "
                 "class folders of train, or set evaluation.datasets: [] to pretrain only"
             )
+    skipped = {} if problem else skipped
     return DatasetFindings(dataset, waiting, skipped, problem, tuple(warnings))
 
 
