@@ -1,4 +1,4 @@
-"""`mae shards verify`, `inspect`, `index`, `audit`.
+"""`mae shards verify`, `inspect`, `index`, `preview`, `keep`, `audit`.
 
 Are the shards as they were written, what is in them, and did training read the right samples?"""
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.options import AsJson, Overrides, config_at
+from jobs.options import AsJson, ConfigPath, Overrides, config_at
 
 if TYPE_CHECKING:
     from pipeline.runs.finished.datasets import FinishedDataset
@@ -139,6 +139,43 @@ def index(
     manifest = dataset.address.open()
     Console(highlight=False).print(survey_table(survey(manifest, splits=manifest.splits, images=0)), soft_wrap=True)
     typer.echo(f"\ndataset  {manifest.digest[:12]}  {dataset.step_uri}")
+
+
+@app.command()
+def preview(
+    source: Annotated[str, typer.Argument(help="Folder or s3:// prefix of images, tars or tables.", metavar="SOURCE")],
+    overrides: Overrides = [],  # noqa: B006 - typer copies it
+) -> None:
+    """Show how a source would be read: splits, classes, examples, and the files that are passed over.
+
+    Nothing is written, and no configuration is needed. At most the first 200,000 files are listed.
+    """
+    from rich.console import Console
+
+    from pipeline.reporting.progress import ProgressDisplay
+    from pipeline.runs.findings import preview_source
+    from pipeline.runs.indexing import source_config
+
+    with ProgressDisplay() as display:
+        table = preview_source(source_config(source, overrides), display.for_step("preview"))
+    Console(highlight=False).print(table, soft_wrap=True)
+
+
+@app.command()
+def keep(config: ConfigPath, overrides: Overrides = []) -> None:  # noqa: B006 - typer copies it
+    """Keep the listings that an older version made, although this one would read their sources otherwise.
+
+    What was trained on them stays, and the same configuration goes on with it.
+    """
+    from pipeline.config import load_config
+    from pipeline.runs.findings import keep_reading
+    from pipeline.runs.workflow import build
+    from pipeline.storage import open_store
+
+    read = load_config(config, overrides)
+    store = open_store(read.store)
+    kept = [step.name for step in build(read) if step.kind == "snapshot" and keep_reading(step, store)]
+    typer.echo(f"kept: {', '.join(kept) or 'nothing, since nothing is listed yet'}")
 
 
 @app.command()

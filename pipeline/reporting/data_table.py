@@ -30,15 +30,19 @@ def data_table(
     notes: Sequence[str] = (),
 ) -> RenderableType:
     """Return the table of one source. `unit`: what is counted; `classes`: None if they are not known yet."""
-    table = plain_table(
-        ["split"], numbers=[unit, *(["classes", "unlabelled"] if classes is not None else [])], rest=["such as"]
-    )
+    table = plain_table(["split"], numbers=[unit, *(["classes", "unlabelled"] if classes is not None else [])])
     for split, known in splits.items():
         numbers = [count(known.images)]
         if classes is not None:
             numbers += [count(known.classes), count(known.images - known.labelled)]
-        table.add_row(Text(split, style="bold"), *map(Text, numbers), Text("  ".join(known.examples[:2])))
-    lines = [Text(f"splits from {ORIGINS[origin]}", style="dim")] if origin else []
+        table.add_row(Text(split, style="bold"), *map(Text, numbers))
+    # lines rather than a column: paths are of any length, and numbers must not be cut for them
+    lines = [
+        Text(f"{split} such as {', '.join(known.examples[:2])}", style="dim")
+        for split, known in splits.items()
+        if known.examples
+    ]
+    lines += [Text(f"splits from {ORIGINS[origin]}", style="dim")] if origin else []
     if classes:
         more = f" and {count(len(classes) - _CLASSES_SHOWN)} more" if len(classes) > _CLASSES_SHOWN else ""
         lines.append(Text(f"classes {', '.join(classes[:_CLASSES_SHOWN])}{more}", style="dim"))

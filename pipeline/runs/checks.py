@@ -14,9 +14,13 @@ from pipeline.graph.step import Step
 from pipeline.planning.estimate import check_memory
 from pipeline.planning.hardware import cluster_hardware, local_hardware
 from pipeline.runs.findings import check_reading, examine, finished_in, problem_of
+from pipeline.stages.snapshot import check_layout
 from pipeline.storage import Store, open_store, probe
 
 log = logging.getLogger(__name__)
+
+CHECKED_FILES = 20_000
+"""Sources with more files than this are listed by their step alone; 20,000 are a second, or twenty requests to a bucket."""
 
 
 def check_before_start(config: RunConfig, steps: Sequence[Step], store: Store, executor: Executor) -> None:
@@ -81,7 +85,7 @@ def warn_of_unshared_paths(store: Store, tracking_uri: str) -> None:
 
 
 def source_problem(step: Step) -> PipelineError | ConfigError | None:
-    """Return why the source of a snapshot step cannot be listed, or None. Stops at the first image or table that it finds."""
+    """Return why the source of a snapshot step cannot be listed, or None. Only a small source is listed whole."""
     if step.kind != "snapshot":
         return None
     try:
@@ -93,6 +97,7 @@ def source_problem(step: Step) -> PipelineError | ConfigError | None:
                     f"data.labels={labels!r} does not exist: write the address of a .csv, .jsonl or .parquet file"
                 )
         next(item for item in list_source(step.config.source, besides=labels) if item.role != "ignored")
+        check_layout(step.config, files=CHECKED_FILES)
     except (PipelineError, ConfigError) as problem:
         return problem
     return None

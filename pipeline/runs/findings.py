@@ -18,12 +18,13 @@ from pipeline.data.dataset.facts import (
     SplitLabels,
     unsuited,
 )
-from pipeline.data.dataset.understanding import notes_on_classes
+from pipeline.data.dataset.understanding import EXAMPLES, notes_on_classes
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.graph.receipts import read_receipt
 from pipeline.graph.step import StageInput, Step
 from pipeline.reporting.data_table import data_table
 from pipeline.reporting.format import count
+from pipeline.runs.workflow import listings
 from pipeline.stages.snapshot import preview, reread
 from pipeline.storage import Store
 
@@ -62,12 +63,16 @@ def finished_in(store: Store) -> Finished:
     return finished
 
 
-def examine(config: RunConfig, steps: Sequence[Step], finished: Finished) -> list[DatasetFindings]:
-    """Return what is known of every dataset that a step would still train or score on."""
+def examine(
+    config: RunConfig, steps: Sequence[Step], finished: Finished, *, previews: Mapping[str, SnapshotFacts] | None = None
+) -> list[DatasetFindings]:
+    """Return what is known of every dataset that a step would still train or score on.
+
+    `previews`: listings, by step, that were made only to look."""
     found = []
     for dataset in {step.inputs["shards"].name: step.inputs["shards"] for step in _readers(steps)}.values():
         waiting = [step for step in _readers(steps) if step.inputs["shards"] is dataset and finished(step) is None]
-        known = _known_labels(dataset, finished)
+        known = _known_labels(dataset, finished, previews or {})
         if waiting and known:
             evaluated = {_evaluation_name(step): step for step in waiting if step.kind == "evaluate"}
             found.append(_judge(config, dataset, waiting, known, sorted(evaluated)))
@@ -121,13 +126,15 @@ def snapshot_table(name: str, facts: SnapshotFacts) -> RenderableType:
     )
 
 
-def preview_source(step: Step, progress: Progress) -> RenderableType:
-    """Return the table of a source that is not listed yet, from its first files. Raises what listing it would raise."""
-    facts = preview(step.config, progress, files=PREVIEW_FILES)
-    seen = facts.listed + facts.ignored
-    part = (
-        f" (the first {count(PREVIEW_FILES)} files)" if facts.kind != "Parquet tables" and seen >= PREVIEW_FILES else ""
-    )
+def preview_source(config: RunConfig, progress: Progress) -> RenderableType:
+    """Return the table of data.source as a run would list it for the first time."""
+    (step, *_) = listings(config)
+    return preview_table(step, preview(step.config, progress, files=PREVIEW_FILES))
+
+
+def preview_table(step: Step, facts: SnapshotFacts) -> RenderableType:
+    """Return the table of a source from a listing of its first PREVIEW_FILES files."""
+    part = f" (the first {count(PREVIEW_FILES)} files)" if _is_cut(facts) else ""
     return snapshot_table(f"{step.name}: {step.config.source}{part}", facts)
 
 
@@ -146,18 +153,22 @@ def describe(config: RunConfig, steps: Sequence[Step], store: Store) -> DataDesc
     finished = finished_in(store)
     tables: list[RenderableType] = []
     problems: dict[str, PipelineError | ConfigError] = {}
-    listings = [step for step in steps if step.kind == "snapshot"]
-    for step in listings:
+    previews: dict[str, SnapshotFacts] = {}
+    for step in steps:
+        if step.kind != "snapshot":
+            continue
         check_reading(step, finished, mark=False)
         done = finished(step)
         try:
             if done:
                 tables += [table] if (table := table_of(step, done)) else []
             elif not step.inputs:  # a later part is what is new, which only a whole listing finds
-                tables.append(preview_source(step, Unseen()))
+                facts = preview(step.config, Unseen(), files=PREVIEW_FILES)
+                tables.append(preview_table(step, facts))
+                previews |= {} if _is_cut(facts) else {step.name: facts}
         except (DataError, ConfigError) as problem:
             problems[step.name] = problem
-    findings = examine(config, steps, finished)
+    findings = examine(config, steps, finished, previews=previews)
     for one in findings:
         if one.problem:
             problems |= {reader.name: ConfigError(one.problem) for reader in one.waiting}
@@ -202,6 +213,11 @@ def keep_reading(step: Step, store: Store) -> bool:
     return True
 
 
+def _is_cut(facts: SnapshotFacts) -> bool:
+    """Whether a preview may have left files (or rows of tables) out."""
+    return facts.listed + facts.ignored >= PREVIEW_FILES
+
+
 def _readers(steps: Sequence[Step]) -> list[Step]:
     return [step for step in steps if step.kind in {"pretrain", "evaluate"}]
 
@@ -218,16 +234,17 @@ class _Known:
     """Whether a keyed hash made the splits."""
 
 
-def _known_labels(dataset: Step, finished: Finished) -> _Known | None:
+def _known_labels(dataset: Step, finished: Finished, previews: Mapping[str, SnapshotFacts]) -> _Known | None:
     """What is known of a dataset, from its own receipt or else from that of its only listing."""
-    listings = _listings(dataset)
-    read = [(step, SnapshotFacts.read(done.facts)) for step in listings if (done := finished(step))]
+    sources = _listings(dataset)
+    read = [(step, SnapshotFacts.read(done.facts)) for step in sources if (done := finished(step))]
+    read += [(step, previews[step.name]) for step in sources if step.name in previews]
     origins = {facts.understood.origin if facts.understood else _old_origin(step, facts) for step, facts in read}
     drawn = origins <= {"hash"}
     if done := finished(dataset):
         facts = DatasetFacts.read(done.facts)
         return _Known(facts.classes, {n: one for n, one in labels_of(done).items() if n in facts.splits}, drawn)
-    if len(listings) == len(read) == 1 and (known := read[0][1].understood) and read[0][1].kind != "tars":
+    if len(sources) == len(read) == 1 and (known := read[0][1].understood) and read[0][1].kind != "tars":
         return _Known(read[0][1].classes, known.splits, drawn)
     return None
 
@@ -269,20 +286,22 @@ def _judge(
     for name, one in known.labels.items():
         if not one.not_in_train:
             continue
-        lacking = f"{source}: the {name} split has classes that train has not ({', '.join(one.not_in_train)}, ...)"
-        if known.drawn or name != split or not evaluated or reason:
+        more = ", ..." if len(one.not_in_train) == EXAMPLES else ""
+        lacking = f"{source}: the {name} split has classes that train has not ({', '.join(one.not_in_train)}{more})"
+        if known.drawn or name != split or not evaluated:
             warnings.append(lacking)
         else:
             problem = (
                 f"{lacking}, so its score would mean nothing. Give the labels of its images in data.labels, move them into the "
                 "class folders of train, or set evaluation.datasets: [] to pretrain only"
             )
+    skipped = {} if problem else skipped
     return DatasetFindings(dataset, waiting, skipped, problem, tuple(warnings))
 
 
 def _way_out(known: _Known, split: ScoredSplit) -> str:
     other: ScoredSplit = "val" if split == "test" else "test"
-    if not unsuited(known.classes, known.labels, other):
+    if not unsuited(known.classes, known.labels, other) and not known.labels[other].not_in_train:
         return f"evaluation.split={other} scores on {other} ({count(known.labels[other].labelled)} labelled images)"
     if not known.classes:
         return "put the images into class folders, or name a file with labels in data.labels"

@@ -14,7 +14,8 @@ from rich.text import Text
 
 from pipeline import tracking
 from pipeline.config import RunConfig
-from pipeline.data.dataset.facts import DatasetFacts
+from pipeline.data.dataset.facts import DatasetFacts, SnapshotFacts
+from pipeline.data.dataset.understanding import HIDDEN
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.evaluation.protocol import ScoreFacts
 from pipeline.graph.receipts import Receipt, installed_versions
@@ -201,16 +202,31 @@ def detail_of(outcome: Outcome) -> str:
 
 def _remark(receipt: Receipt) -> str:
     """What the user should know of a finished step."""
+    if receipt.kind == "snapshot":
+        return _remark_on_listing(SnapshotFacts.read(receipt.facts))
     if receipt.kind in {"shard", "join"}:
         return _remark_on_images(DatasetFacts.read(receipt.facts))
-    if receipt.kind == "evaluate" and (reason := ScoreFacts.read(receipt.facts).skipped):
-        return f"not evaluated: {reason}"
+    if receipt.kind == "evaluate":
+        scores = ScoreFacts.read(receipt.facts)
+        if scores.skipped:
+            return f"not evaluated: {scores.skipped}"
+        if scores.split:
+            return f"scored on {scores.split}"
     incidents = IncidentFacts.read(receipt.facts)
     if not incidents.substituted:
         return ""
     more = len(incidents.substituted) - 3
     worst = ", ".join(source for _, source, _ in incidents.substituted[:3]) + (f" and {more} more" if more > 0 else "")
     return f"{incidents.substitutions} times another image was used in place of an unreadable one: {worst}"
+
+
+def _remark_on_listing(facts: SnapshotFacts) -> str:
+    if facts.understood is None:
+        return ""
+    seen = {ending: number for ending, number in facts.understood.passed_over.items() if ending != HIDDEN}
+    endings = ", ".join(f"{number} {ending}" for ending, number in seen.items())
+    remarks = [f"{sum(seen.values())} other files passed over ({endings})"] if seen else []
+    return "; ".join([*remarks, *facts.understood.notes])
 
 
 def _remark_on_images(facts: DatasetFacts) -> str:

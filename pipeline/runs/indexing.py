@@ -16,18 +16,21 @@ from pipeline.errors import ConfigError
 
 
 def index_config(source: str, overrides: Sequence[str], *, store: str | None) -> RunConfig:
-    """Return a run's configuration as far as its shards depend on it; the model in it is never built.
+    """Return the configuration under which tars are indexed. `store` None: the default store of a run."""
+    config = source_config(source, overrides, store=store)
+    _refuse_other_sources(config.data.source)
+    return config
 
-    `store` None: the default store of a run."""
+
+def source_config(source: str, overrides: Sequence[str], *, store: str | None = None) -> RunConfig:
+    """Return a run's configuration as far as its shards depend on it; the model in it is never built."""
     document: dict[str, Any] = {"data": {"source": absolute_address(source)}, "model": {"size": "tiny"}}
     if store is not None:
         document["store"] = absolute_address(store)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "index.yaml"
         path.write_text(json.dumps(document))  # JSON is YAML
-        config = load_config(path, overrides)
-    _refuse_other_sources(config.data.source)
-    return config
+        return load_config(path, overrides)
 
 
 def _refuse_other_sources(source: str) -> None:

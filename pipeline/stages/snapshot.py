@@ -11,6 +11,7 @@ tables, the list of files. For 10 million images see docs/data.md.
 Errors: those of the source (`sources/listing.py`, `sources/splits.py`), the labels and the tables (`sources/tables.py`)."""
 
 import heapq
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -103,6 +104,26 @@ def preview(config: SnapshotConfig, progress: Progress, *, files: int) -> Snapsh
         return _take(config, EarlierListing([]), Path(scratch), progress, files=files)[0]
 
 
+def check_layout(config: SnapshotConfig, *, files: int) -> None:
+    """Raise DataError or ConfigError if the splits of a source of at most so many files cannot be read from its names.
+
+    A larger source is not checked: it is listed once only."""
+    items = list(islice(list_source(config.source, besides=config.labels), files + 1))
+    found = [item for item in items if item.role != "ignored"]
+    if (
+        len(items) > files
+        or config.labels is not None
+        or config.split_from == "column"
+        or config.split_column is not None
+    ):
+        return
+    paths = [item.path for item in found]
+    if found[0].role == "image":
+        find_layout(FolderEvidence().add_all(paths), config.split_from)
+    else:
+        named_splits(paths, config.split_from)
+
+
 class EarlierListing:
     """What earlier parts list: asked about every file of a listing, in path order."""
 
@@ -157,6 +178,8 @@ class _Listing:
     labels: Labels | None
     without_split: int
     """Images that the labels file gives no split, new or not."""
+    rows_max: float
+    """Rows of tables to read; finite for a preview only."""
 
 
 class _Listed(NamedTuple):
@@ -287,7 +310,7 @@ def _take(
 def _list(
     config: SnapshotConfig, earlier: EarlierListing, path: Path, progress: Progress, *, files: int | None
 ) -> _Listing:
-    """List the source in one pass."""
+    """List the source in one pass, or its first `files` files."""
     labels = Labels(config.labels) if config.labels else None
     folders, passed_over = FolderEvidence(), PassedOver()
     role: Role = "ignored"
@@ -319,9 +342,11 @@ def _list(
                 columns["label"] = [match.labels[index] for index in new]
                 columns["split"] = [match.splits[index] for index in new]
             writer.write_table(pa.table(columns, schema=schema))
+    if role == "ignored":
+        raise DataError(f"{config.source}: none of its first {files} files is an image, a tar or a table")
     if labels and files is None:
         labels.check_all_known(config.source)
-    return _Listing(path, KINDS[role], passed_over, folders, labels, without_split)
+    return _Listing(path, KINDS[role], passed_over, folders, labels, without_split, files or math.inf)
 
 
 def _resolve_images(config: SnapshotConfig, listing: _Listing, folder: Path) -> _Listed:
@@ -388,7 +413,10 @@ def _resolve_tables(config: SnapshotConfig, listing: _Listing, folder: Path) -> 
     scratch, names = folder / "rows.parquet", set[str]()
     # two passes: labels are numbered by the sorted names of all classes, which are known only after the first one
     with pq.ParquetWriter(scratch, _TABLE_ROWS) as writer:
+        read = 0
         for number, file in enumerate(files):
+            if read >= listing.rows_max:
+                break
             for rows in list_rows(config.source, file["path"], file["size"], columns, batch_rows=_BATCH_ROWS):
                 names.update(rows.column("label").drop_null().unique().to_pylist())
                 if len(names) > CLASSES_MAX:
@@ -405,6 +433,7 @@ def _resolve_tables(config: SnapshotConfig, listing: _Listing, folder: Path) -> 
                         f"data.split_from=column: {empty} of the rows of {file['path']} from row {rows.column('path')[0]} "
                         f"on have no {config.split_column}. Fill the column with train, val or test"
                     )
+                read += rows.num_rows
                 writer.write_table(batch.select(_TABLE_ROWS.names).cast(_TABLE_ROWS))
 
     def resolve(batch: _Batch) -> tuple[list[str | None], list[str]]:

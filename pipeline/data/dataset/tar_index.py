@@ -95,6 +95,7 @@ def label_of(sample: TarSample, file: BinaryIO, label_field: str | None) -> str 
         except ValueError as error:
             return Refused("bad_label", f"its .json is not JSON ({error})")
         value = fields.get(label_field) if isinstance(fields, Mapping) else None
+        value = value.strip() if isinstance(value, str) else value
     else:
         return None
     if value is None or value == "" or (type(value) is int and value < 0):

@@ -79,14 +79,14 @@ class Labels:
 
 
 def label_texts(column: pa.Array, where: str) -> TextColumn:
-    """Return labels as text; empty ones and negative numbers become null."""
+    """Return labels as text without blanks around them, as `.cls` of tars; empty ones and negative numbers become null."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     kind = column.type
     texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_null)
     if not (pa.types.is_integer(kind) or any(is_text(kind) for is_text in texts)):
         raise DataError(f"{where}: the labels are of type {kind}. Write whole numbers or text")
-    labels = column.cast(_TEXT)
+    labels = pc.utf8_trim_whitespace(column.cast(_TEXT))
     return pc.if_else(pc.match_substring_regex(labels, r"^(-[0-9]+)?$"), pa.scalar(None, _TEXT), labels)
 
 
@@ -98,6 +98,7 @@ def split_texts(column: pa.Array, where: str) -> TextColumn:
         texts = column.cast(_TEXT)
     except pa.ArrowInvalid as error:
         raise DataError(f"{where}: the splits are of type {column.type}. Write train, val or test") from error
+    texts = pc.utf8_trim_whitespace(texts)
     texts = pc.if_else(pc.equal(texts, ""), pa.scalar(None, _TEXT), texts)
     names = pc.unique(texts).drop_null().to_pylist()
     if strange := sorted(name for name in names if split_named(name) is None):

@@ -12,11 +12,10 @@ Errors: DataError for such a layout, with an example of each word and the ways o
 
 import hashlib
 import re
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pipeline.errors import DataError
 
@@ -80,26 +79,31 @@ class FolderEvidence:
 
     names: list[set[str]] = field(default_factory=list)
     """Distinct folder names by depth."""
-    _examples: dict[_Words, str] = field(default_factory=dict)
-    """Which words occur together -> the first path with them."""
-    _counts: Counter[_Words] = field(default_factory=Counter)
+    _groups: dict[_Words, list[Any]] = field(default_factory=dict)
+    """Which words occur together -> the first path with them, and the number of images."""
     _folder: str | None = None
-    _folder_words: tuple[tuple[SplitName | None, ...], tuple[frozenset[SplitName], ...]] = ((), ())
+    _words: _Words = _Words((), (), frozenset())
+    _group: list[Any] = field(default_factory=list)
+    """That of the last path; the next path mostly has the same words, and hashing them costs more than all else here."""
 
     def add(self, path: str) -> None:
         """Take in the path of one image."""
         folder, _, name = path.rpartition("/")
+        named = words_in(name.rpartition(".")[0])
         if folder != self._folder:  # paths come in order, so a folder is looked at once
             parts = folder.split("/") if folder else []
             self.names += [set() for _ in range(len(parts) - len(self.names))]
             for names, part in zip(self.names, parts, strict=False):
                 names.add(part)
             whole = _trimmed([split_named(part) for part in parts])
-            loose = _trimmed([words_in(part) for part in parts])
-            self._folder, self._folder_words = folder, (whole, loose)
-        words = _Words(*self._folder_words, words_in(name.rpartition(".")[0]))
-        self._counts[words] += 1
-        self._examples.setdefault(words, path)
+            self._folder = folder
+            self._enter(_Words(whole, _trimmed([words_in(part) for part in parts]), named), path)
+        elif named != self._words.name:
+            self._enter(replace(self._words, name=named), path)
+        self._group[1] += 1
+
+    def _enter(self, words: _Words, path: str) -> None:
+        self._words, self._group = words, self._groups.setdefault(words, [path, 0])
 
     def add_all(self, paths: Iterable[str]) -> "FolderEvidence":
         """Take in many paths, and return itself."""
@@ -110,7 +114,7 @@ class FolderEvidence:
     @property
     def patterns(self) -> list[tuple[_Words, str, int]]:
         """Words, an example and the number of images, in the order of the first example."""
-        return [(words, path, self._counts[words]) for words, path in self._examples.items()]
+        return [(words, path, images) for words, (path, images) in self._groups.items()]
 
 
 def find_layout(
@@ -216,7 +220,7 @@ def _words_in(text: str) -> frozenset[SplitName]:
 
 def label_name(folder: str) -> str:
     """Return the label that a folder stands for: its name, or the value in a Hive folder `label=cat`."""
-    hive = _HIVE_LABEL.fullmatch(folder)
+    hive = _HIVE_LABEL.fullmatch(folder) if "=" in folder else None
     return hive[1] if hive else folder
 
 

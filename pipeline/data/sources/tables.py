@@ -4,16 +4,18 @@ An image is a column of bytes, or Hugging Face's struct {bytes, path}. A row's n
 Units: bytes. Memory: one batch of rows.
 Errors: DataError for a file that is not a Parquet table or lacks a column; StorageError when a store is down."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Required, TypedDict
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.data.images.intake import Refused
-from pipeline.data.sources.labels import label_texts, split_texts
+from pipeline.data.sources.labels import TextColumn, label_texts, split_texts
 from pipeline.errors import DataError
 from pipeline.storage import Store, open_store
 from pipeline.storage.files import RangeFile
@@ -59,6 +61,7 @@ def list_rows(source: str, file: str, size: int, columns: TableColumns, *, batch
         label = _present(schema, columns.label, where, named="data.label_column", may_lack=columns.label == "label")
         split = _present(schema, columns.split, where, named="data.split_column", may_lack=False)
         wanted = [name for name in (label, split) if name]
+        names = _class_names(schema, label) if label else ()
         first = 0
         for group in range(table.num_row_groups):
             share = _image_bytes(table.metadata.row_group(group), columns.image)
@@ -69,7 +72,7 @@ def list_rows(source: str, file: str, size: int, columns: TableColumns, *, batch
                     {
                         "path": pa.array([row_name(file, row) for row in range(first, first + count)], pa.string()),
                         "size": pa.array([share] * count, pa.int64()),
-                        "label": label_texts(rows.column(label), where) if label else nothing,
+                        "label": _named(label_texts(rows.column(label), where), names, where) if label else nothing,
                         "split": split_texts(rows.column(split), where) if split else nothing,
                         "row_group": pa.array([group] * count, pa.int32()),
                     }
@@ -150,6 +153,33 @@ def _present(schema: pa.Schema, column: str | None, where: str, *, named: str, m
     if may_lack:
         return None
     raise DataError(f"{where} has no column {column!r} ({named}), only {', '.join(schema.names)}")
+
+
+def _class_names(schema: pa.Schema, column: str) -> tuple[str, ...]:
+    """Return the names of Hugging Face's ClassLabel, by which whole numbers in the column stand for classes; else nothing."""
+    if not pa.types.is_integer(schema.field(column).type):
+        return ()
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        names = features[column]["names"]
+    except (ValueError, KeyError, TypeError):
+        return ()
+    distinct = isinstance(names, list) and all(isinstance(name, str) and name.strip() for name in names)
+    names = tuple(name.strip() for name in names) if distinct else ()
+    return names if len(set(names)) == len(names) else ()
+
+
+def _named(labels: TextColumn, names: Sequence[str], where: str) -> TextColumn:
+    """Replace numbers by the names of their classes, if there are names."""
+    if not names:
+        return labels
+    strange = [text for text in pc.unique(labels).drop_null().to_pylist() if int(text) >= len(names)]
+    if strange:
+        raise DataError(
+            f"{where}: label {strange[0]} has no name; its features name {len(names)} classes, 0 to {len(names) - 1}. Repair "
+            "the labels or the table's metadata, or set data.label_column to another column"
+        )
+    return pa.array(names, pa.large_string()).take(labels.cast(pa.int64()))
 
 
 def _batches_of(table: pq.ParquetFile, group: int, columns: list[str], rows: int) -> Iterator[pa.Table]:
