@@ -112,6 +112,7 @@ def _shards(count: int) -> Iterator[tuple[int, str, Any]]:
         columns = {
             "sample_id": np.arange(number * _SHARD_SAMPLES, (number + 1) * _SHARD_SAMPLES),
             "sha256": [rng.bytes(32).hex() for _ in range(_SHARD_SAMPLES)],
+            "label": np.zeros(_SHARD_SAMPLES, dtype=np.int32),
             "dhash64": rng.integers(0, 2**64, _SHARD_SAMPLES, dtype=np.uint64),
             "served": np.ones(_SHARD_SAMPLES, dtype=bool),
         }

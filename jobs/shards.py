@@ -80,7 +80,13 @@ def inspect(
 
     from pipeline.data.dataset.survey import survey
     from pipeline.errors import ConfigError
-    from pipeline.reporting.shard_pictures import survey_png, survey_table, terminal_sheet, unreadable_line
+    from pipeline.reporting.shard_pictures import (
+        others_table,
+        survey_png,
+        survey_table,
+        terminal_sheet,
+        unreadable_line,
+    )
 
     dataset = _datasets(target, overrides)[0]
     manifest = dataset.address.open()
@@ -94,6 +100,8 @@ def inspect(
         console.print(terminal_sheet(seen.shown))
         console.print()
     console.print(survey_table(seen), soft_wrap=True)
+    if others := others_table(dataset.facts):
+        console.print(others, soft_wrap=True)
     if line := unreadable_line(seen):
         console.print(f"\n{line}", soft_wrap=True, markup=False)
     typer.echo(f"\ndataset  {manifest.digest[:12]}  {dataset.step_uri}\npicture  {out.absolute()}")
@@ -121,7 +129,7 @@ def index(
 
     from pipeline.data.dataset.survey import survey
     from pipeline.reporting.progress import ProgressDisplay
-    from pipeline.reporting.shard_pictures import survey_table
+    from pipeline.reporting.shard_pictures import others_table, survey_table
     from pipeline.runs.executor import connected, executor_for_indexing
     from pipeline.runs.finished.datasets import datasets_of, make_datasets
     from pipeline.runs.indexing import index_config
@@ -137,7 +145,10 @@ def index(
         raise typer.Exit(EXIT_CODES["stopped" if "stopped" in states else "failed"])
     dataset = datasets_of(config)[0]
     manifest = dataset.address.open()
-    Console(highlight=False).print(survey_table(survey(manifest, splits=manifest.splits, images=0)), soft_wrap=True)
+    console = Console(highlight=False)
+    console.print(survey_table(survey(manifest, splits=manifest.splits, images=0)), soft_wrap=True)
+    if others := others_table(dataset.facts):
+        console.print(others, soft_wrap=True)
     typer.echo(f"\ndataset  {manifest.digest[:12]}  {dataset.step_uri}")
 
 

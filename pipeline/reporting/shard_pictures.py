@@ -18,7 +18,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.data.dataset.facts import NearDuplicateFacts
+from pipeline.data.dataset.dataset_writer import repaired_images
+from pipeline.data.dataset.facts import ContradictionFacts, DatasetFacts, NearDuplicateFacts
 from pipeline.data.dataset.integrity import Finding, Verification
 from pipeline.data.dataset.survey import ShownImage, Survey
 from pipeline.reporting.figures import BLUE, DOTS_PER_INCH, FAINT, GREEN, PURPLE, STYLE, as_png
@@ -137,10 +138,33 @@ def survey_table(survey: Survey) -> RenderableType:
                 f"{_range(survey.heights)} pixels, median size {bytes_text(float(np.median(survey.lengths)))}"
             )
         )
+    if repaired := repaired_images(survey.policies):
+        parts.append(Text(f"{count(repaired)} of them had a harmless fault and were repaired"))
     for refusals in survey.refusals:
         parts.append(Text.assemble(("\nquarantine  ", "dim"), (refusals.reason, "bold"), f"  {count(refusals.count)}"))
         parts += [_line(f"  {source}  ", detail) for source, detail in refusals.examples]
-    return Group(*parts, *_near_lines(survey.near_duplicates))
+    return Group(*parts, *_contradiction_lines(survey.contradictions), *_near_lines(survey.near_duplicates))
+
+
+def others_table(facts: DatasetFacts) -> RenderableType | None:
+    """Return the files of tars that belong to no sample, by reason, or None if there are none. Print it with soft_wrap=True."""
+    parts: list[RenderableType] = []
+    for reason, number in (facts.other_reasons or {}).items():
+        parts.append(Text.assemble(("\nno sample  ", "dim"), (reason, "bold"), f"  {count(number)}"))
+        parts += [_line("  ", source) for source in (facts.other_examples or {}).get(reason, ())]
+    return Group(*parts) if parts else None
+
+
+def _contradiction_lines(facts: ContradictionFacts) -> list[RenderableType]:
+    if not facts.images:
+        return []
+    said = (
+        f"  {count(facts.images)} images have {count(facts.copies)} copies with different labels; each label keeps one"
+    )
+    pairs = (
+        _line(f"  {one.source} ({one.label})  ", f"and {other.source} ({other.label})") for one, other in facts.examples
+    )
+    return [Text.assemble(("\ncontradicting labels", "dim"), said), *pairs]
 
 
 def unreadable_line(survey: Survey) -> str:

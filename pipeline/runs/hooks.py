@@ -30,6 +30,9 @@ from pipeline.training.facts import IncidentFacts, PretrainFacts
 
 log = logging.getLogger(__name__)
 
+_DAMAGE = {"empty", "unreadable", "truncated", "too_many_pixels"}
+"""Reasons for quarantine that need no more words than their number."""
+
 
 class Display(Protocol):
     """The terminal, as a run uses it."""
@@ -230,13 +233,36 @@ def _remark_on_listing(facts: SnapshotFacts) -> str:
 
 
 def _remark_on_images(facts: DatasetFacts) -> str:
-    remarks = [f"{facts.quarantined} images quarantined"] if facts.quarantined else []
+    remarks = []
+    if facts.quarantined:
+        why = "; ".join(_remedied_reasons(facts))
+        remarks.append(f"{facts.quarantined} images quarantined{f' ({why})' if why else ''}")
+    if facts.repaired:
+        remarks.append(f"{facts.repaired} images with harmless faults repaired")
+    if facts.other_members and facts.other_reasons:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in facts.other_reasons.items())
+        example = (facts.other_examples or {})[next(iter(facts.other_reasons))][0]
+        remarks.append(f"{facts.other_members} files of tars belong to no sample ({reasons}, such as {example})")
+    if (found := facts.contradicting_labels) and found.images:
+        one, other = found.examples[0]
+        remarks.append(
+            f"{found.images} images have copies with different labels, and each label keeps one (such as {one.source} and "
+            f"{other.source})"
+        )
     near = facts.near_duplicates_across_splits
     if near and near.held_out:
         remarks.append(
             f"{near.held_out} of {near.compared} images of val and test look like one of train (mae shards inspect shows)"
         )
     return "; ".join(remarks)
+
+
+def _remedied_reasons(facts: DatasetFacts) -> Iterator[str]:
+    """Yield each reason for quarantine that is no damage, so that something can be done about it, with an example."""
+    example_of = {example.reason: example.source for example in reversed(facts.quarantine_examples)}
+    for reason, count in (facts.quarantine_reasons or {}).items():
+        if reason not in _DAMAGE:
+            yield f"{count} {reason}" + (f", such as {example_of[reason]}" if reason in example_of else "")
 
 
 def _dataset_digest(receipt: Receipt) -> str:

@@ -3,8 +3,8 @@
 Output: shards/ and rows/ under the step's root (content-addressed, shared by all generations), and the manifest's files in
 the generation. The images of Parquet tables are written in the same way; tars of other authors stay where they are and are
 indexed, one task per tar.
-Exact duplicates (equal stored bytes) within a split are stored but not served, except the one with the lowest sample id;
-across splits they are only counted.
+Exact duplicates (equal stored bytes, no other label) within a split are stored but not served, except the one with the lowest
+sample id; across splits they are only counted.
 Memory of the coordinating process for 10 million images: see docs/data.md.
 Errors: DataError when more than `bad_share_stop` of the images are bad, or counts do not add up."""
 
@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,7 +23,7 @@ from pipeline.data.dataset.facts import SnapshotFacts
 from pipeline.data.dataset.manifest import MANIFEST_FILES
 from pipeline.data.dataset.schema import NO_LABEL, QUARANTINE, QuarantineRow, SampleTable, ShardRow, SnapshotTable
 from pipeline.data.dataset.shard_plan import ShardPlan, ShardPlans, open_snapshot, plan_shards, plan_tars
-from pipeline.data.dataset.shard_record import ShardResult, read_samples
+from pipeline.data.dataset.shard_record import OTHER_EXAMPLES, ShardResult, read_samples
 from pipeline.data.dataset.shard_writer import check_bad_share, write_shard
 from pipeline.data.dataset.tar_index import index_tar
 from pipeline.data.images.intake import IntakePolicy
@@ -81,7 +82,7 @@ def shard(config: ShardStageConfig, inputs: Mapping[str, StageInput], attempt: A
         policy=asdict(policy),
     )
     if indexes:
-        facts = replace(facts, other_members=sum(result.other_members for result in results))
+        facts = replace(facts, **_others(results))
     reused = sum(result.reused for result in results)
     return StageResult(facts.as_json(), MANIFEST_FILES, notes={"reused_shards": reused})
 
@@ -149,6 +150,18 @@ def _classes(results: Sequence[ShardResult]) -> tuple[str, ...]:
             "null for no labels"
         )
     return class_order(names)
+
+
+def _others(results: Sequence[ShardResult]) -> dict[str, Any]:
+    """Return the facts on files of tars that belong to no sample."""
+    reasons: Counter[str] = Counter()
+    examples: dict[str, tuple[str, ...]] = {}
+    for result in results:
+        reasons.update(result.other_reasons)
+        for reason, sources in result.other_examples.items():
+            examples[reason] = (*examples.get(reason, ()), *sources)[:OTHER_EXAMPLES]
+    total = sum(result.other_members for result in results)
+    return {"other_members": total, "other_reasons": dict(reasons.most_common()), "other_examples": examples}
 
 
 def _listed(results: Sequence[ShardResult]) -> dict[str, int]:

@@ -2,16 +2,19 @@
 
 Memory: that of both searches, see duplicates.py and near_duplicates.py. Errors: those of the manifest."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from pipeline.data.dataset.duplicates import find_duplicates
-from pipeline.data.dataset.facts import DatasetFacts, QuarantinedImage
+from pipeline.data.dataset.duplicates import Contradictions, Sample, find_duplicates
+from pipeline.data.dataset.facts import ContradictionFacts, DatasetFacts, LabelledImage, QuarantinedImage
 from pipeline.data.dataset.manifest import write_manifest
 from pipeline.data.dataset.near_duplicates import NearDuplicateSearch, near_duplicate_facts
-from pipeline.data.dataset.schema import NO_LABEL, SHARDS, QuarantineTable, SampleTable, ShardRow
+from pipeline.data.dataset.schema import NO_LABEL, SHARDS, QuarantineTable, SampleRow, SampleTable, ShardRow
+from pipeline.data.images.intake import REENCODED, REPAIRED
 from pipeline.storage import Store
 
 _EXAMPLES = 10
@@ -43,15 +46,20 @@ def publish(
     copies = find_duplicates((one.row["shard"], one.row["split"], one.samples()) for one in shards)
     near = NearDuplicateSearch()
     samples_of = {one.row["shard"]: one.samples for one in shards}
+    policies: Counter[str] = Counter()
+
+    def marked(row: ShardRow) -> SampleTable:
+        samples = copies.mark(row["shard"], samples_of[row["shard"]]())
+        policies.update(samples.column("policy").to_pylist())
+        return samples
+
     rows: list[ShardRow] = [
         {**one.row, "served": one.row["samples"] - len(copies.within.get(one.row["shard"], ()))} for one in shards
     ]
     facts = write_manifest(
         store,
         # the search for near duplicates collects its hashes on the way, which saves a third pass over the samples
-        samples=(
-            near.add(row["shard"], row["split"], copies.mark(row["shard"], samples_of[row["shard"]]())) for row in rows
-        ),
+        samples=(near.add(row["shard"], row["split"], marked(row)) for row in rows),
         shards=pa.Table.from_pylist(rows, schema=SHARDS),
         quarantine=quarantine,
         listed=listed,
@@ -63,10 +71,36 @@ def publish(
         facts,
         quarantined=quarantine.num_rows,
         bad_share=quarantine.num_rows / max(1, sum(listed.values())),
+        quarantine_reasons=dict(Counter(quarantine.column("reason").to_pylist()).most_common()),
         quarantine_examples=tuple(QuarantinedImage(**example) for example in examples),
         duplicates_across_splits=copies.across,
+        repaired=repaired_images(policies),
+        contradicting_labels=contradiction_facts(
+            copies.contradictions, lambda shard: samples_of[shard](), classes=classes
+        ),
         near_duplicates_across_splits=near_duplicate_facts(near.find(), lambda shard: samples_of[shard]()),
     )
+
+
+def repaired_images(policies: Mapping[str, int]) -> int:
+    """Return how many images were repaired. `policies`: policy -> samples."""
+    return sum(
+        count for policy, count in policies.items() if policy.startswith(REENCODED) and policy.endswith(REPAIRED)
+    )
+
+
+def contradiction_facts(
+    found: Contradictions, samples_of: Callable[[int], SampleTable], *, classes: Sequence[str]
+) -> ContradictionFacts:
+    """Name the examples of images with several labels."""
+
+    def named(sample: Sample) -> LabelledImage:
+        samples = samples_of(sample.shard)
+        rows: list[SampleRow] = samples.filter(pc.equal(samples.column("sample_id"), sample.sample_id)).to_pylist()
+        return LabelledImage(source=rows[0]["source"], label=classes[rows[0]["label"]])
+
+    examples = tuple((named(one), named(other)) for one, other in found.examples)
+    return ContradictionFacts(images=found.images, copies=found.copies, examples=examples)
 
 
 def relabel(column: pa.ChunkedArray, labels: Sequence[int]) -> pa.Array:

@@ -1,12 +1,14 @@
 """Exact duplicates: samples whose stored bytes equal those of another sample of the dataset.
 
-Of equal samples in one split, the one with the lowest sample id is served. Two images count as equal if the first 128 bits of
-their SHA-256 are equal: among a billion different images, the chance of one false pair is 1e-21.
-Memory: 90 bytes per sample during the search; afterwards the ids of the duplicates."""
+Of equal samples with one label in one split, the one with the lowest sample id is served. Equal samples with different labels
+are not copies of each other: each label keeps one, because to choose one by the order of names would be to make up an answer. A
+sample without a label is a copy of any equal one. Two images count as equal if the first 128 bits of their SHA-256 are equal:
+among a billion different images, the chance of one false pair is 1e-21.
+Memory: 100 bytes per sample during the search; afterwards the ids of the duplicates."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +17,30 @@ from numpy.typing import NDArray
 
 from pipeline.data.dataset.schema import SampleTable
 
-_SEEN = np.dtype([("high", "u8"), ("low", "u8"), ("sample_id", "i8"), ("shard", "i4"), ("split", "i1")])
+_SEEN = np.dtype(
+    [("high", "u8"), ("low", "u8"), ("sample_id", "i8"), ("shard", "i4"), ("label", "u4"), ("split", "i1")]
+)
+_UNLABELLED = np.uint32(2**32 - 1)
+"""NO_LABEL as an unsigned number, which sorts behind all labels."""
+_EXAMPLES = 10
+
+
+class Sample(NamedTuple):
+    """Where a sample is."""
+
+    shard: int
+    sample_id: int
+
+
+@dataclass(frozen=True)
+class Contradictions:
+    """Images whose copies have different labels, in one split or in several."""
+
+    images: int = 0
+    copies: int = 0
+    """Labelled samples of these images."""
+    examples: tuple[tuple[Sample, Sample], ...] = ()
+    """Two samples of an image with different labels."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +48,10 @@ class Duplicates:
     """The exact duplicates of a dataset."""
 
     within: Mapping[int, frozenset[int]]
-    """Shard -> ids of samples not to be served, because a lower id of the same split has the same bytes."""
+    """Shard -> ids of samples not to be served, because another of the same split has the same bytes and the same label."""
     across: int
     """Distinct images that are in more than one split."""
+    contradictions: Contradictions
 
     def mark(self, shard: int, samples: SampleTable) -> SampleTable:
         """Return a shard's samples with `served` set."""
@@ -35,7 +61,7 @@ class Duplicates:
 
 
 def find_duplicates(shards: Iterable[tuple[int, str, SampleTable]]) -> Duplicates:
-    """Return the duplicates among all samples. `shards`: number, split and samples (sample_id, sha256) of each."""
+    """Return the duplicates among all samples. `shards`: number, split and samples (sample_id, sha256, label) of each."""
     splits: dict[str, int] = {}
     pieces: list[NDArray[Any]] = []
     for number, split, samples in shards:
@@ -44,14 +70,17 @@ def find_duplicates(shards: Iterable[tuple[int, str, SampleTable]]) -> Duplicate
         piece["high"], piece["low"] = np.frombuffer(hashes, ">u8").reshape(-1, 4)[:, :2].T
         piece["split"] = splits.setdefault(split, len(splits))
         piece["sample_id"] = samples.column("sample_id").to_numpy()
+        piece["label"] = samples.column("label").to_numpy().astype(np.uint32)
         piece["shard"] = number
         pieces.append(piece)
     seen = np.concatenate(pieces) if pieces else np.empty(0, _SEEN)
     pieces.clear()
-    seen = seen[np.lexsort((seen["sample_id"], seen["split"], seen["low"], seen["high"]))]
+    seen = seen[np.lexsort((seen["sample_id"], seen["label"], seen["split"], seen["low"], seen["high"]))]
     same_image = (seen["high"][1:] == seen["high"][:-1]) & (seen["low"][1:] == seen["low"][:-1])
     same_split = seen["split"][1:] == seen["split"][:-1]
-    copies = seen[1:][same_image & same_split]
+    # unlabelled samples come last of their image and split, so one that has a row before it has an equal to be served
+    same_label = (seen["label"][1:] == seen["label"][:-1]) | (seen["label"][1:] == _UNLABELLED)
+    copies = seen[1:][same_image & same_split & same_label]
     within: dict[int, set[int]] = {}
     for shard, sample_id in zip(copies["shard"].tolist(), copies["sample_id"].tolist(), strict=True):
         within.setdefault(shard, set()).add(sample_id)
@@ -59,4 +88,20 @@ def find_duplicates(shards: Iterable[tuple[int, str, SampleTable]]) -> Duplicate
     changes_split = same_image & ~same_split
     image = np.cumsum(np.concatenate([[0], ~same_image])) if len(seen) else np.empty(0, np.int64)
     across = len(np.unique(image[1:][changes_split]))
-    return Duplicates({number: frozenset(ids) for number, ids in within.items()}, across)
+    frozen = {number: frozenset(ids) for number, ids in within.items()}
+    return Duplicates(frozen, across, _contradictions(seen, image))
+
+
+def _contradictions(seen: NDArray[Any], image: NDArray[np.int64]) -> Contradictions:
+    """Return the images with several labels. `seen`: rows of one image are adjacent; `image`: the number of each row's image."""
+    labelled = np.flatnonzero(seen["label"] != _UNLABELLED)
+    rows, numbers = seen[labelled], image[labelled]
+    differs = (numbers[1:] == numbers[:-1]) & (rows["label"][1:] != rows["label"][:-1])
+    contradicting, first = np.unique(numbers[1:][differs], return_index=True)
+    pairs = np.flatnonzero(differs)[first[:_EXAMPLES]]
+    examples = tuple((_sample(rows[at]), _sample(rows[at + 1])) for at in pairs)
+    return Contradictions(len(contradicting), int(np.isin(numbers, contradicting).sum()), examples)
+
+
+def _sample(row: NDArray[Any]) -> Sample:
+    return Sample(int(row["shard"]), int(row["sample_id"]))

@@ -118,6 +118,25 @@ class NearDuplicateFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LabelledImage:
+    """A source and the class that it has there."""
+
+    source: str
+    label: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContradictionFacts:
+    """Images of equal bytes with different labels. Each label keeps one copy of the image in each split."""
+
+    images: int
+    """Distinct images."""
+    copies: int
+    """Stored samples of these images that have a label."""
+    examples: tuple[tuple[LabelledImage, LabelledImage], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class DatasetFacts(Facts):
     """What a shard or join step made."""
 
@@ -135,6 +154,15 @@ class DatasetFacts(Facts):
     near_duplicates_across_splits: NearDuplicateFacts | None = None
     other_members: int | None = None
     """Indexed tars only: files that belong to no sample."""
+    other_reasons: Mapping[str, int] | None = None
+    """Indexed tars only: why they belong to none -> files."""
+    other_examples: Mapping[str, tuple[str, ...]] | None = None
+    """Indexed tars only: reason -> sources of a few of them."""
+    quarantine_reasons: Mapping[str, int] | None = None
+    """Reason -> images."""
+    repaired: int | None = None
+    """Images that were re-encoded because of a fault that cost no pixel."""
+    contradicting_labels: ContradictionFacts | None = None
     duplicates_across_parts: int | None = None
     """Joins only: images of one part whose bytes another part holds too."""
     parts: Mapping[str, Counts] | None = None

@@ -26,11 +26,14 @@ from pipeline.data.dataset.shard_writer import file_sha256
 from pipeline.data.images.pictures import decode
 from pipeline.data.sources.tars import (
     DamagedTar,
+    Entry,
     Member,
     TarSample,
+    contents_of,
     group_members,
-    iter_members,
+    iter_entries,
     read_by_webdataset,
+    regular_members,
 )
 from pipeline.errors import DataError
 from pipeline.storage import MissingObject, Store
@@ -167,13 +170,13 @@ class _Tar:
 
 
 def _findings(tar: _Tar, shard: ShardRow, samples: Sequence[SampleRow], *, labels: Labels) -> Iterator[Finding]:
-    members, broken = _walk(tar)
+    entries, broken = _walk(tar)
     with tar.path.open("rb") as file:
         wrong = {one["key"]: problems for one in samples if (problems := list(_sample_problems(file, one)))}
     # a whole tar with a wrong sample means that the manifest is at fault rather than the bytes
     whole = tar.size == shard["bytes"] and tar.sha256 == shard["sha256"]
     if not whole or broken:
-        yield _tar_finding(tar, shard, samples, members, broken, wrong=wrong.keys())
+        yield _tar_finding(tar, shard, samples, regular_members(entries), broken, wrong=wrong.keys())
     # samples beyond the end of a cut tar are part of the finding above
     damaged = [one for one in samples if one["key"] in wrong and one["offset"] + one["length"] <= tar.size]
     for one in damaged[:_NAMED]:
@@ -183,20 +186,20 @@ def _findings(tar: _Tar, shard: ShardRow, samples: Sequence[SampleRow], *, label
             "bytes", tar.where, f"{len(damaged)} of {len(samples)} samples in all are damaged", shard["shard"]
         )
     if not broken:
-        yield from _member_findings(tar, shard, samples, members, labels=labels)
+        yield from _member_findings(tar, shard, samples, entries, labels=labels)
 
 
-def _walk(tar: _Tar) -> tuple[list[Member], str]:
-    """Return the members up to the end or the damage, and the damage or an empty string."""
-    members: list[Member] = []
+def _walk(tar: _Tar) -> tuple[list[Entry], str]:
+    """Return the entries up to the end or the damage, and the damage or an empty string."""
+    entries: list[Entry] = []
     try:
-        for member in iter_members(tar.path, tar.where):
-            members.append(member)  # noqa: PERF402 - extend would lose the members before the damage
+        for entry in iter_entries(tar.path, tar.where):
+            entries.append(entry)  # noqa: PERF402 - extend would lose the entries before the damage
     except DamagedTar as damage:
-        return members, damage.what
+        return entries, damage.what
     except DataError as error:
-        return members, str(error)
-    return members, ""
+        return entries, str(error)
+    return entries, ""
 
 
 def _sample_problems(file: BinaryIO, sample: SampleRow) -> Iterator[str]:
@@ -268,23 +271,29 @@ def _lost_to_webdataset(tar: _Tar, samples: Sequence[SampleRow]) -> str:
 
 
 def _member_findings(
-    tar: _Tar, shard: ShardRow, samples: Sequence[SampleRow], members: Sequence[Member], *, labels: Labels
+    tar: _Tar, shard: ShardRow, samples: Sequence[SampleRow], entries: Sequence[Entry], *, labels: Labels
 ) -> Iterator[Finding]:
     """Compare the samples of a tar whose headers are unbroken with the manifest's."""
     try:
-        found = group_members(members, tar.where)
+        found = group_members(contents_of(entries).members, tar.where)
+        regular = {sample.key for sample in group_members(regular_members(entries), tar.where)}
         theirs = [str(sample["__key__"]) for sample in read_by_webdataset(tar.path, tar.where)]
     except DataError as error:
         yield _finding("members", tar.where, str(error).removeprefix(f"{tar.where}: "), shard, samples[:1])
         return
     ours = [sample.key for sample in found]
-    if is_indexed(shard["key"]):  # an indexed tar holds its quarantined samples too
+    read = samples
+    if is_indexed(shard["key"]):
         stored = {one["key"] for one in samples}
-        ours, theirs = ([key for key in keys if key in stored] for keys in (ours, theirs))
-    for keys, reader in ((ours, "the tar"), (theirs, "webdataset's reader")):
-        if difference := _first_difference(keys, samples):
+        # an indexed tar holds its quarantined samples too
+        ours = [key for key in ours if key in stored]
+        # to webdataset, hidden files tear a sample into several of one key, and links do not exist
+        theirs = list(dict.fromkeys(key for key in theirs if key in stored))
+        read = [one for one in samples if one["key"] in regular]
+    for keys, expected, reader in ((ours, samples, "the tar"), (theirs, read, "webdataset's reader")):
+        if difference := _first_difference(keys, expected):
             number, key, sample = difference
-            counts = f"{len(keys)} samples, {len(samples)} in the manifest"
+            counts = f"{len(keys)} samples, {len(expected)} in the manifest"
             what = (
                 f"sample {number} is {key!r} in {reader} and {sample['key']!r} in the manifest ({counts})"
                 if sample

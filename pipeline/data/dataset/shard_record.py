@@ -8,8 +8,8 @@ Units: bytes. Errors: StorageError when a store is down."""
 import hashlib
 import json
 import zlib
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NotRequired, TypedDict
 
 import pyarrow as pa
@@ -22,7 +22,19 @@ _KEY_WITHIN = 512
 """Bytes at the start of a record that hold its shard's key: JSON keys are sorted, so `key` comes before `samples`."""
 
 
-class ShardRecord(TypedDict):
+OTHER_EXAMPLES = 3
+"""Examples of each reason for which a file of a tar belongs to no sample."""
+
+
+class OtherMembersRecord(TypedDict, total=False):
+    """What a record of an indexed tar says of the files that belong to no sample."""
+
+    other_members: int
+    other_reasons: dict[str, int]  # older records lack this and the next
+    other_examples: dict[str, list[str]]
+
+
+class ShardRecord(OtherMembersRecord):
     """A record as JSON."""
 
     shard: int
@@ -33,7 +45,6 @@ class ShardRecord(TypedDict):
     samples: dict[str, list[Any]]  # column -> values, in the order of the tar
     quarantine: list[QuarantineRow]
     classes: NotRequired[list[str]]
-    other_members: NotRequired[int]
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,9 @@ class ShardResult:
     """Indexed tars only: what its labels index; its samples count from 0. None: labels and ids are the snapshot's."""
     other_members: int = 0
     """Indexed tars only: files that belong to no sample."""
+    other_reasons: Mapping[str, int] = field(default_factory=dict)
+    other_examples: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Reason -> addresses within the source."""
 
 
 def record_key(plan_digest: str, suffix: str = "") -> str:
@@ -85,6 +99,8 @@ def read_record(root: Store, key: str, *, reused: bool) -> ShardResult:
         reused=reused,
         classes=None if classes is None else tuple(classes),
         other_members=record.get("other_members", 0),
+        other_reasons=record.get("other_reasons", {}),
+        other_examples=record.get("other_examples", {}),
     )
 
 

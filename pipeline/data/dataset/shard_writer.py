@@ -2,8 +2,8 @@
 
 Shard: a plain USTAR tar with `<key>.jpg` and, for labelled images, `<key>.cls`; key = sample id in 12 digits. Times, owner
 and mode are fixed, so the same plan gives the same bytes anywhere. It is stored at `shards/<2 hex>/<sha256>.tar`, and its
-record after it (`shard_record.py`). If an image could not be read (the file vanished, or access was denied), the record gets a
-name of its own, so that the next attempt reads again.
+record after it (`shard_record.py`). If an image could not be read (the file vanished, access was denied, or its decoder is not
+installed), the record gets a name of its own, so that the next attempt reads again.
 Parquet tables: the same, with rows in place of paths; a task reads the row groups that hold its rows. Tars of other authors
 are not rewritten but indexed (`tar_index.py`).
 Units: bytes. Memory: one image at a time; for Parquet tables, the images of one shard.
@@ -32,11 +32,12 @@ from pipeline.data.dataset.shard_record import (
     write_record,
 )
 from pipeline.data.images.intake import Accepted, IntakePolicy, Refused, accept_image
+from pipeline.data.sources.listing import special_file
 from pipeline.data.sources.tables import read_images
 from pipeline.errors import DataError
 from pipeline.storage import DeniedObject, MissingObject, Store, open_store
 
-_UNREAD = ("missing", "denied")
+_UNREAD = {"missing", "denied", "not_a_file"}
 """Reasons of images that could not be read and may be readable at the next attempt."""
 
 
@@ -71,8 +72,10 @@ def write_shard(
             # an attempt that was killed before it wrote its record may have left exactly these bytes
             if not root.exists(record["key"]):
                 root.upload(record["key"], path)
-    # under the plan's own key the record would be final, and an image that could not be read would never be tried again
-    if not image_column and any(row["reason"] in _UNREAD for row in quarantine):
+    # under the plan's own key the record would be final, and an image that could not be read would never be tried again,
+    # nor one whose decoder is installed later
+    passing = {"no_decoder"} if image_column else {"no_decoder", *_UNREAD}
+    if any(row["reason"] in passing for row in quarantine):
         key = record_key(plan.digest, f"-{json_digest(record)[:16]}")
     return write_record(root, key, record)
 
@@ -138,6 +141,10 @@ def _accept_file(images: Store, row: SnapshotRow, *, policy: IntakePolicy) -> Ac
     """Read and accept or refuse one file. A store that is down raises; a missing file does not."""
     if refused := too_many_bytes(row["size"], policy):
         return refused
+    if row["size"] == 0 and (
+        kind := special_file(images, row["path"])
+    ):  # asked before reading: opening a FIFO would block
+        return Refused("not_a_file", f"it is a {kind}, not a regular file. Remove it, or put the image itself there")
     try:
         data = images.read(row["path"])
     except MissingObject as error:

@@ -1,9 +1,10 @@
-"""A survey of a dataset for people: counts, sizes, labels, refused images, near duplicates, and some of its images.
+"""A survey of a dataset for people: counts, sizes, labels, refused and contradicting images, near duplicates, and some images.
 
 The images shown are those with the lowest keyed hash of their ids: a random choice that is the same at every call, and a
 larger choice contains the smaller one. Duplicates that are not served may be among them.
 Shapes: columns [n], one entry per stored sample of the chosen splits. Units: pixels; bytes of the stored image.
-Memory: 30 bytes per sample, plus the search for near duplicates (`near_duplicates.py`). Errors: those of the manifest."""
+Memory: 30 bytes per sample, plus the searches for duplicates (`duplicates.py`, `near_duplicates.py`).
+Errors: those of the manifest."""
 
 import heapq
 import zlib
@@ -17,7 +18,9 @@ from numpy.typing import NDArray
 
 from mae_core.randomness import hash64, key64
 from pipeline.data.dataset.address import locate_shard
-from pipeline.data.dataset.facts import Counts, NearDuplicateFacts
+from pipeline.data.dataset.dataset_writer import contradiction_facts
+from pipeline.data.dataset.duplicates import find_duplicates
+from pipeline.data.dataset.facts import ContradictionFacts, Counts, NearDuplicateFacts
 from pipeline.data.dataset.manifest import Manifest
 from pipeline.data.dataset.near_duplicates import NearDuplicateSearch, near_duplicate_facts
 from pipeline.data.dataset.schema import NO_LABEL, QuarantineRow, SampleRow, ShardRow
@@ -85,6 +88,8 @@ class Survey:
     """Most frequent reason first."""
     near_duplicates: NearDuplicateFacts
     """As in the shard step's facts: across all splits, whichever are chosen."""
+    contradictions: ContradictionFacts
+    """Likewise across all splits."""
     shown: tuple[ShownImage, ...]
 
 
@@ -124,6 +129,13 @@ def survey(manifest: Manifest, *, splits: Sequence[str], images: int, seed: int 
         policies=dict(policies.most_common()),
         refusals=_refusals(manifest, splits),
         near_duplicates=near_duplicate_facts(near.find(), manifest.stored_samples),
+        contradictions=contradiction_facts(
+            find_duplicates(
+                (s["shard"], s["split"], manifest.stored_samples(s["shard"])) for s in shards
+            ).contradictions,
+            manifest.stored_samples,
+            classes=manifest.classes,
+        ),
         shown=tuple(_shown(manifest, key_of[row["shard"]], row, named) for _, _, row in lowest),
     )
 

@@ -4,6 +4,8 @@ It walks the headers, reads each image once, checks that training can read it un
 written shard (`shard_record.py`), whose `key` is the tar's address. A tar in a bucket is downloaded once for that.
 Sample: its one image member (`jpg`, `jpeg`, `png`, ...); its label is in `cls` (a whole number or a word) or in a field of
 `json`. Samples without an image, or whose image would need re-encoding, go to quarantine, so listed = stored + quarantined.
+Links have the bytes of the file that they name. Hidden files, links that lead nowhere, and files that are neither regular nor
+links belong to no sample and are counted by reason.
 A damaged tar, or one in which webdataset's own reader finds other samples, is refused as a whole (`sources/tars.py`). A
 flipped bit inside an image is noticed only if the image no longer decodes; afterwards its CRC-32 is known.
 Units: bytes; sample ids count from 0 in each tar, including quarantined samples.
@@ -11,13 +13,15 @@ Errors: DataError naming the tar; StorageError when a store is down."""
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.data.dataset.schema import NO_LABEL, QuarantineRow, SampleRow, SnapshotRow
 from pipeline.data.dataset.shard_plan import ShardPlan
 from pipeline.data.dataset.shard_record import (
+    OTHER_EXAMPLES,
+    OtherMembersRecord,
     ShardRecord,
     ShardResult,
     quarantine_row,
@@ -29,15 +33,18 @@ from pipeline.data.dataset.shard_record import (
 )
 from pipeline.data.dataset.shard_writer import file_sha256, too_many_bytes
 from pipeline.data.images.intake import Accepted, IntakePolicy, Refused, accept_unchanged
-from pipeline.data.sources.listing import IMAGE_SUFFIXES
+from pipeline.data.sources.listing import IMAGE_SUFFIXES, OPTIONAL_SUFFIXES
 from pipeline.data.sources.splits import class_order
 from pipeline.data.sources.tars import (
     Member,
+    OtherMember,
     TarSample,
     check_agreement,
     content_of,
+    contents_of,
     group_members,
-    iter_members,
+    iter_entries,
+    regular_members,
 )
 from pipeline.errors import DataError
 from pipeline.storage import MissingObject, Store, open_store
@@ -70,6 +77,8 @@ def image_of(sample: TarSample) -> Member | Refused:
     whole = [name for name in sample.members if f".{name}" in IMAGE_SUFFIXES]
     partly = [name for name in sample.members if f".{name.rpartition('.')[2]}" in IMAGE_SUFFIXES]
     names = whole or partly
+    # HEIC and AVIF cannot be served from a tar, so they are no rivals of an image that can
+    names = [name for name in names if f".{name.rpartition('.')[2]}" not in OPTIONAL_SUFFIXES] or names
     if len(names) == 1:
         return sample.members[names[0]]
     if not names:
@@ -113,9 +122,10 @@ def _index(
     policy: IntakePolicy,
     label_field: str | None,
 ) -> ShardRecord:
-    members = list(iter_members(path, address))
-    found = group_members(members, address)
-    check_agreement(found, path, address)
+    entries = list(iter_entries(path, address))
+    check_agreement(group_members(regular_members(entries), address), path, address)
+    contents = contents_of(entries)
+    found = group_members(contents.members, address)
     stored: list[tuple[str | None, SampleRow]] = []  # class name and row
     quarantined: list[tuple[str | None, QuarantineRow]] = []
     with path.open("rb") as file:
@@ -146,7 +156,25 @@ def _index(
         "samples": sample_columns(samples),
         "quarantine": quarantine,
         "classes": list(classes),
-        "other_members": len(members) - sum(len(sample.members) for sample in found),
+        **_other_columns([*contents.others, *in_no_sample(contents.members, found)], tar["path"]),
+    }
+
+
+def in_no_sample(members: Sequence[Member], found: Sequence[TarSample]) -> list[OtherMember]:
+    """Return the members that the grouping left out: those without a key, and webdataset's own (`__index__`)."""
+    used = {member.name for sample in found for member in sample.members.values()}
+    return [OtherMember(member.name, "no sample") for member in members if member.name not in used]
+
+
+def _other_columns(others: Sequence[OtherMember], path: str) -> OtherMembersRecord:
+    """Return the count of the files that belong to no sample, the count of each reason, and examples of each."""
+    by_reason: dict[str, list[str]] = {}
+    for other in others:
+        by_reason.setdefault(other.reason, []).append(f"{path}/{other.name}")
+    return {
+        "other_members": len(others),
+        "other_reasons": {reason: len(names) for reason, names in by_reason.items()},
+        "other_examples": {reason: names[:OTHER_EXAMPLES] for reason, names in by_reason.items()},
     }
 
 

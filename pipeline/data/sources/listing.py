@@ -6,14 +6,18 @@ Units: sizes in bytes; paths relative to the source, in key order, so that row n
 Errors: ConfigError for a source that is not a folder; DataError for one that holds nothing usable or two kinds, and for a
 path that is not UTF-8."""
 
+import stat
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from pipeline.errors import ConfigError, DataError
-from pipeline.storage import FileStore, open_store
+from pipeline.storage import FileStore, Store, open_store
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif")
+OPTIONAL_SUFFIXES = (".heic", ".heif", ".avif")
+"""Of images that can be read only where a decoder is installed."""
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", *OPTIONAL_SUFFIXES)
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
+_SYSTEM_FOLDERS = ("__MACOSX", "@eaDir")
 Role = Literal["image", "tar", "table", "ignored"]
 SourceKind = Literal["images", "tars", "Parquet tables"]
 KINDS: dict[Role, SourceKind] = {"image": "images", "tar": "tars", "table": "Parquet tables"}
@@ -55,6 +59,11 @@ def list_source(uri: str, *, besides: str | None = None) -> Iterator[SourceItem]
             raise DataError(
                 f"data.source={uri!r}: the name {key!r} is not UTF-8. Rename the file (convmv renames many at once)"
             )
+        # an image that is no regular file goes to quarantine with its reason; the others would be read whole, here and now
+        if role != "image" and size == 0 and (special := special_file(store, key)):
+            raise DataError(
+                f"data.source={uri!r}: {key} is a {special}, not a regular file. Remove it, or put the file there"
+            )
         item = SourceItem(key, size, role)
         first = first or item
         if role != first.role:
@@ -76,13 +85,37 @@ def file_address(address: str) -> str:
 
 def role_of(key: str) -> Role:
     """Return what a file is, judging by its name."""
-    if key.startswith(".") or "/." in key:  # hidden
+    if is_hidden(key):
         return "ignored"
     stem, dot, suffix = key.rpartition("/")[2].rpartition(".")
     suffix = (dot + suffix).lower()  # plain text, because pathlib would intern every name
     if suffix in IMAGE_SUFFIXES and stem:
         return "image"
     return _CONTAINERS.get(suffix, "ignored")
+
+
+def special_file(store: Store, key: str) -> str:
+    """Return what a file of a folder is if it is a FIFO, a socket or a device, or an empty string.
+
+    Reading from one may block forever. They are listed with size 0, so other files need not be asked.
+    """
+    path = store.local_path(key)
+    try:
+        mode = path.stat().st_mode if path else stat.S_IFREG
+    except OSError:  # a dangling link, or a file that has vanished: whoever reads it finds out
+        return ""
+    kinds = {stat.S_ISFIFO: "FIFO", stat.S_ISSOCK: "socket", stat.S_ISCHR: "device", stat.S_ISBLK: "device"}
+    return next((name for is_kind, name in kinds.items() if is_kind(mode)), "")
+
+
+def is_hidden(path: str) -> bool:
+    """Return whether the path, of a folder or of a tar, is a hidden file or in a folder of files that a system keeps for itself.
+
+    AppleDouble files of macOS (`._x.jpg`, `__MACOSX/`) and Synology's thumbnails (`@eaDir/`) are named like images.
+    """
+    if (path.startswith(".") or "/." in path) and any(part[:1] == "." and part.strip(".") for part in path.split("/")):
+        return True
+    return any(f"{folder}/" in path and folder in path.split("/") for folder in _SYSTEM_FOLDERS)
 
 
 def encodable(text: str) -> bool:

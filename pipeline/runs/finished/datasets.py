@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pipeline.cluster.tasks import Executor
 from pipeline.config import RunConfig
 from pipeline.data.dataset.address import DatasetAddress, dataset_address
+from pipeline.data.dataset.facts import DatasetFacts
 from pipeline.errors import DataError
 from pipeline.graph.receipts import Receipt, read_receipt
 from pipeline.graph.runner import GraphRun, Hooks, Outcome
@@ -25,6 +26,11 @@ class FinishedDataset:
     def address(self) -> DatasetAddress:
         """Where the manifest and the shards are."""
         return dataset_address(self.receipt.as_input(self.step_uri))
+
+    @property
+    def facts(self) -> DatasetFacts:
+        """What its step said of it."""
+        return DatasetFacts.read(self.receipt.facts)
 
     @property
     def joined(self) -> bool:

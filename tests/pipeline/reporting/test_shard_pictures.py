@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from data_kit import listed, manifest_of, picture, sharded
 from PIL import Image
 from rich.console import Console
 
-from pipeline.data.dataset.facts import Counts, NearPair
+from pipeline.data.dataset.facts import Counts, DatasetFacts, NearPair
 from pipeline.data.dataset.integrity import Finding, Verification
 from pipeline.data.dataset.survey import survey
 from pipeline.reporting.shard_pictures import (
@@ -20,6 +21,7 @@ from pipeline.reporting.shard_pictures import (
     fitted,
     histograms_png,
     mark_of,
+    others_table,
     survey_png,
     survey_table,
     terminal_sheet,
@@ -45,7 +47,7 @@ def manifest(tmp_path):
         store.write(f"train/{'abc'[number % 3]}/{number:02d}.jpg", picture(number))
     for number in range(30, 40):
         store.write(f"test/{'ab'[number % 2]}/{number:02d}.jpg", picture(number, size=(40, 20)))
-    for number in range(4):
+    for number in range(0, 12, 3):  # of class a too: with another label they would be no copies
         store.write(f"train/a/copy{number}.jpg", picture(number))
     store.write("test/a/copy.jpg", picture(3))
     store.write("train/a/empty.jpg", b"")
@@ -153,6 +155,29 @@ def test_tables_state_counts_quarantine_and_near_duplicates(manifest):
     assert "quarantine  empty  2\n  train/a/empty.jpg  0 bytes" in text
     assert "1 of 11 images of val and test look like one of train" in text
     assert "test/a/copy.jpg and train/a/03.jpg" in text
+
+
+def test_repairs_contradictions_and_files_of_no_sample_are_told(tmp_path):
+    store = open_store(str(tmp_path / "source"))
+    for name in "abcd":
+        store.write(f"train/{name}/0.jpg", picture(0 if name in "ab" else ord(name)))
+    whole = picture(5)
+    store.write("train/a/stray.jpg", whole[:-2] + bytes(40) + whole[-2:])
+    shards = sharded(store.uri, listed(store.uri, tmp_path / "snapshot"), tmp_path / "root")
+    assert shards.facts["repaired"] == 1
+    text = said(survey_table(survey(manifest_of(shards), splits=["train"], images=0)))
+    assert "1 of them had a harmless fault and were repaired" in text
+    assert "contradicting labels  1 images have 2 copies with different labels; each label keeps one" in text
+    assert "  train/a/0.jpg (a)  and train/b/0.jpg (b)" in text
+    facts = DatasetFacts.read(shards.facts)
+    assert others_table(facts) is None
+    told = replace(
+        facts,
+        other_members=3,
+        other_reasons={"hidden": 2, "FIFO": 1},
+        other_examples={"hidden": ("x.tar/._1.jpg", "x.tar/._2.jpg"), "FIFO": ("x.tar/pipe.jpg",)},
+    )
+    assert "no sample  hidden  2\n  x.tar/._1.jpg\n  x.tar/._2.jpg\n" in said(others_table(told))
 
 
 def test_the_terminal_shows_four_images_and_their_labels(manifest):

@@ -26,7 +26,7 @@ from data_kit import (
 
 from pipeline.data.dataset.address import locate_shard
 from pipeline.data.sources.splits import choose_tars, named_splits
-from pipeline.data.sources.tars import check_agreement, group_members, iter_members
+from pipeline.data.sources.tars import check_agreement, group_members, iter_entries
 from pipeline.errors import DataError
 from pipeline.stages.shard import ShardStageConfig, shard
 from pipeline.storage import open_store
@@ -217,12 +217,12 @@ def test_a_damaged_tar_is_refused_by_name(tmp_path, damage):
 def test_no_flipped_bit_of_a_header_loses_a_sample(tmp_path):
     path = tmp_path / "x.tar"
     path.write_bytes(WHOLE)
-    whole = list(iter_members(path, "x.tar"))
+    whole = list(iter_entries(path, "x.tar"))
     refused = 0
     for at in range(512):
         path.write_bytes(flipped(HEADER + at, 1 << at % 8))
         try:
-            assert list(iter_members(path, "x.tar")) == whole, at  # a bit that no reader uses
+            assert list(iter_entries(path, "x.tar")) == whole, at  # a bit that no reader uses
         except DataError:
             refused += 1
     assert refused > 500
@@ -231,7 +231,7 @@ def test_no_flipped_bit_of_a_header_loses_a_sample(tmp_path):
 def test_what_webdataset_reads_differently_is_refused(tmp_path):
     path = tmp_path / "x.tar"
     path.write_bytes(WHOLE)
-    samples = group_members(list(iter_members(path, "x.tar")), "x.tar")
+    samples = group_members(list(iter_entries(path, "x.tar")), "x.tar")
     check_agreement(samples, path, "x.tar")
     with pytest.raises(DataError, match=r"x\.tar: webdataset reads 20 samples, the headers list 21"):
         check_agreement([*samples, samples[0]], path, "x.tar")
