@@ -276,7 +276,8 @@ class GraphRun:
 
     def _unfinished(self, work: _RunningStep, error: BaseException) -> Outcome:
         if work.interrupted:
-            error = Stopped(f"{work.step.name}: interrupted on request; the same command runs it again")
+            where = "goes on from its last checkpoint" if work.step.resume_point else "runs it again"
+            error = Stopped(f"{work.step.name}: interrupted on request; the same command {where}")
         stopped = isinstance(error, Stopped | Fenced | KeyboardInterrupt)
         self.stopping |= stopped  # one step that was stopped or fenced ends the whole run
         seconds, run_id = time.monotonic() - work.started, work.attempt.mlflow_run_id
