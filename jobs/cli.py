@@ -6,6 +6,7 @@ images than the warning share."""
 import logging
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 import typer
 
@@ -36,7 +37,7 @@ def main() -> None:
 
 def guarded(command: Callable[[], None]) -> None:
     """Run a command. A user's mistake ends it with one clear line; a bug keeps its traceback."""
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING, handlers=[_ToStandardError()])
     try:
         command()
     except KeyboardInterrupt:
@@ -49,6 +50,18 @@ def guarded(command: Callable[[], None]) -> None:
             raise
         typer.echo(f"mae: {error}", err=True)
         sys.exit(2 if isinstance(error, ConfigError | DataError | WrongAddress) else 1)
+
+
+class _ToStandardError(logging.StreamHandler[TextIO]):
+    """Writes to what sys.stderr is at the time: while a live display is on, a proxy that prints above it instead of into it."""
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, stream: TextIO) -> None:
+        """Ignore what the base class sets once."""
 
 
 if __name__ == "__main__":

@@ -19,20 +19,22 @@ def run(
 ) -> None:
     """Run every step that is not done: snapshot, shard, pretrain, evaluate, report.
 
-    Progress and the closing table go to standard error. Interrupted once, the run saves and stops
-    (exit code 3); the same command goes on from there.
+    Progress and the closing table go to standard error. Interrupted once (Ctrl-C, SIGTERM, SIGHUP),
+    the run saves and stops (exit code 3); the same command goes on from there.
     """
-    from pipeline.runs.summary import EXIT_CODES
-    from pipeline.runs.summary import as_json as summary_json
-    from pipeline.runs.terminal import run_and_show
+    from pipeline.runs.stopping import STOPPED, StopSignals
 
-    try:
-        summary = run_and_show(
-            read_config(config, overrides, refresh=refresh), executor="in_process" if in_process else "ray"
-        )
-    except KeyboardInterrupt:
-        typer.echo("mae: cut off; the same command goes on from what was saved last", err=True)
-        raise typer.Exit(EXIT_CODES["stopped"]) from None
-    if as_json:
-        typer.echo(json.dumps(summary_json(summary)))
-    raise typer.Exit(summary.exit_code)
+    with StopSignals() as signals:  # before the imports below, which take seconds
+        from pipeline.runs.summary import as_json as summary_json
+        from pipeline.runs.terminal import run_and_show
+
+        try:
+            with signals.during("waiting for the configuration to be read; no step has begun"):
+                configuration = read_config(config, overrides, refresh=refresh)
+            summary = run_and_show(configuration, executor="in_process" if in_process else "ray", signals=signals)
+        except KeyboardInterrupt:
+            typer.echo("mae: cut off; the same command goes on from what was saved last", err=True)
+            raise typer.Exit(STOPPED) from None
+        if as_json:
+            typer.echo(json.dumps(summary_json(summary)))
+        raise typer.Exit(summary.exit_code)

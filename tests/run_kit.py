@@ -73,7 +73,10 @@ _libc = ctypes.CDLL(None)
 
 
 def end_with_parent() -> None:
-    """For preexec_fn: end a process in a session of its own if pytest is killed before it can end it (Linux only)."""
+    """For preexec_fn: end a process in a session of its own if pytest is killed before it can end it (Linux only).
+
+    The process also hears SIGHUP again, which a pytest under nohup would hand down as ignored."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

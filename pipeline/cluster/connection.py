@@ -4,9 +4,12 @@ Errors: PipelineError if the cluster cannot be reached."""
 
 import os
 import secrets
+import signal
 import socket
-from collections.abc import Mapping
-from functools import cache
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any, Literal
 
 from pipeline.errors import PipelineError
@@ -54,17 +57,18 @@ def connect(*, cpus: int | None = None) -> None:
     )
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "runtime_env": {"env_vars": variables}}
     try:
-        if address:
-            ray.init(address=address, **options)
-        else:
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=False,
-                object_store_memory=200_000_000,
-                _node_ip_address="127.0.0.1",
-                **options,
-            )
+        with _sigterm_handler_kept(), _processes_in_sessions_of_their_own():
+            if address:
+                ray.init(address=address, **options)
+            else:
+                ray.init(
+                    address="local",
+                    num_cpus=cpus,
+                    include_dashboard=False,
+                    object_store_memory=200_000_000,
+                    _node_ip_address="127.0.0.1",
+                    **options,
+                )
     except (OSError, RuntimeError, ValueError) as cause:
         message = " ".join(str(cause).split())
         if address:
@@ -94,6 +98,43 @@ def _await_answer(address: str) -> None:
         raise PipelineError(
             f"Ray {address}: nothing answers there ({cause}). Start the cluster, correct RAY_ADDRESS, or unset it to run here"
         ) from cause
+
+
+@contextmanager
+def _processes_in_sessions_of_their_own() -> Iterator[None]:
+    """Start Ray's processes where a signal to this process's group or session does not reach them.
+
+    `timeout`, batch systems and closing terminals signal a whole group. Ray starts its processes in the driver's group, where they
+    would die at once, while the driver still waits for the workers to save. Ray has no option for this, so the class it starts them
+    with is replaced meanwhile. The kernel still kills them when this process dies (PR_SET_PDEATHSIG survives setsid). Where the
+    kernel cannot (macOS), Ray's reaper kills the driver's group instead, so they have to stay in it."""
+    from ray._private import services, utils
+
+    ordinary = services.ConsolePopen
+    if utils.detect_fate_sharing_support():
+        services.ConsolePopen = partial(ordinary, start_new_session=True)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = ordinary
+
+
+@contextmanager
+def _sigterm_handler_kept() -> Iterator[None]:
+    """Keep this process's handler of SIGTERM, if it has one: `ray.init` replaces it twice, by handlers that exit."""
+    from ray._private import utils
+
+    handler, replace = signal.getsignal(signal.SIGTERM), utils.set_sigterm_handler
+    if not callable(handler):
+        yield
+        return
+    utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = replace
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # the second one comes with Ray's C++ core, unknown to Python
 
 
 @cache

@@ -5,6 +5,7 @@ again."""
 
 import contextlib
 import logging
+import math
 import platform
 import threading
 import time
@@ -22,6 +23,8 @@ from pipeline.storage import Store, open_store
 
 log = logging.getLogger(__name__)
 
+START_PATIENCE_S = 15.0
+"""How long a stop waits for a training that has not reached its first step: nothing of it can be lost."""
 State = Literal["done", "cached", "failed", "stopped", "blocked"]
 
 
@@ -58,13 +61,13 @@ class Hooks(Protocol):
 
 @dataclass(frozen=True)
 class _InProcessProgress:
-    """Passes the progress of a stage in this process straight to the hooks."""
+    """Passes the progress of a stage in this process straight to the walk and its hooks."""
 
-    hooks: Hooks
+    walk: "GraphRun"
     step_name: str
 
     def update(self, done: int, total: int, *, unit: str, **fields: float) -> None:
-        self.hooks.progress(self.step_name, done, total, unit, fields)
+        self.walk.note_progress(self.step_name, done, total, unit, fields)
 
 
 @dataclass
@@ -76,6 +79,39 @@ class _RunningStep:
     started: float
     """Monotonic seconds."""
     stop_requested: bool = False
+    stop_requested_at: float = 0.0
+    """Monotonic seconds."""
+    interrupted: bool = False
+    """Whatever it raises, it raises because it was interrupted on request."""
+    done: int = 0
+    total: int = 0
+    updates: int = 0
+    """Times that it reported its progress; `total` of 0 is unknown."""
+    first_update_at: float = 0.0
+    last_update_at: float = 0.0
+
+    def note(self, done: int, total: int) -> None:
+        """Note a report of its progress."""
+        self.last_update_at = time.monotonic()
+        if not self.updates:
+            self.first_update_at = self.last_update_at
+        self.done, self.total, self.updates = done, total, self.updates + 1
+
+    def waiting_for(self) -> str:
+        """Return what a stop of it waits for, and about how long."""
+        name = self.step.name
+        if self.step.resume_point is None:
+            return f"{name} is interrupted, which takes a second or two; its finished parts are kept"
+        if not self.updates:
+            return f"{name} is still starting and has nothing to save yet; it ends within {START_PATIENCE_S:g} s"
+        if self.total and self.done >= self.total:
+            return f"{name} has taken its last step and saves and scores the result"
+        if self.updates < 2:
+            return f"{name} finishes the step it is at and saves a checkpoint"
+        # It reports every `log_every_steps`, or less often; each report is followed by a look at whether to stop, at most 1 s old.
+        steps = (self.updates - 1) * self.step.resources.log_every_steps
+        about = 1 + (self.last_update_at - self.first_update_at) / steps
+        return f"{name} finishes the step it is at, in about {math.ceil(about)} s, and saves a checkpoint"
 
 
 class GraphRun:
@@ -109,8 +145,21 @@ class GraphRun:
         the code that it interrupts would wait forever."""
         self.stopping = True
         if self.in_process and self.in_process.step.resume_point is None:
-            self.in_process.stop_requested = True
+            self.in_process.stop_requested = self.in_process.interrupted = True
             raise KeyboardInterrupt
+
+    def waiting_for(self) -> str:
+        """Return what a stop would wait for at this moment, and about how long. Any thread may call it."""
+        here = [self.in_process] if self.in_process else []
+        running = [*here, *(work for work, _ in list(self.running.values()))]
+        return "; ".join(work.waiting_for() for work in running) or "no step is running; the results are being recorded"
+
+    def note_progress(self, step_name: str, done: int, total: int, unit: str, fields: Mapping[str, float]) -> None:
+        """Note and pass on how far a running step is."""
+        work, _ = self.running.get(step_name, (self.in_process, None))
+        if work:
+            work.note(done, total)
+        self.hooks.progress(step_name, done, total, unit, fields)
 
     def _consider(self, step: Step) -> None:
         """Start a step whose inputs are all settled, or settle it if there is nothing to start."""
@@ -149,7 +198,7 @@ class GraphRun:
             resources=step.resources,
             options=step.options,
             executor=self.executor,
-            progress=self.board.writer(step.name) if self.board else _InProcessProgress(self.hooks, step.name),
+            progress=self.board.writer(step.name) if self.board else _InProcessProgress(self, step.name),
             tracking_uri=self.hooks.tracking_uri,
             mlflow_run_id=self.hooks.begin(step),
         )
@@ -178,8 +227,8 @@ class GraphRun:
     def _collect(self) -> None:
         for name, (work, handle) in list(self.running.items()):
             if not handle.ready(timeout_s=0.2):
-                if self.stopping and not work.stop_requested:
-                    self._stop(work, handle)
+                if self.stopping:
+                    self._stop_on_cluster(work, handle)
                 continue
             try:
                 outcome = self._finished(work, handle.result())
@@ -194,24 +243,31 @@ class GraphRun:
         """Watch, in a thread of its own, for a request to stop, and pass it to the step through the store, as on a cluster."""
         while self.in_process is work and not work.stop_requested:
             if self.stopping:
-                self._stop(work, None)
+                self._ask_to_stop(work)
             time.sleep(0.1)
 
-    def _stop(self, work: _RunningStep, handle: cluster.Handle | None) -> None:
-        if work.step.resume_point is not None:
-            try:
-                work.attempt.root.create(stop_request_key(work.attempt.generation), b"{}")
-            except StorageError as error:
-                log.warning("%s: the request to stop could not be written, trying again: %s", work.step.name, error)
-                return
-        elif handle is not None:
+    def _stop_on_cluster(self, work: _RunningStep, handle: cluster.Handle) -> None:
+        """Ask a step to save and stop, or interrupt it if it cannot save, or has begun nothing that it could save."""
+        if work.step.resume_point is not None and not work.stop_requested:
+            self._ask_to_stop(work)
+        overdue = work.stop_requested and time.monotonic() - work.stop_requested_at > START_PATIENCE_S
+        if not work.interrupted and (work.step.resume_point is None or (overdue and not work.updates)):
+            work.stop_requested = work.interrupted = True
             handle.cancel()
-        work.stop_requested = True
+
+    def _ask_to_stop(self, work: _RunningStep) -> None:
+        """Ask a step, through the store, to save and stop. A store that refuses is asked again at the next call."""
+        try:
+            work.attempt.root.create(stop_request_key(work.attempt.generation), b"{}")
+        except StorageError as error:
+            log.warning("%s: the request to stop could not be written, trying again: %s", work.step.name, error)
+            return
+        work.stop_requested, work.stop_requested_at = True, time.monotonic()
 
     def _forward_progress(self) -> None:
         if self.board:
             for name, (done, total, unit, fields) in self.board.take().items():
-                self.hooks.progress(name, done, total, unit, fields)
+                self.note_progress(name, done, total, unit, fields)
 
     def _finished(self, work: _RunningStep, receipt: Receipt) -> Outcome:
         record_identity(self.store, receipt)
@@ -219,10 +275,9 @@ class GraphRun:
         return Outcome(work.step, "done", self._uri(work.step), seconds, receipt, mlflow_run_id=run_id)
 
     def _unfinished(self, work: _RunningStep, error: BaseException) -> Outcome:
-        if (
-            work.stop_requested and work.step.resume_point is None
-        ):  # whatever it raised, it raised because of the interrupt
-            error = Stopped(f"{work.step.name}: interrupted on request; the same command runs it again")
+        if work.interrupted:
+            where = "goes on from its last checkpoint" if work.step.resume_point else "runs it again"
+            error = Stopped(f"{work.step.name}: interrupted on request; the same command {where}")
         stopped = isinstance(error, Stopped | Fenced | KeyboardInterrupt)
         self.stopping |= stopped  # one step that was stopped or fenced ends the whole run
         seconds, run_id = time.monotonic() - work.started, work.attempt.mlflow_run_id

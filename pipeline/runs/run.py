@@ -5,13 +5,9 @@ in the summary, and an error of MLflow is only a warning."""
 
 import logging
 import os
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import nullcontext
 
 from pipeline import cluster, tracking
-from pipeline.cluster.resources import Resources
 from pipeline.cluster.tasks import Executor
 from pipeline.config import RunConfig
 from pipeline.graph.plan import PlannedStep, plan_graph
@@ -25,6 +21,7 @@ from pipeline.runs.checks import (
 )
 from pipeline.runs.findings import DataDescription, describe
 from pipeline.runs.hooks import Display, RunHooks
+from pipeline.runs.stopping import StopSignals
 from pipeline.runs.summary import RunSummary, summarise
 from pipeline.runs.workflow import build
 from pipeline.storage import open_store
@@ -49,65 +46,56 @@ def plan_run(config: RunConfig) -> tuple[list[PlannedStep], DataDescription]:
     return rows, data
 
 
-def run_pipeline(config: RunConfig, *, executor: Executor, display: Display) -> RunSummary:
-    """Run every step that is not finished and return how the run ended."""
-    steps = build(config)
-    store = open_store(config.store)
-    check_before_start(config, steps, store, executor)
-    uri = tracking.resolve_tracking_uri(config.tracking.uri, store_uri=store.uri)
-    tracking.check_tracking(uri)
-    hooks = RunHooks(uri, config, display, steps)
-    on_cluster = executor == "ray" and any(row.state == "to_run" for row in plan_graph(steps, store=store))
-    if on_cluster:
-        cluster.connect()
-        warn_of_unshared_paths(store, uri)
+def run_pipeline(
+    config: RunConfig, *, executor: Executor, display: Display, signals: StopSignals | None = None
+) -> RunSummary:
+    """Run every step that is not finished and return how the run ended. `signals`: those that the caller already handles."""
+    with nullcontext(signals) if signals else StopSignals() as stop:
+        return _run(config, executor, display, stop)
+
+
+def _run(config: RunConfig, executor: Executor, display: Display, stop: StopSignals) -> RunSummary:
+    with stop.during("waiting for the checks of sources and store; no step has begun"):
+        steps = build(config)
+        store = open_store(config.store)
+        check_before_start(config, steps, store, executor)
+        uri = tracking.resolve_tracking_uri(config.tracking.uri, store_uri=store.uri)
+    if stop.requested:
+        raise KeyboardInterrupt
+    with stop.during("waiting for MLflow to be set up, which takes up to 20 s; no step has begun"):
+        tracking.check_tracking(uri)
+        hooks = RunHooks(uri, config, display, steps)
     walk = GraphRun(steps, store=store, executor=executor, hooks=hooks, parallel=config.resources.parallel_steps)
+    on_cluster = False
     try:
-        if on_cluster and "RAY_ADDRESS" in os.environ:
-            check_fits_cluster(config, steps_to_run(steps, store))
-        with _stop_on_signals(walk.request_stop, config.resources):
+        if (
+            executor == "ray"
+            and not stop.requested
+            and any(row.state == "to_run" for row in plan_graph(steps, store=store))
+        ):
+            on_cluster = True
+            with stop.during("waiting for Ray to start, which takes up to 30 s; no step has begun", walk.request_stop):
+                cluster.connect()
+                warn_of_unshared_paths(store, uri)
+                if "RAY_ADDRESS" in os.environ:
+                    check_fits_cluster(config, steps_to_run(steps, store))
+        resources = config.resources
+        if resources.wall_clock_s is not None:
+            stop.limit(
+                seconds=resources.wall_clock_s - resources.grace_s,
+                reason=f"wall_clock_s={resources.wall_clock_s:g} is nearly over",
+            )
+        with stop.during(walk.waiting_for, walk.request_stop):
             outcomes = walk.walk()
     except BaseException as error:
-        hooks.abandon("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        with stop.during("waiting for MLflow to note how the run ended"):
+            hooks.abandon("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     finally:
         if on_cluster:
-            cluster.disconnect()
-    summary = summarise(config, outcomes, run_id=hooks.run_id, addresses={"store": store.uri, "tracking": uri})
-    hooks.close(summary, store)
+            with stop.during("waiting for Ray to end, which takes up to 10 s; what was made is saved"):
+                cluster.disconnect()
+    with stop.during("waiting for MLflow to note how the run ended; what was made is saved"):
+        summary = summarise(config, outcomes, run_id=hooks.run_id, addresses={"store": store.uri, "tracking": uri})
+        hooks.close(summary, store)
     return summary
-
-
-@contextmanager
-def _stop_on_signals(request_stop: Callable[[], None], resources: Resources) -> Iterator[None]:
-    """Stop the run on signals: the first SIGINT or SIGTERM lets it save, the second interrupts it, the third kills the process.
-
-    The time limit is a first signal: SIGALRM comes `grace_s` before wall_clock_s."""
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
-
-    def handle_all(handler: Any) -> None:
-        for number in previous:
-            signal.signal(number, handler)
-
-    def save_and_stop(number: int, *_: object) -> None:
-        handle_all(interrupt)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        reason = (
-            "asked to stop" if number != signal.SIGALRM else f"wall_clock_s={resources.wall_clock_s:g} is nearly over"
-        )
-        log.warning("%s: saving what is running; a second signal interrupts it without saving", reason)
-        request_stop()
-
-    def interrupt(*_: object) -> None:
-        handle_all(signal.SIG_DFL)
-        raise KeyboardInterrupt
-
-    handle_all(save_and_stop)
-    if resources.wall_clock_s is not None:
-        signal.setitimer(signal.ITIMER_REAL, resources.wall_clock_s - resources.grace_s)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -20,15 +20,16 @@ from pipeline.reporting.summaries import StepRow
 from pipeline.reporting.terminal import closing_table
 from pipeline.runs.hooks import detail_of
 from pipeline.runs.run import run_pipeline
+from pipeline.runs.stopping import StopSignals
 from pipeline.runs.summary import RunSummary, verdict_line
 
 
-def run_and_show(config: RunConfig, *, executor: Executor) -> RunSummary:
+def run_and_show(config: RunConfig, *, executor: Executor, signals: StopSignals | None = None) -> RunSummary:
     """Run all that is not done, and show it."""
     console = Console(stderr=True, highlight=False)
     # DeepSpeed prints on standard output, which must hold nothing but the JSON line.
     with redirect_stdout(sys.stderr), ProgressDisplay(console=console) as display:
-        summary = run_pipeline(config, executor=executor, display=display)
+        summary = run_pipeline(config, executor=executor, display=display, signals=signals)
     console.print()
     if sys.stderr.isatty():
         _show_reconstruction(console, summary)

@@ -1,12 +1,16 @@
 """The `mae` command in processes of its own: help, wrong input, JSON, signals."""
 
 import contextlib
+import fcntl
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
+import termios
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +29,8 @@ from run_kit import (
     write_config,
     write_images,
 )
+
+from pipeline.runs.stopping import ECHO_S
 
 __all__ = ["migrated_database", "store"]
 
@@ -267,10 +273,11 @@ def states(stdout: str) -> dict[str, str]:
 
 def test_a_signal_saves_and_stops_and_the_same_command_goes_on(config, store):
     lengthened(config, 110)
-    for attempt, number in enumerate((signal.SIGINT, signal.SIGTERM), start=1):
+    for attempt, number in enumerate((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), start=1):
         with running("run", config, "--in-process", "--json") as process:
             wait_for_file(store, f"pretrain-*/g{attempt:04d}/checkpoints/*/manifest.json", process)
             process.send_signal(number)
+            os.killpg(process.pid, number)  # the echo that `timeout` and shells send
             stdout, _ = process.communicate(timeout=180)
         assert process.returncode == 3, number
         came = "done" if attempt == 1 else "cached"
@@ -281,7 +288,7 @@ def test_a_signal_saves_and_stops_and_the_same_command_goes_on(config, store):
     assert done.returncode == 0, done.stderr
     assert states(done.stdout) == {"snapshot": "cached", "shard": "cached", "pretrain": "done", "report": "done"}
     continues = [json.loads(claim.read_text())["continues"] for claim in sorted(store.glob("pretrain-*/gen/*.json"))]
-    assert [key[:6] for key in continues] == ["", "g0001/", "g0002/"]
+    assert [key[:6] for key in continues] == ["", "g0001/", "g0002/", "g0003/"]
 
 
 @pytest.mark.system
@@ -290,7 +297,7 @@ def test_a_second_signal_cuts_off_at_once_with_exit_code_3(config, store):
     with running("run", config, "--in-process", "--json") as process:
         wait_for_file(store, "pretrain-*/g0001/checkpoints/*/manifest.json", process)
         process.send_signal(signal.SIGINT)
-        time.sleep(0.05)
+        time.sleep(ECHO_S + 0.05)  # sooner, it is an echo of the first
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
     assert process.returncode == 3
@@ -329,3 +336,47 @@ def test_in_process_is_one_worker_whatever_a_launcher_left_in_the_environment(co
     assert "ignored (RANK=0, WORLD_SIZE=4, MASTER_ADDR=127.0.0.1, MASTER_PORT=29519, LOCAL_RANK=0)" in " ".join(
         done.stderr.split()
     )
+
+
+@pytest.mark.system
+def test_a_terminal_that_is_closed_ends_the_run_with_a_save(config, store):
+    lengthened(config, 3000)
+    ours, theirs = os.openpty()
+
+    def take_the_terminal() -> None:
+        end_with_parent()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs.cli", "run", str(config), "--in-process"],
+        cwd=ROOT,
+        env=environment(),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        text=True,
+        start_new_session=True,
+        preexec_fn=take_the_terminal,  # noqa: PLW1509 - three system calls
+    )
+    os.close(theirs)
+    closing = threading.Event()
+    reader = threading.Thread(target=read_until, args=(closing, ours), daemon=True)
+    reader.start()
+    try:
+        wait_for_file(store, "pretrain-*/g0001/checkpoints/*/manifest.json", process)
+        closing.set()
+        reader.join()
+        os.close(ours)  # the kernel sends SIGHUP
+        assert process.wait(60) == 3
+    finally:
+        if process.poll() is None:
+            process.kill()
+    assert list(store.glob("pretrain-*/stop/0001.json"))
+
+
+def read_until(closing: threading.Event, terminal: int) -> None:
+    """Take in what a terminal shows, so that its writer does not block."""
+    while not closing.is_set():
+        if select.select([terminal], [], [], 0.1)[0]:
+            with contextlib.suppress(OSError):
+                os.read(terminal, 4096)

@@ -61,7 +61,9 @@ def test_two_workers_train_from_a_bucket_and_leave_no_secret(tmp_path, s3_bucket
     assert (again.returncode, states(again.stdout)) == (0, {"cached"})
 
 
-def test_ctrl_c_reaches_every_process_and_still_saves(tmp_path, store):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_whole_group_still_saves(tmp_path, store, number):
+    """As a terminal sends Ctrl-C and its end to the foreground group, and `timeout` and batch systems send SIGTERM."""
     content: dict[str, Any] = document(store, write_images(tmp_path / "images", 40))
     content["pretrain"]["epochs"] = 2000
     content["evaluation"]["datasets"] = []
@@ -84,11 +86,12 @@ def test_ctrl_c_reaches_every_process_and_still_saves(tmp_path, store):
             assert time.monotonic() < deadline
             assert process.poll() is None
             time.sleep(0.2)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole foreground group
+        os.killpg(process.pid, number)
         stdout, stderr = process.communicate(timeout=60)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 3, stderr
+    assert f"asked to stop by {number.name}: pretrain finishes the step it is at" in stderr
     assert "saved; the same command goes on from there" in stderr
     assert states(stdout) == {"done", "stopped"}

@@ -107,6 +107,7 @@ def train(
             incidents=Incidents(spec, attempt, world),
             checkpointer=checkpointer,
             actions=periodic_actions(spec.resources, profiler, step_log, checkpointer),
+            step_log=step_log,
             total_steps=total_steps,
             position=position,
         ).run()
@@ -145,12 +146,14 @@ class _Training:
     incidents: Incidents
     checkpointer: Checkpointer
     actions: Sequence[PeriodicAction]
+    step_log: StepLog
     total_steps: int
     position: Position
 
     def run(self) -> TrainingResult:
         """Take the steps that are left, save, and score the result."""
         self.tracker.resume(as_points(self.position.history), rollbacks=self.position.guard.roll_backs)
+        self.step_log.begin(self.position)
         with closing(self.profiler):
             stopped = self._steps()
         if stopped == "fenced":  # a newer generation owns the step: write nothing more

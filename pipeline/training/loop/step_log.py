@@ -22,6 +22,12 @@ class StepLog:
     total_steps: int
     samples_per_epoch: int
 
+    def begin(self, position: Position) -> None:
+        """Report, from rank 0, where the steps begin: from here on, a stop has something to save."""
+        if self.world.is_first:
+            batch = self.recipe.global_batch
+            self.attempt.progress.update(position.global_step * batch, self.total_steps * batch, unit="images")
+
     def write(self, position: Position) -> None:
         """Log the row at this position. Collective: the row sums over all workers, and rank 0 writes it."""
         lr = self.recipe.learning_rate(position.global_step - 1, self.samples_per_epoch)  # of the step just taken

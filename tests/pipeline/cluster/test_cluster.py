@@ -1,9 +1,15 @@
 """Clusters that `connect` starts on this machine."""
 
+import json
+import os
+import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
+from ray_kit import until
+from run_kit import end_with_parent
 
 from pipeline import cluster
 from pipeline.errors import PipelineError
@@ -14,6 +20,24 @@ for _ in range(2):
     cluster.connect(cpus=1)
     print(cluster.map_tasks(abs, [-3, 2], executor="ray"))
     cluster.disconnect()
+"""
+
+SIGNALLED = """
+import contextlib, json, os, signal, sys, psutil
+from pipeline import cluster
+heard = []
+signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+cluster.connect(cpus=1)
+started, alike = [], []
+for process in psutil.Process().children(recursive=True):
+    with contextlib.suppress(ProcessLookupError):
+        if os.getpgid(process.pid) == os.getpgid(0) or os.getsid(process.pid) == os.getsid(0):
+            alike.append(process.pid)
+        started.append(process.pid)
+os.killpg(0, signal.SIGTERM)
+answer = cluster.map_tasks(abs, [-3, 2], executor="ray")
+print(json.dumps({"heard": heard, "answer": answer, "started": started, "alike": alike}), flush=True)
+sys.stdin.read()
 """
 
 
@@ -70,3 +94,32 @@ def test_a_cluster_that_does_not_answer_is_named(monkeypatch, address):
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(PipelineError, match=f"Ray {address}: nothing answers there .*RAY_ADDRESS"):
         cluster.connect()
+
+
+@pytest.mark.system
+def test_a_signal_to_the_drivers_group_leaves_ray_alone_and_its_death_ends_ray():
+    driver = subprocess.Popen(
+        [sys.executable, "-c", SIGNALLED],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=end_with_parent,  # noqa: PLW1509 - one system call
+    )
+    try:
+        assert driver.stdout is not None
+        said = json.loads(driver.stdout.readline())
+        assert (said["heard"], said["answer"], said["alike"]) == ([signal.SIGTERM], [3, 2], [])
+        assert said["started"]
+    finally:
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.communicate()
+
+    def ended() -> bool:
+        return not any(
+            psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in said["started"]
+        )
+
+    until(
+        ended
+    )  # Ray's agents look for the raylet every few seconds, and tell the dead GCS of its end for up to a minute

@@ -4,8 +4,6 @@ import io
 import json
 import re
 import shutil
-import signal
-import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +18,6 @@ from rich.console import Console
 from run_kit import document, migrated_database, store, write_config, write_images
 
 from pipeline import cluster, tracking
-from pipeline.cluster.resources import Resources
 from pipeline.cluster.tasks import Executor
 from pipeline.config import RunConfig, load_config
 from pipeline.data.feed.substitution import Substitution
@@ -29,7 +26,7 @@ from pipeline.graph.receipts import Receipt
 from pipeline.graph.runner import Outcome
 from pipeline.runs.checks import warn_of_unshared_paths
 from pipeline.runs.hooks import detail_of
-from pipeline.runs.run import _stop_on_signals, plan_run, run_pipeline
+from pipeline.runs.run import plan_run, run_pipeline
 from pipeline.runs.summary import RunSummary, as_json, verdict_line
 from pipeline.runs.workflow import build
 from pipeline.storage import open_store
@@ -514,14 +511,3 @@ def test_the_closing_table_names_images_that_others_stood_in_for():
     assert said(0) == ""
     assert said(2) == "4 times another image was used in place of an unreadable one: 0.jpg, 1.jpg"
     assert said(5).endswith("0.jpg, 1.jpg, 2.jpg and 2 more")
-
-
-def test_the_wall_clock_asks_once_and_in_good_time(caplog):
-    asked, began = [], time.monotonic()
-    with _stop_on_signals(lambda: asked.append(time.monotonic() - began), Resources(wall_clock_s=0.5, grace_s=0.3)):
-        time.sleep(0.6)
-    assert len(asked) == 1
-    assert 0.2 <= asked[0] < 0.5
-    assert "wall_clock_s=0.5 is nearly over: saving what is running" in caplog.text
-    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-    assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL

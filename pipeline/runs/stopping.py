@@ -1,0 +1,150 @@
+"""Signals to a run: the first lets it save and stop, and is answered at once with what that waits for; a second interrupts it.
+
+SIGINT, SIGTERM and SIGHUP ask a run to stop, and so does SIGALRM, which is its time limit. Python runs signal handlers on the main
+thread between two instructions, which can be seconds away: in a call of Ray, SQLite or torch. So handlers only act, and a thread
+speaks: it reads the signals' numbers from a pipe, into which the interpreter writes them the moment they arrive.
+This module imports nothing heavy, so that signals are handled before a command spends seconds on importing torch.
+Units: seconds."""
+
+import logging
+import os
+import select
+import signal
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import TracebackType
+from typing import Any, Self
+
+log = logging.getLogger(__name__)
+
+ECHO_S = 1.0
+"""Later signals this soon after the first are its echoes: `timeout` signals its child and then the group that the child is in, and
+a shell passes on the SIGHUP that the kernel has sent already."""
+REMIND_S = 10.0
+"""Between two lines about what a stop still waits for."""
+STOPPED = 3
+"""Exit code of a run that was stopped and can be continued."""
+_ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
+
+
+class StopSignals:
+    """Handles the signals to this process while it is entered. Enter it on the main thread.
+
+    Before the first `during`, nothing has begun, and a signal ends the process at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._reason_of_alarm = "the time limit is near"
+        self._first: int | None = None
+        self._first_at = 0.0
+        self._waiting_for: str | Callable[[], str] | None = None
+        self._act: Callable[[], None] = _do_nothing
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
+        self._previous_fd = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        self._speaker = threading.Thread(target=self._speak, name="stop-signals", daemon=True)
+        self._speaker.start()
+        for number in _ASKING:
+            self._previous[number] = signal.getsignal(number)
+            if number == signal.SIGHUP and self._previous[number] is signal.SIG_IGN:  # nohup: outlive the terminal
+                continue
+            signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._previous_fd)
+        os.write(self._writing, b"\0")  # no signal has this number: the speaker ends, once it has said what came before
+        self._speaker.join()
+        os.close(self._reading)
+        os.close(self._writing)
+
+    @contextmanager
+    def during(self, waiting_for: str | Callable[[], str], act: Callable[[], None] | None = None) -> Iterator[None]:
+        """Name what a stop waits for while the block runs. The first signal calls `act`; so does entering after it."""
+        before, act_before = self._waiting_for, self._act
+        self._waiting_for = waiting_for
+        self._act = act or _do_nothing
+        try:
+            if self.requested:
+                self._act()
+            yield
+        finally:
+            # never back to None: from the first block on, something has begun
+            self._waiting_for, self._act = before or self._waiting_for, act_before
+
+    def limit(self, *, seconds: float, reason: str) -> None:
+        """Ask for a stop after so many seconds, for a reason that is then said."""
+        self._reason_of_alarm = reason
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    def _handle(self, number: int, *_: object) -> None:
+        if number == signal.SIGHUP:
+            _let_go_of_a_closed_terminal()
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self._first_at, self.requested = number, now, True
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            if self._waiting_for is None:
+                with suppress(OSError):
+                    os.write(2, f"mae: {self._why(number)} before anything has begun\n".encode())
+                os._exit(STOPPED)  # in the middle of an import, an exception could be taken for a missing package
+            self._act()
+        elif self._insists(number, now):
+            for ordinary in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(ordinary, signal.SIG_DFL)
+            raise KeyboardInterrupt
+
+    def _insists(self, number: int, now: float) -> bool:
+        """Whether this later signal means: do not even save. Ctrl-C does, and the first signal again, but not a batch system's
+        SIGTERM after its SIGINT, nor a terminal that is closed while the run saves."""
+        if now - self._first_at < ECHO_S or number == signal.SIGHUP:
+            return False
+        return number in {signal.SIGINT, self._first}
+
+    def _why(self, number: int) -> str:
+        if number == signal.SIGALRM:
+            return self._reason_of_alarm
+        return f"asked to stop by {signal.Signals(number).name}"
+
+    def _speak(self) -> None:
+        """Life of the speaker: one line when the first signal comes, and one every REMIND_S for as long as the run goes on."""
+        began: float | None = None
+        while True:
+            readable, _, _ = select.select([self._reading], [], [], None if began is None else REMIND_S)
+            for number in os.read(self._reading, 64) if readable else b"":
+                if number == 0:
+                    return
+                if number in _ASKING and began is None and (what := self._waiting()):
+                    began = time.monotonic()
+                    log.warning("%s: %s. Ctrl-C again interrupts it without saving", self._why(number), what)
+            if not readable and began is not None and (what := self._waiting()):
+                log.warning("still stopping after %.0f s: %s", time.monotonic() - began, what)
+
+    def _waiting(self) -> str:
+        """What the run waits for; an empty string where nothing has begun."""
+        now = self._waiting_for
+        return now() if callable(now) else now or ""
+
+
+def _do_nothing() -> None:
+    """Let what runs come to its end."""
+
+
+def _let_go_of_a_closed_terminal() -> None:
+    """Lead standard output and error into nothing where they are a terminal that is gone: each write to it would raise OSError."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2):
+        if stat.S_ISCHR(os.fstat(number).st_mode) and not os.isatty(number):  # a terminal that is gone says it is none
+            os.dup2(nothing, number)
+    os.close(nothing)
