@@ -28,7 +28,7 @@ def run(
 
     try:
         summary = run_and_show(
-            read_config(config, overrides, refresh=refresh), executor="in_process" if in_process else "ray"
+            read_config(config, overrides, refresh=refresh, record=True), executor="in_process" if in_process else "ray"
         )
     except KeyboardInterrupt:
         typer.echo("mae: cut off; the same command goes on from what was saved last", err=True)

@@ -1,6 +1,7 @@
 """A run's configuration: its fields and their checks (`fields`), how a YAML file and --set become one (`reading`), and where
 relative paths start (`paths`)."""
 
+from pipeline.config.fields import Moved as Moved
 from pipeline.config.fields import RunConfig as RunConfig
 from pipeline.config.fields import SourceConfig as SourceConfig
 from pipeline.config.paths import absolute_address as absolute_address

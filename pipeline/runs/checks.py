@@ -14,6 +14,7 @@ from pipeline.graph.step import Step
 from pipeline.planning.estimate import check_memory
 from pipeline.planning.hardware import cluster_hardware, local_hardware
 from pipeline.runs.findings import check_reading, examine, finished_in, problem_of
+from pipeline.stages.snapshot import MOVED
 from pipeline.storage import Store, open_store, probe
 
 log = logging.getLogger(__name__)
@@ -85,14 +86,15 @@ def source_problem(step: Step) -> PipelineError | ConfigError | None:
     if step.kind != "snapshot":
         return None
     try:
-        labels = step.config.labels
+        where = step.options.get(MOVED, {"source": step.config.source, "labels": step.config.labels})
+        labels = where["labels"]
         if labels is not None:
             folder, _, name = labels.rpartition("/")
             if not open_store(folder or "/").exists(name):
                 return ConfigError(
                     f"data.labels={labels!r} does not exist: write the address of a .csv, .jsonl or .parquet file"
                 )
-        next(item for item in list_source(step.config.source, besides=labels) if item.role != "ignored")
+        next(item for item in list_source(where["source"], besides=labels) if item.role != "ignored")
     except (PipelineError, ConfigError) as problem:
         return problem
     return None

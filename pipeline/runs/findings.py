@@ -24,7 +24,7 @@ from pipeline.graph.receipts import read_receipt
 from pipeline.graph.step import StageInput, Step
 from pipeline.reporting.data_table import data_table
 from pipeline.reporting.format import count
-from pipeline.stages.snapshot import preview, reread
+from pipeline.stages.snapshot import preview, reread, where_it_is
 from pipeline.storage import Store
 
 JUDGED = "judged/2.json"
@@ -123,7 +123,7 @@ def snapshot_table(name: str, facts: SnapshotFacts) -> RenderableType:
 
 def preview_source(step: Step, progress: Progress) -> RenderableType:
     """Return the table of a source that is not listed yet, from its first files. Raises what listing it would raise."""
-    facts = preview(step.config, progress, files=PREVIEW_FILES)
+    facts = preview(where_it_is(step.config, step.options), progress, files=PREVIEW_FILES)
     seen = facts.listed + facts.ignored
     part = (
         f" (the first {count(PREVIEW_FILES)} files)" if facts.kind != "Parquet tables" and seen >= PREVIEW_FILES else ""

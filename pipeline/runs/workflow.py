@@ -8,8 +8,9 @@ depend on pretraining, so that another mask ratio does not repeat them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from pipeline.config import RunConfig, SourceConfig
+from pipeline.config import Moved, RunConfig, SourceConfig
 from pipeline.data.sources.splits import SplitFrom
 from pipeline.evaluation.protocol import EncoderOrigin, ProtocolConfig
 from pipeline.evaluation.protocols import ProtocolName, protocol_named
@@ -18,7 +19,7 @@ from pipeline.stages.join import JoinConfig, join
 from pipeline.stages.pretrain import pretrain
 from pipeline.stages.report import ReportConfig, Scored, report
 from pipeline.stages.shard import ShardStageConfig, shard
-from pipeline.stages.snapshot import SnapshotConfig, snapshot
+from pipeline.stages.snapshot import MOVED, SnapshotConfig, snapshot
 from pipeline.training.checkpoints.format import resume_point
 from pipeline.training.spec.train_spec import PretrainConfig
 
@@ -85,10 +86,16 @@ class _Source:
     label_column: str | None
     split_column: str | None
     split_from: SplitFrom | None
+    moved: Moved | None
 
     @classmethod
     def of(cls, uri: str, reading: SourceConfig) -> "_Source":
-        return cls(uri, **{name: getattr(reading, name) for name in SourceConfig.model_fields})
+        return cls(uri, **{name: getattr(reading, name) for name in SourceConfig.model_fields}, moved=reading.moved)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Where the steps find the files, if they have moved. Outside the fingerprints, as all options are."""
+        return {MOVED: self.moved._asdict()} if self.moved else {}
 
 
 def snapshot_names(config: RunConfig) -> tuple[str, ...]:
@@ -97,14 +104,27 @@ def snapshot_names(config: RunConfig) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else names
 
 
-def listings(config: RunConfig) -> list[Step]:
-    """Return the snapshot steps of data.source, oldest first."""
-    return _listings(config, _Source.of(config.data.source, config.data), snapshot_names(config), suffix="")
+def parts_of_sources(config: RunConfig) -> dict[str, list[Step]]:
+    """Return the shard steps of each source, oldest part first, by the section that names it: `data`, `evaluation.datasets.0`."""
+    own = _Source.of(config.data.source, config.data)
+    found, seen = {"data": _parts(config, own, snapshot_names(config), suffix="")}, {own}
+    for number, dataset in enumerate(config.evaluation.datasets):
+        source = _Source.of(dataset.source, dataset) if dataset.source else own
+        if source not in seen:
+            parts = _parts(config, source, snapshot_names(config)[:1], suffix=f"-{dataset.name}")
+            found[f"evaluation.datasets.{number}"] = parts
+        seen.add(source)
+    return found
+
+
+def _parts(config: RunConfig, source: _Source, names: Sequence[str], *, suffix: str) -> list[Step]:
+    """One shard step per snapshot."""
+    return [_shards(config, source, step) for step in _listings(config, source, names, suffix=suffix)]
 
 
 def _dataset(config: RunConfig, source: _Source, names: Sequence[str], *, suffix: str) -> Step:
     """The shard step of a source or, if it has several snapshots, the join of their shards."""
-    parts = [_shards(config, source, step) for step in _listings(config, source, names, suffix=suffix)]
+    parts = _parts(config, source, names, suffix=suffix)
     if len(parts) == 1:
         return parts[0]
     return Step(
@@ -141,6 +161,7 @@ def _listings(config: RunConfig, source: _Source, names: Sequence[str], *, suffi
                 function=snapshot,
                 config=taken,
                 inputs=_numbered(steps),
+                options=source.options,
             )
         )
     return steps
@@ -168,7 +189,7 @@ def _shards(config: RunConfig, source: _Source, listing: Step) -> Step:
             label_column=source.label_column,
         ),
         inputs={"snapshot": listing},
-        options={"bad_share_stop": data.bad_share_stop},
+        options={"bad_share_stop": data.bad_share_stop, **source.options},
     )
 
 
