@@ -83,6 +83,8 @@ class Moved(NamedTuple):
 
     source: str
     labels: str | None
+    compared_at: float
+    """When they were found to be the listed files, in seconds since the epoch."""
 
 
 class SourceConfig(Section):

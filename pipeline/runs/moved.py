@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,10 @@ def recorded_addresses(config: RunConfig, store: Store, *, say: Callable[[str], 
         first = shards[0].inputs["snapshot"]
         if read_receipt(store.at(first.directory)) is not None:
             continue
-        here = Moved(first.config.source, first.config.labels)
         key = f"{RECORDS}{first.directory}.json"
         known = _read_record(store, key)
-        for source, labels in [known] if known else _candidates(first, store):
+        here = Moved(first.config.source, first.config.labels, known["compared_at"] if known else time.time())
+        for source, labels in [(known["source"], known["labels"])] if known else _candidates(first, store):
             candidate = newest(_replaced(config, here, source, labels), store)
             parts = _finished(parts_of_sources(candidate).get(section, []), store)
             if not parts or not (known or _is_same(here, parts, say)):
@@ -64,16 +65,14 @@ def recorded_addresses(config: RunConfig, store: Store, *, say: Callable[[str], 
             )
             if record and not known:
                 with contextlib.suppress(StorageError):  # only the next run pays, with another comparison
-                    store.create(key, json.dumps({"source": source, "labels": labels}).encode())
+                    body = {"source": source, "labels": labels, "compared_at": here.compared_at}
+                    store.create(key, json.dumps(body).encode())
             break
     return config
 
 
-def _read_record(store: Store, key: str) -> tuple[str, str | None] | None:
-    if not store.exists(key):
-        return None
-    body = json.loads(store.read(key))
-    return body["source"], body["labels"]
+def _read_record(store: Store, key: str) -> dict[str, Any] | None:
+    return dict(json.loads(store.read(key))) if store.exists(key) else None
 
 
 def _candidates(first: Step, store: Store) -> Iterator[tuple[str, str | None]]:
@@ -96,10 +95,10 @@ def _placeless(config: Mapping[str, Any]) -> dict[str, Any]:
 def _replaced(config: RunConfig, here: Moved, source: str, labels: str | None) -> RunConfig:
     """Put the recorded addresses into every section that names the present ones."""
     data, evaluation = config.data, config.evaluation
-    if (data.source, data.labels) == here:
+    if (data.source, data.labels) == here[:2]:
         data = data.recorded_at(source, labels, now=here)
     datasets = tuple(
-        one.recorded_at(source, labels, now=here) if (one.source, one.labels) == here else one
+        one.recorded_at(source, labels, now=here) if (one.source, one.labels) == here[:2] else one
         for one in evaluation.datasets
     )
     return config.model_copy(update={"data": data, "evaluation": evaluation.model_copy(update={"datasets": datasets})})

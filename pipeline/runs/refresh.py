@@ -52,12 +52,12 @@ def refresh(config: RunConfig, store: Store) -> Refreshed:
         )
     pinned = known_parts(configured, lambda names: is_pinned(config, names, store))
     parts = [receipt.as_input(uri) for uri, receipt in _receipts(config, pinned, store)]
-    where, labels = config.data.moved or (config.data.source, config.data.labels)
-    names = (*pinned, next_name(pinned)) if has_new_files(where, labels, parts) else pinned
+    where = config.data.moved or config.data
+    names = (*pinned, next_name(pinned)) if has_new_files(where.source, where.labels, parts) else pinned
     finding = "a new part" if names != pinned else "nothing is new"
     return Refreshed(
         with_snapshots(config, names),
-        f"refresh: {finding} in {where}; to pin this state write data.snapshot: {as_yaml(names)}",
+        f"refresh: {finding} in {where.source}; to pin this state write data.snapshot: {as_yaml(names)}",
     )
 
 

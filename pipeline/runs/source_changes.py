@@ -26,7 +26,7 @@ from pipeline.data.sources.listing import list_source, role_of
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.graph.receipts import read_receipt
 from pipeline.graph.step import StageInput, Step
-from pipeline.runs.workflow import parts_of_sources
+from pipeline.runs.workflow import COMPARED_AT, parts_of_sources
 from pipeline.stages.snapshot import MOVED, EarlierListing, SnapshotConfig, listed_files
 from pipeline.storage import FileStore, Store, open_store
 
@@ -74,8 +74,12 @@ def source_changes(config: RunConfig, store: Store) -> list[str]:
     return lines
 
 
-def compare_source(source: str, labels: str | None, parts: Sequence[StageInput]) -> SourceChanges:
-    """Compare a source with the snapshots that list it, completely if they list at most FULL files."""
+def compare_source(
+    source: str, labels: str | None, parts: Sequence[StageInput], *, compared_at: float = 0.0
+) -> SourceChanges:
+    """Compare a source with the snapshots that list it, completely if they list at most FULL files.
+
+    `compared_at`: when this was last done completely, other than by the listing. Seconds since the epoch."""
     with tempfile.TemporaryDirectory() as scratch:
         tables = [listed_files(part, Path(scratch) / str(number)) for number, part in enumerate(parts)]
         listed = sum(pq.read_metadata(table).num_rows for table in tables)
@@ -83,7 +87,7 @@ def compare_source(source: str, labels: str | None, parts: Sequence[StageInput])
             return _compare_all(source, labels, tables, listed, gone_before=_gone(parts))
         store, sample = open_store(source), _sample(tables)
         if isinstance(store, FileStore):
-            return _compare_folder(store, sample, listed, since=_began(parts[-1]))
+            return _compare_folder(store, sample, listed, since=max(compared_at, _began(parts[-1])))
         return _compare_pages(store, sample, tables, listed)
 
 
@@ -92,9 +96,12 @@ def _lines(section: str, steps: Sequence[Step], parts: Sequence[StageInput]) -> 
     where = steps[0].options.get(MOVED, {"source": config.source, "labels": config.labels})
     name = f"{section}.source {where['source']}"
     names = ", ".join(step.config.snapshot for step in steps)
+    compared_at = steps[0].options.get(COMPARED_AT, 0.0)
     lines = []
     try:
-        found = within(LIMIT_S, lambda: compare_source(where["source"], where["labels"], parts))
+        found = within(
+            LIMIT_S, lambda: compare_source(where["source"], where["labels"], parts, compared_at=compared_at)
+        )
         lines += _files_line(name, names, found, is_own=section == "data")
         recorded = SnapshotFacts.read(parts[-1].facts).labels_sha256
         if recorded and recorded != within(LIMIT_S, lambda: file_sha256(where["labels"])):

@@ -23,6 +23,8 @@ from pipeline.stages.snapshot import MOVED, SnapshotConfig, snapshot
 from pipeline.training.checkpoints.format import resume_point
 from pipeline.training.spec.train_spec import PretrainConfig
 
+COMPARED_AT = "compared_at"
+"""Option of snapshot and shard steps whose files have moved: `Moved.compared_at`."""
 OUTSIDE = ("name", "store", "resources", "tracking")
 """Sections of the configuration that change no result. The report's fingerprint leaves them out."""
 ORIGINS: tuple[EncoderOrigin, ...] = ("pretrained", "random")
@@ -95,7 +97,12 @@ class _Source:
     @property
     def options(self) -> dict[str, Any]:
         """Where the steps find the files, if they have moved. Outside the fingerprints, as all options are."""
-        return {MOVED: self.moved._asdict()} if self.moved else {}
+        if self.moved is None:
+            return {}
+        return {
+            MOVED: {"source": self.moved.source, "labels": self.moved.labels},
+            COMPARED_AT: self.moved.compared_at,
+        }
 
 
 def snapshot_names(config: RunConfig) -> tuple[str, ...]:
