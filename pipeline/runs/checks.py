@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from pipeline import cluster, tracking
 from pipeline.cluster.tasks import Executor
 from pipeline.config import RunConfig
-from pipeline.data.sources.listing import list_source
+from pipeline.data.sources.listing import MOVED, list_source
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.graph.plan import plan_graph
 from pipeline.graph.step import Step
 from pipeline.planning.estimate import check_memory
 from pipeline.planning.hardware import cluster_hardware, local_hardware
 from pipeline.runs.findings import check_reading, examine, finished_in, problem_of
-from pipeline.stages.snapshot import MOVED
 from pipeline.storage import Store, open_store, probe
 
 log = logging.getLogger(__name__)

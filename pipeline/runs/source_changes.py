@@ -22,12 +22,12 @@ import pyarrow.parquet as pq
 from pipeline.config import RunConfig
 from pipeline.data.dataset.facts import SnapshotFacts
 from pipeline.data.sources.labels import file_sha256
-from pipeline.data.sources.listing import list_source, role_of
+from pipeline.data.sources.listing import MOVED, list_source, role_of
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.graph.receipts import read_receipt
 from pipeline.graph.step import StageInput, Step
 from pipeline.runs.workflow import COMPARED_AT, parts_of_sources
-from pipeline.stages.snapshot import MOVED, EarlierListing, SnapshotConfig, listed_files
+from pipeline.stages.snapshot import EarlierListing, SnapshotConfig, listed_files
 from pipeline.storage import FileStore, Store, open_store
 
 FULL = 20_000

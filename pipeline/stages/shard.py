@@ -27,10 +27,10 @@ from pipeline.data.dataset.shard_writer import check_bad_share, write_shard
 from pipeline.data.dataset.tar_index import index_tar
 from pipeline.data.images.intake import IntakePolicy
 from pipeline.data.sources.labels import CLASSES_MAX
+from pipeline.data.sources.listing import MOVED
 from pipeline.data.sources.splits import class_order
 from pipeline.errors import ConfigError, DataError
 from pipeline.graph.step import ADDED_LATER, Attempt, StageInput, StageResult
-from pipeline.stages.snapshot import MOVED
 from pipeline.storage import Store
 
 VERSION = 1

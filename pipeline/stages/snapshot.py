@@ -26,7 +26,7 @@ from pipeline.data.dataset.facts import SnapshotFacts, Understood
 from pipeline.data.dataset.schema import NO_LABEL, SNAPSHOT, TABLE_SNAPSHOT
 from pipeline.data.dataset.understanding import PassedOver, SplitTally, notes_on_classes
 from pipeline.data.sources.labels import CLASSES_MAX, Labels, file_sha256
-from pipeline.data.sources.listing import KINDS, Role, SourceItem, SourceKind, list_source
+from pipeline.data.sources.listing import KINDS, MOVED, Role, SourceItem, SourceKind, list_source
 from pipeline.data.sources.splits import (
     FolderEvidence,
     SplitFrom,
@@ -44,8 +44,6 @@ from pipeline.graph.step import ADDED_LATER, Attempt, StageInput, StageResult
 from pipeline.storage.files import local_copy
 
 VERSION = 1
-MOVED = "moved"
-"""Option of snapshot and shard steps: where `source` and `labels` are now, if the config holds where they were listed."""
 SNAPSHOT_FILE = "snapshot.parquet"
 FILES_FILE = "files.parquet"
 _BATCH_ROWS = 50_000
