@@ -24,7 +24,7 @@ def demo(
 ) -> None:
     """Run jobs/configs/digits.yaml with everything in one folder."""
     from jobs.digits import write_digits
-    from pipeline.config import load_config
+    from jobs.options import read_config
     from pipeline.runs.terminal import run_and_show
 
     out = out.absolute()
@@ -38,7 +38,7 @@ def demo(
         *(["pretrain.epochs=10"] if quick else []),
     ]
     with resources.as_file(resources.files("jobs") / "configs" / "digits.yaml") as path:
-        summary = run_and_show(load_config(path, overrides), executor="ray")
+        summary = run_and_show(read_config(path, overrides, record=True), executor="ray")
     if summary.exit_code == 0:
         (out / "summary.json").write_text(json.dumps(results(summary), indent=1) + "\n")
         typer.echo(f"summary   {out / 'summary.json'}", err=True)

@@ -27,18 +27,17 @@ Refresh = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, one line per result.")]
 
 
-def read_config(path: Path, overrides: Sequence[str], *, refresh: bool) -> "RunConfig":
-    """Read a run's configuration; with `refresh`, name the snapshots that hold what its source holds now, and say so."""
-    from pipeline.config import load_config
-    from pipeline.runs.refresh import refresh as refresh_sources
-    from pipeline.storage import open_store
+def read_config(path: Path, overrides: Sequence[str], *, refresh: bool = False, record: bool = False) -> "RunConfig":
+    """Read the configuration of a run, settle which state of its data it reads, and say what is not obvious about that.
 
-    config = load_config(path, overrides)
-    if not refresh:
-        return config
-    refreshed = refresh_sources(config, open_store(config.store))
-    typer.echo(f"mae: {refreshed.message}", err=True)
-    return refreshed.config
+    `refresh`: look for new images. `record`: remember in the store that data have moved."""
+    from pipeline.config import load_config
+    from pipeline.runs.data_state import settled_for_run
+
+    def say(line: str) -> None:
+        typer.echo(f"mae: {line}", err=True)
+
+    return settled_for_run(load_config(path, overrides), say=say, look_for_new=refresh, record=record)
 
 
 def config_at(target: str, overrides: Sequence[str]) -> "RunConfig | None":
@@ -47,9 +46,10 @@ def config_at(target: str, overrides: Sequence[str]) -> "RunConfig | None":
     Raises ConfigError for --set with an address, which it could not change."""
     from pipeline.config import load_config
     from pipeline.errors import ConfigError
+    from pipeline.runs.data_state import settled
 
     if target.endswith((".yaml", ".yml")):
-        return load_config(Path(target), overrides)
+        return settled(load_config(Path(target), overrides))
     if overrides:
         raise ConfigError(f"--set changes a configuration, and {target!r} is not a YAML file: leave --set out")
     return None

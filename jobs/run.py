@@ -30,7 +30,7 @@ def run(
 
         try:
             with signals.during("waiting for the configuration to be read; no step has begun"):
-                configuration = read_config(config, overrides, refresh=refresh)
+                configuration = read_config(config, overrides, refresh=refresh, record=True)
             summary = run_and_show(configuration, executor="in_process" if in_process else "ray", signals=signals)
         except KeyboardInterrupt:
             typer.echo("mae: cut off; the same command goes on from what was saved last", err=True)

@@ -7,7 +7,7 @@ Errors: ValueError, which `reading` turns into one line per field."""
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import (
     AfterValidator,
@@ -15,6 +15,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     create_model,
     field_validator,
     model_validator,
@@ -78,6 +79,15 @@ def _snapshot_names(value: Any) -> Any:
     return tuple(names) if isinstance(value, list | tuple) else names[0]
 
 
+class Moved(NamedTuple):
+    """Where the files of a source are now, if its fingerprints keep the address under which it was listed."""
+
+    source: str
+    labels: str | None
+    compared_at: float
+    """When they were found to be the listed files, in seconds since the epoch."""
+
+
 class SourceConfig(Section):
     """How to read a source whose folders alone do not give labels and splits."""
 
@@ -94,6 +104,19 @@ class SourceConfig(Section):
     """What decides the split: path (the folders), name (the file's own name), column (split_column, or that of the labels file) or
     hash (test_share of all, whatever the names say). If left out: a column, else words such as train/, valid/ and test/ in the
     names of folders, or of tars and tables; names that can be read in two ways are refused."""
+    # Private, so that no fingerprint, dump or submitted job holds it: it is found out again from the store (`runs.moved`).
+    _moved: Moved | None = PrivateAttr(None)
+
+    @property
+    def moved(self) -> Moved | None:
+        """Where the files are now; None if they are at `source`."""
+        return self._moved
+
+    def recorded_at(self, source: str, labels: str | None, *, now: Moved) -> Self:
+        """Return the section with the addresses under which the source was listed, read from where it is now."""
+        recorded = self.model_copy(update={"source": source, "labels": labels})
+        recorded._moved = now
+        return recorded
 
 
 class DataConfig(SourceConfig):

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ValidationError
 
 from mae_core.config import MAEConfig
 from pipeline.cluster.resources import WORKERS_HINT
-from pipeline.config.fields import PATTERN_MEANINGS, DatasetConfig, RunConfig, Section
+from pipeline.config.fields import PATTERN_MEANINGS, DatasetConfig, RunConfig
+from pipeline.config.paths import resolve_paths, with_absolute_addresses
 from pipeline.errors import ConfigError
 
 
@@ -32,17 +33,20 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         # pydantic reports a union once per member; the first line of each field is enough
         lines = {field: f"{_origin(path, overridden, field)}: {field}{text}" for field, text in reversed(problems)}
         raise ConfigError("\n".join(reversed(lines.values())))
-    return _with_absolute_paths(config)
+    return with_absolute_addresses(config)
 
 
 def read_document(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a YAML file and apply `a.b=value` overrides, without validation."""
+    """Read a YAML file and apply `a.b=value` overrides, without validation. Relative paths become absolute."""
     return _read_and_override(path, overrides)[0]
 
 
 def _read_and_override(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     document = _read_yaml(path)
-    return document, [_override(document, override) for override in overrides]
+    resolve_paths(document, path.parent.resolve())
+    overridden = [_override(document, override) for override in overrides]
+    resolve_paths(document, Path.cwd())
+    return document, overridden
 
 
 def _origin(path: Path, overridden: Sequence[str], field: str) -> str:
@@ -195,24 +199,3 @@ def _known_fields(location: Sequence[Any]) -> list[str]:
     if dataclasses.is_dataclass(kind):
         return [field.name for field in dataclasses.fields(kind)] + (["size"] if kind is MAEConfig else [])
     return []
-
-
-def _with_absolute_paths(config: RunConfig) -> RunConfig:
-    """Make local addresses absolute, because steps run in other processes with other working directories."""
-    datasets = tuple(one.model_copy(update=_absolute(one, "source", "labels")) for one in config.evaluation.datasets)
-    return config.model_copy(
-        update={
-            "store": absolute_address(config.store),
-            "data": config.data.model_copy(update=_absolute(config.data, "source", "labels")),
-            "evaluation": config.evaluation.model_copy(update={"datasets": datasets}),
-        }
-    )
-
-
-def _absolute(section: Section, *names: str) -> dict[str, str]:
-    return {name: absolute_address(address) for name in names if (address := getattr(section, name)) is not None}
-
-
-def absolute_address(address: str) -> str:
-    """Return a local path as absolute, and an address with a scheme without its trailing slash."""
-    return address.rstrip("/") if "://" in address else str(Path(address).expanduser().absolute())

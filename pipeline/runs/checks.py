@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pipeline import cluster, tracking
 from pipeline.cluster.tasks import Executor
 from pipeline.config import RunConfig
-from pipeline.data.sources.listing import list_source
+from pipeline.data.sources.listing import MOVED, list_source
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.graph.plan import plan_graph
 from pipeline.graph.step import Step
 from pipeline.planning.estimate import check_memory
 from pipeline.planning.hardware import cluster_hardware, local_hardware
 from pipeline.runs.findings import check_reading, examine, finished_in, problem_of
-from pipeline.stages.snapshot import check_layout
+from pipeline.stages.snapshot import check_layout, where_it_is
 from pipeline.storage import Store, open_store, probe
 
 log = logging.getLogger(__name__)
@@ -89,15 +89,16 @@ def source_problem(step: Step) -> PipelineError | ConfigError | None:
     if step.kind != "snapshot":
         return None
     try:
-        labels = step.config.labels
+        where = step.options.get(MOVED, {"source": step.config.source, "labels": step.config.labels})
+        labels = where["labels"]
         if labels is not None:
             folder, _, name = labels.rpartition("/")
             if not open_store(folder or "/").exists(name):
                 return ConfigError(
                     f"data.labels={labels!r} does not exist: write the address of a .csv, .jsonl or .parquet file"
                 )
-        next(item for item in list_source(step.config.source, besides=labels) if item.role != "ignored")
-        check_layout(step.config, files=CHECKED_FILES)
+        next(item for item in list_source(where["source"], besides=labels) if item.role != "ignored")
+        check_layout(where_it_is(step.config, step.options), files=CHECKED_FILES)
     except (PipelineError, ConfigError) as problem:
         return problem
     return None

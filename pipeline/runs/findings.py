@@ -24,8 +24,8 @@ from pipeline.graph.receipts import read_receipt
 from pipeline.graph.step import StageInput, Step
 from pipeline.reporting.data_table import data_table
 from pipeline.reporting.format import count
-from pipeline.runs.workflow import listings
-from pipeline.stages.snapshot import preview, reread
+from pipeline.runs.workflow import build
+from pipeline.stages.snapshot import preview, reread, where_it_is
 from pipeline.storage import Store
 
 JUDGED = "judged/2.json"
@@ -128,8 +128,8 @@ def snapshot_table(name: str, facts: SnapshotFacts) -> RenderableType:
 
 def preview_source(config: RunConfig, progress: Progress) -> RenderableType:
     """Return the table of data.source as a run would list it for the first time."""
-    (step, *_) = listings(config)
-    return preview_table(step, preview(step.config, progress, files=PREVIEW_FILES))
+    step = next(step for step in build(config) if step.kind == "snapshot")
+    return preview_table(step, preview(where_it_is(step.config, step.options), progress, files=PREVIEW_FILES))
 
 
 def preview_table(step: Step, facts: SnapshotFacts) -> RenderableType:
@@ -163,7 +163,7 @@ def describe(config: RunConfig, steps: Sequence[Step], store: Store) -> DataDesc
             if done:
                 tables += [table] if (table := table_of(step, done)) else []
             elif not step.inputs:  # a later part is what is new, which only a whole listing finds
-                facts = preview(step.config, Unseen(), files=PREVIEW_FILES)
+                facts = preview(where_it_is(step.config, step.options), Unseen(), files=PREVIEW_FILES)
                 tables.append(preview_table(step, facts))
                 previews |= {} if _is_cut(facts) else {step.name: facts}
         except (DataError, ConfigError) as problem:

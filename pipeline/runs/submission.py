@@ -13,7 +13,10 @@ def submit(config: RunConfig, *, address: str) -> str:
     """Start the run as a Ray job and return its id; a run that is already running is not started again.
 
     The job gets the resolved configuration, so that no file of this machine is needed there."""
-    text = yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)
+    document = json.loads(config.model_dump_json())
+    if "snapshot" not in config.data.model_fields_set:
+        del document["data"]["snapshot"]  # written out, it would pin the first snapshot
+    text = yaml.safe_dump(document, sort_keys=False)
     return submit_run(config.name, text, address=address)
 
 

@@ -8,8 +8,10 @@ depend on pretraining, so that another mask ratio does not repeat them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from pipeline.config import RunConfig, SourceConfig
+from pipeline.config import Moved, RunConfig, SourceConfig
+from pipeline.data.sources.listing import MOVED
 from pipeline.data.sources.splits import SplitFrom
 from pipeline.evaluation.protocol import EncoderOrigin, ProtocolConfig
 from pipeline.evaluation.protocols import ProtocolName, protocol_named
@@ -22,6 +24,8 @@ from pipeline.stages.snapshot import SnapshotConfig, snapshot
 from pipeline.training.checkpoints.format import resume_point
 from pipeline.training.spec.train_spec import PretrainConfig
 
+COMPARED_AT = "compared_at"
+"""Option of snapshot and shard steps whose files have moved: `Moved.compared_at`."""
 OUTSIDE = ("name", "store", "resources", "tracking")
 """Sections of the configuration that change no result. The report's fingerprint leaves them out."""
 ORIGINS: tuple[EncoderOrigin, ...] = ("pretrained", "random")
@@ -85,10 +89,21 @@ class _Source:
     label_column: str | None
     split_column: str | None
     split_from: SplitFrom | None
+    moved: Moved | None
 
     @classmethod
     def of(cls, uri: str, reading: SourceConfig) -> "_Source":
-        return cls(uri, **{name: getattr(reading, name) for name in SourceConfig.model_fields})
+        return cls(uri, **{name: getattr(reading, name) for name in SourceConfig.model_fields}, moved=reading.moved)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Where the steps find the files, if they have moved. Outside the fingerprints, as all options are."""
+        if self.moved is None:
+            return {}
+        return {
+            MOVED: {"source": self.moved.source, "labels": self.moved.labels},
+            COMPARED_AT: self.moved.compared_at,
+        }
 
 
 def snapshot_names(config: RunConfig) -> tuple[str, ...]:
@@ -97,14 +112,27 @@ def snapshot_names(config: RunConfig) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else names
 
 
-def listings(config: RunConfig) -> list[Step]:
-    """Return the snapshot steps of data.source, oldest first."""
-    return _listings(config, _Source.of(config.data.source, config.data), snapshot_names(config), suffix="")
+def parts_of_sources(config: RunConfig) -> dict[str, list[Step]]:
+    """Return the shard steps of each source, oldest part first, by the section that names it: `data`, `evaluation.datasets.0`."""
+    own = _Source.of(config.data.source, config.data)
+    found, seen = {"data": _parts(config, own, snapshot_names(config), suffix="")}, {own}
+    for number, dataset in enumerate(config.evaluation.datasets):
+        source = _Source.of(dataset.source, dataset) if dataset.source else own
+        if source not in seen:
+            parts = _parts(config, source, snapshot_names(config)[:1], suffix=f"-{dataset.name}")
+            found[f"evaluation.datasets.{number}"] = parts
+        seen.add(source)
+    return found
+
+
+def _parts(config: RunConfig, source: _Source, names: Sequence[str], *, suffix: str) -> list[Step]:
+    """One shard step per snapshot."""
+    return [_shards(config, source, step) for step in _listings(config, source, names, suffix=suffix)]
 
 
 def _dataset(config: RunConfig, source: _Source, names: Sequence[str], *, suffix: str) -> Step:
     """The shard step of a source or, if it has several snapshots, the join of their shards."""
-    parts = [_shards(config, source, step) for step in _listings(config, source, names, suffix=suffix)]
+    parts = _parts(config, source, names, suffix=suffix)
     if len(parts) == 1:
         return parts[0]
     return Step(
@@ -141,6 +169,7 @@ def _listings(config: RunConfig, source: _Source, names: Sequence[str], *, suffi
                 function=snapshot,
                 config=taken,
                 inputs=_numbered(steps),
+                options=source.options,
             )
         )
     return steps
@@ -168,7 +197,7 @@ def _shards(config: RunConfig, source: _Source, listing: Step) -> Step:
             label_column=source.label_column,
         ),
         inputs={"snapshot": listing},
-        options={"bad_share_stop": data.bad_share_stop},
+        options={"bad_share_stop": data.bad_share_stop, **source.options},
     )
 
 

@@ -28,6 +28,7 @@ from pipeline.data.dataset.shard_writer import check_bad_share, write_shard
 from pipeline.data.dataset.tar_index import index_tar
 from pipeline.data.images.intake import IntakePolicy
 from pipeline.data.sources.labels import CLASSES_MAX
+from pipeline.data.sources.listing import MOVED
 from pipeline.data.sources.splits import class_order
 from pipeline.errors import ConfigError, DataError
 from pipeline.graph.step import ADDED_LATER, Attempt, StageInput, StageResult
@@ -63,6 +64,8 @@ class ShardStageConfig(IntakePolicy):
 def shard(config: ShardStageConfig, inputs: Mapping[str, StageInput], attempt: Attempt) -> StageResult:
     """Plan the shards, write or index those that are missing, mark duplicates, and write the manifest."""
     listing = inputs["snapshot"]
+    moved = attempt.options.get(MOVED)
+    config = replace(config, source=moved["source"]) if moved else config
     policy = IntakePolicy.of(config)
     listed_facts = SnapshotFacts.read(listing.facts)
     indexes = listed_facts.kind == "tars"

@@ -26,8 +26,8 @@ from pipeline.cluster.progress import Progress
 from pipeline.data.dataset.facts import SnapshotFacts, Understood
 from pipeline.data.dataset.schema import NO_LABEL, SNAPSHOT, TABLE_SNAPSHOT
 from pipeline.data.dataset.understanding import PassedOver, SplitTally, notes_on_classes
-from pipeline.data.sources.labels import CLASSES_MAX, Labels
-from pipeline.data.sources.listing import KINDS, Role, SourceItem, SourceKind, list_source
+from pipeline.data.sources.labels import CLASSES_MAX, Labels, file_sha256
+from pipeline.data.sources.listing import KINDS, MOVED, Role, SourceItem, SourceKind, list_source
 from pipeline.data.sources.splits import (
     FolderEvidence,
     SplitFrom,
@@ -83,19 +83,29 @@ class SnapshotConfig:
 
 def snapshot(config: SnapshotConfig, inputs: Mapping[str, StageInput], attempt: Attempt) -> StageResult:
     """List the source. `inputs`: earlier parts of the dataset, if any."""
+    recorded = config.source
+    config = where_it_is(config, attempt.options)
+    # before the labels are read: if the file changes in between, the next run says so
+    labels_sha256 = file_sha256(config.labels) if config.labels else None
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        earlier = EarlierListing([_entries(part, folder / name) for name, part in sorted(inputs.items())])
+        earlier = EarlierListing([listed_files(part, folder / name) for name, part in sorted(inputs.items())])
         facts, listing = _take(config, earlier, folder, attempt.progress)
         files: tuple[str, ...] = (SNAPSHOT_FILE,)
         if facts.kind == "Parquet tables":
             attempt.store.upload(FILES_FILE, listing)
             files = (*files, FILES_FILE)
         attempt.store.upload(SNAPSHOT_FILE, folder / SNAPSHOT_FILE)
+    facts = replace(facts, source=recorded, labels_sha256=labels_sha256)
     if inputs:
         counts = earlier.counts()
         facts = replace(facts, known=counts["known"], changed=counts["changed"], gone=counts["gone"])
     return StageResult(facts=facts.as_json(), files=files)
+
+
+def where_it_is(config: SnapshotConfig, options: Mapping[str, Any]) -> SnapshotConfig:
+    """Return the configuration with the addresses at which the files are now, given the step's options."""
+    return replace(config, **options.get(MOVED, {}))
 
 
 def preview(config: SnapshotConfig, progress: Progress, *, files: int) -> SnapshotFacts:
@@ -127,9 +137,9 @@ def check_layout(config: SnapshotConfig, *, files: int) -> None:
 class EarlierListing:
     """What earlier parts list: asked about every file of a listing, in path order."""
 
-    def __init__(self, parts: Sequence[Iterator[tuple[str, int]]]) -> None:
-        """`parts`: (path, size), each in path order."""
-        self._entries = heapq.merge(*parts)  # streams: no part is held in memory
+    def __init__(self, parts: Sequence[Path]) -> None:
+        """`parts`: their tables (`listed_files`)."""
+        self._entries = heapq.merge(*map(_entries, parts))  # streams: no part is held in memory
         self._head = next(self._entries, None)
         self.known = self.changed = self.gone = 0
 
@@ -161,7 +171,7 @@ class EarlierListing:
 def has_new_files(source: str, labels: str | None, parts: Sequence[StageInput]) -> bool:
     """Return whether the source holds a file that no part lists. It is read only up to the first such file."""
     with tempfile.TemporaryDirectory() as scratch:
-        earlier = EarlierListing([_entries(part, Path(scratch) / str(number)) for number, part in enumerate(parts)])
+        earlier = EarlierListing([listed_files(part, Path(scratch) / str(n)) for n, part in enumerate(parts)])
         items = (item for item in list_source(source, besides=labels) if item.role != "ignored")
         return any(earlier.is_new(item.path, item.size) for item in items)
 
@@ -473,10 +483,15 @@ def _read_batches(path: Path) -> Iterator[_Batch]:
             yield batch.to_pydict()
 
 
-def _entries(part: StageInput, scratch: Path) -> Iterator[tuple[str, int]]:
-    """Yield (path, size) of the files that a part lists, in path order."""
+def listed_files(part: StageInput, scratch: Path) -> Path:
+    """Return the table, with columns path and size in path order, of the files that a part lists. `scratch`: for a download."""
     name = FILES_FILE if SnapshotFacts.read(part.facts).kind == "Parquet tables" else SNAPSHOT_FILE
-    with pq.ParquetFile(local_copy(part.store, name, scratch)) as table:
+    return local_copy(part.store, name, scratch)
+
+
+def _entries(table_path: Path) -> Iterator[tuple[str, int]]:
+    """Yield (path, size) of the files that a part lists, in path order."""
+    with pq.ParquetFile(table_path) as table:
         for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=["path", "size"]):
             yield from zip(batch.column("path").to_pylist(), batch.column("size").to_pylist(), strict=True)
 

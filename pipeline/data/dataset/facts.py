@@ -58,6 +58,8 @@ class SnapshotFacts(Facts):
     source: str
     unlabelled: int | None = None
     """Images without a label, if a labels file or a table assigns the labels."""
+    labels_sha256: str | None = None
+    """Of the labels file, if there is one."""
     known: int | None = None
     """Later parts only: files that an earlier part lists."""
     changed: int | None = None

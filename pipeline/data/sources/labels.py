@@ -6,6 +6,7 @@ matched with the listing batch by batch.
 Errors: DataError for a file that cannot be read, lacks a column, names a path twice, or has an unknown split or paths
 that are not in the source."""
 
+import hashlib
 import io
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -76,6 +77,12 @@ class Labels:
     def _note_unknown(self, rows: pa.Table) -> None:
         self._unknown_count += rows.num_rows
         self._unknown += rows.column("path").slice(0, _SHOWN - len(self._unknown)).to_pylist()
+
+
+def file_sha256(uri: str) -> str:
+    """Return the SHA-256 of a labels file, 64 hex digits."""
+    folder, _, name = uri.rpartition("/")
+    return hashlib.sha256(open_store(folder or "/").read(name)).hexdigest()
 
 
 def label_texts(column: pa.Array, where: str) -> TextColumn:

@@ -22,6 +22,8 @@ Role = Literal["image", "tar", "table", "ignored"]
 SourceKind = Literal["images", "tars", "Parquet tables"]
 KINDS: dict[Role, SourceKind] = {"image": "images", "tar": "tars", "table": "Parquet tables"}
 """What a source can hold, for messages."""
+MOVED = "moved"
+"""Option of snapshot and shard steps: where `source` and `labels` are now, if the config holds where they were listed."""
 _CONTAINERS: dict[str, Role] = {".tar": "tar", ".parquet": "table"}
 
 

@@ -18,6 +18,7 @@ import yaml
 from pipeline.config import RunConfig, load_config, read_document
 from pipeline.errors import ConfigError
 from pipeline.graph.plan import dotted_fields
+from pipeline.runs.data_state import settled
 from pipeline.runs.finished.pretrainings import checkpoint_at, pretraining_of
 from pipeline.storage import Store
 from pipeline.training.checkpoints.format import MANIFEST, open_checkpoint
@@ -31,12 +32,15 @@ MUST_STAY = ("pretrain.global_batch",)
 
 def fork(path: Path, overrides: Sequence[str], *, at: int, out: Path) -> StartPoint:
     """Write to `out` the configuration of a run that continues from training step `at` of the run in `path`."""
-    parent = load_config(path)
+    parent = settled(load_config(path))
     root = pretraining_of(parent).root
     key = checkpoint_at(root, at)
     document = read_document(path, overrides)
     if "name" not in {override.partition("=")[0].strip() for override in overrides}:
         document["name"] = f"{parent.name[:48]}-from-{at}"
+    document["data"].setdefault(
+        "snapshot", parent.model_dump(mode="json")["data"]["snapshot"]
+    )  # a position is in a dataset
     start = _pinned(root, key)
     document |= {"store": parent.store, "fork": asdict(start)}
     if out.exists():
@@ -44,7 +48,7 @@ def fork(path: Path, overrides: Sequence[str], *, at: int, out: Path) -> StartPo
     text = f"# Continues from step {at} of {path}.\n{yaml.safe_dump(document, sort_keys=False, allow_unicode=True)}"
     out.write_text(text)
     try:  # checked as written, so that what the user gets is what was checked
-        child = load_config(out)
+        child = settled(load_config(out))
         check_child(parent, child)
         _check_epochs_left(root, key, child)
     except BaseException:

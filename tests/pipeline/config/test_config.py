@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from run_kit import MODEL, ROOT, document, write_config
 
 from mae_core.config import SIZES
-from pipeline.config import RunConfig, load_config
+from pipeline.config import RunConfig, load_config, read_document
 from pipeline.errors import ConfigError
 from pipeline.graph.step import canonical
 from pipeline.runs.workflow import build
@@ -247,6 +247,55 @@ def test_variables_and_the_home_folder_in_addresses_are_expanded(path, monkeypat
         said = complaint(path, f"{field}=$SCRATCH/mae")
         assert said.startswith(f"--set: {field}")
         assert "SCRATCH, which is not set" in said
+
+
+def test_relative_paths_of_a_file_start_at_its_folder_and_those_of_set_and_defaults_where_one_works(
+    tmp_path, monkeypatch
+):
+    content = document("results", "../images")
+    content["data"]["labels"] = "labels.csv"
+    content["evaluation"]["datasets"] = [{"name": "toy", "source": "toy"}, {"name": "far", "source": "s3://b/far/"}]
+    content["tracking"] = {"uri": "sqlite:///runs.db"}
+    content["resources"]["cache_directory"] = "cache"
+    there, here = tmp_path / "there", tmp_path / "here"
+    there.mkdir()
+    here.mkdir()
+    path = write_config(there / "run.yaml", content)
+    monkeypatch.chdir(here)
+    config = load_config(Path("../there/run.yaml"))
+    assert config.store == str(there / "results")
+    assert config.data.source == f"{there}/../images"
+    assert config.data.labels == str(there / "labels.csv")
+    assert [one.source for one in config.evaluation.datasets] == [str(there / "toy"), "s3://b/far"]
+    assert config.tracking.uri == f"sqlite:///{there}/runs.db"
+    assert config.resources.cache_directory == str(there / "cache")
+    assert load_config(path) == config
+    given = load_config(path, ["store=results", "evaluation.datasets.0.source=toy", "tracking.uri=sqlite:///runs.db"])
+    assert given.store == str(here / "results")
+    assert given.evaluation.datasets[0].source == str(here / "toy")
+    assert given.tracking.uri == f"sqlite:///{here}/runs.db"
+    copied = read_document(path, ["data.source=images"])  # `mae fork` writes it into another folder
+    assert (copied["store"], copied["data"]["source"]) == (str(there / "results"), str(here / "images"))
+    del content["store"]
+    write_config(path, content)
+    assert load_config(path).store == str(here / ".mae/store")
+
+
+def test_a_path_that_exists_only_where_one_works_is_pointed_out(tmp_path, monkeypatch, caplog):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "configs").mkdir()
+    path = write_config(tmp_path / "configs/run.yaml", document("/store", "images"))
+    monkeypatch.chdir(tmp_path)
+    assert load_config(path).data.source == str(tmp_path / "configs/images")
+    assert "data.source: images" in caplog.text
+    assert f"For {tmp_path / 'images'} write its absolute path, or --set data.source=images" in caplog.text
+
+
+def test_recipes_name_no_path():
+    for recipe in (ROOT / "jobs/configs").glob("*.yaml"):
+        content = yaml.safe_load(recipe.read_text())
+        assert not {"store", "tracking"} & content.keys(), recipe
+        assert not {"source", "labels"} & content["data"].keys(), recipe
 
 
 def test_a_resolved_configuration_reads_as_itself(path, tmp_path):

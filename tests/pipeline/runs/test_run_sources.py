@@ -159,7 +159,8 @@ def test_the_next_part_is_the_number_after_what_is_pinned():
 
 def test_refresh_takes_in_what_is_new_once_and_writes_no_old_shard_again(tmp_path, store):
     source = write_images(tmp_path / "images", 40)
-    path = write_config(tmp_path / "run.yaml", document(store, source) | {"evaluation": {"datasets": []}})
+    content = document(store, source) | {"evaluation": {"datasets": []}}
+    path = write_config(tmp_path / "run.yaml", content)
 
     def mae(*, refresh):
         options = ["--in-process", "--json", *(["--refresh"] if refresh else [])]
@@ -191,6 +192,10 @@ def test_refresh_takes_in_what_is_new_once_and_writes_no_old_shard_again(tmp_pat
     code, told, said = mae(refresh=True)
     assert said == [f'mae: refresh: nothing is new in {source}; to pin this state write data.snapshot: ["1", "2"]']
     assert set(told.values()) == {"cached"}
-    code, told, said = mae(refresh=False)  # the file still says "1"
+    code, told, said = mae(refresh=False)  # what is newest is what the plain command means
+    assert (said, set(told.values())) == ([], {"cached"})
+    assert "join" in told
+    write_config(path, content | {"data": content["data"] | {"snapshot": "1"}})  # what is written counts
+    code, told, said = mae(refresh=False)
     assert (said, set(told.values())) == ([], {"cached"})
     assert "join" not in told

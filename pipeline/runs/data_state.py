@@ -1,0 +1,45 @@
+"""What state of the data a run reads, settled from the store before its steps are built, and one line for all that is not obvious.
+
+In this order: data that moved keep their recorded address (`moved`), the newest snapshots are taken or `--refresh` looks for more
+(`refresh`), and the source is compared with them (`source_changes`). Writes nothing but the record of a move.
+Errors: those of the store and, with `refresh`, of the source."""
+
+from collections.abc import Callable
+
+from pipeline.config import RunConfig
+from pipeline.graph.plan import HISTORY
+from pipeline.runs.checks import source_problem
+from pipeline.runs.moved import recorded_addresses
+from pipeline.runs.refresh import as_yaml, newest, refresh
+from pipeline.runs.source_changes import source_changes
+from pipeline.runs.workflow import parts_of_sources, snapshot_names
+from pipeline.storage import open_store
+
+
+def settled(config: RunConfig) -> RunConfig:
+    """Return the configuration under which a run finds its finished steps: recorded addresses, newest snapshots."""
+    store = open_store(config.store)
+    return newest(recorded_addresses(config, store, say=lambda _: None, record=False), store)
+
+
+def settled_for_run(
+    config: RunConfig, *, say: Callable[[str], None], look_for_new: bool = False, record: bool = False
+) -> RunConfig:
+    """Settle the configuration of a run or plan, and say what is new, moved or out of date. `record`: remember a move."""
+    store = open_store(config.store)
+    is_new = next(iter(store.list(HISTORY)), None) is None
+    # bad input is answered with a single line, by the checks before the run
+    if is_new and not any(source_problem(step.inputs["snapshot"]) for step in parts_of_sources(config)["data"]):
+        say(f"store {store.uri} is new: no step is finished in it, so all of them are to run")
+    config = recorded_addresses(config, store, say=say, record=record)
+    if look_for_new:
+        refreshed = refresh(config, store)
+        say(refreshed.message)
+        return refreshed.config
+    latest = newest(config, store)
+    if latest != config:
+        names = as_yaml(snapshot_names(latest))
+        say(f"data.snapshot is not written, so this run reads the newest state of {config.data.source}: {names}")
+    for line in source_changes(latest, store):
+        say(line)
+    return latest
