@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from jobs.first_line import first_line
 from jobs.options import AsJson, ConfigPath, Overrides, Refresh, read_config
 
 
@@ -22,6 +23,8 @@ def run(
     Progress and the closing table go to standard error. Interrupted once, the run saves and stops
     (exit code 3); the same command goes on from there.
     """
+    if line := first_line(config, overrides):
+        typer.echo(line, err=True)
     from pipeline.runs.summary import EXIT_CODES
     from pipeline.runs.summary import as_json as summary_json
     from pipeline.runs.terminal import run_and_show
