@@ -1,6 +1,7 @@
 """The configuration that `mae init` writes: small enough for a laptop, and commented for whoever changes it.
 
-Every update of a small model has a fixed cost, so batches are not small; the epochs are chosen so that pretraining sees about `PRETRAIN_IMAGES` images.
+Every update of a small model has a fixed cost, so batches are not small; the epochs are chosen so that pretraining sees about
+`PRETRAIN_IMAGES` images.
 Errors: ConfigError for a local source that does not exist."""
 
 import os

@@ -83,6 +83,7 @@ def linear(config: LinearConfig, inputs: Mapping[str, StageInput], attempt: Atte
         top5=score.top5,
         loss=score.loss,
         images=score.count,
+        labels=len(train.labels),
         split=None if config.split == "test" else config.split,
     )
     return StageResult(facts.as_json(), files=(PROBE,))
