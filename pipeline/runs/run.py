@@ -19,6 +19,7 @@ from pipeline.graph.runner import GraphRun
 from pipeline.runs.checks import (
     check_before_start,
     check_fits_cluster,
+    slow_precision,
     source_problem,
     steps_to_run,
     warn_of_unshared_paths,
@@ -40,6 +41,8 @@ def plan_run(config: RunConfig) -> tuple[list[PlannedStep], DataDescription]:
     data = describe(config, [step for step in steps if step.name not in problems], store)
     problems |= data.problems
     rows = plan_graph(steps, store=store, unable=problems)
+    if advice := slow_precision([row.step for row in rows if row.state == "to_run"], config.resources):
+        log.warning(advice)
     said = set()
     for row in rows:
         why = str(problems.get(row.step.name, ""))
@@ -59,6 +62,10 @@ def run_pipeline(config: RunConfig, *, executor: Executor, display: Display) -> 
     hooks = RunHooks(uri, config, display, steps)
     on_cluster = executor == "ray" and any(row.state == "to_run" for row in plan_graph(steps, store=store))
     if on_cluster:
+        display.show(
+            f"connecting to Ray at {os.environ['RAY_ADDRESS']}" if "RAY_ADDRESS" in os.environ else "starting Ray"
+        )
+        hooks.executor = "ray"
         cluster.connect()
         warn_of_unshared_paths(store, uri)
     walk = GraphRun(steps, store=store, executor=executor, hooks=hooks, parallel=config.resources.parallel_steps)
