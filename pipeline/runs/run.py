@@ -14,6 +14,7 @@ from pipeline import cluster, tracking
 from pipeline.cluster.resources import Resources
 from pipeline.cluster.tasks import Executor
 from pipeline.config import RunConfig
+from pipeline.errors import ConfigError, StorageError
 from pipeline.graph.plan import PlannedStep, plan_graph
 from pipeline.graph.runner import GraphRun
 from pipeline.runs.checks import (
@@ -38,6 +39,9 @@ def plan_run(config: RunConfig) -> tuple[list[PlannedStep], DataDescription]:
     steps = build(config)
     store = open_store(config.store)
     problems = {step.name: problem for step in steps if (problem := source_problem(step))}
+    for problem in problems.values():
+        if isinstance(problem, StorageError) and "credentials" in str(problem):
+            raise ConfigError(str(problem))  # nothing can be said of any step
     data = describe(config, [step for step in steps if step.name not in problems], store)
     problems |= data.problems
     rows = plan_graph(steps, store=store, unable=problems)
