@@ -3,6 +3,7 @@
 - README.md, CONTRIBUTING.md and CHANGELOG.md become pages; their links, which start at the root, are rewritten.
 - A link to any other file of the repository (`../jobs/configs/digits.yaml`) leads to a page that shows that file.
 - The navigation entries `decisions/` and `api/` become one page per decision and one per module of mae_core.
+- configuration.md lists every field of a run's configuration, as `mae config` does.
 - A path in backticks that names a file of the repository must exist: code moves, prose forgets.
 
 Every problem is logged as a warning, which `mkdocs build --strict` turns into a failure.
@@ -12,6 +13,7 @@ import logging
 import os
 import posixpath
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,7 @@ def on_files(files: Files, config: Any) -> Files:
     for name, page in ROOT_PAGES.items():
         files.append(File.generated(config, page, content=(ROOT / name).read_text()))
     lines = [f"- [{title}]({posixpath.basename(page)})" for entry in _decisions()[1:] for title, page in entry.items()]
+    files.append(File.generated(config, "configuration.md", content=_configuration()))
     about = "What was chosen and could have been otherwise: context, choice, and what it costs."
     files.append(
         File.generated(config, "decisions/index.md", content="\n".join(["# Decisions", "", about, "", *lines]))
@@ -119,6 +122,33 @@ def _decisions() -> list[Any]:
         number, title = re.split(r"[.:]\s", file.read_text().splitlines()[0].removeprefix("# "), maxsplit=1)
         pages.append({f"{int(number)}. {title}": f"decisions/{file.name}"})
     return pages
+
+
+def _configuration() -> str:
+    """Every field with its type, default and meaning: a table per section."""
+    # Imported here and not above: it imports torch, which takes seconds.
+    sys.path.insert(0, str(ROOT))
+    from pipeline.config.reference import field_references
+
+    lines = [
+        "# Configuration",
+        "",
+        "Every field of a run's YAML file. `mae config` prints the same list, `mae config pretrain` a section of it, and "
+        "`mae init SOURCE` writes a file to start from. A field is set for one run with `--set pretrain.epochs=100`.",
+    ]
+    table = ""
+    for one in field_references():
+        if one.section:
+            lines += ["", f"## {one.name}", "", f"{one.meaning} ({one.type})"]
+            table = ""
+            continue
+        section = one.name.rpartition(".")[0]
+        if table != (section or "top"):
+            table = section or "top"
+            lines += ["", "| Field | Type | Default | Meaning |", "|---|---|---|---|"]
+        cells = (f"`{one.name}`", one.type, f"`{one.default}`", one.meaning)
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _modules() -> list[dict[str, str]]:

@@ -6,13 +6,15 @@ images than the warning share."""
 import logging
 import sys
 from collections.abc import Callable
-from typing import TextIO
+from typing import Annotated, TextIO
 
 import typer
 
 from jobs import job, model, shards, store
+from jobs.config import config
 from jobs.doctor import doctor
 from jobs.fork import fork
+from jobs.init import init
 from jobs.plan import plan
 from jobs.replay import replay
 from jobs.run import run
@@ -20,14 +22,26 @@ from jobs.ui import ui
 
 app = typer.Typer(
     no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="From a folder or bucket of images to an evaluated Masked Autoencoder encoder.",
 )
-for command in (run, plan, replay, fork, ui, doctor):
+for command in (init, config, run, plan, replay, fork, ui, doctor):
     app.command()(command)
 for group in (job, shards, model, store):
     app.add_typer(group.app, name=group.__name__.rpartition(".")[2])
+
+
+@app.callback()
+def version_or_command(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    """From a folder or bucket of images to an evaluated Masked Autoencoder encoder."""
+    if version:
+        from importlib import metadata
+
+        typer.echo(f"mae-pipeline {metadata.version('mae-pipeline')}")
+        raise typer.Exit
 
 
 def main() -> None:

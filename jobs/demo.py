@@ -23,11 +23,12 @@ def demo(
     ] = False,
 ) -> None:
     """Run jobs/configs/digits.yaml with everything in one folder."""
+    out = out.absolute()
+    typer.echo(f"demo  handwritten digits  {out}", err=True)
     from jobs.digits import write_digits
     from jobs.options import read_config
     from pipeline.runs.terminal import run_and_show
 
-    out = out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     overrides = [
         f"store={out / 'store'}",

@@ -8,6 +8,8 @@ import typer
 
 from jobs.options import AsJson
 
+SYMBOLS = {"ok": "✓", "warning": "!", "wrong": "✗"}
+
 
 def doctor(
     data: Annotated[
@@ -22,14 +24,31 @@ def doctor(
     seconds: Annotated[float, typer.Option(help="Seconds to measure for, once on one core and once on all.")] = 3.0,
     as_json: AsJson = False,
 ) -> None:
-    """Check whether this machine can do what a run will ask of it."""
-    from pipeline.errors import ConfigError
+    """Check whether this machine can do what a run will ask of it: a line per check, the last one starts Ray.
+
+    Exit code 1 when a run cannot work here. With --data, time image decoding instead.
+    """
+    if not data:
+        raise typer.Exit(_machine(as_json))
     from pipeline.planning.decode_cores import measure_decoding
     from pipeline.reporting.decode_report import decode_text
 
-    if not data:
-        raise ConfigError("doctor: name what to check. There is one check so far: --data")
     report = measure_decoding(images, gpus=gpus, tflops=tflops, share_of_peak=mfu, seconds=seconds)
     typer.echo(decode_text(report))
     if as_json:
         typer.echo(json.dumps(report.as_json()))
+
+
+def _machine(as_json: bool) -> int:  # noqa: FBT001 - typer's flag
+    """Print a line per check of this machine, as it is made, and return the exit code."""
+    typer.echo("checking this machine", err=True)
+    from dataclasses import asdict
+
+    from pipeline.runs.machine import examine_machine
+
+    wrong = False
+    for finding in examine_machine():
+        wrong |= finding.state == "wrong"
+        line = f"{SYMBOLS[finding.state]} {finding.name:<9} {finding.text}"
+        typer.echo(json.dumps(asdict(finding)) if as_json else line)
+    return 1 if wrong else 0

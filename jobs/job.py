@@ -11,10 +11,19 @@ from jobs.options import ConfigPath, Overrides
 
 app = typer.Typer(no_args_is_help=True, help="Submit, follow and stop runs on a Ray cluster.")
 
+
+def _with_scheme(address: str) -> str:
+    """Return an address as Ray's client needs it: it takes `host:8265` for a cluster of another kind and waits for it."""
+    return address if "://" in address else f"http://{address}"
+
+
 Address = Annotated[
     str,
     typer.Option(
-        envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, such as http://head:8265.", metavar="URL"
+        callback=_with_scheme,
+        envvar="RAY_API_SERVER_ADDRESS",
+        help="The cluster's dashboard, such as http://head:8265.",
+        metavar="URL",
     ),
 ]
 JobId = Annotated[str, typer.Argument(help="The job's id, as `mae job submit` printed it.", metavar="JOB")]

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from jobs.first_line import first_line
 from jobs.options import AsJson, ConfigPath, Overrides, Refresh, read_config
 
 
@@ -22,6 +23,8 @@ def run(
     Progress and the closing table go to standard error. Interrupted once (Ctrl-C, SIGTERM, SIGHUP),
     the run saves and stops (exit code 3); the same command goes on from there.
     """
+    if line := first_line(config, overrides):
+        typer.echo(line, err=True)
     from pipeline.runs.stopping import STOPPED, StopSignals
 
     with StopSignals() as signals:  # before the imports below, which take seconds

@@ -67,7 +67,13 @@ def verify(
 def inspect(
     target: Target,
     overrides: Overrides = [],  # noqa: B006 - typer copies it
-    out: Annotated[Path, typer.Option(help="Where to write the picture.", metavar="FILE.png")] = Path("shards.png"),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where to write the picture. Default: shards-<dataset>.png, named by the dataset's digest.",
+            metavar="FILE.png",
+        ),
+    ] = None,
     split: Annotated[str | None, typer.Option(help="Show one split only. Default: all.")] = None,
     samples: Annotated[int, typer.Option(min=1, max=400, help="Number of images on the contact sheet.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Seed for choosing the images.")] = 0,
@@ -93,6 +99,7 @@ def inspect(
     if split is not None and split not in manifest.splits:
         raise ConfigError(f"--split {split!r} is none of this dataset's: write {' or '.join(manifest.splits)}")
     seen = survey(manifest, splits=[split] if split else manifest.splits, images=samples, seed=seed)
+    out = out or Path(f"shards-{manifest.digest[:12]}.png")  # another dataset's picture is never overwritten
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(survey_png(seen))
     console = Console(highlight=False)

@@ -7,6 +7,9 @@ import typer
 
 from jobs.options import Overrides
 
+DEMO_STORE = ".demo/store"
+"""Where `make demo` writes."""
+
 
 def ui(
     config: Annotated[Path | None, typer.Argument(help="The YAML file of a run. Default: the store in ./.mae.")] = None,
@@ -18,5 +21,9 @@ def ui(
     from pipeline.tracking import resolve_tracking_uri, serve
 
     read = load_config(config, overrides) if config else None
-    store = read.store if read else absolute_address(RunConfig.model_fields["store"].default)
+    own = RunConfig.model_fields["store"].default
+    if not read and not Path(own).exists() and Path(DEMO_STORE).exists():
+        typer.echo(f"mae: {own} does not exist, so this shows the demo's runs in {DEMO_STORE}", err=True)
+        own = DEMO_STORE
+    store = read.store if read else absolute_address(own)
     serve(resolve_tracking_uri(read.tracking.uri if read else None, store_uri=store), port=port)

@@ -70,7 +70,7 @@ class ViTConfig:
     """
 
     image_size: tuple[int, int] = (224, 224)
-    """(height, width) of an image in pixels; each side must be a multiple of patch_size."""
+    """(height, width) of an image in pixels; each side must be a multiple of patch_size. In YAML one number is both."""
     patch_size: int = 16
     """Side of a square patch in pixels."""
     in_channels: int = 3
@@ -100,6 +100,11 @@ class ViTConfig:
         _check_positive(self, "layer_norm_eps", "cls_tokens")
         _check_choice(self, "positions", Positions)
         for side, pixels in zip(("height", "width"), self.image_size, strict=True):
+            if 0 < pixels < self.patch_size:
+                raise ConfigError(
+                    f"patch_size={self.patch_size} is larger than the {side} in image_size={self.image_size}: write a "
+                    f"patch_size that divides {pixels}, or a larger image_size"
+                )
             if pixels < 1 or pixels % self.patch_size:
                 fitting = max(1, round(pixels / self.patch_size)) * self.patch_size
                 raise ConfigError(

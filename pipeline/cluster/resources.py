@@ -23,9 +23,11 @@ class Resources(BaseModel):
     workers: int | tuple[int, int] = 1
     """Training workers, or [min, max] for an elastic range."""
     cpus_per_worker: float = Field(1.0, gt=0)
+    """CPUs that Ray reserves for each worker."""
     use_gpu: bool | None = None
     """Whether each worker gets a GPU. If left out: yes, if the cluster has enough GPUs."""
     zero_stage: ZeroStage = 1
+    """What DeepSpeed spreads over the workers: optimiser state (1), also gradients (2), also weights (3)."""
     micro_batch: int = Field(64, ge=1)
     """Maximum number of samples in one forward pass of a worker. The number of accumulated passes follows from global_batch."""
     offload: Offload = "none"
@@ -50,9 +52,11 @@ class Resources(BaseModel):
     """[first, count] of the training steps, counted from 1, that torch's profiler records on rank 0, at most 20. A trace and a
     table are written to `profile/`, in the store and in MLflow."""
     decode_threads: int = Field(1, ge=1)
+    """Threads per worker that decode images."""
     cache_directory: str = "~/.cache/mae-pipeline/shards"
     """Node-local cache for the shards of a remote store."""
     cache_max_bytes: int = Field(50 * 2**30, ge=2**20)
+    """Size of that cache above which the shards used longest ago are deleted."""
     parallel_steps: int = Field(1, ge=1)
     """How many steps of the graph may run at the same time."""
     max_failures: int = Field(3, ge=0)

@@ -16,6 +16,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
+    ValidationInfo,
     create_model,
     field_validator,
     model_validator,
@@ -133,10 +134,11 @@ class DataConfig(SourceConfig):
     test_share: float = Field(0.1, ge=0, lt=1)
     """Share of the images held out as `test` when the source has no explicit splits."""
     image_max_short_side: int = Field(IntakePolicy.image_max_short_side, ge=16)
-    """See IntakePolicy."""
+    """Pixels. A larger image is resized to this short side once, when it is stored."""
     image_max_pixels: int = Field(IntakePolicy.image_max_pixels, ge=1)
-    """See IntakePolicy."""
+    """An image with more pixels is quarantined without being decoded."""
     shard_max_bytes: int = Field(128 * 2**20, ge=2**16)
+    """Bytes of images after which a new shard begins."""
     min_shards: int = Field(16, ge=1)
     """Smallest number of shards of the training split, if it has enough images. The order of images is shuffled by shards."""
     bad_share_warn: float = Field(0.01, ge=0, le=1)
@@ -149,9 +151,11 @@ class DatasetConfig(SourceConfig):
     """A labelled dataset to evaluate on."""
 
     name: ShortName
+    """Its name in tables, in the report and in the names of steps."""
     source: Address | None = None
     """Like data.source. If left out, it is data.source itself, read as `data` says."""
     protocols: tuple[ProtocolName, ...] = ("linear", "finetune")
+    """How to score an encoder on it."""
 
     @model_validator(mode="after")
     def _reading_needs_a_source(self) -> "DatasetConfig":
@@ -168,6 +172,18 @@ class DatasetConfig(SourceConfig):
         if len(set(value)) < len(value):
             raise ValueError(f"protocols={list(value)}: write each only once")
         return value
+
+
+def _with_fitting_warmup(value: Any, defaults: Any) -> Any:
+    """Shorten a default warmup that is not shorter than the epochs, to the share of the epochs that it has by default.
+
+    A warmup that fits is left alone: it is part of the fingerprints of finished trainings."""
+    if not isinstance(value, Mapping) or "warmup_epochs" in value:
+        return value
+    epochs = value.get("epochs", defaults.epochs)
+    if type(epochs) is not int or not 0 < epochs <= defaults.warmup_epochs:
+        return value
+    return {**value, "warmup_epochs": epochs * defaults.warmup_epochs / defaults.epochs}
 
 
 def _with_protocol_settings(section: type[Section]) -> type[Section]:
@@ -190,6 +206,11 @@ class EvaluationConfig(Section):
     train_labels: int | None = Field(None, ge=1)
     """Learn from only this many labelled images, equally many per class. If left out, from all."""
 
+    @field_validator(*PROTOCOL_NAMES, mode="before", check_fields=False)
+    @classmethod
+    def _fitting_warmup(cls, value: Any, info: ValidationInfo) -> Any:
+        return _with_fitting_warmup(value, cls.model_fields[str(info.field_name)].default)
+
     @model_validator(mode="after")
     def _unique(self) -> "EvaluationConfig":
         names = [dataset.name for dataset in self.datasets]
@@ -210,24 +231,37 @@ class TrackingConfig(Section):
     uri: Annotated[str, AfterValidator(expand_address)] | None = None
     """If left out: MLFLOW_TRACKING_URI, or else an SQLite file in the store (in ./.mae/ if the store is remote)."""
     experiment: str = Field("mae", min_length=1)
+    """The MLflow experiment that the runs belong to."""
 
 
 class RunConfig(Section):
     """The whole configuration of a pipeline run."""
 
     name: Name = "mae"
+    """Name of the run in MLflow and of its jobs on a cluster."""
     store: Address = ".mae/store"
     """Where everything is written: a folder or s3://bucket/prefix."""
     seed: Seed = 0
     """Decides initial weights, order, crops and masks of pretraining."""
     data: DataConfig
+    """Where the images come from and how they are stored."""
     model: MAEConfig
+    """The encoder, the decoder and the task. Write `size: base` for a named size."""
     pretrain: Recipe = Recipe()
+    """How the autoencoder is trained. Defaults are the paper's (arXiv 2111.06377, table 8)."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    """How the encoder is evaluated, next to the same encoder with random weights."""
     resources: Resources = Resources()
+    """Where and how a run works. Changing a field never makes a finished step run again."""
     tracking: TrackingConfig = TrackingConfig()
+    """MLflow, which records every run."""
     fork: StartPoint | None = None
     """Checkpoint of another pretraining, in the same store, from which this one continues. `mae fork` writes it."""
+
+    @field_validator("pretrain", mode="before")
+    @classmethod
+    def _fitting_warmup(cls, value: Any) -> Any:
+        return _with_fitting_warmup(value, Recipe())
 
     @field_validator("model", mode="before")
     @classmethod
@@ -242,6 +276,8 @@ class RunConfig(Section):
         encoder = value.get("encoder", {})
         if not isinstance(encoder, Mapping):
             raise ValueError(f"encoder={encoder!r} is not a section: write its fields below it")
+        if type(side := encoder.get("image_size")) is int:
+            encoder = {**encoder, "image_size": [side, side]}
         return {**rest, "encoder": {**dataclasses.asdict(SIZES[size]()), **encoder}}
 
     @field_validator("model")

@@ -58,6 +58,8 @@ class ScoreFacts(Facts):
 
     skipped: str | None = None
     """Why nothing was evaluated, such as `no labels`."""
+    labels: int | None = None
+    """Labelled training images that were learnt from. Receipts of older versions lack it."""
     top1: float | None = None
     """Share of images whose class was ranked first, in [0, 1]."""
     top5: float | None = None

@@ -44,6 +44,8 @@ class _RunningStep:
         if unit != self.unit or done < self.done:  # another phase, or a restart from an earlier checkpoint
             self.samples.clear()
         self.done, self.total, self.unit, self.fields = done, total, unit, dict(fields)
+        if "eta_s" in fields:  # foreseen before any work: the time until the next update says nothing about the rate
+            return
         self.samples.append((now, done))
         # Two samples stay however old they are, so that a step with an update per minute has a rate too.
         while now - self.samples[0][0] > RATE_OVER_S and len(self.samples) > 2:
@@ -136,8 +138,11 @@ class ProgressDisplay:
             now = self._now()
             if state == "running":
                 self._running[step_name] = _RunningStep(step_name, now)
+                about = f"  {detail}" if detail else ""
                 if not self._console.is_terminal:
-                    self._print(Text(f"{step_name}: running"))
+                    self._print(Text(f"{step_name}: running{about}"))
+                elif detail:
+                    self._print(Text(f"{step_name}:{about}", style="dim"))
                 return
             step = self._running.pop(step_name, None)
             took = f"  {clock(now - step.began)}" if step else ""

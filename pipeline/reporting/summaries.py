@@ -23,6 +23,10 @@ class Score:
     """`pretrained`, or `random` for the same architecture without pretraining."""
     values: tuple[float, ...]
     """Top-1 accuracy in [0, 1], one per seed."""
+    images: int | None = None
+    """Test images that the accuracy is a mean over; None in receipts of older versions, as `labels`."""
+    labels: int | None = None
+    """Labelled training images that were learnt from."""
 
     @property
     def mean(self) -> float:
@@ -68,6 +72,20 @@ class PlanRow:
     seconds: float | None = None
     cost: str = ""
     """With its unit, `$1 230 to $2 050`."""
+
+
+FEW_IMAGES = 100
+"""Test images below which a score is a rough figure: one image then is more than a percentage point."""
+
+
+def remarks_on_scores(scores: Sequence[Score]) -> dict[str, str]:
+    """Return why the scores of a dataset are rough figures, by dataset; datasets with enough test images are left out."""
+    return {
+        score.dataset: f"only {score.images} test image{'s' if score.images > 1 else ''}: one of them more or less is "
+        f"{100 / score.images:.3g} percentage points"
+        for score in scores
+        if score.images is not None and 0 < score.images < FEW_IMAGES
+    }
 
 
 def pairs(scores: Sequence[Score]) -> dict[tuple[str, str], dict[str, Score]]:

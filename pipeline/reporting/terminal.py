@@ -10,8 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.reporting.format import clock
-from pipeline.reporting.summaries import PlanRow, Score, StepRow, pairs
+from pipeline.reporting.format import clock, count
+from pipeline.reporting.summaries import PlanRow, Score, StepRow, pairs, remarks_on_scores
 
 SYMBOLS: Mapping[str, tuple[str, str]] = {
     "done": ("✓", "green"),
@@ -36,6 +36,8 @@ def closing_table(
         parts += [_lines(details), ""]
     if scores:
         parts += [_scores_table(scores), ""]
+    if remarks := remarks_on_scores(scores):
+        parts += [_lines(remarks), ""]
     return Group(*parts, _lines(addresses))
 
 
@@ -58,11 +60,13 @@ def _lines(texts: Mapping[str, str]) -> RenderableType:
 
 def _scores_table(scores: Sequence[Score]) -> Table:
     encoders = list(dict.fromkeys(score.encoder for score in scores))
-    table = plain_table(["dataset", "protocol"], numbers=[*encoders, "difference", "seeds"])
+    table = plain_table(["dataset", "protocol"], numbers=[*encoders, "difference", "seeds", "test", "labels"])
     for (dataset, protocol), group in pairs(scores).items():
         cells = [_score(group.get(encoder)) for encoder in encoders]
         seeds = max(len(score.values) for score in group.values())
-        table.add_row(Text(dataset), Text(protocol), *cells, _difference(group), str(seeds))
+        held = next(iter(group.values()))  # both encoders are scored on the same images
+        sizes = ("–" if number is None else count(number) for number in (held.images, held.labels))
+        table.add_row(Text(dataset), Text(protocol), *cells, _difference(group), str(seeds), *sizes)
     return table
 
 

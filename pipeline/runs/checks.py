@@ -5,14 +5,15 @@ import os
 from collections.abc import Sequence
 
 from pipeline import cluster, tracking
+from pipeline.cluster.resources import Resources
 from pipeline.cluster.tasks import Executor
 from pipeline.config import RunConfig
 from pipeline.data.sources.listing import MOVED, list_source
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.graph.plan import plan_graph
 from pipeline.graph.step import Step
-from pipeline.planning.estimate import check_memory
-from pipeline.planning.hardware import cluster_hardware, local_hardware
+from pipeline.planning.estimate import check_memory, training_configs
+from pipeline.planning.hardware import cluster_hardware, cpu_computes_bf16, local_hardware
 from pipeline.runs.findings import check_reading, examine, finished_in, problem_of
 from pipeline.stages.snapshot import check_layout, where_it_is
 from pipeline.storage import Store, open_store, probe
@@ -36,6 +37,8 @@ def check_before_start(config: RunConfig, steps: Sequence[Step], store: Store, e
     for step in waiting:
         if problem := source_problem(step):
             raise problem
+    if advice := slow_precision(waiting, config.resources):
+        log.warning(advice)
     low = config.resources.worker_range[0]
     needed, there = low * config.resources.cpus_per_worker, os.cpu_count() or 1
     if executor == "ray" and "RAY_ADDRESS" not in os.environ and needed > there:
@@ -47,6 +50,18 @@ def check_before_start(config: RunConfig, steps: Sequence[Step], store: Store, e
         local = config.resources.model_copy(update={"workers": 1}) if executor == "in_process" else config.resources
         check_memory(waiting, local, local_hardware(workers=local.worker_range[0], use_gpu=local.use_gpu))
     probe(store)  # last, because it writes an object
+
+
+def slow_precision(steps: Sequence[Step], resources: Resources) -> str:
+    """Return advice if steps would compute in bf16 on this machine's CPU and it has no such arithmetic, or an empty string."""
+    if "RAY_ADDRESS" in os.environ or cpu_computes_bf16():
+        return ""
+    if local_hardware(workers=resources.worker_range[0], use_gpu=resources.use_gpu).kind != "cpu":
+        return ""
+    in_bf16 = {name for name, config in training_configs(steps).items() if config.recipe.precision == "bf16"}
+    sections = {step.name: "pretrain" if step.kind == "pretrain" else "evaluation.finetune" for step in steps}
+    options = dict.fromkeys(f"--set {sections[name]}.precision=fp32" for name in sections if name in in_bf16)
+    return f"this CPU has no bf16 arithmetic, fp32 is faster on it: {' '.join(options)}" if options else ""
 
 
 def steps_to_run(steps: Sequence[Step], store: Store) -> list[Step]:

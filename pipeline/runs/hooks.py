@@ -13,6 +13,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from pipeline import tracking
+from pipeline.cluster.tasks import Executor
 from pipeline.config import RunConfig
 from pipeline.data.dataset.facts import DatasetFacts, SnapshotFacts
 from pipeline.data.dataset.understanding import HIDDEN
@@ -22,6 +23,7 @@ from pipeline.graph.receipts import Receipt, installed_versions
 from pipeline.graph.runner import Outcome
 from pipeline.graph.step import Step
 from pipeline.reporting.summaries import as_metrics
+from pipeline.runs.beginning import beginning_of
 from pipeline.runs.findings import examine, finished_in, lines_of, problem_of, table_of
 from pipeline.runs.summary import RunSummary
 from pipeline.stages.report import PAGE, PICTURES
@@ -57,6 +59,7 @@ class RunHooks:
 
     def __init__(self, uri: str, config: RunConfig, display: Display, steps: Sequence[Step] = ()) -> None:
         self.tracking_uri, self.config, self.display, self.steps = uri, config, display, steps
+        self.executor: Executor = "in_process"
         self.told: set[str] = set()
         """Findings that were shown."""
         self.open_children: dict[str, str] = {}
@@ -75,7 +78,10 @@ class RunHooks:
 
     def begin(self, step: Step) -> str:
         """Open the step's child run and return its id, or an empty string if MLflow refused."""
-        self.display.step_state(step.name, "running")
+        known = beginning_of(step, open_store(self.config.store), self.executor)
+        self.display.step_state(step.name, "running", detail=known.text)
+        if known.images and known.seconds:
+            self.display.update(step.name, known.images_done, known.images, "images", {"eta_s": known.seconds})
         with failures_as_warnings(f"tracking of {step.name}"):
             self.open_children[step.name] = self._open(step)
         return self.open_children.get(step.name, "")

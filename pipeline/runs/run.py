@@ -10,11 +10,13 @@ from contextlib import nullcontext
 from pipeline import cluster, tracking
 from pipeline.cluster.tasks import Executor
 from pipeline.config import RunConfig
+from pipeline.errors import ConfigError, StorageError
 from pipeline.graph.plan import PlannedStep, plan_graph
 from pipeline.graph.runner import GraphRun
 from pipeline.runs.checks import (
     check_before_start,
     check_fits_cluster,
+    slow_precision,
     source_problem,
     steps_to_run,
     warn_of_unshared_paths,
@@ -34,9 +36,14 @@ def plan_run(config: RunConfig) -> tuple[list[PlannedStep], DataDescription]:
     steps = build(config)
     store = open_store(config.store)
     problems = {step.name: problem for step in steps if (problem := source_problem(step))}
+    for problem in problems.values():
+        if isinstance(problem, StorageError) and "credentials" in str(problem):
+            raise ConfigError(str(problem))  # nothing can be said of any step
     data = describe(config, [step for step in steps if step.name not in problems], store)
     problems |= data.problems
     rows = plan_graph(steps, store=store, unable=problems)
+    if advice := slow_precision([row.step for row in rows if row.state == "to_run"], config.resources):
+        log.warning(advice)
     said = set()
     for row in rows:
         why = str(problems.get(row.step.name, ""))
@@ -75,6 +82,9 @@ def _run(config: RunConfig, executor: Executor, display: Display, stop: StopSign
         ):
             on_cluster = True
             with stop.during("waiting for Ray to start, which takes up to 30 s; no step has begun", walk.request_stop):
+                address = os.environ.get("RAY_ADDRESS")
+                display.show(f"connecting to Ray at {address}" if address else "starting Ray")
+                hooks.executor = "ray"
                 cluster.connect()
                 warn_of_unshared_paths(store, uri)
                 if "RAY_ADDRESS" in os.environ:

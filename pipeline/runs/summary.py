@@ -85,7 +85,8 @@ def as_json(summary: RunSummary) -> dict[str, Any]:
     """Return the JSON line that ends `mae run --json`."""
     scores: dict[str, Any] = {}
     for score in summary.scores:
-        entry = {"mean": score.mean, "sd": score.sd, "values": list(score.values)}
+        entry: dict[str, Any] = {"mean": score.mean, "sd": score.sd, "values": list(score.values)}
+        entry |= {"images": score.images, "labels": score.labels}
         scores.setdefault(score.dataset, {}).setdefault(score.protocol, {})[score.encoder] = entry
     return {
         "run": summary.run_id,

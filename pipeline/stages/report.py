@@ -109,12 +109,22 @@ def report(config: ReportConfig, inputs: Mapping[str, StageInput], attempt: Atte
 
 def collect_scores(scored: tuple[Scored, ...], inputs: Mapping[str, StageInput]) -> list[Score]:
     """Collect top-1 scores over seeds, in order of first appearance. Skipped evaluations have none."""
-    values: dict[tuple[str, str, str], list[float]] = {}
+    found: dict[tuple[str, str, str], list[ScoreFacts]] = {}
     for one in scored:
-        top1 = ScoreFacts.read(inputs[one.input].facts).top1
-        if top1 is not None:
-            values.setdefault((one.protocol, one.dataset, one.encoder), []).append(top1)
-    return [Score(protocol=p, dataset=d, encoder=e, values=tuple(found)) for (p, d, e), found in values.items()]
+        facts = ScoreFacts.read(inputs[one.input].facts)
+        if facts.top1 is not None:
+            found.setdefault((one.protocol, one.dataset, one.encoder), []).append(facts)
+    return [
+        Score(
+            protocol=protocol,
+            dataset=dataset,
+            encoder=encoder,
+            values=tuple(facts.top1 for facts in seeds if facts.top1 is not None),
+            images=seeds[0].images,
+            labels=seeds[0].labels,
+        )
+        for (protocol, dataset, encoder), seeds in found.items()
+    ]
 
 
 def _speed(rows: Sequence[Mapping[str, float]]) -> Card:

@@ -30,15 +30,19 @@ from run_kit import (
     write_images,
 )
 
+from jobs.first_line import PROTOCOLS, first_line
+from pipeline.config.fields import DatasetConfig, RunConfig
 from pipeline.runs.stopping import ECHO_S
 
 __all__ = ["migrated_database", "store"]
 
 
 def only_line(done: subprocess.CompletedProcess[str]) -> str:
-    """Return standard error, which must be a single line that begins with `mae: `."""
+    """Return standard error, which must be a single line that begins with `mae: `, after the line that names the run."""
     assert "Traceback" not in done.stderr
     lines = done.stderr.strip().splitlines()
+    if lines and re.fullmatch(r"run \S+  model \S+  store \S+  steps .+", lines[0]):
+        lines = lines[1:]
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("mae: ")
     return lines[0].removeprefix("mae: ")
@@ -169,6 +173,46 @@ def test_a_full_disk_stops_the_run_in_one_line_and_space_lets_it_go_on(tmp_path,
         subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
         done = mae("run", path, "--in-process", "--json")
         assert done.returncode == 0, done.stderr
+
+
+# --- the first line ------------------------------------------------------------------------------------------------------------
+
+
+def test_run_says_at_once_what_it_is_about_to_do(config):
+    """Before anything heavy is imported: on a busy machine torch alone takes ten seconds."""
+    code = f"""
+import sys
+from pathlib import Path
+from jobs.first_line import first_line
+import jobs.cli
+print(first_line(Path({str(config)!r}), ["name=other", "evaluation.datasets.0.protocols=[linear]"]))
+print("HEAVY", sorted({{"torch", "ray", "mlflow", "numpy", "pydantic", "rich.console"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    line, heavy = done.stdout.splitlines()
+    store = yaml.safe_load(config.read_text())["store"]
+    assert line == f"run other  model tiny  store {store}  steps snapshot, shard, pretrain, linear, report"
+    assert heavy == "HEAVY []"
+
+
+def test_the_first_line_keeps_silent_about_a_file_that_is_no_configuration(tmp_path):
+    path = tmp_path / "run.yaml"
+    assert first_line(path) is None
+    for text in ("", "- a", "model: {size: tiny", "data: {}", "model: 3", "model: {}\nevaluation: {datasets: [7]}"):
+        path.write_text(text)
+        assert first_line(path) is None
+    path.write_text("model: {}")
+    assert (
+        first_line(path)
+        == "run mae  model base  store .mae/store  steps snapshot, shard, pretrain, linear, finetune, report"
+    )
+    assert first_line(path, ["data.source"]) is not None
+    assert first_line(path, ["name=x", "model=3"]) is None
+
+
+def test_the_first_line_knows_the_defaults():
+    assert DatasetConfig.model_fields["protocols"].default == PROTOCOLS
+    assert (RunConfig.model_fields["name"].default, RunConfig.model_fields["store"].default) == ("mae", ".mae/store")
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """`mae doctor --data` as a user types it."""
 
 import json
+from pathlib import Path
 
 import pytest
 from run_kit import mae
@@ -8,6 +9,8 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from pipeline.data.images.photos import photos
+from pipeline.errors import PipelineError
+from pipeline.runs import machine
 
 
 def test_the_command_prints_a_table_and_ends_with_a_json_line(tmp_path):
@@ -28,11 +31,35 @@ def test_the_command_prints_a_table_and_ends_with_a_json_line(tmp_path):
     assert line["one_thread"]["threads"] == 1
 
 
+def test_alone_it_checks_this_machine_with_one_line_each():
+    done = mae("doctor")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[1] for line in lines] == ["python", "torch", "cores", "bf16", "disk", "/dev/shm", "ray"]
+    assert lines[-1].startswith("✓ ray")
+    assert done.stderr == "checking this machine\n"
+
+
+def test_what_a_run_cannot_do_without_is_exit_code_1(monkeypatch):
+    def no_ray() -> None:
+        raise PipelineError("Ray on this machine: cannot connect (no port)")
+
+    monkeypatch.setattr(machine, "_ray", lambda: machine._finding("ray", False, "cannot connect", "unset RAY_ADDRESS"))
+    done = CliRunner().invoke(app, ["doctor", "--json"])
+    assert done.exit_code == 1
+    found = {row["name"]: row for row in map(json.loads, done.stdout.splitlines()[-7:])}
+    assert found["ray"] == {"name": "ray", "state": "wrong", "text": "cannot connect: unset RAY_ADDRESS"}
+    monkeypatch.undo()
+    assert "works without it" in machine._ray(connect=no_ray).text
+    assert machine._shared_memory(Path("/nowhere")).state == "wrong"
+    monkeypatch.setattr(machine, "cpu_computes_bf16", lambda: False)
+    monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: False)
+    assert machine._bf16().state == "warning"
+    assert "precision: fp32" in machine._bf16().text
+
+
 def test_wrong_options_are_one_line_and_exit_code_2(tmp_path):
-    for arguments, words in (
-        ([], "name what to check. There is one check so far: --data"),
-        (["--data", "--images", str(tmp_path)], "holds no upright RGB JPEG"),
-    ):
+    for arguments, words in ((["--data", "--images", str(tmp_path)], "holds no upright RGB JPEG"),):
         done = mae("doctor", *arguments)
         assert (done.returncode, done.stdout) == (2, "")
         assert words in done.stderr

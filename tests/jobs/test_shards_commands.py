@@ -138,4 +138,5 @@ def test_index_refuses_images_before_it_writes(tmp_path):
 def test_the_picture_is_a_png(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert shards("inspect", config, "--samples", 1)[0] == 0
-    assert Image.open(io.BytesIO((tmp_path / "shards.png").read_bytes())).format == "PNG"
+    (picture,) = tmp_path.glob("shards-*.png")  # named by the dataset, so that another dataset's picture stays
+    assert Image.open(io.BytesIO(picture.read_bytes())).format == "PNG"

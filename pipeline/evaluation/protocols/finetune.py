@@ -12,6 +12,7 @@ from safetensors.torch import save
 from pipeline.data.dataset.address import dataset_address
 from pipeline.data.dataset.facts import DatasetFacts
 from pipeline.data.feed.order import OrderConfig
+from pipeline.data.feed.selection import select
 from pipeline.evaluation.encoders import Pretrained, encoder_source
 from pipeline.evaluation.protocol import EvaluationProtocol, ProtocolConfig, ScoreFacts, skipped
 from pipeline.graph.step import Attempt, StageInput, StageResult
@@ -76,8 +77,10 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, StageInput], attempt: 
         history, manifest = checkpoint.history(), checkpoint.manifest
     attempt.store.write(CLASSIFIER, save(weights))
     attempt.store.write(HISTORY, "".join(json.dumps(row) + "\n" for row in history).encode())
+    learnt_from = select(spec.dataset.open(), "train", spec.train_samples, seed=spec.order.seed)
     facts = FinetuneFacts(
         split=None if config.split == "test" else config.split,
+        labels=int(learnt_from.counts.sum()),
         global_step=trained.global_step,
         ids_digest=str(trained.ids_digest),
         **incident_fields(manifest.substitutions, manifest.guard),

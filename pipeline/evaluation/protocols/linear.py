@@ -34,10 +34,14 @@ class LinearSettings(BaseModel):
     pool: Pool = "cls"
     """The feature of an image: its class token or the mean of its patch tokens, both after the encoder's final norm."""
     epochs: int = Field(90, ge=1)
+    """How often the probe sees every labelled training image."""
     batch: int = Field(16384, ge=1)
+    """Images per update of the probe, at most as many as there are."""
     base_lr: float = Field(0.1, gt=0)
     """Learning rate per 256 images of the batch; SGD with momentum 0.9 and cosine decay."""
     warmup_epochs: float = Field(10.0, ge=0)
+    """Epochs over which the learning rate rises from zero to its peak. A default that is not shorter than the epochs becomes the
+    same share of them."""
 
     @model_validator(mode="after")
     def _warm_before_the_end(self) -> "LinearSettings":
@@ -79,6 +83,7 @@ def linear(config: LinearConfig, inputs: Mapping[str, StageInput], attempt: Atte
         top5=score.top5,
         loss=score.loss,
         images=score.count,
+        labels=len(train.labels),
         split=None if config.split == "test" else config.split,
     )
     return StageResult(facts.as_json(), files=(PROBE,))

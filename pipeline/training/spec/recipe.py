@@ -22,9 +22,12 @@ class Recipe:
     global_batch: int = 4096
     """Samples per optimiser step, over all workers; micro-batch and accumulation are derived."""
     epochs: int = 800
+    """How often every training image is seen."""
     base_lr: float = 1.5e-4
     """Learning rate at a global batch of 256; the absolute rate is base_lr * global_batch / 256."""
     warmup_epochs: float = 40.0
+    """Epochs over which the learning rate rises from zero to its peak. A default that is not shorter than the epochs becomes the
+    same share of them."""
     schedule: Literal["cosine", "warmup_stable_decay"] = field(default="cosine", metadata=ADDED_LATER)
     """After the warmup: half a cosine, or constant and then falling over the last `decay_share`."""
     decay_share: float = field(default=0.2, metadata=ADDED_LATER)
@@ -32,12 +35,15 @@ class Recipe:
     min_lr: float = 0.0
     """Absolute learning rate at the end."""
     weight_decay: float = 0.05
+    """AdamW's, for matrices; biases, norms and tokens do not decay."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of its two moments."""
     max_grad_norm: float | None = field(default=None, metadata=ADDED_LATER)
     """Gradients whose norm over all parameters exceeds this are scaled down to it; null, as in the paper, for no clipping."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """What the model computes in. Targets, softmax and loss are float32 either way."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """How a training picture is cut out of a stored image."""
     guard: GuardConfig = field(default=GuardConfig(), metadata=ADDED_LATER)
     """When a step is skipped, rolled back, or ends the training."""
 
@@ -90,7 +96,9 @@ class FinetuneRecipe(Recipe):
     layer_decay: float = 0.75
     """The learning rate of each layer is this times that of the layer above."""
     drop_path: float = 0.1
+    """Probability that a residual branch of the last block is dropped; it grows from 0 in the first."""
     label_smoothing: float = 0.1
+    """Share of the target distribution that is spread over all classes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

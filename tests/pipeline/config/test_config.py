@@ -67,7 +67,13 @@ def complaint_of(tmp_path: Path, text: str) -> str:
         ("data.test_share=.nan", "data.test_share = nan is not a finite number"),
         ("store=5", "store = 5 is not text: write it in quotes"),
         ("resources.use_gpu=maybe", "resources.use_gpu = 'maybe' is not true or false"),
-        ("model.encoder.image_size=16", "model.encoder.image_size = 16 is not a list: write [a, b]"),
+        ("model.encoder.image_size=wide", "model.encoder.image_size = 'wide' is not a list: write [a, b]"),
+        ("model.encoder.image_size=yes", "model.encoder.image_size = True is not a list: write [a, b]"),
+        (
+            "model.encoder.patch_size=64",
+            "model.encoder.patch_size = 64 is larger than the height in image_size=(16, 16): write a patch_size that divides 16, "
+            "or a larger image_size",
+        ),
         ("pretrain.betas=[0.9]", "pretrain.betas = [0.9] has too few values"),
         ("pretrain.augment=3", "pretrain.augment = 3 is not a section: write its fields below it"),
         ("evaluation.datasets=[7]", "evaluation.datasets.0 = 7 is not a section: write its fields below it"),
@@ -315,6 +321,33 @@ def test_the_configuration_in_the_kubernetes_manifest_loads(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(text.replace("BUCKET", "bucket"))
     assert load_config(path).resources.workers == (2, 4)
+
+
+# --- a few epochs and square images need no second field -----------------------------------------------------------------------
+
+
+def test_a_default_warmup_that_does_not_fit_becomes_its_share_of_the_epochs(tmp_path):
+    content = {"data": {"source": "/i"}, "model": {}, "pretrain": {"epochs": 2}}
+    content["evaluation"] = {"finetune": {"epochs": 5}, "linear": {"epochs": 9}}
+    config = load_config(write_config(tmp_path / "run.yaml", content))
+    assert config.pretrain.warmup_epochs == pytest.approx(2 * 40 / 800)
+    assert config.evaluation.settings("finetune").warmup_epochs == pytest.approx(5 * 5 / 100)
+    assert config.evaluation.settings("linear").warmup_epochs == pytest.approx(9 * 10 / 90)
+
+
+def test_a_default_warmup_that_fits_and_one_that_is_written_stay(tmp_path):
+    path = write_config(tmp_path / "run.yaml", {"data": {"source": "/i"}, "model": {}})
+    assert load_config(path, ["pretrain.epochs=41"]).pretrain.warmup_epochs == 40
+    assert load_config(path).evaluation.settings("linear").warmup_epochs == 10
+    assert "pretrain.warmup_epochs = 40.0 is not in [0, epochs=2)" in complaint(
+        path, "pretrain.epochs=2", "pretrain.warmup_epochs=40"
+    )
+
+
+def test_one_number_is_a_square_image_size(path):
+    config = load_config(path, ["model.encoder.image_size=32"])
+    assert config.model.encoder.image_size == (32, 32)
+    assert config == load_config(path, ["model.encoder.image_size=[32, 32]"])
 
 
 # --- what enters the fingerprints --------------------------------------------------------------------------------------------

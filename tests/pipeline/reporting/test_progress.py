@@ -95,3 +95,16 @@ def test_slow_updates_and_growing_totals_have_a_rate(every_s, total):
         display.update("snapshot", 600 * number, total or 600 * number, "files", {})
     line = shown(display._lines()).replace("\u202f", " ")
     assert f"{600 // every_s} files/s" in line
+
+
+def test_the_time_foreseen_is_shown_before_the_first_update_and_does_not_spoil_the_rate():
+    clock_ = Clock()
+    console = Console(file=io.StringIO(), width=120, force_terminal=True, record=True)
+    display = ProgressDisplay(console=console, now=clock_)
+    display.step_state("pretrain", "running", detail="resuming from step 4")
+    display.update("pretrain", 0, 1000, "images", {"eta_s": 90.0})
+    assert "ETA 1:30" in shown(display._lines())
+    for second, done in ((60.0, 100), (70.0, 200)):  # a minute passes until the workers have started
+        clock_.now = second
+        display.update("pretrain", done, 1000, "images", {})
+    assert "10 images/s" in shown(display._lines()).replace("10.0", "10")

@@ -1,12 +1,13 @@
 """Tables for a terminal, as text."""
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from pipeline.reporting.format import clock
-from pipeline.reporting.summaries import PlanRow, Score, StepRow, as_metrics
+from pipeline.reporting.summaries import PlanRow, Score, StepRow, as_metrics, remarks_on_scores
 from pipeline.reporting.terminal import closing_table, plan_table
 
 
@@ -33,6 +34,25 @@ def test_the_closing_table_has_steps_scores_and_addresses():
     assert "ffff" not in text
     assert "[red]out of memory[/red]" in text  # names and errors are text, never markup
     assert "/tmp/[x]/page.html" in text
+
+
+def test_scores_stand_beside_the_numbers_of_images_and_labels_behind_them():
+    scores = [
+        Score(protocol="linear", dataset="pets", encoder="pretrained", values=(1.0,), images=1, labels=3),
+        Score(protocol="finetune", dataset="pets", encoder="pretrained", values=(0.5,), images=1, labels=3),
+        Score(protocol="linear", dataset="digits", encoder="pretrained", values=(0.9,), images=400, labels=1320),
+        Score(protocol="linear", dataset="older", encoder="pretrained", values=(0.9,)),
+    ]
+    lines = shown(closing_table([], scores=scores, addresses={})).splitlines()
+    rows = {line.split()[0]: line.split() for line in lines if "linear" in line}
+    assert rows["pets"][-2:] == ["1", "3"]
+    assert rows["digits"][-3:] == ["400", "1", "320"]
+    assert rows["older"][-2:] == ["–", "–"]
+    (remark,) = [line for line in lines if "test image" in line]
+    assert remark.startswith("pets  only 1 test image: one of them more or less is 100 percentage points")
+    assert remarks_on_scores([replace(scores[0], images=60)]) == {
+        "pets": "only 60 test images: one of them more or less is 1.67 percentage points"
+    }
 
 
 def test_the_plan_says_what_runs_and_which_field_made_it_differ():

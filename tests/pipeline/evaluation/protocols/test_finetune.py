@@ -61,6 +61,7 @@ def test_the_score_is_the_saved_classifiers_over_all_test_images(teams, shards, 
     result = teams(1).run(finetune_here, config(weights), inputs, attempt)[0]
     facts = result.facts
     assert facts["images"] == TEST
+    assert facts["labels"] == 60
     images, labels = test_images(shards)
     encoder = encoder_config()
     model = Classifier(ViTEncoder(encoder), num_classes=3, generator=torch.Generator())

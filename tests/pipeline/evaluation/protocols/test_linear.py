@@ -52,6 +52,7 @@ def test_the_score_does_not_depend_on_the_number_of_tasks(shards, tmp_path, monk
 def test_few_labels_still_score_every_test_image(shards, tmp_path):
     facts = linear(config("random", train_labels=9), {"shards": shards}, attempt_at(tmp_path / "step")).facts
     assert facts["images"] == TEST
+    assert facts["labels"] == 9
 
 
 def test_fitting_is_the_same_every_time_and_separates_what_can_be_separated():
