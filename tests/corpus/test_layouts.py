@@ -233,9 +233,9 @@ SITUATIONS = [
     Situation("hive below a folder", each(["v1/label=cat", "v1/label=dog"]), Listed({"train": 4}, BOTH, "hash")),
     # --- what is passed over --------------------------------------------------------------------------------------------------
     Situation(
-        "a class of heic",
-        [*each(["cat"]), *each(["dog"], names=["1.HEIC", "2.HEIC"])],
-        Listed({"train": 2}, ("cat",), "hash", ["no image is left of dog/ (2 .heic)"]),
+        "a class of raw photos",
+        [*each(["cat"]), *each(["dog"], names=["1.CR2", "2.CR2"])],
+        Listed({"train": 2}, ("cat",), "hash", ["no image is left of dog/ (2 .cr2)"]),
     ),
     Situation("annotations", [*each(["cat"]), "notes/1.txt"], Listed({"train": 2}, ("cat",), "hash")),
     Situation(
