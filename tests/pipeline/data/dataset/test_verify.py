@@ -1,6 +1,7 @@
 """All damage by which WebDataset readers silently lose samples is found, named and repaired, on shards of the real stages."""
 
 import io
+import os
 import re
 import tarfile
 from pathlib import Path
@@ -409,6 +410,27 @@ def test_indexed_tars_are_verified_in_place(tmp_path):
     assert "restore the tar from its origin" in tar.repair
     path.write_bytes(held)
     assert made.verified().clean
+
+
+def test_tars_with_links_and_files_of_a_mac_are_verified(tmp_path):
+    folder = tmp_path / "made" / "cat"
+    folder.mkdir(parents=True)
+    for number in range(6):
+        (folder / f"{number}.jpg").write_bytes(picture(number))
+        (folder / f"._{number}.jpg").write_bytes(b"\0\5\x16\7")
+        (folder / f"{number}.cls").write_bytes(b"%d" % (number % 2))
+    os.link(folder / "0.jpg", folder / "6.jpg")
+    (folder / "7.jpg").symlink_to("1.jpg")
+    source = tmp_path / "foreign"
+    source.mkdir()
+    with tarfile.open(source / "train-0.tar", "w") as tar:
+        # ._0.jpg, 0.jpg, ._0.cls would be three samples to webdataset, and 6.jpg and 7.jpg none
+        for path in sorted(folder.iterdir(), key=lambda path: (path.name.removeprefix("._"), path.name)):
+            tar.add(path, f"cat/{path.name}")
+    made = Made(tmp_path, source)
+    verification = made.verified()
+    assert verification.clean, verification.findings
+    assert verification.samples == 8
 
 
 def test_a_part_is_repaired_in_its_own_step(tmp_path, source):
