@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich.text import Text
+
 from pipeline import cluster, tracking
 from pipeline.cluster.resources import Resources
 from pipeline.cluster.tasks import Executor
 from pipeline.config import RunConfig
-from pipeline.graph.plan import PlannedStep, plan_graph
+from pipeline.graph.plan import HISTORY, PlannedStep, plan_graph
 from pipeline.graph.runner import GraphRun
 from pipeline.runs.checks import (
     check_before_start,
@@ -56,6 +58,10 @@ def run_pipeline(config: RunConfig, *, executor: Executor, display: Display) -> 
     check_before_start(config, steps, store, executor)
     uri = tracking.resolve_tracking_uri(config.tracking.uri, store_uri=store.uri)
     tracking.check_tracking(uri)
+    if (
+        next(iter(store.list(HISTORY)), None) is None
+    ):  # or else a store under a wrong path starts everything again unnoticed
+        display.show(Text(f"store {store.uri} is new: no step is finished in it"))
     hooks = RunHooks(uri, config, display, steps)
     on_cluster = executor == "ray" and any(row.state == "to_run" for row in plan_graph(steps, store=store))
     if on_cluster:
