@@ -284,6 +284,8 @@ def _member_findings(
     ours = [sample.key for sample in found]
     read = samples
     if is_indexed(shard["key"]):
+        # ids follow the order of the tar; a link has its target's offset, wherever the link itself is
+        samples = sorted(samples, key=lambda sample: sample["sample_id"])
         stored = {one["key"] for one in samples}
         # an indexed tar holds its quarantined samples too
         ours = [key for key in ours if key in stored]

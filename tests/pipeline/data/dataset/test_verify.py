@@ -429,7 +429,7 @@ def test_tars_with_links_and_files_of_a_mac_are_verified(tmp_path):
             tar.add(path, f"cat/{path.name}")
     made = Made(tmp_path, source)
     verification = made.verified()
-    assert verification.clean, verification.findings
+    assert [finding.what for finding in verification.findings] == []
     assert verification.samples == 8
 
 
