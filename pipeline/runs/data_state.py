@@ -7,12 +7,10 @@ Errors: those of the store and, with `refresh`, of the source."""
 from collections.abc import Callable
 
 from pipeline.config import RunConfig
-from pipeline.graph.plan import HISTORY
-from pipeline.runs.checks import source_problem
 from pipeline.runs.moved import recorded_addresses
 from pipeline.runs.refresh import as_yaml, newest, refresh
 from pipeline.runs.source_changes import source_changes
-from pipeline.runs.workflow import parts_of_sources, snapshot_names
+from pipeline.runs.workflow import snapshot_names
 from pipeline.storage import open_store
 
 
@@ -25,12 +23,8 @@ def settled(config: RunConfig) -> RunConfig:
 def settled_for_run(
     config: RunConfig, *, say: Callable[[str], None], look_for_new: bool = False, record: bool = False
 ) -> RunConfig:
-    """Settle the configuration of a run or plan, and say what is new, moved or out of date. `record`: remember a move."""
+    """Settle the configuration of a run or plan, and say what is newer, moved or out of date. `record`: remember a move."""
     store = open_store(config.store)
-    is_new = next(iter(store.list(HISTORY)), None) is None
-    # bad input is answered with a single line, by the checks before the run
-    if is_new and not any(source_problem(step.inputs["snapshot"]) for step in parts_of_sources(config)["data"]):
-        say(f"store {store.uri} is new: no step is finished in it, so all of them are to run")
     config = recorded_addresses(config, store, say=say, record=record)
     if look_for_new:
         refreshed = refresh(config, store)

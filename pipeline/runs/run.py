@@ -7,11 +7,13 @@ import logging
 import os
 from contextlib import nullcontext
 
+from rich.text import Text
+
 from pipeline import cluster, tracking
 from pipeline.cluster.tasks import Executor
 from pipeline.config import RunConfig
 from pipeline.errors import ConfigError, StorageError
-from pipeline.graph.plan import PlannedStep, plan_graph
+from pipeline.graph.plan import HISTORY, PlannedStep, plan_graph
 from pipeline.graph.runner import GraphRun
 from pipeline.runs.checks import (
     check_before_start,
@@ -71,6 +73,9 @@ def _run(config: RunConfig, executor: Executor, display: Display, stop: StopSign
         raise KeyboardInterrupt
     with stop.during("waiting for MLflow to be set up, which takes up to 20 s; no step has begun"):
         tracking.check_tracking(uri)
+        # or else a store under a wrong path starts everything again unnoticed
+        if next(iter(store.list(HISTORY)), None) is None:
+            display.show(Text(f"store {store.uri} is new: no step is finished in it"))
         hooks = RunHooks(uri, config, display, steps)
     walk = GraphRun(steps, store=store, executor=executor, hooks=hooks, parallel=config.resources.parallel_steps)
     on_cluster = False

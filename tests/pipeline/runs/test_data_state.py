@@ -5,7 +5,7 @@ import shutil
 import pytest
 import yaml
 from data_kit import write_table
-from run_kit import document, write_config, write_images
+from run_kit import document, migrated_database, store, write_config, write_images
 from test_run import Silent
 from test_run_sources import pictures, tars
 
@@ -15,8 +15,11 @@ from pipeline.runs import source_changes as changes_module
 from pipeline.runs import submission
 from pipeline.runs.data_state import settled, settled_for_run
 from pipeline.runs.refresh import snapshot_names
+from pipeline.runs.run import run_pipeline
 from pipeline.runs.workflow import build, parts_of_sources
 from pipeline.storage import open_store
+
+__all__ = ["migrated_database", "store"]
 
 
 class Hooks(Silent):
@@ -60,13 +63,12 @@ def path(tmp_path, source):
     return write_config(tmp_path / "run.yaml", document(tmp_path / "store", source))
 
 
-def test_a_new_store_is_told_as_new_and_a_used_one_is_not(path):
-    config, lines = told(path)
-    assert lines == [
-        f"store {open_store(config.store).uri} is new: no step is finished in it, so all of them are to run"
-    ]
-    make_data(config)
-    assert told(path)[1] == []
+def test_a_new_store_is_told_as_new_and_a_used_one_is_not(store, source, tmp_path):
+    path = write_config(tmp_path / "run.yaml", document(store, source) | {"evaluation": {"datasets": []}})
+    for new in (True, False):
+        display = Silent()
+        run_pipeline(load_config(path), executor="in_process", display=display)
+        assert any(f"store {open_store(str(store)).uri} is new" in text for _, _, text in display.said) == new
 
 
 def test_changes_of_the_source_are_told_in_one_line_with_what_refresh_would_do(path, source):
