@@ -10,11 +10,7 @@ from jobs.cli import app
 @pytest.fixture
 def opened(monkeypatch) -> list[str]:
     stores: list[str] = []
-
-    def serve(uri: str, *, port: int) -> None:
-        stores.append(uri)
-
-    monkeypatch.setattr("pipeline.tracking.serve", serve)
+    monkeypatch.setattr("pipeline.tracking.serve", lambda uri, **_: stores.append(uri))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return stores
 
