@@ -70,11 +70,17 @@ def examine(
 
     `previews`: listings, by step, that were made only to look."""
     found = []
+    scored = {
+        one.input: f"{one.protocol}-{one.dataset}"
+        for step in steps
+        if step.kind == "report"
+        for one in step.config.scored
+    }
     for dataset in {step.inputs["shards"].name: step.inputs["shards"] for step in _readers(steps)}.values():
         waiting = [step for step in _readers(steps) if step.inputs["shards"] is dataset and finished(step) is None]
         known = _known_labels(dataset, finished, previews or {})
         if waiting and known:
-            evaluated = {_evaluation_name(step): step for step in waiting if step.kind == "evaluate"}
+            evaluated = {scored[step.name] for step in waiting if step.kind == "evaluate"}
             found.append(_judge(config, dataset, waiting, known, sorted(evaluated)))
     return found
 
@@ -220,10 +226,6 @@ def _is_cut(facts: SnapshotFacts) -> bool:
 
 def _readers(steps: Sequence[Step]) -> list[Step]:
     return [step for step in steps if step.kind in {"pretrain", "evaluate"}]
-
-
-def _evaluation_name(step: Step) -> str:
-    return step.name.removesuffix(f"-s{step.config.seed}").removesuffix(f"-{step.config.weights}")
 
 
 @dataclass(frozen=True)
