@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed, 2 wrong input, 3 stopped and resumable, 4 done wit
 images than the warning share."""
 
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from typing import Annotated, TextIO
@@ -46,7 +47,12 @@ def version_or_command(
 
 def main() -> None:
     """Entry point of `mae`."""
-    guarded(app)
+    try:
+        guarded(app)
+    finally:
+        # The interpreter takes seconds to end. A signal then, such as a second Ctrl-C, would replace the exit code.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def guarded(command: Callable[[], None]) -> None:

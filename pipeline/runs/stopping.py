@@ -10,13 +10,13 @@ import logging
 import os
 import select
 import signal
-import stat
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO, cast
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,8 @@ class StopSignals:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
+        self._outputs = sys.stdout, sys.stderr
+        sys.stdout, sys.stderr = (cast("TextIO", LastingOutput(stream)) for stream in self._outputs)
         self._reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
         self._previous_fd = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
@@ -68,6 +70,7 @@ class StopSignals:
         self._speaker.join()
         os.close(self._reading)
         os.close(self._writing)
+        sys.stdout, sys.stderr = self._outputs
 
     @contextmanager
     def during(self, waiting_for: str | Callable[[], str], act: Callable[[], None] | None = None) -> Iterator[None]:
@@ -90,7 +93,7 @@ class StopSignals:
 
     def _handle(self, number: int, *_: object) -> None:
         if number == signal.SIGHUP:
-            _let_go_of_a_closed_terminal()
+            _let_go_of_unread_outputs()
         now = time.monotonic()
         if self._first is None:
             self._first, self._first_at, self.requested = number, now, True
@@ -141,10 +144,40 @@ def _do_nothing() -> None:
     """Let what runs come to its end."""
 
 
-def _let_go_of_a_closed_terminal() -> None:
-    """Lead standard output and error into nothing where they are a terminal that is gone: each write to it would raise OSError."""
-    nothing = os.open(os.devnull, os.O_WRONLY)
+class LastingOutput:
+    """A stream whose reader may go away: what nobody can read any more is dropped, and the run goes on to save.
+
+    Each write to a closed terminal raises OSError, and so does one to a pipe after a Ctrl-C that has also ended `tee`."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write `text`, or drop it."""
+        try:
+            return self.stream.write(text)
+        except OSError:
+            _let_go_of_unread_outputs()
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush, or drop what is left."""
+        try:
+            self.stream.flush()
+        except OSError:
+            _let_go_of_unread_outputs()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def _let_go_of_unread_outputs() -> None:
+    """Lead standard output and error into nothing where the terminal is gone or nobody reads the pipe."""
+    poll = select.poll()
     for number in (1, 2):
-        if stat.S_ISCHR(os.fstat(number).st_mode) and not os.isatty(number):  # a terminal that is gone says it is none
+        poll.register(number, 0)  # hang-ups and missing readers are reported in any case
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    for number, event in poll.poll(0):
+        if event & (select.POLLERR | select.POLLHUP):
             os.dup2(nothing, number)
     os.close(nothing)

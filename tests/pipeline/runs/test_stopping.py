@@ -163,3 +163,40 @@ def test_the_wall_clock_asks_once_and_in_good_time(caplog):
     assert "wall_clock_s=0.5 is nearly over: it saves" in caplog.text
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
     assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+
+
+UNREAD = """
+import sys
+from pipeline.runs.stopping import StopSignals
+with StopSignals():
+    sys.stdin.readline()
+    for stream in (sys.stdout, sys.stderr):
+        print("nobody reads this", file=stream, flush=True)
+sys.exit(3)
+"""
+
+
+def test_a_reader_that_went_away_leaves_the_exit_code():
+    """Ctrl-C at `mae run | tee log` ends tee as well."""
+    reading, writing = os.pipe()
+    call = [sys.executable, "-c", UNREAD]
+    process = subprocess.Popen(call, stdin=subprocess.PIPE, stdout=writing, stderr=writing)
+    os.close(writing)
+    os.close(reading)
+    process.communicate(b"\n", timeout=20)
+    assert process.returncode == 3
+
+
+ENDING = """
+import atexit, os, signal, sys
+from jobs import cli
+atexit.register(lambda: [os.kill(os.getpid(), number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)])
+cli.app = lambda: sys.exit(3)
+cli.main()
+"""
+
+
+def test_a_signal_while_the_interpreter_ends_leaves_the_exit_code():
+    """A second Ctrl-C often comes when all is saved."""
+    done = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True, check=False, timeout=20)
+    assert (done.returncode, done.stderr) == (3, "")
