@@ -178,7 +178,7 @@ def _with_fitting_warmup(value: Any, defaults: Any) -> Any:
     """Shorten a default warmup that is not shorter than the epochs, to the share of the epochs that it has by default.
 
     A warmup that fits is left alone: it is part of the fingerprints of finished trainings."""
-    if not isinstance(value, Mapping) or "warmup_epochs" in value:
+    if not isinstance(value, Mapping) or "warmup_epochs" in value or not hasattr(defaults, "warmup_epochs"):
         return value
     epochs = value.get("epochs", defaults.epochs)
     if type(epochs) is not int or not 0 < epochs <= defaults.warmup_epochs:

@@ -41,7 +41,7 @@ def only_line(done: subprocess.CompletedProcess[str]) -> str:
     """Return standard error, which must be a single line that begins with `mae: `, after the line that names the run."""
     assert "Traceback" not in done.stderr
     lines = done.stderr.strip().splitlines()
-    if lines and re.fullmatch(r"run \S+  model \S+  store \S+  steps .+", lines[0]):
+    if lines and re.fullmatch(r"run \S+  model \S+  store .+  steps .+", lines[0]):
         lines = lines[1:]
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("mae: ")

@@ -28,6 +28,7 @@ def hangup_not_ignored():
 @pytest.mark.parametrize("number", ASKING)
 def test_the_first_signal_asks_and_is_answered_with_what_it_waits_for(number, caplog):
     asked = []
+    before = signal.getsignal(signal.SIGTERM)
     with StopSignals() as stop, stop.during(lambda: "the oven cools down", lambda: asked.append(1)):
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), signal.SIGTERM)  # an echo, as of `timeout`
@@ -36,7 +37,7 @@ def test_the_first_signal_asks_and_is_answered_with_what_it_waits_for(number, ca
     assert asked == [1]
     said = [record.message for record in caplog.records]
     assert said == [f"asked to stop by {number.name}: the oven cools down. Ctrl-C again interrupts it without saving"]
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_an_answer_comes_at_once_while_the_main_thread_is_in_a_long_call(caplog):

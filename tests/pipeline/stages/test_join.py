@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from data_kit import all_objects, attempt, labelled, listed, picture, sharded, stored, write_table, write_tars
 
@@ -143,9 +145,11 @@ def test_tars_and_tables_have_parts_too(tmp_path):
     assert whole.facts["counts"]["total"]["served"] == 9
 
 
-def test_three_parts_know_each_other():
-    parts = [[("a", 1), ("b", 1), ("d", 1)], [("a", 2), ("c", 1)]]
-    earlier = EarlierListing([iter(entries) for entries in parts])
+def test_three_parts_know_each_other(tmp_path):
+    tables = [tmp_path / "first.parquet", tmp_path / "second.parquet"]
+    pq.write_table(pa.table({"path": ["a", "b", "d"], "size": [1, 1, 1]}), tables[0])
+    pq.write_table(pa.table({"path": ["a", "c"], "size": [2, 1]}), tables[1])
+    earlier = EarlierListing(tables)
     listing = [("a", 1), ("b", 3), ("e", 1)]
     assert [earlier.is_new(*entry) for entry in listing] == [False, True, True]
     assert earlier.counts() == {"known": 1, "changed": 1, "gone": 2}
