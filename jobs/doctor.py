@@ -44,7 +44,7 @@ def _machine(as_json: bool) -> int:  # noqa: FBT001 - typer's flag
     typer.echo("checking this machine", err=True)
     from dataclasses import asdict
 
-    from pipeline.runs.machine import examine_machine
+    from pipeline.runs.checking.machine import examine_machine
 
     wrong = False
     for finding in examine_machine():

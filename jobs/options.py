@@ -32,7 +32,7 @@ def read_config(path: Path, overrides: Sequence[str], *, refresh: bool = False, 
 
     `refresh`: look for new images. `record`: remember in the store that data have moved."""
     from pipeline.config import load_config
-    from pipeline.runs.data_state import settled_for_run
+    from pipeline.runs.sources.state import settled_for_run
 
     def say(line: str) -> None:
         typer.echo(f"mae: {line}", err=True)
@@ -46,7 +46,7 @@ def config_at(target: str, overrides: Sequence[str]) -> "RunConfig | None":
     Raises ConfigError for --set with an address, which it could not change."""
     from pipeline.config import load_config
     from pipeline.errors import ConfigError
-    from pipeline.runs.data_state import settled
+    from pipeline.runs.sources.state import settled
 
     if target.endswith((".yaml", ".yml")):
         return settled(load_config(Path(target), overrides))

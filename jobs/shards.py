@@ -171,7 +171,7 @@ def preview(
     from rich.console import Console
 
     from pipeline.reporting.progress import ProgressDisplay
-    from pipeline.runs.findings import preview_source
+    from pipeline.runs.checking.findings import preview_source
     from pipeline.runs.indexing import source_config
 
     with ProgressDisplay() as display:
@@ -186,7 +186,7 @@ def keep(config: ConfigPath, overrides: Overrides = []) -> None:  # noqa: B006 -
     What was trained on them stays, and the same configuration goes on with it.
     """
     from pipeline.config import load_config
-    from pipeline.runs.findings import keep_reading
+    from pipeline.runs.checking.findings import keep_reading
     from pipeline.runs.workflow import build
     from pipeline.storage import open_store
 

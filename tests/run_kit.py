@@ -1,21 +1,26 @@
 """Tiny image sets, a configuration that runs in seconds, and the `mae` command as a user starts it."""
 
 import ctypes
+import io
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from data_kit import tar_bytes
 from PIL import Image
+from rich.console import Console
 
 from pipeline import tracking
+from pipeline.runs.summary import RunSummary
 
 ROOT = Path(__file__).parents[1]
 SIDE = 16
@@ -104,4 +109,54 @@ def store(tmp_path, migrated_database) -> Path:
     folder = tmp_path / "store"
     folder.mkdir()
     shutil.copy(migrated_database, folder / "mlflow.db")
+    return folder
+
+
+@dataclass
+class Silent:
+    """A display that records its calls."""
+
+    said: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def update(self, step_name: str, done: int, total: int, unit: str, fields: Mapping[str, float]) -> None:
+        self.said.append((step_name, "update", f"{done}/{total} {unit}"))
+
+    def step_state(self, step_name: str, state: Any, *, detail: str = "") -> None:
+        self.said.append((step_name, state, detail))
+
+    def show(self, what: Any) -> None:
+        console = Console(width=200, file=io.StringIO())
+        console.print(what)
+        self.said.append(("", "table", console.file.getvalue()))
+
+
+def states(summary: RunSummary) -> dict[str, str]:
+    return {outcome.step.name: outcome.state for outcome in summary.outcomes}
+
+
+def facts(summary: RunSummary, name: str) -> Mapping[str, Any]:
+    (outcome,) = (outcome for outcome in summary.outcomes if outcome.step.name == name)
+    assert outcome.receipt is not None, outcome.error
+    return outcome.receipt.facts
+
+
+def pictures(count: int) -> list[bytes]:
+    draw, made = np.random.default_rng(0), []
+    for _ in range(count):
+        buffer = io.BytesIO()
+        Image.fromarray(draw.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)).save(buffer, "PNG")
+        made.append(buffer.getvalue())
+    return made
+
+
+def tars(folder, per_tar=10):
+    folder.mkdir()
+    images = pictures(40)
+    for first in range(0, 40, per_tar):
+        members = [
+            member
+            for number in range(first, first + per_tar)
+            for member in ((f"{number}.png", images[number]), (f"{number}.cls", b"cat" if number % 2 else b"dog"))
+        ]
+        (folder / f"{first:02d}.tar").write_bytes(tar_bytes(members))
     return folder

@@ -24,7 +24,7 @@ from pipeline.graph.runner import Outcome
 from pipeline.graph.step import Step
 from pipeline.reporting.summaries import as_metrics
 from pipeline.runs.beginning import beginning_of
-from pipeline.runs.findings import examine, finished_in, lines_of, problem_of, table_of
+from pipeline.runs.checking.findings import examine, finished_in, lines_of, problem_of, table_of
 from pipeline.runs.summary import RunSummary
 from pipeline.stages.report import PAGE, PICTURES
 from pipeline.storage import Store, open_store

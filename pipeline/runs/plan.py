@@ -15,7 +15,7 @@ from pipeline.planning.forecast import Assumptions, Forecast, assumed_hardware, 
 from pipeline.planning.hardware import Hardware
 from pipeline.reporting.forecast import cost_text
 from pipeline.reporting.summaries import PlanRow
-from pipeline.runs.findings import DataDescription
+from pipeline.runs.checking.findings import DataDescription
 from pipeline.runs.run import plan_run
 from pipeline.storage import open_store
 

@@ -15,7 +15,7 @@ from pipeline.config import RunConfig
 from pipeline.errors import ConfigError, StorageError
 from pipeline.graph.plan import HISTORY, PlannedStep, plan_graph
 from pipeline.graph.runner import GraphRun
-from pipeline.runs.checks import (
+from pipeline.runs.checking.before_start import (
     check_before_start,
     check_fits_cluster,
     slow_precision,
@@ -23,7 +23,7 @@ from pipeline.runs.checks import (
     steps_to_run,
     warn_of_unshared_paths,
 )
-from pipeline.runs.findings import DataDescription, describe
+from pipeline.runs.checking.findings import DataDescription, describe
 from pipeline.runs.hooks import Display, RunHooks
 from pipeline.runs.stopping import StopSignals
 from pipeline.runs.summary import RunSummary, summarise

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from jobs.cli import app
 from pipeline.data.images.photos import photos
 from pipeline.errors import PipelineError
-from pipeline.runs import machine
+from pipeline.runs.checking import machine
 
 
 def test_the_command_prints_a_table_and_ends_with_a_json_line(tmp_path):

@@ -67,7 +67,7 @@ class SnapshotFacts(Facts):
     gone: int | None = None
     """Later parts only: files that an earlier part lists and the source no longer holds."""
     understood: Understood | None = None
-    """None in the receipts of older versions; `pipeline.runs.findings` then takes it from snapshot.parquet."""
+    """None in the receipts of older versions; `pipeline.runs.checking.findings` then takes it from snapshot.parquet."""
 
 
 @dataclass(frozen=True, kw_only=True)

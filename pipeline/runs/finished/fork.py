@@ -18,8 +18,8 @@ import yaml
 from pipeline.config import RunConfig, load_config, read_document
 from pipeline.errors import ConfigError
 from pipeline.graph.plan import dotted_fields
-from pipeline.runs.data_state import settled
 from pipeline.runs.finished.pretrainings import checkpoint_at, pretraining_of
+from pipeline.runs.sources.state import settled
 from pipeline.storage import Store
 from pipeline.training.checkpoints.format import MANIFEST, open_checkpoint
 from pipeline.training.checkpoints.resume import StartPoint

@@ -8,9 +8,10 @@ from run_kit import document, write_config
 
 from pipeline.config import load_config
 from pipeline.planning import hardware
-from pipeline.runs import beginning, checks
+from pipeline.runs import beginning
 from pipeline.runs.beginning import beginning_of
-from pipeline.runs.checks import slow_precision
+from pipeline.runs.checking import before_start as checks
+from pipeline.runs.checking.before_start import slow_precision
 from pipeline.runs.workflow import build
 from pipeline.storage import open_store
 

@@ -5,8 +5,6 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from rich.console import Console
-from run_kit import document, migrated_database, store, write_config, write_images
+from run_kit import Silent, document, facts, migrated_database, states, store, write_config, write_images
 
 from pipeline import cluster, tracking
 from pipeline.cluster.tasks import Executor
@@ -24,7 +21,7 @@ from pipeline.data.feed.substitution import Substitution
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.graph.receipts import Receipt
 from pipeline.graph.runner import Outcome
-from pipeline.runs.checks import warn_of_unshared_paths
+from pipeline.runs.checking.before_start import warn_of_unshared_paths
 from pipeline.runs.hooks import detail_of
 from pipeline.runs.run import plan_run, run_pipeline
 from pipeline.runs.summary import RunSummary, as_json, verdict_line
@@ -46,40 +43,12 @@ STEPS = [
 ]
 
 
-@dataclass
-class Silent:
-    """A display that records its calls."""
-
-    said: list[tuple[str, str, str]] = field(default_factory=list)
-
-    def update(self, step_name: str, done: int, total: int, unit: str, fields: Mapping[str, float]) -> None:
-        self.said.append((step_name, "update", f"{done}/{total} {unit}"))
-
-    def step_state(self, step_name: str, state: Any, *, detail: str = "") -> None:
-        self.said.append((step_name, state, detail))
-
-    def show(self, what: Any) -> None:
-        console = Console(width=200, file=io.StringIO())
-        console.print(what)
-        self.said.append(("", "table", console.file.getvalue()))
-
-
 def configured(tmp_path: Path, store: str | Path, source: Path, *overrides: str) -> RunConfig:
     return load_config(write_config(tmp_path / "run.yaml", document(store, source)), overrides)
 
 
 def go(config: RunConfig, executor: Executor = "in_process") -> RunSummary:
     return run_pipeline(config, executor=executor, display=Silent())
-
-
-def states(summary: RunSummary) -> dict[str, str]:
-    return {outcome.step.name: outcome.state for outcome in summary.outcomes}
-
-
-def facts(summary: RunSummary, name: str) -> Mapping[str, Any]:
-    (outcome,) = (outcome for outcome in summary.outcomes if outcome.step.name == name)
-    assert outcome.receipt is not None, outcome.error
-    return outcome.receipt.facts
 
 
 # --- one run, seen from all sides -------------------------------------------------------------------------------------

@@ -1,20 +1,27 @@
 """Whole runs in this process from sources other than folders of images, and from a source that grows."""
 
-import io
 import json
 
-import numpy as np
 import pytest
-from data_kit import tar_bytes, write_table
-from PIL import Image
-from run_kit import SIDE, document, migrated_database, store, write_config, write_images
-from test_run import Silent, facts, states
+from data_kit import write_table
+from run_kit import (
+    Silent,
+    document,
+    facts,
+    migrated_database,
+    pictures,
+    states,
+    store,
+    tars,
+    write_config,
+    write_images,
+)
 from typer.testing import CliRunner
 
 from jobs.cli import app
 from pipeline.config import load_config
-from pipeline.runs.refresh import known_parts, next_name
 from pipeline.runs.run import plan_run, run_pipeline
+from pipeline.runs.sources.refresh import known_parts, next_name
 from pipeline.runs.workflow import build
 from pipeline.storage import open_store
 
@@ -25,28 +32,6 @@ LINEAR = "evaluation.datasets=[{name: toy, protocols: [linear]}]"
 @pytest.fixture(autouse=True)
 def no_tracking_from_outside(monkeypatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-
-
-def pictures(count: int) -> list[bytes]:
-    draw, made = np.random.default_rng(0), []
-    for _ in range(count):
-        buffer = io.BytesIO()
-        Image.fromarray(draw.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)).save(buffer, "PNG")
-        made.append(buffer.getvalue())
-    return made
-
-
-def tars(folder, per_tar=10):
-    folder.mkdir()
-    images = pictures(40)
-    for first in range(0, 40, per_tar):
-        members = [
-            member
-            for number in range(first, first + per_tar)
-            for member in ((f"{number}.png", images[number]), (f"{number}.cls", b"cat" if number % 2 else b"dog"))
-        ]
-        (folder / f"{first:02d}.tar").write_bytes(tar_bytes(members))
-    return folder
 
 
 def tables(folder):

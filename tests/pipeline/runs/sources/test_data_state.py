@@ -5,17 +5,15 @@ import shutil
 import pytest
 import yaml
 from data_kit import write_table
-from run_kit import document, migrated_database, store, write_config, write_images
-from test_run import Silent
-from test_run_sources import pictures, tars
+from run_kit import Silent, document, migrated_database, pictures, store, tars, write_config, write_images
 
 from pipeline.config import load_config
 from pipeline.graph.runner import GraphRun
-from pipeline.runs import source_changes as changes_module
 from pipeline.runs import submission
-from pipeline.runs.data_state import settled, settled_for_run
-from pipeline.runs.refresh import snapshot_names
 from pipeline.runs.run import run_pipeline
+from pipeline.runs.sources import changes as changes_module
+from pipeline.runs.sources.refresh import snapshot_names
+from pipeline.runs.sources.state import settled, settled_for_run
 from pipeline.runs.workflow import build, parts_of_sources
 from pipeline.storage import open_store
 

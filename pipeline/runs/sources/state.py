@@ -7,9 +7,9 @@ Errors: those of the store and, with `refresh`, of the source."""
 from collections.abc import Callable
 
 from pipeline.config import RunConfig
-from pipeline.runs.moved import recorded_addresses
-from pipeline.runs.refresh import as_yaml, newest, refresh
-from pipeline.runs.source_changes import source_changes
+from pipeline.runs.sources.changes import source_changes
+from pipeline.runs.sources.moved import recorded_addresses
+from pipeline.runs.sources.refresh import as_yaml, newest, refresh
 from pipeline.runs.workflow import snapshot_names
 from pipeline.storage import open_store
 

@@ -14,7 +14,7 @@ from pipeline.graph.plan import plan_graph
 from pipeline.graph.step import Step
 from pipeline.planning.estimate import check_memory, training_configs
 from pipeline.planning.hardware import cluster_hardware, cpu_computes_bf16, local_hardware
-from pipeline.runs.findings import check_reading, examine, finished_in, problem_of
+from pipeline.runs.checking.findings import check_reading, examine, finished_in, problem_of
 from pipeline.stages.snapshot import check_layout, where_it_is
 from pipeline.storage import Store, open_store, probe
 

@@ -29,8 +29,8 @@ from pipeline.errors import ConfigError, PipelineError, StorageError
 from pipeline.graph.plan import HISTORY
 from pipeline.graph.receipts import read_receipt
 from pipeline.graph.step import StageInput, Step, canonical
-from pipeline.runs.refresh import newest
-from pipeline.runs.source_changes import FULL, first_by_key
+from pipeline.runs.sources.changes import FULL, first_by_key
+from pipeline.runs.sources.refresh import newest
 from pipeline.runs.workflow import parts_of_sources
 from pipeline.stages.snapshot import SNAPSHOT_FILE, EarlierListing, listed_files
 from pipeline.storage import Store, open_store

@@ -7,16 +7,14 @@ from typing import Any
 
 import pytest
 from data_kit import tar_bytes
-from run_kit import document, migrated_database, store, write_config
-from test_run import Silent
-from test_run_sources import pictures
+from run_kit import Silent, document, migrated_database, pictures, store, write_config
 from typer.testing import CliRunner
 
 from jobs.cli import app
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, DataError
 from pipeline.graph.receipts import RECEIPT
-from pipeline.runs.findings import JUDGED, KEPT
+from pipeline.runs.checking.findings import JUDGED, KEPT
 from pipeline.runs.run import plan_run, run_pipeline
 from pipeline.storage import open_store
 
