@@ -12,6 +12,7 @@ from ray_kit import until
 from run_kit import end_with_parent
 
 from pipeline import cluster
+from pipeline.cluster import connection
 from pipeline.errors import PipelineError
 
 TWICE = """
@@ -48,6 +49,13 @@ def test_a_process_may_start_a_cluster_more_than_once():
     assert done.stdout.splitlines() == ["[3, 2]", "[3, 2]"], done.stderr
 
 
+@pytest.fixture(autouse=True)
+def token_of_this_process(monkeypatch):
+    """Ray reads the mode when it is imported: without it, no later test of this process could start a cluster."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", connection._own_token())
+
+
 @pytest.mark.parametrize(
     ("error", "variables", "words"),
     [
@@ -78,8 +86,6 @@ def test_a_cluster_of_its_own_that_cannot_start_is_one_line(monkeypatch, error, 
     monkeypatch.setattr(ray, "init", fail)
     for name in ("RAY_ADDRESS", "RAY_TMPDIR", "TMPDIR"):
         monkeypatch.delenv(name, raising=False)
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):  # connect sets them
-        monkeypatch.setenv(name, "")
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(PipelineError, match=words) as caught:
