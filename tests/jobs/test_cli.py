@@ -316,7 +316,7 @@ def states(stdout: str) -> dict[str, str]:
 
 
 def test_a_signal_saves_and_stops_and_the_same_command_goes_on(config, store):
-    lengthened(config, 110)
+    lengthened(config, 400)  # two seconds or more of steps after each stop, on a quick machine
     for attempt, number in enumerate((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), start=1):
         with running("run", config, "--in-process", "--json") as process:
             wait_for_file(store, f"pretrain-*/g{attempt:04d}/checkpoints/*/manifest.json", process)
