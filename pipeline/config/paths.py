@@ -1,7 +1,7 @@
 """Relative paths: those in a YAML file start at its folder; those of `--set`, options and defaults at the working directory.
 
 A file thus means the same from wherever a command is started. Addresses with a scheme, `~` and `$VARIABLE` are left as they
-are. Errors: none, since what is no address at all is refused by the fields' own checks."""
+are. What is no address at all is left for the fields' own checks to refuse."""
 
 import logging
 import re
