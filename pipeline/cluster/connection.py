@@ -50,6 +50,7 @@ def connect(*, cpus: int | None = None) -> None:
 
     if ray.is_initialized():
         return
+    _read_authentication_again()
     if address:
         _await_answer(address)
     variables = dict(
@@ -76,6 +77,14 @@ def connect(*, cpus: int | None = None) -> None:
                 f"Ray {address}: cannot connect ({message}). Unset RAY_ADDRESS to run on this machine"
             ) from cause
         raise PipelineError(f"Ray cannot start on this machine ({message}). {_way_out(cause)}") from cause
+
+
+def _read_authentication_again() -> None:
+    """Let Ray read RAY_AUTH_MODE and RAY_AUTH_TOKEN now. It reads them once, at its import, which may lie before `connect`."""
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _way_out(cause: Exception) -> str:

@@ -12,10 +12,10 @@ from ray_kit import until
 from run_kit import end_with_parent
 
 from pipeline import cluster
-from pipeline.cluster import connection
 from pipeline.errors import PipelineError
 
 TWICE = """
+import ray  # reads the authentication mode, before `connect` has set it
 from pipeline import cluster
 for _ in range(2):
     cluster.connect(cpus=1)
@@ -50,10 +50,10 @@ def test_a_process_may_start_a_cluster_more_than_once():
 
 
 @pytest.fixture(autouse=True)
-def token_of_this_process(monkeypatch):
-    """Ray reads the mode when it is imported: without it, no later test of this process could start a cluster."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", connection._own_token())
+def authentication_restored(monkeypatch):
+    """`connect` sets the two variables."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, "")
 
 
 @pytest.mark.parametrize(
