@@ -16,10 +16,11 @@ from pipeline.cluster.resources import Resources
 from pipeline.cluster.tasks import Executor
 from pipeline.data.dataset.manifest import Manifest
 from pipeline.data.images.photos import Photos, photos
+from pipeline.data.snapshots.config import SnapshotConfig
 from pipeline.errors import ConfigError
 from pipeline.graph.step import Attempt, StageInput
 from pipeline.stages.shard import ShardStageConfig, shard
-from pipeline.stages.snapshot import SnapshotConfig, snapshot
+from pipeline.stages.snapshot import snapshot
 from pipeline.storage import open_store
 
 _CLASSES = 8

@@ -30,10 +30,11 @@ from benchmarks import _data
 from benchmarks import _timing as timing
 from pipeline.data.dataset.duplicates import find_duplicates
 from pipeline.data.dataset.near_duplicates import NearDuplicateSearch
-from pipeline.data.dataset.shard_plan import open_snapshot, plan_shards
 from pipeline.data.images.intake import IntakePolicy
+from pipeline.data.sharding.shard_plan import open_snapshot, plan_shards
+from pipeline.data.snapshots import writer
+from pipeline.data.snapshots.parts import SNAPSHOT_FILE
 from pipeline.data.sources.listing import SourceItem
-from pipeline.stages import snapshot as stage
 from pipeline.storage import open_store
 
 _SHARD_SAMPLES = 1_000
@@ -56,7 +57,7 @@ def entries(count: int) -> Iterator[SourceItem]:
 
 def listing(count: int, root: Path) -> Cost:
     """Run the snapshot stage on the entries."""
-    vars(stage)["list_source"] = lambda uri, *, besides=None: entries(count)
+    vars(writer)["list_source"] = lambda uri, *, besides=None: entries(count)
     return measured(lambda: _data.listed(Path("/synthetic"), root))
 
 
@@ -65,7 +66,7 @@ def plan(count: int, root: Path) -> Cost:
     store = _data.attempt(root).store
 
     def planned() -> None:
-        with open_snapshot(store, stage.SNAPSHOT_FILE) as table:
+        with open_snapshot(store) as table:
             plans = plan_shards(table, seed=0, shard_max_bytes=2**27, min_shards=16, policy=IntakePolicy())
             for shard in range(min(100, len(plans))):
                 _ = plans[shard].digest
@@ -150,7 +151,7 @@ def measure(count: int) -> dict[str, object]:
         for part, function in PARTS.items():
             with ProcessPoolExecutor(1, get_context("spawn")) as alone:
                 found[part] = alone.submit(function, count, Path(name)).result()
-        size = open_store(_data.attempt(Path(name)).store.uri).list(stage.SNAPSHOT_FILE)
+        size = open_store(_data.attempt(Path(name)).store.uri).list(SNAPSHOT_FILE)
         listing_mib = sum(info.size for info in size) / 2**20
     print(f"{count:,} images; snapshot.parquet is {listing_mib:.0f} MiB")
     rows = [(part, f"{one.seconds:.1f} s", f"{one.mib:.0f} MiB") for part, one in found.items()]

@@ -36,10 +36,10 @@ from webdataset import ShardWriter
 from benchmarks import _data
 from benchmarks import _timing as timing
 from pipeline import cluster
-from pipeline.data.dataset.shard_plan import ShardPlan, open_snapshot, plan_shards
-from pipeline.data.dataset.shard_writer import write_shard
 from pipeline.data.images.decode_speed import cores
 from pipeline.data.images.intake import Accepted, IntakePolicy, accept_image, dhash64
+from pipeline.data.sharding.shard_plan import ShardPlan, open_snapshot, plan_shards
+from pipeline.data.sharding.shard_writer import write_shard
 
 ONE, TWO = "ours, 1 task", "ours, 2 tasks"
 WRITER, WRITER_OUR_INTAKE = "ShardWriter, Pillow", "ShardWriter, our intake"
@@ -128,7 +128,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
         scratch = Path(name)
         source = _data.write_files(found.files, scratch / "images", copies=-(-wanted // len(found.files)))
         listing = _data.listed(source, scratch / "snapshot")
-        with open_snapshot(listing.store, "snapshot.parquet") as snapshot:
+        with open_snapshot(listing.store) as snapshot:
             plans = list(plan_shards(snapshot, seed=0, shard_max_bytes=2**27, min_shards=_SHARDS, policy=_POLICY))
         images = sum(len(plan.samples) for plan in plans)
         ways: dict[str, Way] = {

@@ -1,1 +1,1 @@
-"""The `mae` commands, one file per command or command group, named like it. They parse, call pipeline and print."""
+"""The `mae` command: its entry point, what all commands share, and the demo. The commands are in commands/."""

@@ -11,15 +11,15 @@ from typing import Annotated, TextIO
 
 import typer
 
-from jobs import job, model, shards, store
-from jobs.config import config
-from jobs.doctor import doctor
-from jobs.fork import fork
-from jobs.init import init
-from jobs.plan import plan
-from jobs.replay import replay
-from jobs.run import run
-from jobs.ui import ui
+from jobs.commands import job, model, shards, store
+from jobs.commands.config import config
+from jobs.commands.doctor import doctor
+from jobs.commands.fork import fork
+from jobs.commands.init import init
+from jobs.commands.plan import plan
+from jobs.commands.replay import replay
+from jobs.commands.run import run
+from jobs.commands.ui import ui
 
 app = typer.Typer(
     no_args_is_help=True,

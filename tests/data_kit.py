@@ -15,9 +15,10 @@ from PIL import Image
 from pipeline.cluster.resources import Resources
 from pipeline.data.dataset.address import locate_shard
 from pipeline.data.dataset.manifest import Manifest
+from pipeline.data.snapshots.config import SnapshotConfig
 from pipeline.graph.step import Attempt, StageInput
 from pipeline.stages.shard import ShardStageConfig, shard
-from pipeline.stages.snapshot import SnapshotConfig, snapshot
+from pipeline.stages.snapshot import snapshot
 from pipeline.storage import open_store
 
 OPTIONS = {"bad_share_stop": 0.05, "bad_share_warn": 0.01}

@@ -38,11 +38,12 @@ from pipeline.data.feed.loader import Batch
 from pipeline.data.feed.order import OrderConfig, SampleOrder, ids_digest
 from pipeline.data.feed.selection import Selection
 from pipeline.data.images.pictures import AugmentConfig
+from pipeline.data.snapshots.config import SnapshotConfig
 from pipeline.graph.receipts import claim, claims
 from pipeline.graph.step import Attempt, StageInput, StageResult
 from pipeline.stages.pretrain import pretrain
 from pipeline.stages.shard import ShardStageConfig, shard
-from pipeline.stages.snapshot import SnapshotConfig, snapshot
+from pipeline.stages.snapshot import snapshot
 from pipeline.storage import FileStore, open_store
 from pipeline.training.spec.recipe import FinetuneRecipe, Recipe
 from pipeline.training.spec.tasks import Built, ClassificationTask, MAETask

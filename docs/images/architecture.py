@@ -17,7 +17,7 @@ LAYER_WORDS = {
     "evaluation": "protocols, encoders, features",
     "training": "loop, engine, checkpoints, health",
     "weights": "weight files, ours and others'",
-    "data": "sources, images, dataset, feed",
+    "data": "images, sources, dataset, snapshots, sharding, feed",
     "tracking": "MLflow",
     "graph": "steps, receipts, runner",
     "cluster": "Ray",
@@ -36,7 +36,7 @@ CONFIG = [
 WRITTEN = [
     ("source file", "pipeline/data/sources/", "listing.py"),
     ("intake", "pipeline/data/images/", "intake.py"),
-    ("shard", "pipeline/data/dataset/", "shard_writer.py"),
+    ("shard", "pipeline/data/sharding/", "shard_writer.py"),
     ("manifest", "pipeline/data/dataset/", "manifest.py"),
 ]
 READ = [

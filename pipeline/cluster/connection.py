@@ -81,7 +81,7 @@ def connect(*, cpus: int | None = None) -> None:
 
 def _read_authentication_again() -> None:
     """Let Ray read RAY_AUTH_MODE and RAY_AUTH_TOKEN now. It reads them once, at its import, which may lie before `connect`."""
-    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import Moved, RunConfig, SourceConfig
+from pipeline.data.snapshots.config import SnapshotConfig
 from pipeline.data.sources.listing import MOVED
 from pipeline.data.sources.splits import SplitFrom
 from pipeline.evaluation.protocol import EncoderOrigin, ProtocolConfig
@@ -20,7 +21,7 @@ from pipeline.stages.join import JoinConfig, join
 from pipeline.stages.pretrain import pretrain
 from pipeline.stages.report import ReportConfig, Scored, report
 from pipeline.stages.shard import ShardStageConfig, shard
-from pipeline.stages.snapshot import SnapshotConfig, snapshot
+from pipeline.stages.snapshot import snapshot
 from pipeline.training.checkpoints.format import resume_point
 from pipeline.training.spec.train_spec import PretrainConfig
 

@@ -22,11 +22,11 @@ from pipeline.data.dataset.dataset_writer import StoredShard, publish, relabel, 
 from pipeline.data.dataset.facts import SnapshotFacts
 from pipeline.data.dataset.manifest import MANIFEST_FILES
 from pipeline.data.dataset.schema import NO_LABEL, QUARANTINE, QuarantineRow, SampleTable, ShardRow, SnapshotTable
-from pipeline.data.dataset.shard_plan import ShardPlan, ShardPlans, open_snapshot, plan_shards, plan_tars
-from pipeline.data.dataset.shard_record import OTHER_EXAMPLES, ShardResult, read_samples
-from pipeline.data.dataset.shard_writer import check_bad_share, write_shard
-from pipeline.data.dataset.tar_index import index_tar
 from pipeline.data.images.intake import IntakePolicy
+from pipeline.data.sharding.shard_plan import ShardPlan, ShardPlans, open_snapshot, plan_shards, plan_tars
+from pipeline.data.sharding.shard_record import OTHER_EXAMPLES, ShardResult, read_samples
+from pipeline.data.sharding.shard_writer import check_bad_share, write_shard
+from pipeline.data.sharding.tar_index import index_tar
 from pipeline.data.sources.labels import CLASSES_MAX
 from pipeline.data.sources.listing import MOVED
 from pipeline.data.sources.splits import class_order
@@ -69,7 +69,7 @@ def shard(config: ShardStageConfig, inputs: Mapping[str, StageInput], attempt: A
     policy = IntakePolicy.of(config)
     listed_facts = SnapshotFacts.read(listing.facts)
     indexes = listed_facts.kind == "tars"
-    with open_snapshot(listing.store, "snapshot.parquet") as snapshot:
+    with open_snapshot(listing.store) as snapshot:
         results = _write_all(config, listed_facts.kind, snapshot, policy, attempt)
     classes = _classes(results) if indexes else listed_facts.classes
     shards = _number(results, classes)

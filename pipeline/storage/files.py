@@ -2,6 +2,7 @@
 
 Sizes and offsets in bytes. Errors: StorageError from the store."""
 
+import hashlib
 import io
 from pathlib import Path
 from typing import Any
@@ -76,3 +77,9 @@ def local_copy(store: Store, key: str, scratch: Path) -> Path:
     if local is None:
         store.download(key, scratch)
     return local or scratch
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

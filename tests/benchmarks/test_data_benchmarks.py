@@ -12,12 +12,12 @@ from PIL import Image
 from torchvision.transforms import functional
 
 from benchmarks import _data, decode, loader, order, scale, shard
-from pipeline.data.dataset.shard_plan import open_snapshot, plan_shards
-from pipeline.data.dataset.shard_record import read_samples
-from pipeline.data.dataset.shard_writer import write_shard
 from pipeline.data.images.decode_speed import CROP, SIZE
 from pipeline.data.images.photos import photos
 from pipeline.data.images.pictures import is_mirrored
+from pipeline.data.sharding.shard_plan import open_snapshot, plan_shards
+from pipeline.data.sharding.shard_record import read_samples
+from pipeline.data.sharding.shard_writer import write_shard
 from pipeline.storage import open_store
 
 # Keys that readers of the JSON line rely on; there may be more.
@@ -122,7 +122,7 @@ def test_ratios_are_taken_within_a_turn():
 
 def test_the_loop_around_shardwriter_records_what_our_rows_record(folder, tmp_path):
     listing = _data.listed(folder, tmp_path / "snapshot")
-    with open_snapshot(listing.store, "snapshot.parquet") as snapshot:
+    with open_snapshot(listing.store) as snapshot:
         plans = list(plan_shards(snapshot, seed=0, shard_max_bytes=2**27, min_shards=2, policy=shard._POLICY))
     theirs = shard.write_with_shardwriter(plans, folder, tmp_path / "theirs", shard.our_checks)
     write = partial(write_shard, source=str(folder), root_uri=str(tmp_path / "ours"), policy=shard._POLICY)

@@ -22,7 +22,6 @@ from typing import BinaryIO, Literal
 from pipeline.data.dataset.address import is_indexed, locate_shard, shard_address
 from pipeline.data.dataset.facts import DatasetCounts
 from pipeline.data.dataset.schema import NO_LABEL, SampleRow, ShardRow
-from pipeline.data.dataset.shard_writer import file_sha256
 from pipeline.data.images.pictures import decode
 from pipeline.data.sources.tars import (
     DamagedTar,
@@ -37,7 +36,7 @@ from pipeline.data.sources.tars import (
 )
 from pipeline.errors import DataError
 from pipeline.storage import MissingObject, Store
-from pipeline.storage.files import local_copy
+from pipeline.storage.files import file_sha256, local_copy
 
 Damage = Literal["missing", "cut", "trailing", "header", "bytes", "swapped", "members", "sample", "manifest", "orphan"]
 """missing: no such object. cut: shorter than written. trailing: something follows its end. header: bytes outside the images

@@ -79,7 +79,7 @@ class Labels:
         self._unknown += rows.column("path").slice(0, _SHOWN - len(self._unknown)).to_pylist()
 
 
-def file_sha256(uri: str) -> str:
+def sha256_of_labels(uri: str) -> str:
     """Return the SHA-256 of a labels file, 64 hex digits."""
     folder, _, name = uri.rpartition("/")
     return hashlib.sha256(open_store(folder or "/").read(name)).hexdigest()

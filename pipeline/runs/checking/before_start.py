@@ -8,6 +8,8 @@ from pipeline import cluster, tracking
 from pipeline.cluster.resources import Resources
 from pipeline.cluster.tasks import Executor
 from pipeline.config import RunConfig
+from pipeline.data.snapshots.config import where_it_is
+from pipeline.data.snapshots.rereading import check_layout
 from pipeline.data.sources.listing import MOVED, list_source
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.graph.plan import plan_graph
@@ -15,7 +17,6 @@ from pipeline.graph.step import Step
 from pipeline.planning.estimate import check_memory, training_configs
 from pipeline.planning.hardware import cluster_hardware, cpu_computes_bf16, local_hardware
 from pipeline.runs.checking.findings import check_reading, examine, finished_in, problem_of
-from pipeline.stages.snapshot import check_layout, where_it_is
 from pipeline.storage import Store, open_store, probe
 
 log = logging.getLogger(__name__)

@@ -19,13 +19,15 @@ from pipeline.data.dataset.facts import (
     unsuited,
 )
 from pipeline.data.dataset.understanding import EXAMPLES, notes_on_classes
+from pipeline.data.snapshots.config import where_it_is
+from pipeline.data.snapshots.rereading import reread
+from pipeline.data.snapshots.writer import preview
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.graph.receipts import read_receipt
 from pipeline.graph.step import StageInput, Step
 from pipeline.reporting.data_table import data_table
 from pipeline.reporting.format import count
 from pipeline.runs.workflow import build
-from pipeline.stages.snapshot import preview, reread, where_it_is
 from pipeline.storage import Store
 
 JUDGED = "judged/2.json"

@@ -26,13 +26,12 @@ from pipeline.data.dataset.integrity import (
 )
 from pipeline.data.dataset.manifest import Manifest
 from pipeline.data.dataset.schema import SampleRow, ShardRow
-from pipeline.data.dataset.shard_record import find_records
-from pipeline.data.dataset.shard_writer import file_sha256
+from pipeline.data.sharding.shard_record import find_records
 from pipeline.errors import DataError
 from pipeline.graph.receipts import RECEIPT
 from pipeline.runs.finished.datasets import FinishedDataset
 from pipeline.storage import MissingObject, Store, open_store
-from pipeline.storage.files import local_copy
+from pipeline.storage.files import file_sha256, local_copy
 
 SHARDS_FOLDER = "shards/"
 

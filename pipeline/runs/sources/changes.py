@@ -21,13 +21,14 @@ import pyarrow.parquet as pq
 
 from pipeline.config import RunConfig
 from pipeline.data.dataset.facts import SnapshotFacts
-from pipeline.data.sources.labels import file_sha256
+from pipeline.data.snapshots.config import SnapshotConfig
+from pipeline.data.snapshots.parts import EarlierListing, listed_files
+from pipeline.data.sources.labels import sha256_of_labels
 from pipeline.data.sources.listing import MOVED, list_source, role_of
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.graph.receipts import read_receipt
 from pipeline.graph.step import StageInput, Step
 from pipeline.runs.workflow import COMPARED_AT, parts_of_sources
-from pipeline.stages.snapshot import EarlierListing, SnapshotConfig, listed_files
 from pipeline.storage import FileStore, Store, open_store
 
 FULL = 20_000
@@ -104,7 +105,7 @@ def _lines(section: str, steps: Sequence[Step], parts: Sequence[StageInput]) -> 
         )
         lines += _files_line(name, names, found, is_own=section == "data")
         recorded = SnapshotFacts.read(parts[-1].facts).labels_sha256
-        if recorded and recorded != within(LIMIT_S, lambda: file_sha256(where["labels"])):
+        if recorded and recorded != within(LIMIT_S, lambda: sha256_of_labels(where["labels"])):
             lines.append(
                 f"{section}.labels {where['labels']} has changed since snapshot {names}, whose labels this run uses: --refresh "
                 "gives the new ones only to new images; a new data.snapshot labels all of them again"

@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 from pipeline.config import Moved, RunConfig
 from pipeline.data.dataset.facts import SnapshotFacts
 from pipeline.data.images.intake import Accepted, IntakePolicy, Refused, accept_image
-from pipeline.data.sources.labels import file_sha256
+from pipeline.data.snapshots.parts import SNAPSHOT_FILE, EarlierListing, listed_files
+from pipeline.data.sources.labels import sha256_of_labels
 from pipeline.data.sources.listing import list_source
 from pipeline.data.sources.tables import read_images
 from pipeline.errors import ConfigError, PipelineError, StorageError
@@ -32,7 +33,6 @@ from pipeline.graph.step import StageInput, Step, canonical
 from pipeline.runs.sources.changes import FULL, first_by_key
 from pipeline.runs.sources.refresh import newest
 from pipeline.runs.workflow import parts_of_sources
-from pipeline.stages.snapshot import SNAPSHOT_FILE, EarlierListing, listed_files
 from pipeline.storage import Store, open_store
 from pipeline.storage.files import local_copy
 
@@ -124,7 +124,7 @@ def _is_same(here: Moved, parts: Sequence[_Part], say: Callable[[str], None]) ->
     """Compare labels, then paths and sizes, then checksums: the cheapest first."""
     facts = [SnapshotFacts.read(listing.facts) for _, listing, _ in parts]
     try:
-        if here.labels and file_sha256(here.labels) != facts[-1].labels_sha256:
+        if here.labels and sha256_of_labels(here.labels) != facts[-1].labels_sha256:
             return False
         listed = sum(one.listed for one in facts)
         if listed > FULL:

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from pipeline.config import RunConfig
+from pipeline.data.snapshots.parts import has_new_files
 from pipeline.graph.receipts import Receipt, read_receipt
 from pipeline.runs.workflow import parts_of_sources, snapshot_names
-from pipeline.stages.snapshot import has_new_files
 from pipeline.storage import Store
 
 

@@ -9,9 +9,9 @@ from data_kit import all_objects, attempt, labelled, listed, picture, sharded, s
 
 from pipeline.data.dataset.address import dataset_address
 from pipeline.data.dataset.manifest import Manifest
+from pipeline.data.snapshots.parts import EarlierListing, has_new_files
 from pipeline.graph.step import StageInput
 from pipeline.stages.join import JoinConfig, join
-from pipeline.stages.snapshot import EarlierListing, has_new_files
 from pipeline.storage import open_store
 
 

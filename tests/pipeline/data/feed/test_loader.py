@@ -18,15 +18,15 @@ import torch
 from PIL import Image
 
 from pipeline.data.dataset.manifest import Manifest, write_manifest
-from pipeline.data.dataset.shard_plan import plan_shards
-from pipeline.data.dataset.shard_record import read_samples
-from pipeline.data.dataset.shard_writer import write_shard
 from pipeline.data.feed.cache import ShardCache
 from pipeline.data.feed.loader import Batch, Loader
 from pipeline.data.feed.order import OrderConfig, SampleOrder, ids_digest, steps_total
 from pipeline.data.feed.selection import Selection, balanced_sequence
 from pipeline.data.images.intake import IntakePolicy
 from pipeline.data.images.pictures import AugmentConfig, decode
+from pipeline.data.sharding.shard_plan import plan_shards
+from pipeline.data.sharding.shard_record import read_samples
+from pipeline.data.sharding.shard_writer import write_shard
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import FileStore, S3Store
 

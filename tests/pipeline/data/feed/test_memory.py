@@ -6,23 +6,23 @@ import pyarrow as pa
 import pytest
 from data_kit import listed
 
-from pipeline.data.dataset.shard_plan import open_snapshot, plan_shards
 from pipeline.data.images.intake import IntakePolicy
+from pipeline.data.sharding.shard_plan import open_snapshot, plan_shards
+from pipeline.data.snapshots import writer
 from pipeline.data.sources.listing import SourceItem
-from pipeline.stages import snapshot as stage
 
 
 @pytest.fixture
 def listed_of(tmp_path, monkeypatch):
     """Return a function that lists `count` synthetic images, in batches of 2,000."""
-    monkeypatch.setattr(stage, "_BATCH_ROWS", 2_000)
+    monkeypatch.setattr(writer, "BATCH_ROWS", 2_000)
 
     def made(count):
         def entries(uri, *, besides):
             for number in range(count):
                 yield SourceItem(f"train/n{number // 1000:08d}/n{number:012d}.JPEG", 100_000 + number % 777, "image")
 
-        monkeypatch.setattr(stage, "list_source", entries)
+        monkeypatch.setattr(writer, "list_source", entries)
         return listed("/synthetic", tmp_path / str(count))
 
     return made
@@ -52,7 +52,7 @@ def test_a_plan_holds_numbers_and_not_paths(listed_of):
     held = []
 
     def planned():
-        with open_snapshot(listing.store, "snapshot.parquet") as table:
+        with open_snapshot(listing.store) as table:
             plans = plan_shards(table, seed=0, shard_max_bytes=2**27, min_shards=16, policy=IntakePolicy())
             held.append((len(plans), plans[0].samples.num_rows))
 

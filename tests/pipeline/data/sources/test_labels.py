@@ -7,9 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 from data_kit import listed, picture, sharded, stored
 
+from pipeline.data.snapshots import writer
 from pipeline.data.sources.labels import Labels
 from pipeline.errors import ConfigError, DataError, StorageError
-from pipeline.stages import snapshot as stage
 from pipeline.storage import open_store
 
 PATHS = ["a/0.jpg", "a/1.jpg", "b/0.jpg", "b/ä.jpg", "c.jpg"]
@@ -49,7 +49,7 @@ ROWS = [
 @pytest.mark.parametrize("batch", [1, 2, 50_000])
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_every_format_gives_labels_and_splits(source, tmp_path, monkeypatch, kind, batch):
-    monkeypatch.setattr(stage, "_BATCH_ROWS", batch)
+    monkeypatch.setattr(writer, "BATCH_ROWS", batch)
     listing = listed(source, tmp_path / "snapshot", labels=write(tmp_path, ROWS, kind))
     assert listing.facts["classes"] == ["NA", "dog"]  # no word means "missing", and folders are no labels
     assert listing.facts["unlabelled"] == 2  # one without a row, one without a label

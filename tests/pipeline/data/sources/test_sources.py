@@ -6,12 +6,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.cluster.resources import Resources
+from pipeline.data.snapshots import writer
+from pipeline.data.snapshots.config import SnapshotConfig
 from pipeline.data.sources.listing import list_source
 from pipeline.data.sources.splits import FolderEvidence, find_layout, split_and_label
 from pipeline.errors import ConfigError, DataError
 from pipeline.graph.step import Attempt
-from pipeline.stages import snapshot as stage
-from pipeline.stages.snapshot import SnapshotConfig, snapshot
+from pipeline.stages.snapshot import snapshot
 from pipeline.storage import open_store
 
 
@@ -126,7 +127,7 @@ def test_the_test_share_is_a_stable_random_choice():
 def test_the_batch_size_does_not_matter(tmp_path, monkeypatch):
     source = fill(tmp_path / "s", *(f"{name}/{number}.jpg" for name in "ab" for number in range(7)), "b/x.txt")
     whole = take(source, tmp_path)
-    monkeypatch.setattr(stage, "_BATCH_ROWS", 4)
+    monkeypatch.setattr(writer, "BATCH_ROWS", 4)
     pieces = take(source, tmp_path)
     assert pieces[:2] == whole[:2]
     assert pieces[2].equals(whole[2])

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from data_kit import all_objects, attempt, listed, picture, quarantined, sharded, stored, write_table
 
-from pipeline.data.dataset.shard_plan import open_snapshot, plan_shards
-from pipeline.data.dataset.shard_writer import write_shard
 from pipeline.data.images.intake import IntakePolicy
+from pipeline.data.sharding.shard_plan import open_snapshot, plan_shards
+from pipeline.data.sharding.shard_writer import write_shard
 from pipeline.data.sources.tables import TableColumns, list_rows, read_images
 from pipeline.errors import DataError
 from pipeline.stages.shard import ShardStageConfig, shard
@@ -94,7 +94,7 @@ def test_a_column_gives_the_split_and_the_hash_where_it_is_empty(tmp_path):
 
 def planned(source, folder, *, shard_max_bytes=20_000, min_shards=4):
     listing = listed(source, folder)
-    with open_snapshot(listing.store, "snapshot.parquet") as table:
+    with open_snapshot(listing.store) as table:
         plans = plan_shards(
             table,
             seed=0,
@@ -232,7 +232,7 @@ def test_a_table_that_has_changed_since_it_was_listed_is_named(source, tmp_path)
 
 
 def test_captions_are_not_classes(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.stages.snapshot.CLASSES_MAX", 1)
+    monkeypatch.setattr("pipeline.data.snapshots.writer.CLASSES_MAX", 1)
     with pytest.raises(
         DataError, match=r"'label' has more than 1 distinct values.*data\.label_column to .*, or to null"
     ):

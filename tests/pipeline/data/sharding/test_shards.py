@@ -22,14 +22,15 @@ from PIL import Image
 
 from pipeline.cluster.resources import Resources
 from pipeline.data.dataset.manifest import Manifest
-from pipeline.data.dataset.shard_plan import cut_evenly, plan_shards
-from pipeline.data.dataset.shard_record import read_samples
-from pipeline.data.dataset.shard_writer import check_bad_share, write_shard
 from pipeline.data.images.intake import IntakePolicy
+from pipeline.data.sharding.shard_plan import cut_evenly, plan_shards
+from pipeline.data.sharding.shard_record import read_samples
+from pipeline.data.sharding.shard_writer import check_bad_share, write_shard
+from pipeline.data.snapshots.config import SnapshotConfig
 from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.graph.step import Attempt, StageInput
 from pipeline.stages.shard import ShardStageConfig, shard
-from pipeline.stages.snapshot import SnapshotConfig, snapshot
+from pipeline.stages.snapshot import snapshot
 from pipeline.storage import open_store
 
 POLICY = IntakePolicy(image_max_short_side=64)

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from pipeline.data.dataset.digests import content_digest, json_digest
 from pipeline.data.dataset.schema import NO_LABEL, SnapshotTable
 from pipeline.data.images.intake import INTAKE_VERSION, IntakePolicy
+from pipeline.data.snapshots.parts import SNAPSHOT_FILE
 from pipeline.data.sources.splits import keyed_hash
 from pipeline.data.sources.tables import split_row_name
 from pipeline.storage import Store
@@ -102,10 +103,10 @@ class ShardPlans(Sequence[ShardPlan]):
 
 
 @contextmanager
-def open_snapshot(store: Store, key: str) -> Iterator[SnapshotTable]:
+def open_snapshot(store: Store) -> Iterator[SnapshotTable]:
     """Open a snapshot as an uncompressed scratch file that is mapped, so the system can reclaim the memory it fills."""
     with tempfile.TemporaryDirectory() as folder:
-        path, rows = local_copy(store, key, Path(folder) / "snapshot.parquet"), Path(folder) / "snapshot.arrow"
+        path, rows = local_copy(store, SNAPSHOT_FILE, Path(folder) / SNAPSHOT_FILE), Path(folder) / "snapshot.arrow"
         with pq.ParquetFile(path) as table, pa.OSFile(str(rows), "wb") as file:
             schema = table.schema_arrow.remove_metadata()
             with pa.ipc.new_file(file, schema) as writer:

@@ -9,7 +9,6 @@ are not rewritten but indexed (`tar_index.py`).
 Units: bytes. Memory: one image at a time; for Parquet tables, the images of one shard.
 Errors: StorageError when a store is down; DataError when too many images are bad."""
 
-import hashlib
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +19,9 @@ from webdataset import TarWriter
 
 from pipeline.data.dataset.digests import json_digest
 from pipeline.data.dataset.schema import NO_LABEL, QuarantineRow, SampleRow, SnapshotRow
-from pipeline.data.dataset.shard_plan import ShardPlan
-from pipeline.data.dataset.shard_record import (
+from pipeline.data.images.intake import Accepted, IntakePolicy, Refused, accept_image
+from pipeline.data.sharding.shard_plan import ShardPlan
+from pipeline.data.sharding.shard_record import (
     ShardRecord,
     ShardResult,
     quarantine_row,
@@ -31,11 +31,11 @@ from pipeline.data.dataset.shard_record import (
     sample_row,
     write_record,
 )
-from pipeline.data.images.intake import Accepted, IntakePolicy, Refused, accept_image
 from pipeline.data.sources.listing import special_file
 from pipeline.data.sources.tables import read_images
 from pipeline.errors import DataError
 from pipeline.storage import DeniedObject, MissingObject, Store, open_store
+from pipeline.storage.files import file_sha256
 
 _UNREAD = {"missing", "denied", "not_a_file"}
 """Reasons of images that could not be read and may be readable at the next attempt."""
@@ -78,12 +78,6 @@ def write_shard(
     if any(row["reason"] in passing for row in quarantine):
         key = record_key(plan.digest, f"-{json_digest(record)[:16]}")
     return write_record(root, key, record)
-
-
-def file_sha256(path: Path) -> str:
-    """Return 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def payload_offsets(path: Path) -> list[int]:

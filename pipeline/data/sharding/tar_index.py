@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.data.dataset.schema import NO_LABEL, QuarantineRow, SampleRow, SnapshotRow
-from pipeline.data.dataset.shard_plan import ShardPlan
-from pipeline.data.dataset.shard_record import (
+from pipeline.data.images.intake import Accepted, IntakePolicy, Refused, accept_unchanged
+from pipeline.data.sharding.shard_plan import ShardPlan
+from pipeline.data.sharding.shard_record import (
     OTHER_EXAMPLES,
     OtherMembersRecord,
     ShardRecord,
@@ -31,8 +32,7 @@ from pipeline.data.dataset.shard_record import (
     sample_row,
     write_record,
 )
-from pipeline.data.dataset.shard_writer import file_sha256, too_many_bytes
-from pipeline.data.images.intake import Accepted, IntakePolicy, Refused, accept_unchanged
+from pipeline.data.sharding.shard_writer import too_many_bytes
 from pipeline.data.sources.listing import IMAGE_SUFFIXES, OPTIONAL_SUFFIXES
 from pipeline.data.sources.splits import class_order
 from pipeline.data.sources.tars import (
@@ -48,7 +48,7 @@ from pipeline.data.sources.tars import (
 )
 from pipeline.errors import DataError
 from pipeline.storage import MissingObject, Store, open_store
-from pipeline.storage.files import local_copy
+from pipeline.storage.files import file_sha256, local_copy
 
 
 def index_tar(
