@@ -43,6 +43,7 @@ def publish(
 
     `quarantine` is sorted by split and source; `listed` has the images of each split.
     """
+    # a pass of its own: which copy is served is known only when every shard has been seen
     copies = find_duplicates((one.row["shard"], one.row["split"], one.samples()) for one in shards)
     near = NearDuplicateSearch()
     samples_of = {one.row["shard"]: one.samples for one in shards}
@@ -53,6 +54,7 @@ def publish(
         policies.update(samples.column("policy").to_pylist())
         return samples
 
+    # known before the second pass, because shards.parquet is passed as a whole while the samples are a stream
     rows: list[ShardRow] = [
         {**one.row, "served": one.row["samples"] - len(copies.within.get(one.row["shard"], ()))} for one in shards
     ]
@@ -105,6 +107,7 @@ def contradiction_facts(
 
 def relabel(column: pa.ChunkedArray, labels: Sequence[int]) -> pa.Array:
     """Translate the labels of a part into labels of the whole. `labels`: the new label of each of the part's classes."""
+    # NO_LABEL is -1, which as an index would be the last class
     new = [NO_LABEL if label == NO_LABEL else labels[label] for label in column.to_pylist()]
     return pa.array(new, pa.int32())
 

@@ -15,6 +15,7 @@ class ContentHash:
     """A hash of a table's values, fed in any number of pieces. How Arrow holds the values has no influence."""
 
     def __init__(self, columns: Sequence[str]) -> None:
+        # one hash per column: then it does not matter into how many pieces the rows are divided
         self._hashes = {name: (hashlib.sha256(), hashlib.sha256()) for name in columns}
 
     def update(self, table: pa.Table) -> None:
@@ -28,6 +29,7 @@ class ContentHash:
                 lengths.update(np.fromiter(map(len, texts), "<i8", len(texts)).tobytes())
             else:
                 numbers = column.to_numpy()
+                # little-endian on every machine: the digest is an identity
                 values.update(numbers.astype(numbers.dtype.newbyteorder("<")).tobytes())
 
     def hexdigest(self) -> str:

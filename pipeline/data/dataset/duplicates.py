@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.dataset.schema import SampleTable
 
+# packed, 33 bytes a row: every sample of the dataset is in memory at once
 _SEEN = np.dtype(
     [("high", "u8"), ("low", "u8"), ("sample_id", "i8"), ("shard", "i4"), ("label", "u4"), ("split", "i1")]
 )
@@ -66,7 +67,9 @@ def find_duplicates(shards: Iterable[tuple[int, str, SampleTable]]) -> Duplicate
     pieces: list[NDArray[Any]] = []
     for number, split, samples in shards:
         piece = np.empty(samples.num_rows, _SEEN)
+        # one conversion per shard rather than one per row
         hashes = bytes.fromhex("".join(samples.column("sha256").to_pylist()))
+        # big-endian, as hex is written; the first two of four words are the 128 bits that are compared
         piece["high"], piece["low"] = np.frombuffer(hashes, ">u8").reshape(-1, 4)[:, :2].T
         piece["split"] = splits.setdefault(split, len(splits))
         piece["sample_id"] = samples.column("sample_id").to_numpy()
@@ -74,7 +77,8 @@ def find_duplicates(shards: Iterable[tuple[int, str, SampleTable]]) -> Duplicate
         piece["shard"] = number
         pieces.append(piece)
     seen = np.concatenate(pieces) if pieces else np.empty(0, _SEEN)
-    pieces.clear()
+    pieces.clear()  # the concatenation is a copy, and both would stay in memory while it is sorted
+    # lexsort sorts by its last key first
     seen = seen[np.lexsort((seen["sample_id"], seen["label"], seen["split"], seen["low"], seen["high"]))]
     same_image = (seen["high"][1:] == seen["high"][:-1]) & (seen["low"][1:] == seen["low"][:-1])
     same_split = seen["split"][1:] == seen["split"][:-1]
@@ -98,6 +102,7 @@ def _contradictions(seen: NDArray[Any], image: NDArray[np.int64]) -> Contradicti
     rows, numbers = seen[labelled], image[labelled]
     differs = (numbers[1:] == numbers[:-1]) & (rows["label"][1:] != rows["label"][:-1])
     contradicting, first = np.unique(numbers[1:][differs], return_index=True)
+    # `first` indexes the differing pairs: the first one of each image
     pairs = np.flatnonzero(differs)[first[:_EXAMPLES]]
     examples = tuple((_sample(rows[at]), _sample(rows[at + 1])) for at in pairs)
     return Contradictions(len(contradicting), int(np.isin(numbers, contradicting).sum()), examples)

@@ -112,10 +112,12 @@ def check_shard(root: Store, shard: ShardRow, samples: Sequence[SampleRow], *, l
         try:
             path = local_copy(store, key, Path(folder) / "shard.tar")
             size, sha256 = path.stat().st_size, file_sha256(path)
+        # FileNotFoundError too: of a local store, `local_copy` returns the path unchecked
         except (MissingObject, FileNotFoundError):
             lost = f"there is no such object; it held {len(samples)} samples"
             return replace(report, findings=(_finding("missing", where, lost, shard, samples[:1]),))
         tar = _Tar(path, where, size, sha256)
+        # a tuple, so that all is read before the folder with the download goes
         found = tuple(_findings(tar, shard, samples, labels=labels))
     return replace(report, bytes=size, sha256=sha256, findings=found)
 
@@ -148,6 +150,7 @@ def name_swapped(shards: Sequence[ShardRow], reports: Sequence[ShardReport]) -> 
     named = []
     for report in reports:
         other = owner.get(report.sha256, report.shard)
+        # without findings the shard is whole: two may hold equal bytes, and `owner` knows only one of them
         if other != report.shard and report.findings:
             first = report.findings[0]
             swapped = replace(first, damage="swapped", what=f"it holds the bytes of shard {other}, not its own")
@@ -184,6 +187,7 @@ def _findings(tar: _Tar, shard: ShardRow, samples: Sequence[SampleRow], *, label
         yield Finding(
             "bytes", tar.where, f"{len(damaged)} of {len(samples)} samples in all are damaged", shard["shard"]
         )
+    # behind a broken header no member is known, and every sample there would be reported a second time
     if not broken:
         yield from _member_findings(tar, shard, samples, entries, labels=labels)
 
@@ -213,6 +217,7 @@ def _sample_problems(file: BinaryIO, sample: SampleRow) -> Iterator[str]:
             f"{sample['crc32']})"
         )
     try:
+        # decoded and not read from the header: this is what training gets
         height, width, _ = decode(data).shape
     except DataError as error:
         yield str(error)
@@ -235,6 +240,7 @@ def _tar_finding(
     first = [one for one in samples if one["offset"] not in reached or one["key"] in wrong][:1]
     size, expected = tar.size, shard["bytes"]
     damage: Damage
+    # the prefix as well, or a shard that was replaced by a larger one would pass for an intact one
     if size > expected and _sha256_of(tar.path, expected) == shard["sha256"]:
         damage, what = "trailing", f"{size - expected} bytes follow its end; its own {expected} are intact"
     elif size < expected:
@@ -274,6 +280,7 @@ def _member_findings(
 ) -> Iterator[Finding]:
     """Compare the samples of a tar whose headers are unbroken with the manifest's."""
     try:
+        # grouped again with links and without hidden files: `regular` is what webdataset sees, `found` what we serve
         found = group_members(contents_of(entries).members, tar.where)
         regular = {sample.key for sample in group_members(regular_members(entries), tar.where)}
         theirs = [str(sample["__key__"]) for sample in read_by_webdataset(tar.path, tar.where)]
@@ -301,6 +308,7 @@ def _member_findings(
                 else f"{reader} has {counts}; the first one too many is {key!r}"
             )
             yield _finding("members", tar.where, what, shard, [sample] if sample else [])
+            # once is enough: after a missing key every later one differs too
             return
     yield from _header_findings(tar, shard, samples, {sample.key: sample for sample in found}, labels=labels)
 
@@ -317,6 +325,7 @@ def _header_findings(
     with tar.path.open("rb") as file:
         for sample in samples:
             members = found[sample["key"]].members
+            # any member: a row does not say which suffix its image has
             if (sample["offset"], sample["length"]) not in {
                 (member.offset, member.size) for member in members.values()
             }:

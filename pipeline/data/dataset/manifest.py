@@ -73,6 +73,7 @@ def write_manifest(
     `samples` yields one table per row of `shards`, in the same order; it is read once, one table at a time.
     `listed`: images that the snapshot lists in each split.
     """
+    # select and cast: columns, their order and their types enter the digest, whatever the caller's table has besides
     shards = shards.select(SHARDS.names).cast(SHARDS).sort_by("shard")
     quarantine = (
         quarantine.select(QUARANTINE.names).cast(QUARANTINE).sort_by([("split", "ascending"), ("source", "ascending")])
@@ -87,6 +88,7 @@ def write_manifest(
             paths["samples.parquet"], SAMPLES, compression="zstd", write_page_checksum=True
         ) as writer:
             for shard, table in zip(shards.to_pylist(), samples, strict=True):
+                # by offset: the digest depends on the order of the rows, and links of indexed tars come out of it
                 rows = table.select(SAMPLES.names).cast(SAMPLES).sort_by("offset")
                 _check_shard(shard, rows)
                 # one row group per shard, so that a reader of a shard fetches its rows and no others
@@ -102,6 +104,7 @@ def write_manifest(
         hashes = {
             "samples": content.hexdigest(),
             "shards": content_digest(_without_folders(shards), SHARDS.names),
+            # `detail` quotes messages of libraries, which change with their versions
             "quarantine": content_digest(quarantine, [name for name in QUARANTINE.names if name != "detail"]),
         }
         identity = {
@@ -178,10 +181,12 @@ class Manifest:
                     f"{store.uri}/manifest.json: schema {document['schema']}, but this version reads schema {SCHEMA_VERSION}. "
                     "Run its shard step again"
                 )
+            # one row per shard, small enough to be held whole
             shards = pq.read_table(io.BytesIO(store.read("shards.parquet")), page_checksum_verification=True)
             # samples.parquet grows with the dataset, so only its footer is read here
             local = store.local_path("samples.parquet")
             source = local or RangeFile(store, "samples.parquet", document["bytes"]["samples.parquet"])
+            # pre_buffer: one coalesced read of a row group instead of one request per column
             samples = pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True)
             manifest = cls(store, root, document, shards, samples)
         except (MissingObject, FileNotFoundError) as error:
@@ -238,6 +243,7 @@ class Manifest:
         with self._lock:
             if shard not in self._held:
                 rows = self._read(shard)
+                # filtered once here rather than by every reader of the shard
                 self._held[shard] = rows.filter(rows.column("served")).combine_chunks()
                 if len(self._held) > _TABLES_HELD:
                     self._held.popitem(last=False)
@@ -284,6 +290,7 @@ def _total(splits: Mapping[str, Counts]) -> Counts:
 def _without_folders(shards: ShardTable) -> ShardTable:
     """Drop from the keys what differs between machines, so the digest does not depend on where tars and steps are."""
     keys = [
+        # find() is -1 for a key that begins with `shards/`, which keeps all of it
         key.rpartition("/")[2] if "://" in key else key[key.find("/shards/") + 1 :]
         for key in shards.column("key").to_pylist()
     ]

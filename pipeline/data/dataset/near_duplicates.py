@@ -30,7 +30,7 @@ _AT_ONCE = 2**20
 """Candidate pairs in memory at a time."""
 _CANDIDATES_MAX = 4_000_000_000
 _WHOLE_BANDS = (2, 3, 4)
-_ESTIMATED_FROM = 20_000
+_ESTIMATED_FROM = 20_000  # hashes of train that are looked up for the estimate
 _SORTING = 30
 """Cost of sorting and looking up an element, in units of a candidate's."""
 _BITS = 64
@@ -108,6 +108,7 @@ class NearDuplicateSearch:
             pairs += int((held_out.counts[u] * train.counts[v]).sum())
             near[u] = True
             lowest = np.lexsort((train.ids[v], held_out.ids[u]))[:_EXAMPLES]
+            # the best so far are merged with each piece, as all pairs together may not fit into memory
             best += zip(u[lowest].tolist(), v[lowest].tolist(), strict=True)
             best = sorted(best, key=lambda pair: (held_out.ids[pair[0]], train.ids[pair[1]]))[:_EXAMPLES]
         return NearDuplicates(
@@ -165,6 +166,7 @@ def near_pairs(first: Hashes, second: Hashes, *, distance: int, whole: int = 2) 
 
 def choose_bands(first: Hashes, second: Hashes, *, distance: int) -> tuple[int, int]:
     """Return the cheapest number of whole bands and about how many candidates it makes, estimated from a sample of `second`."""
+    # evenly spaced in ascending order, so that clusters of like images count in proportion
     some = second[:: max(1, len(second) // _ESTIMATED_FROM)]
     scale = len(second) / max(1, len(some))
     costs = []
@@ -211,6 +213,7 @@ def _expanded(low: Int64s, high: Int64s) -> Iterator[tuple[Int64s, Int64s]]:
     ends = np.cumsum(counts)
     start, done = 0, 0
     while start < len(counts):
+        # + 1: a single j with more matches than that still has to go out
         stop = max(start + 1, int(np.searchsorted(ends, done + _AT_ONCE, side="right")))
         here = counts[start:stop]
         j = np.repeat(np.arange(start, stop), here)
@@ -222,6 +225,7 @@ def _expanded(low: Int64s, high: Int64s) -> Iterator[tuple[Int64s, Int64s]]:
 def _distinct(pieces: list[NDArray[Any]]) -> _Side:
     seen = np.concatenate(pieces) if pieces else np.empty(0, _SEEN)
     pieces.clear()
+    # by id within a hash: `unique` returns the first index, which is then the lowest id
     seen = seen[np.lexsort((seen["sample_id"], seen["hash"]))]
     hashes, first, counts = np.unique(seen["hash"], return_index=True, return_counts=True)
     return _Side(hashes, counts, seen["sample_id"][first], seen["shard"][first].astype(np.int64))

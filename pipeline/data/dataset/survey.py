@@ -116,6 +116,7 @@ def survey(manifest: Manifest, *, splits: Sequence[str], images: int, seed: int 
         # the lowest of all are among the lowest of each shard, so no more than `images` rows are kept at a time
         first = np.argsort(priority)[:images]
         chosen = ((int(priority[row]), shard["shard"], samples.slice(int(row), 1).to_pylist()[0]) for row in first)
+        # not by the row: dicts cannot be compared
         lowest = heapq.nsmallest(images, [*lowest, *chosen], key=lambda entry: entry[:2])
     key_of = {shard["shard"]: shard["key"] for shard in shards}
     named = {NO_LABEL: ""} | dict(enumerate(manifest.classes))
@@ -155,6 +156,7 @@ def _refusals(manifest: Manifest, splits: Sequence[str]) -> tuple[Refusals, ...]
         Refusals(reason, len(refused), tuple((row["source"], row["detail"]) for row in refused[:_EXAMPLES]))
         for reason, refused in by_reason.items()
     )
+    # by name among equals, so that the table is the same in every run
     return tuple(sorted(found, key=lambda refusals: (-refusals.count, refusals.reason)))
 
 

@@ -110,6 +110,7 @@ class PassedOver:
         for path in paths:
             *folders, name = path.split("/")
             hidden = path.startswith(".") or "/." in path
+            # hidden files are counted apart: systems write them, so their endings tell nothing about the source
             ending = HIDDEN if hidden else _ending(name)
             self.total += 1
             self._endings[ending] += 1
@@ -117,6 +118,7 @@ class PassedOver:
                 continue
             self._folders += [{} for _ in range(len(folders) - len(self._folders))]
             for known, folder in zip(self._folders, folders, strict=False):
+                # a known folder is counted even when no more new ones are kept
                 if folder in known or len(known) < _FOLDERS_MAX:
                     known.setdefault(folder, Counter())[ending] += 1
 
@@ -146,12 +148,14 @@ class PassedOver:
 
 def notes_on_classes(classes: Sequence[str]) -> tuple[str, ...]:
     """Return a note on classes that differ only in case, in blanks or in how Unicode writes their letters."""
+    # NFKC: file names from macOS spell é as two characters, so one class can arrive in two forms
     alike: dict[str, list[str]] = {}
     for name in classes:
         alike.setdefault(" ".join(unicodedata.normalize("NFKC", name).casefold().split()), []).append(name)
     groups = [names for names in alike.values() if len(names) > 1]
     if not groups:
         return ()
+    # ascii() shows the difference that the eye cannot see
     shown = "; ".join(" and ".join(map(ascii, names)) for names in groups[:EXAMPLES])
     more = f" and {len(groups) - EXAMPLES} more" if len(groups) > EXAMPLES else ""
     return (

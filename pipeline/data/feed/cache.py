@@ -28,7 +28,7 @@ from pipeline.errors import ConfigError, DataError, StorageError
 from pipeline.storage import Store
 
 _POLL_SECONDS = 0.05
-_DOWNLOAD_TRIES = 2
+_DOWNLOAD_TRIES = 2  # of a shard whose bytes are wrong: wrong twice means that the object is, not the transfer
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +77,7 @@ class ShardCache:
             return local
         path = self._copy(sha256)
         with self._explained(bytes):
+            # first without the lock: nearly every call finds its shard, and a lock costs a file to open
             if not _touched(path):
                 with self._locked(sha256):
                     if not _touched(path):  # whoever held the lock before may have fetched it
@@ -112,9 +113,11 @@ class ShardCache:
         if self.local_path(key) is not None:
             return False
         path = self._copy(sha256)
+        # the lock: of two readers of a damaged copy, the second must not delete the new one that the first has fetched
         with self._locked(sha256):
             if not _is_open_as(path, descriptor):
                 return True  # another reader has already replaced it
+            # dup: the caller's descriptor must stay open. It shares the offset, which nobody uses, as readers use pread
             with os.fdopen(os.dup(descriptor), "rb") as file:
                 file.seek(0)
                 if hashlib.file_digest(file, "sha256").hexdigest() == sha256:
@@ -133,6 +136,7 @@ class ShardCache:
         return store.local_path(name)
 
     def _copy(self, sha256: str) -> Path:
+        # named by content, so datasets that share shards share the copies
         return self.directory / f"{sha256}.tar"
 
     def _download(self, key: str, path: Path, *, sha256: str, size: int) -> None:
@@ -183,6 +187,7 @@ class ShardCache:
         """Reserve space, evicting shards if necessary, and return whether there was enough."""
         with self._locked("cache"):
             for left in self.directory.glob("*.part"):  # the lock of a holder that died is free
+                # LOCK_NB: a live holder may wait for the cache lock that is held here, so waiting for it would deadlock
                 with contextlib.suppress(BlockingIOError), self._locked(left.name.split(".")[0], wait=fcntl.LOCK_NB):
                     shutil.rmtree(left, ignore_errors=True)
             # parts before tars: a part renamed to a tar in between is then counted twice rather than not at all
@@ -192,6 +197,7 @@ class ShardCache:
             cached = self._cached()
             excess = reserved + size + sum(shard.bytes for shard in cached) - self.max_bytes
             self._evict(least_recent(cached, excess=excess))
+            # still under the lock: the folder is the reservation, and the next holder must see it
             part.mkdir()
             return True
 
@@ -200,6 +206,7 @@ class ShardCache:
         cached = []
         for path in self.directory.glob("*.tar"):
             with contextlib.suppress(FileNotFoundError):  # `discard_if_damaged` may have deleted it meanwhile
+                # mtime, which `_touched` sets: many mounts do not keep atime, or keep it only once a day
                 info = path.stat()
                 cached.append(CachedShard(info.st_mtime_ns, info.st_size, path))
         return cached
@@ -278,5 +285,6 @@ def _is_open_as(path: Path, descriptor: int) -> bool:
 
 def _is_full(error: BaseException) -> bool:
     """Return whether a full disk or quota caused a failure."""
+    # a store wraps what the disk said (storage/error_messages.py); this module's own calls raise it as it is
     cause = error.__cause__ if isinstance(error, StorageError) else error
     return isinstance(cause, OSError) and cause.errno in {errno.ENOSPC, errno.EDQUOT}

@@ -17,7 +17,7 @@ from pipeline.data.feed.order import Int64s, SampleOrder, ids_digest
 from pipeline.data.feed.selection import Selection
 from pipeline.data.feed.substitution import Substitution, candidates
 
-_AT_ONCE = 2**20
+_AT_ONCE = 2**20  # positions located at a time: Slots holds five int64 arrays of this length, 42 MB
 _SEARCHED = 50_000_000
 """Samples searched for a culprit: this takes a minute, and the chance that a pair of samples is named wrongly is 1e-4."""
 
@@ -61,6 +61,7 @@ def expected_ids(
             slots = order.locate(np.arange(begin, min(begin + _AT_ONCE, high)))
             digest += ids_digest(slots.epochs, selection.sample_ids(slots))
     for one in substitutions:
+        # the digest is a sum, so a substitution takes one term out of it and adds another
         if start <= one.step < stop:
             epoch = np.array([one.epoch])
             digest += ids_digest(epoch, np.array([one.substitute_id])) - ids_digest(epoch, np.array([one.sample_id]))
@@ -74,14 +75,17 @@ def not_of_this_order(
     wrong = []
     seen: set[tuple[int, int]] = set()
     for one in substitutions:
+        # the whole global batch: a record does not say which rank read the sample
         slots = order.global_batch(one.step, global_batch)
         ids = selection.sample_ids(slots)
         here = np.flatnonzero((ids == one.sample_id) & (slots.epochs == one.epoch))
+        # an (epoch, id) is excused once: a second record of it would hide a second wrong sample
         if len(here) != 1 or (one.epoch, one.sample_id) in seen:
             wrong.append(one)
             continue
         seen.add((one.epoch, one.sample_id))
         others = selection.rows(int(slots.shards[here[0]])).sample_ids
+        # any of the candidates: which of those before it were unreadable at the time cannot be known now
         allowed = others[candidates(others, one.sample_id, seed=order.config.seed, epoch=one.epoch)]
         if one.substitute_id not in allowed:
             wrong.append(one)
@@ -141,8 +145,10 @@ def _exchanged(hashes: Words, difference: int) -> tuple[int, int] | None:
     """Return indices a and b with hash a - hash b = difference, so a came where b should have, or None."""
     order = np.argsort(hashes)
     ordered = hashes[order]
+    # wrapping around at 2**64 is meant: the digest does so too
     with np.errstate(over="ignore"):
         wanted: npt.NDArray[np.uint64] = hashes - np.uint64(difference)  # [N] what b must be for each a
+    # clipped because searchsorted returns N for a value beyond the last; the comparison below rejects it
     at = np.minimum(np.searchsorted(ordered, wanted), len(ordered) - 1)
     found = np.flatnonzero(ordered[at] == wanted)
     return (int(found[0]), int(order[at[found[0]]])) if len(found) else None

@@ -100,7 +100,8 @@ class Loader:
         self.fetch_bytes = cache.max_bytes if fetch_bytes is None else fetch_bytes
         self.wait_seconds = 0.0
         """Time that the consumer has spent waiting for batches so far."""
-        self._reported: set[int] = set()
+        self._reported: set[int] = set()  # shared by the threads without a lock: at worst a warning is repeated
+        # asked once per shard here rather than for each shard of each step
         self._remote = [cache.local_path(shard.key) is None for shard in selection.shards]
 
     def from_step(self, start: int, stop: int) -> Generator[Batch]:
@@ -129,6 +130,7 @@ class Loader:
         if not any(self._remote):
             return 0
         order = self.order.config
+        # + 1: a rank's share of the lanes may begin and end within a lane
         lanes = min(order.lanes, -(-order.lanes * ranks_here // self.world_size) + 1)
         sizes = [shard.bytes for shard in self.selection.shards]
         return min(len(sizes), lanes * (order.window_shards + 1)) * sum(sizes) // len(sizes)
@@ -139,6 +141,7 @@ class Loader:
         pending: deque[tuple[Batch, list[Future[list[Substitution]]]]] = deque()
         pool = ThreadPoolExecutor(self.decode_threads, "decode")
         try:
+            # closed here: an abandoned generator would keep its download threads until it is collected
             with closing(self._fetched_ahead(steps)) as fetched:
                 for slots in fetched:
                     pending.append(self._begin(pool, slots, config, unreadable))
@@ -147,6 +150,7 @@ class Loader:
                 while pending:
                     yield self._finish(*pending.popleft())
         finally:
+            # waits for tasks that are still writing into a batch, and drops those that have not begun
             pool.shutdown(cancel_futures=True)
 
     def _fetched_ahead(self, steps: Iterable[Slots]) -> Generator[Slots]:
@@ -178,6 +182,7 @@ class Loader:
                 ahead.append((slots, shards))
                 for shard in shards:
                     _, key, _, sha256 = self.selection.shards[shard]
+                    # without this, a download that is still running would be started again and block the second fetch thread
                     under_way = shard in requested and not requested[shard].done()
                     if not under_way and not self.cache.touch(key, sha256=sha256):
                         requested[shard] = pool.submit(self._fetch, shard)
@@ -200,6 +205,7 @@ class Loader:
         )
         images = torch.empty((count, *self.image_size, 3), dtype=torch.uint8, pin_memory=self.pin_memory)
         batch = Batch(images, labels, sample_ids, epochs)
+        # the pool is first in, first out, so reading ahead never overtakes the batch that is awaited
         return batch, [
             pool.submit(self._fill, batch, slots, range(first, min(first + _CHUNK, count)), config, unreadable)
             for first in range(0, count, _CHUNK)
@@ -220,6 +226,7 @@ class Loader:
         unreadable: Literal["stop", "substitute"],
     ) -> list[Substitution]:
         """Fill some positions of a batch; runs in a thread of the pool."""
+        # views: writing to them fills the batch
         images, labels, sample_ids, epochs = (tensor.numpy() for tensor in batch[:4])
         for i in within:
             shard, index = int(slots.shards[i]), int(slots.indices[i])
@@ -227,6 +234,7 @@ class Loader:
             labels[i], sample_ids[i] = rows.labels[index], rows.sample_ids[index]
         here = slice(within.start, within.stop)
         epochs[here] = slots.epochs[here]
+        # keyed by epoch and id, so the crop is the same at any position, world size and after any resume
         uniforms = uniform_rows(self.seed, epochs[here], sample_ids[here], "augment", AUGMENT_UNIFORMS)
         substitutions = []
         for i, numbers in zip(within, uniforms, strict=True):
@@ -288,6 +296,7 @@ class Loader:
     def _read(self, shard: int, index: int) -> bytes | Unreadable:
         """Return the sample's bytes exactly as they were written, from a new copy if this node's was damaged."""
         _, key, size, sha256 = self.selection.shards[shard]
+        # ends: a copy is discarded at most once per damage, and a new one is used only after its SHA-256 has matched
         while True:
             try:
                 descriptor = self.cache.open(key, sha256=sha256, bytes=size)
@@ -308,6 +317,7 @@ class Loader:
         """Return a sample's bytes from an open shard, or what is wrong with them."""
         rows = self.selection.rows(shard)
         length, crc32 = int(rows.lengths[index]), int(rows.crc32s[index])
+        # pread: no seek, and it still works if the shard is evicted meanwhile, since the descriptor keeps the file alive
         data = os.pread(descriptor, length, int(rows.offsets[index]))
         reason: Literal["truncated", "crc32"]
         if len(data) != length:

@@ -142,9 +142,11 @@ class SampleOrder:
         shards = served[permutation(len(served), "order/shards", self.config.seed, epoch)]
         counts = self.served_counts[shards]
         ends = np.cumsum(counts)
+        # right: a lane that begins exactly where a shard ends begins in the next one
         return _EpochLine(shards, ends - counts, ends, np.searchsorted(ends, self._lane_bounds[:-1], side="right"))
 
     def _make_shuffle(self, epoch: int, lane: int, window: int, size: int) -> npt.NDArray[np.uint32]:
+        # half the memory of int64; a window holds far fewer than 2**32 samples
         return permutation(size, "order/window", self.config.seed, epoch, lane, window).astype(np.uint32)
 
 

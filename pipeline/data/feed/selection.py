@@ -79,6 +79,7 @@ class Selection:
             )
         selected = np.zeros(len(ids), dtype=bool)
         selected[balanced_sequence(ids, labels, seed)[:count]] = True
+        # cut points between the shards: the end of the last one is none
         per_shard = np.split(selected, np.cumsum(everything.counts)[:-1])
         return cls(manifest, split, tuple(np.flatnonzero(part) for part in per_shard))
 

@@ -46,6 +46,7 @@ class Substitution(NamedTuple):
 def candidates(sample_ids: Int64s, sample_id: int, *, seed: int, epoch: int) -> Int64s:
     """Return [<= CANDIDATES] indices of the shard's samples that may replace one, in the order in which they are tried."""
     keyed = hash64(sample_ids, key64("substitute", seed, epoch, sample_id))
+    # stable, so that even equal hashes give one order everywhere
     order = np.argsort(keyed, kind="stable")
     others: Int64s = order[sample_ids[order] != sample_id][:CANDIDATES]
     return others
@@ -53,6 +54,7 @@ def candidates(sample_ids: Int64s, sample_id: int, *, seed: int, epoch: int) -> 
 
 def most_allowed(samples_per_epoch: int) -> int:
     """Return the number of substitutions in one epoch that a run tolerates."""
+    # the least: 1e-4 of a small dataset is less than one image
     return max(SUBSTITUTED_STOP_LEAST, int(SUBSTITUTED_STOP_SHARE * samples_per_epoch))
 
 

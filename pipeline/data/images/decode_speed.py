@@ -54,6 +54,7 @@ def decode_rate(images: Sequence[bytes], *, threads: int, seconds: float) -> Dec
     shares = [(number + 1) * threads // processes - number * threads // processes for number in range(processes)]
     if processes == 1:
         return _in_this_process(images, seconds, threads)
+    # not fork: torch's threads do not survive it
     context = get_context("spawn")
     together = context.Barrier(processes)  # importing takes seconds, so all processes start measuring together
     with ProcessPoolExecutor(processes, context, together.wait) as pool:
@@ -78,6 +79,7 @@ def _in_this_process(images: Sequence[bytes], seconds: float, threads: int) -> D
 
     def work(first: int) -> int:
         made = 0
+        # at least one, so that there is a rate on however slow a machine
         while made == 0 or time.perf_counter() < began + seconds:
             index = (first + made) % len(images)
             training_picture(images[index], numbers[index])

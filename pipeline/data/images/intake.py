@@ -113,6 +113,7 @@ def _opened(
     if not data:
         return Refused("empty", "0 bytes")
     try:
+        # a closed list: Pillow would try all its plugins, and the one for EPS runs Ghostscript
         with Image.open(io.BytesIO(data), formats=formats_of(data)) as image:
             return _too_large(image, policy) or accept(image)
     except MissingDecoder as error:
@@ -133,6 +134,7 @@ def dhash64(image: Image.Image) -> int:
 
 
 def _accept(data: bytes, image: Image.Image, *, max_side: int) -> Accepted | Refused:
+    # MPO: a JPEG with more pictures behind it, as phones write them; the first one counts
     if image.format not in {"JPEG", "MPO"}:
         if isinstance(image, TiffImagePlugin.TiffImageFile):
             check_strips(data, image)
@@ -140,7 +142,9 @@ def _accept(data: bytes, image: Image.Image, *, max_side: int) -> Accepted | Ref
     keep = image.mode == "RGB" and not _turned(image) and min(image.size) <= max_side
     try:
         if keep:
+            # the hash needs the pixels anyway, so this is the strict decoding as well
             return Accepted(data, *image.size, *image.size, dhash64(decoded_luma(data)), "kept")
+        # before re-encoding: Pillow would decode the damage without a word
         check_codes(data)
     except ValueError as error:
         harmless_fault(data, error)
@@ -161,6 +165,7 @@ def _unchanged(data: bytes, image: Image.Image) -> Accepted | Refused:
         *(["turned by EXIF"] if _turned(image) else []),
         *([f"{image.mode}, not RGB"] if image.mode != "RGB" or image.has_transparency_data else []),
         *([kind] if kind not in {"JPEG", "PNG", "WEBP"} else []),
+        # Pillow calls an MPO animated; only its first picture is ever read
         *(["animated"] if kind != "JPEG" and getattr(image, "is_animated", False) else []),
     ]
     if wrong:
@@ -211,6 +216,7 @@ def _reencode(image: Image.Image, max_side: int, *, repaired: bool = False) -> A
     image.load()
     upright = ImageOps.exif_transpose(image) if turned else image
     if upright.mode in _DEEP_GREY:
+        # of PNG: the one grey value that is transparent, in 16 bits like the pixels, so it is used before these are scaled
         transparent = upright.info.get("transparency")
         upright = Image.fromarray(scale.eight_bit(np.asarray(upright), transparent=transparent))
         reasons.append("16bit")

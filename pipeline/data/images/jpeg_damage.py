@@ -103,6 +103,7 @@ def _without_strays(data: bytes) -> bytes:
             raise ValueError("Corrupt JPEG data: no scan")
         kept.append(data[at:end])
         at = end
+    # up to the end marker: a progressive JPEG has several scans, with tables in between
     while data[(end := _next_marker(data, end)) + 1] != _END:
         end += 2
     return b"".join([*kept, data[at : end + 2]])
@@ -111,6 +112,7 @@ def _without_strays(data: bytes) -> bytes:
 def _next_marker(data: bytes, at: int) -> int:
     """Return where the next marker starts, passing over stuffed bytes, fill bytes and restart markers."""
     while (at := data.find(b"\xff", at)) >= 0 and at + 1 < len(data):
+        # 0xFF00 is a data byte 0xFF, 0xFFFF is fill, and restart markers have no length to skip by
         if data[at + 1] not in {0x00, 0xFF, *_RESTARTS}:
             return at
         at += 1

@@ -24,7 +24,7 @@ def decode_top(data: bytes, *, rows: int) -> npt.NDArray[np.uint8]:
     # frame header: marker (2 bytes), length (2), precision (1), height (2), width (2), components (1), 3 bytes for each
     height = data[at + 5] << 8 | data[at + 6] if at else 0
     kept = rows + _MARGIN_ROWS
-    if kept >= height:
+    if kept >= height:  # also without a frame header, when height is 0
         whole: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")
         return whole
     cropped = bytearray(data)
@@ -44,9 +44,11 @@ def _frame_offset(data: bytes) -> int:
         if marker in _ONE_SCAN:
             frame = at
         elif marker == 0xDA:
+            # byte 4 of the scan header and byte 9 of the frame's: the number of components in each
             return frame if frame and data[at + 4] == data[frame + 9] and _rows_of_chroma(data, frame) <= 2 else 0
         elif 0xC0 <= marker <= 0xCF and marker not in _NO_FRAME:
             return 0
+        # 0xFF before a marker is fill
         at += 1 if marker == 0xFF else 2 + (data[at + 2] << 8 | data[at + 3])
     return 0
 

@@ -36,8 +36,11 @@ def optional_format(data: bytes) -> str | None:
     """Return HEIF or AVIF, judging by the brands in the image's first box, or None for other formats."""
     if data[4:8] != b"ftyp":
         return None
+    # 256: brands are few, and a damaged length must not make us scan the image
     box = data[: min(int.from_bytes(data[:4], "big"), 256)]
+    # bytes 12 to 15 are the minor version, not a brand
     brands = {data[8:12], *(box[at : at + 4] for at in range(16, len(box), 4))}
+    # AVIF first: its files name HEIF's general brand mif1 as well
     if brands & _AVIF_BRANDS:
         return "AVIF"
     return "HEIF" if brands & _HEIF_BRANDS else None
@@ -51,5 +54,6 @@ def _installed(kind: str) -> bool:
         import pillow_heif
     except ImportError:
         return False
+    # Pillow finds the plugin only once it is registered
     pillow_heif.register_heif_opener()
     return True

@@ -53,6 +53,7 @@ def photos(folder: Path | None, *, count: int) -> Photos:
         )
     if not folder.is_dir():
         raise ConfigError(f"--images {folder} is not a folder. Give a folder that holds JPEGs")
+    # sorted: the file system's order would make two measurements differ
     found = tuple(islice(_kept(sorted(folder.rglob("*"))), count))
     if not found:
         raise ConfigError(

@@ -82,8 +82,8 @@ def decode(data: bytes) -> Image:
             with PillowImage.open(io.BytesIO(data)) as file:
                 if file.mode != "RGB":
                     raise DataError(f"its mode is {file.mode}, not RGB")
-                return np.array(file)
-        _jpeg_size(data)
+                return np.array(file)  # a copy: Pillow's own buffer is read-only, which torch.from_numpy warns of
+        _jpeg_size(data)  # for its check of the colours
         image: Image = simplejpeg.decode_jpeg(data, "RGB")
     return image
 
@@ -117,6 +117,7 @@ def random_resized_crop(
         stretch = math.exp(low + (high - low) * aspect)
         box_width, box_height = round(math.sqrt(area * stretch)), round(math.sqrt(area / stretch))
         if 0 < box_width <= width and 0 < box_height <= height:
+            # the same numbers place the box whichever try fits, so that every sample draws equally many
             top = int(uniforms[2 * _TRIES] * (height - box_height + 1))
             left = int(uniforms[2 * _TRIES + 1] * (width - box_width + 1))
             return Box(top, left, box_height, box_width)
@@ -150,7 +151,7 @@ def resize(image: Image, box: Box, size: tuple[int, int]) -> Image:
     """Return the box resized to `size`; a box that already has this size keeps its pixels."""
     part = image[box.top : box.top + box.height, box.left : box.left + box.width]
     if part.shape[:2] == size:
-        return part
+        return part  # a view: the loader copies it into the batch
     # numpy copies the box, because torch would copy it with all its threads: 7 ms instead of 0.1 with two of them. And the
     # batch axis is added before the others move, or torch does not recognise channels last: 0.4 ms instead of 0.3.
     tensor = torch.from_numpy(np.ascontiguousarray(part))[None].permute(0, 3, 1, 2)  # [1, 3, h, w], channels last
@@ -172,6 +173,7 @@ def picture(data: bytes, uniforms: Uniforms, config: AugmentConfig, size: tuple[
 
     Raises DataError, without the name of the file, which only the caller knows.
     """
+    # a shift mirrors the lower border, so it needs every row
     if config.kind == "shift" or not _is_jpeg(data):
         return augment(decode(data), uniforms, config, size)
     with _decoding_errors():

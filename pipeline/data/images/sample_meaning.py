@@ -30,6 +30,7 @@ class GreyScale:
 
     def eight_bit(self, values: NDArray[np.generic], *, transparent: int | None = None) -> NDArray[np.uint8]:
         """Scale to 8 bit (`white` -> 255) rather than clip. `transparent`: a value that becomes white."""
+        # room for the product with 255, which 16 bits overflow
         wide = values.astype(np.int64)
         if self.white is None:
             raise Unsupported(f"32-bit whole numbers have no agreed range. {_WAY_OUT}")

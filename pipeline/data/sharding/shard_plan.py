@@ -32,8 +32,8 @@ from pipeline.storage.files import local_copy
 
 SHARD_VERSION = 1
 """Part of every plan's digest. Raise it by hand when the tar's bytes or the record change."""
-_MAX_SAMPLES = 10_000
-_BLOCK = 512
+_MAX_SAMPLES = 10_000  # of a shard; small images would fill one by the hundred thousand, and its record is read whole
+_BLOCK = 512  # of a tar
 _SNAPSHOT_ROWS = 65_536
 Int64s = NDArray[np.int64]
 
@@ -80,6 +80,7 @@ class ShardPlans(Sequence[ShardPlan]):
     def __getitem__(self, shard: int | slice) -> ShardPlan | list[ShardPlan]:
         if isinstance(shard, slice):
             return [self[index] for index in range(*shard.indices(len(self)))]
+        # through range(): negative numbers work, and IndexError ends an iteration over this Sequence
         shard = range(len(self))[shard]
         split, rows = self._runs[shard]
         samples = self._take(rows)
@@ -97,6 +98,7 @@ class ShardPlans(Sequence[ShardPlan]):
         for number in np.unique(np.searchsorted(self._starts, ascending, side="right") - 1):
             first, last = np.searchsorted(ascending, self._starts[number : number + 2])
             pieces.append(self._batches[number].take(pa.array(ascending[first:last] - self._starts[number])))
+        # taken in ascending order; the tar has an order of its own
         inverse = np.empty_like(order)
         inverse[order] = np.arange(len(order))
         return pa.Table.from_batches(pieces, schema=self._snapshot.schema).combine_chunks().take(pa.array(inverse))
@@ -132,13 +134,16 @@ def plan_shards(
     hashes, group_hashes = _hashes(snapshot, seed)
     names, splits = _codes(snapshot.column("split"))
     sizes = snapshot.column("size").to_numpy()
+    # one block for a member's header, and its data filled up to whole blocks
     planned = _BLOCK + -(-sizes // _BLOCK) * _BLOCK
+    # a label is a second member (.cls): a header and a block
     planned += np.where(snapshot.column("label").to_numpy() != NO_LABEL, 2 * _BLOCK, 0)
     runs: list[tuple[str, Int64s]] = []
     for split in sorted(names):
         rows = np.flatnonzero(splits == names.index(split))
         least = min_shards if split == "train" else 1
         if group_hashes is None:
+            # stable: rows with equal hashes stay in the order of their paths, on any machine
             rows = rows[np.argsort(hashes[rows], kind="stable")]
             edges = cut_evenly(planned[rows], max_bytes=shard_max_bytes, min_parts=least)
             runs += [(split, rows[start:end]) for start, end in pairwise(edges)]
@@ -166,6 +171,7 @@ def cut_evenly(sizes: Int64s, *, max_bytes: int, min_parts: int, samples: Int64s
     if samples is None:
         samples = np.ones(len(sizes), dtype=np.int64)
     count, total = len(sizes), int(sizes.sum())
+    # an item belongs to the part that its middle falls into, so a cut is off by half an item at most
     middles = np.cumsum(sizes) - sizes / 2
     parts = min(count, max(min_parts, -(-total // max_bytes), -(-int(samples.sum()) // _MAX_SAMPLES)))
     # equal cuts of unequal items may overshoot: try with 2 % more parts until none does
@@ -173,7 +179,7 @@ def cut_evenly(sizes: Int64s, *, max_bytes: int, min_parts: int, samples: Int64s
         steps = np.arange(parts - 1)
         edges = np.searchsorted(middles, total * (steps + 1) / parts)
         edges = np.maximum.accumulate(np.maximum(edges, steps + 1) - steps) + steps  # each run has an item
-        edges = np.minimum(edges, count - parts + 1 + steps)
+        edges = np.minimum(edges, count - parts + 1 + steps)  # and leaves one for each run behind
         edges = np.concatenate([[0], edges, [count]])
         too_big = np.add.reduceat(sizes, edges[:-1]) > max_bytes
         too_many = np.add.reduceat(samples, edges[:-1]) > _MAX_SAMPLES
@@ -184,8 +190,10 @@ def cut_evenly(sizes: Int64s, *, max_bytes: int, min_parts: int, samples: Int64s
 
 def _cut_groups(planned: Int64s, groups: NDArray[np.uint64], *, max_bytes: int, min_parts: int) -> list[int]:
     """Return edges between rows sorted by row group: between groups where these are small and many, else anywhere."""
+    # ~: differs from the first group in any case, so that row 0 starts one
     starts = np.flatnonzero(np.diff(groups, prepend=~groups[:1]))
     sizes = np.add.reduceat(planned, starts)
+    # large groups cannot be packed evenly, and few of them cannot be spread over enough shards
     if 4 * sizes.max() > max_bytes or len(starts) < 4 * min_parts:
         return cut_evenly(planned, max_bytes=max_bytes, min_parts=min_parts)
     samples = np.diff([*starts, len(planned)])
@@ -207,6 +215,7 @@ def _hashes(snapshot: SnapshotTable, seed: int) -> tuple[NDArray[np.uint64], NDA
                 f"{split_row_name(path)[0]}#{group}"
                 for path, group in zip(paths, batch.column("row_group").to_pylist(), strict=True)
             )
+            # rows of one group follow each other, so only a few names are in use at a time
             known = lru_cache(maxsize=64)(partial(keyed_hash, seed, purpose="row_group"))
             groups[here] = np.fromiter((known(name) for name in names), np.uint64, len(paths))
         at = here.stop

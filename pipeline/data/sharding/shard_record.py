@@ -115,6 +115,7 @@ def find_records(root: Store, keys: Collection[str]) -> dict[str, str]:
     for info in root.list("rows/"):
         if len(found) == len(wanted):
             break
+        # no more than there is, as read_range insists on the full length; the cut may split a character
         start = root.read_range(info.key, 0, min(info.size, _KEY_WITHIN)).decode(errors="replace")
         found |= {key: info.key for key in wanted if f'"{key}"' in start}
     return found

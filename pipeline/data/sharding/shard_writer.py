@@ -113,6 +113,7 @@ def _write_tar(
     quarantine: list[QuarantineRow] = []
     rows: list[SnapshotRow] = plan.samples.to_pylist()
     # fixed owner, mode and time: the tar's bytes, and so its key, must not depend on who writes it and when
+    # encoder=False: the values are bytes as they are to be stored, and webdataset would encode them by suffix
     with path.open("wb") as file, TarWriter(file, "root", "root", 0o444, encoder=False, mtime=0) as tar:
         for row in rows:
             image = accept(row)
@@ -153,7 +154,7 @@ def _table_reader(
 ) -> Callable[[SnapshotRow], Accepted | Refused]:
     """Read all images of the plan first: row groups come in the order of the files, the tar has another order."""
     images = dict(_accept_rows(plan, source, policy, column))
-    return lambda row: images.pop(row["path"])
+    return lambda row: images.pop(row["path"])  # pop: each image is freed once it is in the tar
 
 
 def _accept_rows(

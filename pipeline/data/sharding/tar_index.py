@@ -109,6 +109,7 @@ def label_of(sample: TarSample, file: BinaryIO, label_field: str | None) -> str 
         return None
     if value is None or value == "" or (type(value) is int and value < 0):
         return None
+    # not isinstance: JSON's true would pass for a whole number
     if type(value) not in (int, str):
         return Refused("bad_label", f"its label is a {type(value).__name__}; write a whole number or text")
     return str(value)
@@ -123,6 +124,7 @@ def _index(
     label_field: str | None,
 ) -> ShardRecord:
     entries = list(iter_entries(path, address))
+    # before any image is read: a tar that readers see differently must not become a dataset
     check_agreement(group_members(regular_members(entries), address), path, address)
     contents = contents_of(entries)
     found = group_members(contents.members, address)
@@ -150,6 +152,7 @@ def _index(
     return {
         "shard": plan.shard,
         "split": plan.split,
+        # empty where nothing is served, since shards.parquet lists only shards with samples
         "key": address if samples else "",
         "bytes": path.stat().st_size if samples else 0,
         "sha256": file_sha256(path) if samples else "",

@@ -31,6 +31,7 @@ class EarlierListing:
     def is_new(self, path: str, size: int) -> bool:
         """Return whether no part lists the file with this size."""
         self._skip_to(path)
+        # a set: a file that has changed is listed by a later part as well, with another size
         sizes = set()
         while self._head is not None and self._head[0] == path:
             sizes.add(self._head[1])
@@ -57,6 +58,7 @@ def has_new_files(source: str, labels: str | None, parts: Sequence[StageInput]) 
     """Return whether the source holds a file that no part lists. It is read only up to the first such file."""
     with tempfile.TemporaryDirectory() as scratch:
         earlier = EarlierListing([listed_files(part, Path(scratch) / str(n)) for n, part in enumerate(parts)])
+        # ignored files are in no snapshot, so they would always count as new
         items = (item for item in list_source(source, besides=labels) if item.role != "ignored")
         return any(earlier.is_new(item.path, item.size) for item in items)
 

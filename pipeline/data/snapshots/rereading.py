@@ -26,6 +26,7 @@ def check_layout(config: SnapshotConfig, *, files: int) -> None:
     """Raise DataError or ConfigError if the splits of a source of at most so many files cannot be read from its names.
 
     A larger source is not checked: it is listed once only."""
+    # one more than allowed tells that there are more
     items = list(islice(list_source(config.source, besides=config.labels), files + 1))
     found = [item for item in items if item.role != "ignored"]
     if (
@@ -36,6 +37,7 @@ def check_layout(config: SnapshotConfig, *, files: int) -> None:
     ):
         return
     paths = [item.path for item in found]
+    # not empty: a source without any usable file has raised in list_source
     if found[0].role == "image":
         find_layout(FolderEvidence().add_all(paths), config.split_from)
     else:
@@ -63,6 +65,7 @@ def reread(config: SnapshotConfig, parts: Sequence[StageInput]) -> tuple[str, st
             for batch in read_batches(tables[-1]):
                 old: dict[str, Any] = dict(batch)  # of a written snapshot, where labels are numbers
                 labels, splits = read(batch)
+                # numbered as they appear: only which old label meets which new one counts
                 numbers = [NO_LABEL if name is None else names.setdefault(name, len(names)) for name in labels]
                 then.add(old["split"], old["label"])
                 now.add(splits, numbers)

@@ -134,6 +134,7 @@ def _list(
                 folders.add_all(item.path for item in items)
             match = labels.match([item.path for item in items]) if labels else None
             without_split += match.splits.count(None) if match else len(items)
+            # asked for every file, as EarlierListing moves along with the listing
             new = [index for index, item in enumerate(items) if earlier.is_new(item.path, item.size)]
             columns: Batch = {
                 "path": [items[index].path for index in new],
@@ -143,9 +144,10 @@ def _list(
                 columns["label"] = [match.labels[index] for index in new]
                 columns["split"] = [match.splits[index] for index in new]
             writer.write_table(pa.table(columns, schema=schema))
+    # only in a preview: a whole source without a usable file has raised in list_source
     if role == "ignored":
         raise DataError(f"{config.source}: none of its first {files} files is an image, a tar or a table")
-    if labels and files is None:
+    if labels and files is None:  # a preview has not seen every path
         labels.check_all_known(config.source)
     return _Listing(path, KINDS[role], passed_over, folders, labels, without_split, files or math.inf)
 

@@ -62,6 +62,7 @@ class Labels:
         self._next = end
         listed = pa.array(paths, _TEXT)
         self._note_unknown(rows.filter(pc.invert(pc.is_in(rows.column("path"), value_set=listed))))
+        # index_in is null where the file has no row, and take makes nulls of these
         found = rows.take(pc.index_in(listed, value_set=rows.column("path")))
         return LabelMatch(found.column("label").to_pylist(), found.column("split").to_pylist())
 
@@ -87,6 +88,7 @@ def sha256_of_labels(uri: str) -> str:
 
 def label_texts(column: pa.Array, where: str) -> TextColumn:
     """Return labels as text without blanks around them, as `.cls` of tars; empty ones and negative numbers become null."""
+    # categories, as pandas writes them
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     kind = column.type
@@ -107,6 +109,7 @@ def split_texts(column: pa.Array, where: str) -> TextColumn:
         raise DataError(f"{where}: the splits are of type {column.type}. Write train, val or test") from error
     texts = pc.utf8_trim_whitespace(texts)
     texts = pc.if_else(pc.equal(texts, ""), pa.scalar(None, _TEXT), texts)
+    # each distinct text is parsed once, not each row
     names = pc.unique(texts).drop_null().to_pylist()
     if strange := sorted(name for name in names if split_named(name) is None):
         raise DataError(f"{where}: split {strange[0]!r} is unknown. Write train, val or test, or leave it empty")
@@ -125,7 +128,9 @@ def _read(uri: str) -> pa.Table:
     data = io.BytesIO(store.read(name))
     try:
         if suffix == "csv":
+            # as text: read as a number, the label 007 would become 7
             texts = dict.fromkeys(("path", "label", "split"), _TEXT)
+            # only an empty cell is null: a class may be called NA
             options = pyarrow.csv.ConvertOptions(column_types=texts, null_values=[""], strings_can_be_null=True)
             return pyarrow.csv.read_csv(data, convert_options=options)
         if suffix == "parquet":

@@ -115,6 +115,7 @@ def is_hidden(path: str) -> bool:
 
     AppleDouble files of macOS (`._x.jpg`, `__MACOSX/`) and Synology's thumbnails (`@eaDir/`) are named like images.
     """
+    # two substring tests first: this is asked about every file of a source
     if (path.startswith(".") or "/." in path) and any(part[:1] == "." and part.strip(".") for part in path.split("/")):
         return True
     return any(f"{folder}/" in path and folder in path.split("/") for folder in _SYSTEM_FOLDERS)

@@ -151,6 +151,7 @@ def split_and_label(path: str, layout: ImageLayout, *, test_share: float, seed: 
     *folders, name = path.split("/")
     label = label_name(folders[layout.label_depth]) if len(folders) > layout.label_depth else None
     if layout.split_depth is not None:
+        # exactly one: find_layout has refused the others
         (split,) = words_in(folders[layout.split_depth])
         return split, label
     if layout.origin == "names":
@@ -190,12 +191,14 @@ def choose_tars(paths: Sequence[str], *, test_share: float, seed: int) -> list[s
     Of several tars at least one is held out; a single tar is `train`.
     """
     count = max(1, round(test_share * len(paths))) if test_share and len(paths) > 1 else 0
+    # by path among equal hashes, so that the choice is the same on any machine
     chosen = set(sorted(paths, key=lambda path: (keyed_hash(seed, path, purpose="split"), path))[:count])
     return ["test" if path in chosen else "train" for path in paths]
 
 
 def pool_split(path: str, *, test_share: float, seed: int) -> str:
     """Return the split of one member of a pool."""
+    # a threshold, not a count: the split of one file must not depend on which others there are
     return "test" if keyed_hash(seed, path, purpose="split") < test_share * 2.0**64 else "train"
 
 
@@ -226,6 +229,7 @@ def label_name(folder: str) -> str:
 
 def class_order(names: Collection[str]) -> tuple[str, ...]:
     """Return the classes in the order of their labels: by value if all are whole numbers, else by text."""
+    # 07 is not a number here: it and 7 would be two classes of one value
     numbers = all(name.isdecimal() and str(int(name)) == name for name in names)
     return tuple(sorted(names, key=lambda name: (int(name) if numbers else 0, name)))
 
@@ -234,6 +238,7 @@ def keyed_hash(seed: int, path: str, *, purpose: Literal["split", "shard", "row_
     """Return 64 random bits that belong to this path, the same on every machine and at every retry."""
     # a hash rather than a shuffle: a file that is added later moves no other file to another split
     data = f"{purpose}:{seed}:{path}".encode()
+    # blake2b: Python's own hash() differs between processes
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
@@ -307,6 +312,7 @@ def _check_every_name(evidence: FolderEvidence) -> None:
 
 def _refuse_half_named(evidence: FolderEvidence) -> None:
     """Raise DataError if words for splits occur, but not for every image on one level."""
+    # reversed: the first example of each split is written last and stays
     if found := {split: path for words, path, _ in reversed(evidence.patterns) for split in words.folders if split}:
         ways = (
             "set data.split_from: path to go by them"

@@ -58,6 +58,7 @@ def list_rows(source: str, file: str, size: int, columns: TableColumns, *, batch
     with _opened(open_store(source), file, size) as table:
         schema = table.schema_arrow
         _check_image_column(schema, columns.image, where)
+        # the default name may be missing; one that the user wrote may not
         label = _present(schema, columns.label, where, named="data.label_column", may_lack=columns.label == "label")
         split = _present(schema, columns.split, where, named="data.split_column", may_lack=False)
         wanted = [name for name in (label, split) if name]
@@ -101,6 +102,7 @@ def read_images(source: str, rows: pa.Table, column: str) -> Iterator[tuple[str,
                 for batch in table.iter_batches(batch_size=_IMAGE_ROWS, row_groups=[group], columns=[column]):
                     for value in batch.column(0):
                         if row in numbers:
+                            # pyarrow cannot start within a row group, so rows of other shards are read and passed over
                             yield row_name(file, row), _image_of(value.as_py())
                         row += 1
 
@@ -120,7 +122,9 @@ def _opened(store: Store, file: str, size: int | None) -> Iterator[pq.ParquetFil
     local = store.local_path(file)
     try:
         if local is None and size is None:
+            # a listing gives the size without opening the file; the prefix may match longer names too
             size = next(info.size for info in store.list(file) if info.key == file)
+        # buffered and not pre-buffered: a row group of images can be hundreds of megabytes
         table = pq.ParquetFile(local or RangeFile(store, file, size or 0), buffer_size=_BUFFER, pre_buffer=False)
         with table:
             yield table
@@ -163,6 +167,7 @@ def _class_names(schema: pa.Schema, column: str) -> tuple[str, ...]:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         names = features[column]["names"]
     except (ValueError, KeyError, TypeError):
+        # names that are empty or not distinct would merge classes, so the numbers stay
         return ()
     distinct = isinstance(names, list) and all(isinstance(name, str) and name.strip() for name in names)
     names = tuple(name.strip() for name in names) if distinct else ()

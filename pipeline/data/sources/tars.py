@@ -83,6 +83,7 @@ def iter_entries(path: Path, address: str) -> Iterator[Entry]:
     """Yield everything in a tar but its folders, up to its end or to the damage, where it raises DamagedTar."""
     last = ""
     try:
+        # `r:`: without compression, since offsets must be those of the file
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             while (member := tar.next()) is not None:
                 if member.issparse():
@@ -108,6 +109,7 @@ def contents_of(entries: Sequence[Entry]) -> Contents:
 
     A symbolic link may name any file of the tar, a hard link one that comes before it, as when the tar is unpacked.
     """
+    # names may begin with `./`, and a link may spell its target in another way
     files = {posixpath.normpath(entry.name): entry for entry in regular_members(entries)}
     links = {posixpath.normpath(entry.name): entry for entry in entries if isinstance(entry, Link)}
     before: dict[str, Member] = {}
@@ -132,6 +134,7 @@ def contents_of(entries: Sequence[Entry]) -> Contents:
 
 def group_members(members: Sequence[Member], address: str) -> list[TarSample]:
     """Return the samples that webdataset's grouping makes of the members."""
+    # webdataset's tar reader drops these members before it groups; group_by_keys alone would not
     files = ({"fname": member.name, "data": member, "__url__": ""} for member in members if not _is_meta(member.name))
     try:
         found = list(group_by_keys(files))
@@ -191,6 +194,7 @@ def _entry(member: tarfile.TarInfo, address: str) -> Entry:
 def _target(link: Link, files: Mapping[str, Member], links: Mapping[str, Link]) -> Member | None:
     """Return the file that a link leads to, or None if that is no file of the tar, or a link to itself."""
     # GNU tar stores a file that is named twice on the command line as a link to itself: nothing that is not there already
+    # also stops a chain of links that leads round in a circle
     passed = {posixpath.normpath(link.name)}
     following: Link | None = link
     while following and following.target not in passed:
@@ -203,6 +207,7 @@ def _target(link: Link, files: Mapping[str, Member], links: Mapping[str, Link]) 
 
 def _check_end(file: BinaryIO, end: int, address: str, *, after: str) -> None:
     """Check that the archive ends in two blocks of zeros, and that nothing but zeros follows."""
+    # read on from where tarfile stopped: it does not look behind what it takes for the end
     file.seek(end)
     length = 0
     while data := file.read(_CHUNK):
