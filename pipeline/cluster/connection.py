@@ -43,7 +43,9 @@ def connect(*, cpus: int | None = None) -> None:
     address = os.environ.get("RAY_ADDRESS")
     if not address:  # a private cluster: its token exists only in this process and its children, never in a file
         os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", _own_token()
+    # under `uv run` Ray would otherwise build the project's environment again for every worker
     os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    # a process that reserves no GPU keeps CUDA_VISIBLE_DEVICES as it is; older Rays would empty it
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_usage_stats_enabled", "0")
     import ray
@@ -56,6 +58,7 @@ def connect(*, cpus: int | None = None) -> None:
     variables = dict(
         WORKER_ENVIRONMENT, **{name: os.environ[name] for name in FORWARDED_VARIABLES if name in os.environ}
     )
+    # workers' prints would otherwise come out between the lines of the display
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "runtime_env": {"env_vars": variables}}
     try:
         with _sigterm_handler_kept(), _processes_in_sessions_of_their_own():
@@ -66,6 +69,7 @@ def connect(*, cpus: int | None = None) -> None:
                     address="local",
                     num_cpus=cpus,
                     include_dashboard=False,
+                    # Ray would take 30 % of the memory
                     object_store_memory=200_000_000,
                     _node_ip_address="127.0.0.1",
                     **options,
@@ -103,6 +107,7 @@ def _await_answer(address: str) -> None:
         return  # `auto`, `local`: Ray knows where to look
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+    # OverflowError: a port above 65535
     except (OSError, OverflowError) as cause:
         raise PipelineError(
             f"Ray {address}: nothing answers there ({cause}). Start the cluster, correct RAY_ADDRESS, or unset it to run here"

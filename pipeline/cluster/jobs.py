@@ -30,6 +30,7 @@ def submit_run(name: str, config_text: str, *, address: str) -> str:
         (Path(folder) / "run.yaml").write_text(config_text)
         job = {
             "entrypoint": "mae run run.yaml --json || test $? -eq 4",  # exit code 4, done with a warning, is no failure
+            # Ray takes each id once, even when its job has ended
             "submission_id": f"{stem}-{len(earlier) + 1}",
             "runtime_env": {"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": STOP_WITHIN_S}},
             "metadata": {"run": name},
@@ -63,6 +64,7 @@ def job_logs(job: str, *, address: str, until: Literal["now", "end"]) -> Iterato
             return
         client.get_job_info(job)  # raises for an unknown job; tailing its log would end silently
         lines = client.tail_job_logs(job)
+        # the client's generator is asynchronous, and everything here is not
         loop = asyncio.new_event_loop()
         try:
             while True:

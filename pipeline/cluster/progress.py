@@ -37,6 +37,7 @@ class _Board:
         self.updates[step] = update
 
     def take(self) -> dict[str, Update]:
+        # swapped in one go; an actor runs one call at a time, so no update is lost in between
         updates, self.updates = self.updates, {}
         return updates
 
@@ -47,6 +48,7 @@ class ProgressBoard:
     def __init__(self) -> None:
         import ray
 
+        # no CPU: the workers may hold them all, and the actor would wait for one
         self.actor = ray.remote(num_cpus=0, scheduling_strategy=on_this_node())(_Board).remote()
 
     def writer(self, step_name: str) -> Progress:
@@ -58,6 +60,7 @@ class ProgressBoard:
         import ray
 
         try:
+            # a lost actor must not hold the driver up
             return dict(ray.get(self.actor.take.remote(), timeout=10))
         except ray.exceptions.RayError:
             return {}
@@ -73,4 +76,5 @@ class _BoardWriter:
         now = time.monotonic()
         if now - self.sent_at >= 0.2 or done >= total:
             self.sent_at = now
+            # not awaited: the next update replaces a lost one
             self.actor.put.remote(self.step_name, Update(done, total, unit, fields))

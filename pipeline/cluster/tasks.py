@@ -63,15 +63,18 @@ def _completed(function: Callable[[T], R], items: Sequence[T], executor: Executo
                 running[task.remote(following[1])] = following[0]
             if not running:
                 return
+            # one is enough to submit the next, so no CPU waits for the slowest of a group
             done, _ = ray.wait(list(running), num_returns=1)
             for reference in done:
                 try:
                     yield running[reference], ray.get(reference)
                 except ray.exceptions.RayTaskError as error:
+                    # from None: Ray's own error would print the same traceback again
                     raise original_error(error) from None
                 del running[reference]
     finally:
         for reference in running:
+            # not by force: a task that is interrupted still deletes its scratch files
             ray.cancel(reference, force=False)
 
 

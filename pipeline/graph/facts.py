@@ -19,6 +19,7 @@ class Facts:
 
     @classmethod
     def read(cls, facts: Mapping[str, Any]) -> Self:
+        # dict(): a receipt may be any mapping, and pydantic takes only dicts for a dataclass
         """Read them from a receipt. Raises DataError if a field is missing or has the wrong type."""
         try:
             read: Self = _adapter(cls).validate_python(dict(facts))

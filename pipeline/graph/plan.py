@@ -67,6 +67,7 @@ def record_identity(store: Store, receipt: Receipt) -> None:
     """Record the identity of a finished step for later plans."""
     key = f"{HISTORY}{receipt.step}/{receipt.fingerprint[:12]}.json"
     with contextlib.suppress(StorageError):  # the step is complete either way; only a later plan explains less
+        # create: an identity never changes, and another driver may be recording the same one
         store.create(key, json.dumps(receipt.identity, sort_keys=True).encode())
 
 

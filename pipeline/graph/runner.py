@@ -151,7 +151,7 @@ class GraphRun:
     def waiting_for(self) -> str:
         """Return what a stop would wait for at this moment, and about how long. Any thread may call it."""
         here = [self.in_process] if self.in_process else []
-        running = [*here, *(work for work, _ in list(self.running.values()))]
+        running = [*here, *(work for work, _ in list(self.running.values()))]  # a copy: another thread may change it
         return "; ".join(work.waiting_for() for work in running) or "no step is running; the results are being recorded"
 
     def note_progress(self, step_name: str, done: int, total: int, unit: str, fields: Mapping[str, float]) -> None:
@@ -166,6 +166,7 @@ class GraphRun:
         if len(self.running) >= self.parallel or any(one.name not in self.outcomes for one in step.inputs.values()):
             return
         inputs = {self.outcomes[one.name].state for one in step.inputs.values()}
+        # after a stop, steps are still looked up, so that the summary tells what is finished, but none is started
         ready = inputs <= {"done", "cached"} and not self.stopping
         attempt = None
         try:
@@ -187,6 +188,7 @@ class GraphRun:
         root = self.store.at(step.directory)
         continues = step.resume_point(root) if step.resume_point else ""
         generation = claim(root, continues=continues)
+        # only now: an actor needs a cluster, and a run in which everything is cached starts none
         if self.executor == "ray" and self.board is None:
             self.board = cluster.ProgressBoard()
         return Attempt(
@@ -213,9 +215,11 @@ class GraphRun:
             self.in_process = work
             if self.stopping:  # the signal came between the claim and the line above
                 self.request_stop()
+            # only where a step can save: the others are interrupted by request_stop itself
             if step.resume_point is not None:
                 threading.Thread(target=self._forward_stop_request, args=(work,), daemon=True).start()
             receipt = execute_step(step, inputs, work.attempt)
+            # from here on only records are written, which a signal must not interrupt
             self.in_process = None
         except BaseException as error:  # noqa: BLE001 - becomes the step's outcome, never swallowed
             self.in_process = None
@@ -226,6 +230,7 @@ class GraphRun:
 
     def _collect(self) -> None:
         for name, (work, handle) in list(self.running.items()):
+            # the only pause of the walk, so it does not spin while steps run
             if not handle.ready(timeout_s=0.2):
                 if self.stopping:
                     self._stop_on_cluster(work, handle)
@@ -259,6 +264,7 @@ class GraphRun:
         """Ask a step, through the store, to save and stop. A store that refuses is asked again at the next call."""
         try:
             work.attempt.root.create(stop_request_key(work.attempt.generation), b"{}")
+        # not `interrupted`: the step is trusted to end by itself until START_PATIENCE_S is over
         except StorageError as error:
             log.warning("%s: the request to stop could not be written, trying again: %s", work.step.name, error)
             return
@@ -309,6 +315,7 @@ def execute_step(step: Step, inputs: Mapping[str, StageInput], attempt: Attempt)
         )
     try:
         result = step.function(step.config, inputs, attempt)
+    # their messages say all there is; a traceback is kept for what nobody foresaw
     except (PipelineError, ConfigError):
         raise
     except Exception:

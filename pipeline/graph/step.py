@@ -149,6 +149,7 @@ def canonical(value: Any, where: str = "value") -> Any:
     """Return a value as plain JSON with exactly one form, so that equal values have equal fingerprints.
 
     Raises ConfigError, naming the value by `where`, for anything that has no such form."""
+    # a class has model_dump too; only instances are values
     if hasattr(value, "model_dump") and not isinstance(value, type):
         return canonical(value.model_dump(mode="python"), where)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -173,4 +174,5 @@ def canonical(value: Any, where: str = "value") -> Any:
 
 
 def _left_out(config_field: "dataclasses.Field[Any]", value: Any) -> bool:
+    # >=: a field's metadata may hold more than this mark
     return config_field.metadata.items() >= ADDED_LATER.items() and bool(value == config_field.default)

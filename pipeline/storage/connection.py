@@ -52,6 +52,7 @@ def client() -> Any:
     """Return the S3 client of this process and AWS environment, made on first use.
 
     Clients are thread-safe but do not survive a fork, hence the process id in the key."""
+    # a client keeps the settings it was made with; hashed, so that no secret is kept as a key
     settings = hash(frozenset(item for item in os.environ.items() if item[0].startswith("AWS_")))
     with _clients_lock:
         key = (os.getpid(), settings)
@@ -88,6 +89,7 @@ def refusal_of_settings(message: str, environment: Mapping[str, str], profile: M
     settings = {name: value for name, value in environment.items() if name.startswith("AWS_")}
     settings |= {f"{name} in the AWS profile": value for name, value in profile.items() if isinstance(value, str)}
     settings = {name: value for name, value in settings.items() if not re.search("(?i)secret|token|access_key", name)}
+    # as a whole word: a region such as `eu` is part of many other words
     named = {n: v for n, v in settings.items() if v and re.search(rf"(?<!\w){re.escape(v)}(?!\w)", message)}
     named = named or {name: value for name, value in settings.items() if not value}
     for value in named.values():  # an endpoint may hold a password
@@ -131,6 +133,7 @@ def client_options(environment: Mapping[str, str], profile: Mapping[str, Any], *
         "retries": retries,
         "connect_timeout": _CONNECT_S,
         "read_timeout": _READ_S,
+        # botocore's 10 are too few for a few transfers at once, each of which takes 8 (s3.py)
         "max_pool_connections": 64,
     }
     if own_endpoint:  # other stores often lack virtual hosts and the newer checksums
@@ -216,6 +219,7 @@ class TrafficMeter:
         """Add to the totals."""
         with self._lock:
             more = Traffic(requests, bytes_received, retries)
+            # field by field: Traffic is a tuple, and + would join two of them
             self._total = Traffic(*(a + b for a, b in zip(self._total, more, strict=True)))
 
     def read(self) -> Traffic:

@@ -136,6 +136,7 @@ def _explain_refusal(error: Any) -> tuple[type[StorageError], str]:
             f"the credentials are refused ({code}). Renew the key, secret or token, and check this machine's clock",
         )
     if code in _OTHER_REGION or status == 301:
+        # HEAD has no body to name the region in, only this header
         headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
         region = answer.get("Region") or headers.get("x-amz-bucket-region")
         setting = f"AWS_DEFAULT_REGION={region}" if region else "AWS_DEFAULT_REGION to the bucket's region"

@@ -36,6 +36,7 @@ class RangeFile(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         """See io.RawIOBase."""
         left = max(0, self._size - self._at)
+        # no more than there is: at the end of a file a read returns less, where read_range would raise
         data = self._store.read_range(self._key, self._at, left if size < 0 else min(size, left))
         self._at += len(data)
         return data

@@ -37,6 +37,7 @@ class FileStore:
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         """See Store."""
+        # unbuffered, since pread goes past Python's buffer anyway
         with translate_errors(self.uri, key, "read"), self._path(key).open("rb", buffering=0) as file:
             parts, at = [], start
             # a single pread may return less than asked, and returns at most 2 GiB
@@ -73,6 +74,7 @@ class FileStore:
         base = self._path(folder) if folder else self.root
         with translate_errors(self.uri, prefix, "list"):
             if base.is_dir():
+                # the prefix is text and not a folder, so its last part is only the beginning of names
                 yield from _walk(base, f"{folder}/" if folder else "", name, (_inode(base.stat()),))
 
     def delete(self, key: str) -> None:
@@ -135,6 +137,7 @@ def _inode(status: os.stat_result) -> tuple[int, int]:
 def _write_synced(path: Path, data: bytes | memoryview) -> None:
     with path.open("wb") as file:
         file.write(data)
+        # fsync knows nothing of Python's buffer
         file.flush()
         os.fsync(file.fileno())
 

@@ -72,6 +72,7 @@ def probe(store: Store) -> None:
 
     The last check creates the same key from eight threads at once: exactly one of them may succeed. It is a race,
     so one probe can miss a store whose create is not atomic."""
+    # a key of its own: several runs may probe one store at once
     key, data = f".probe/{uuid.uuid4().hex}", b"mae"
     try:
         _write_first(store, key, data)
@@ -98,7 +99,7 @@ def probe(store: Store) -> None:
                 f"atomic in this store, {_WHY_ATOMIC}"
             )
     finally:
-        with contextlib.suppress(StorageError):
+        with contextlib.suppress(StorageError):  # the probe's own error matters more
             store.delete(key)
 
 

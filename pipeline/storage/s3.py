@@ -58,6 +58,7 @@ class S3Store:
 
     def read_range(self, key: str, start: int, length: int) -> bytes:
         """See Store."""
+        # HTTP's ranges name their last byte, so an empty one cannot be written
         if length == 0:
             return b""
         with translate_errors(self.uri, key, f"read of bytes {start} to {start + length}"):
@@ -68,6 +69,7 @@ class S3Store:
         """See Store. Data larger than one part goes up in parallel parts, since a single PUT may hold at most 5 GiB."""
         with translate_errors(self.uri, key, "write"):
             if len(data) <= _PART_BYTES:
+                # boto3 takes no memoryview; what is copied is at most one part
                 client().put_object(Bucket=self.bucket, Key=self._name(key), Body=bytes(data))
                 return
             self._in_parts(
@@ -92,6 +94,7 @@ class S3Store:
                         return asked_before and self._is_ours(name, mark, data)
                     if status != 409 or not tries_left:  # 409: another create of this key is under way
                         raise
+                    # longer from try to try, and random, or those in conflict would meet again
                     time.sleep(random.uniform(0.05, 0.2) * (_CONFLICT_TRIES - tries_left))  # noqa: S311
                 else:
                     return True

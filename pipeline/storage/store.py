@@ -104,6 +104,7 @@ class Store(Protocol):
 
 def checked_key(location: str, key: str) -> str:
     """Return the key if it is valid; otherwise raise StorageError, with the store's address `location` in the message."""
+    # stricter than S3, so that every key is a path as well and cannot leave the store's folder
     if "\0" in key or any(part in {"", ".", ".."} for part in key.split("/")):
         raise StorageError(
             f"{location}: {key!r} is not a valid key: write names joined by single slashes, without '.', '..' or a leading '/'"
@@ -125,6 +126,7 @@ def checked_length(location: str, key: str, start: int, length: int, data: bytes
 def temporary_beside(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the file's own folder, so that a rename is atomic; delete it afterwards in any case."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # a name of its own: several processes may write one key at once
     temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
     try:
         yield temporary

@@ -63,6 +63,7 @@ def check_tracking(uri: str) -> None:
     elif uri.startswith("http"):
         _await_answer(uri)
     with translate_errors(uri, "connecting"):
+        # the cheapest call that needs tables and permissions
         client_of(uri).search_experiments(max_results=1)
 
 
@@ -94,10 +95,12 @@ def _await_answer(uri: str) -> None:
     Importing MLflow takes seconds, and its own retries multiply its limits. Certificates are left to MLflow, which has settings
     for them."""
     parts = urlsplit(uri)
+    # urllib takes `user:password@` for part of the host's name
     address = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
     for tries_left in reversed(range(_ANSWER_TRIES)):
         try:
             urllib.request.urlopen(address, timeout=_ANSWER_S).close()  # noqa: S310 - http or https
+        # any answer will do, even 401 or 404: a server is there
         except (urllib.error.HTTPError, http.client.HTTPException):
             return
         except OSError as cause:  # URLError is one

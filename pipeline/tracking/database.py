@@ -98,6 +98,7 @@ def _state(database: Path) -> State:
         return "missing"
     try:
         with contextlib.closing(
+            # rw: the default, rwc, would create the file that is only looked for
             sqlite3.connect(f"{database.as_uri()}?mode=rw", uri=True, timeout=_BUSY_S)
         ) as connection:
             found = any(_has_row(connection, query) for query in ("SELECT 1 FROM experiments", *_CONTENT))
@@ -109,6 +110,7 @@ def _state(database: Path) -> State:
         raise WrongTrackingAddress(
             f"tracking database {database} cannot be opened ({cause}). Choose another path, or give this user access"
         ) from cause
+    # after its subclass OperationalError, which can also mean that the file is busy
     except sqlite3.DatabaseError as cause:
         raise WrongTrackingAddress(
             f"tracking database {database} is not a readable SQLite file ({cause}). Choose another path, or move it away: "
@@ -188,6 +190,7 @@ def _fill(target: sqlite3.Connection, artifacts: str) -> None:
     store: Any = SqlAlchemyStore("sqlite:///:memory:", artifacts)
     try:
         source = store.engine.raw_connection()
+        # SQLite's own connection, below SQLAlchemy's wrapper: only that one has `backup`
         try:
             source.driver_connection.backup(target)
         finally:
@@ -203,6 +206,7 @@ def _locked(database: Path) -> Iterator[bool]:
     The kernel releases the lock of a killed process. Polling, because a signal would not end a blocking flock in this thread
     without raising, and because NFS may hold one for ever."""
     try:
+        # 0o666: other users of the folder must lock this file too; the umask has the last word
         descriptor = os.open(database.with_name(f"{TEMPORARY}{database.name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as cause:
         raise WrongTrackingAddress(
@@ -214,6 +218,7 @@ def _locked(database: Path) -> Iterator[bool]:
             _delete_leftovers(database)
         yield holds_lock
     finally:
+        # only closed, never deleted: the next process would lock another file of the same name
         os.close(descriptor)
 
 

@@ -59,6 +59,7 @@ class Journal:
 
     def _append(self, points: Sequence[Point]) -> None:
         parts = self._open()
+        # >=: metrics and a file may share a step, and MLflow drops a point that it already has
         new = [point for point in points if (point.rollbacks, point.step) >= self._written_to]
         if new and self._own_points is None:  # the first points of this process: MLflow no longer has everything
             self.store.delete(SENT)
@@ -71,6 +72,7 @@ class Journal:
             batch, new = new[:room], new[room:]
             grown = [*self._own_points, *batch]
             self.store.write(parts[-1], _encode(grown))
+            # only now: if the write fails, the tracker offers the same points again
             self._own_points = grown
 
     def after(self, cursor: JournalCursor) -> tuple[list[Point], JournalCursor]:
@@ -105,6 +107,7 @@ class Journal:
         if self._parts is None:
             parts = [info.key for info in self.store.list(f"{FOLDER}part-")]
             if parts:
+                # the last line is enough, as points come in order
                 last = _read_part(self.store, parts[-1])[-1]
                 self._written_to = (last.rollbacks, last.step)
             self._parts = parts
@@ -117,6 +120,7 @@ class Journal:
         number = int(parts[-1].rpartition("-")[2].partition(".")[0]) if parts else 0
         while True:
             number += 1
+            # created with its points: a part that existed while still empty would have no last line to read
             key = f"{FOLDER}part-{number:08d}.jsonl"
             created = self.store.create(key, _encode(points))
             parts.append(key)
@@ -136,6 +140,7 @@ def _encode(points: Iterable[Point]) -> bytes:
     for point in points:
         metrics = {key: value if math.isfinite(value) else str(value) for key, value in point.metrics.items()}
         record = {**point._asdict(), "metrics": metrics}
+        # fields that are empty or zero are left out; Point's defaults bring them back
         lines.append(json.dumps({key: value for key, value in record.items() if value or key == "step"}) + "\n")
     return "".join(lines).encode()
 
@@ -143,6 +148,7 @@ def _encode(points: Iterable[Point]) -> bytes:
 def _read_part(store: Store, key: str) -> list[Point]:
     try:
         points = [Point(**json.loads(line)) for line in store.read(key).splitlines()]
+        # float() also reads "nan" and "inf" back
         return [p._replace(metrics={name: float(value) for name, value in p.metrics.items()}) for p in points]
     except (ValueError, TypeError, AttributeError) as cause:
         raise TrackingError(

@@ -39,6 +39,7 @@ def redact(value: Any, *, key: str = "") -> Any:
         return [redact(item, key=key) for item in value]
     if value is None or isinstance(value, (bool, int, float)) or value == "":
         return value
+    # access_key, access-key and `access key` alike
     secret = _SECRET_KEY.search(re.sub(r"[_\-\s]", "", key.lower()))
     return HIDDEN if secret else redact_text(str(value))
 

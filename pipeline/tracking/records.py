@@ -36,6 +36,7 @@ def log_params(uri: str, run_id: str, params: Mapping[str, Any]) -> None:
 
         client = client_of(uri)
         known = client.get_run(run_id).data.params
+        # MLflow refuses a whole batch over one parameter that has another value already
         new = [Param(key, value) for key, value in flat.items() if key not in known]
         for batch in chunks(new, PARAMS_PER_CALL):
             client.log_batch(run_id, params=batch)
@@ -64,6 +65,7 @@ def log_scores(uri: str, run_id: str, scores: Mapping[str, float]) -> None:
 
         client = client_of(uri)
         known = client.get_run(run_id).data.metrics
+        # MLflow appends: a repeated score would become a second point of its chart
         new = {k: v for k, v in scores.items() if math.isfinite(v) and known.get(mlflow_key(k)) != v}
         for batch in chunks([Metric(mlflow_key(k), v, now_ms(), 0) for k, v in new.items()], METRICS_PER_CALL):
             client.log_batch(run_id, metrics=batch)

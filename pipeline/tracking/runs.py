@@ -94,6 +94,7 @@ def child_after(uri: str, run_id: str, *, rollbacks: int, to_step: int) -> str:
         for run in family:
             if int(run.data.tags.get(ROLLBACKS_TAG, "0")) == rollbacks:
                 return str(run.info.run_id)
+        # `mlflow.` tags are MLflow's own (user, source), and a new run gets its own
         kept = {key: value for key, value in tags.items() if not key.startswith("mlflow.") or key == PARENT_TAG}
         added = {ROLLBACKS_TAG: str(rollbacks), ROLLED_BACK_TO_TAG: str(to_step)}
         created = client.create_run(given.info.experiment_id, tags={**kept, **added}, run_name=given.info.run_name)
@@ -109,6 +110,7 @@ def link_child(uri: str, *, parent_run_id: str, name: str, run_id: str) -> None:
         tags = client.get_run(run_id).data.tags
         later = tags.get(LATER_PARENTS_TAG, "").split()
         if tags.get(PARENT_TAG) != parent_run_id and parent_run_id not in later:
+            # a tag holds 8000 characters, and an id has 32
             log_tags(client, run_id, {LATER_PARENTS_TAG: " ".join([*later, parent_run_id][-200:])})
 
 
@@ -131,6 +133,7 @@ def _experiment(uri: str, name: str) -> str:
             found = client.get_experiment_by_name(name)
             if found is None:
                 raise
+    # a deleted experiment keeps its name, so creating it again would fail
     if found.lifecycle_stage == "deleted":
         raise TrackingError(
             f"experiment {name!r} was deleted in MLflow: restore it there, or choose another tracking.experiment"

@@ -40,6 +40,7 @@ class Sender:
 
     def send_next(self) -> bool:
         """Send the next part of the journal, or what is new in it; return False if there was nothing to send."""
+        # the cursor moves only after everything was sent: a failed call is repeated from here
         points, next_cursor = self.journal.after(self.cursor)
         try:
             for rollbacks, group in groupby(points, key=lambda point: point.rollbacks):
@@ -65,6 +66,7 @@ class Sender:
         ]
         finite = [value for value in values if math.isfinite(value.value)]
         for batch in chunks([v for v in finite if v.step > curve.sent_up_to.get(v.key, -1)], METRICS_PER_CALL):
+            # synchronous: an asynchronous call reports its failure to nobody
             client.log_batch(curve.run_id, metrics=batch, synchronous=True)
         for value in finite:
             curve.sent_up_to[value.key] = max(value.step, curve.sent_up_to.get(value.key, -1))
@@ -100,4 +102,5 @@ def _copy_artifact(client: Any, run_id: str, store: Store, key: str) -> None:
 
 def _last_steps(client: Any, run_id: str) -> dict[str, int]:
     """Return the highest step the server has of each metric of a run: MLflow keeps that point as the metric's latest."""
+    # through the protocol buffer: the public dictionary of metrics has no steps
     return {metric.key: metric.step for metric in client.get_run(run_id).data.to_proto().metrics}

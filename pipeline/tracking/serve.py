@@ -27,6 +27,7 @@ def serve(uri: str, *, port: int) -> None:
         return
     check_tracking(uri)
     with contextlib.closing(socket.socket()) as probe:
+        # or a server that has just ended would count as one that still listens
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))

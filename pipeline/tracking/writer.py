@@ -150,6 +150,7 @@ class JournalTracker:
     def _flush(self) -> None:
         """Move the queue to the journal; points that cannot be stored stay queued."""
         with self._writing:
+            # only for the swap: `log` must not wait while the store is written
             with self._lock:
                 batch, self._queue = self._queue, []
             try:
@@ -158,6 +159,7 @@ class JournalTracker:
             except Exception as cause:  # noqa: BLE001 - whatever the store raises, training goes on
                 log.warning("metrics cannot be written to the journal, trying again: %s", cause)
                 with self._lock:
+                    # in front: newer points may have come meanwhile
                     self._queue = batch + self._queue
 
     def _send(self) -> bool:
@@ -183,7 +185,7 @@ class JournalTracker:
         self._flush()
         if not self._run_id:
             return True
-        if not self._send() or self._queue:
+        if not self._send() or self._queue:  # points came while it was sending
             return False
         try:
             self._journal.mark_sent(self._run_id)
