@@ -142,6 +142,7 @@ def _sigterm_handler_kept() -> Iterator[None]:
     if not callable(handler):
         yield
         return
+    # the first one comes from Python, so it can be kept from being set
     utils.set_sigterm_handler = lambda handler: None
     try:
         yield

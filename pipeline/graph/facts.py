@@ -19,9 +19,9 @@ class Facts:
 
     @classmethod
     def read(cls, facts: Mapping[str, Any]) -> Self:
-        # dict(): a receipt may be any mapping, and pydantic takes only dicts for a dataclass
         """Read them from a receipt. Raises DataError if a field is missing or has the wrong type."""
         try:
+            # dict(): a receipt may be any mapping, and pydantic takes only dicts for a dataclass
             read: Self = _adapter(cls).validate_python(dict(facts))
         except ValidationError as error:
             first = error.errors()[0]

@@ -58,6 +58,7 @@ def plan_graph(steps: Sequence[Step], *, store: Store, unable: Iterable[str] = (
             rows[step.name] = PlannedStep(step, "cached", (), root.uri)
             continue
         blocked = step.name in unable or any(rows[source.name].state == "blocked" for source in step.inputs.values())
+        # the history is read only for steps that would run
         differs = nearest_difference(step.identity(), _earlier_identities(store, step.name))
         rows[step.name] = PlannedStep(step, "blocked" if blocked else "to_run", differs, root.uri)
     return list(rows.values())

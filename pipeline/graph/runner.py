@@ -144,6 +144,7 @@ class GraphRun:
         Raises KeyboardInterrupt to interrupt a step in this process. Does no I/O: a signal handler that waited for a lock held by
         the code that it interrupts would wait forever."""
         self.stopping = True
+        # a step with a resume point is asked through the store by a thread: writing is no work for a handler
         if self.in_process and self.in_process.step.resume_point is None:
             self.in_process.stop_requested = self.in_process.interrupted = True
             raise KeyboardInterrupt
@@ -186,6 +187,7 @@ class GraphRun:
 
     def _claim(self, step: Step) -> Attempt:
         root = self.store.at(step.directory)
+        # read before the claim, whose record names it so that nobody deletes it
         continues = step.resume_point(root) if step.resume_point else ""
         generation = claim(root, continues=continues)
         # only now: an actor needs a cluster, and a run in which everything is cached starts none
@@ -229,6 +231,7 @@ class GraphRun:
         self._finish(outcome)
 
     def _collect(self) -> None:
+        # a copy: finished steps are deleted from it below
         for name, (work, handle) in list(self.running.items()):
             # the only pause of the walk, so it does not spin while steps run
             if not handle.ready(timeout_s=0.2):
@@ -264,10 +267,11 @@ class GraphRun:
         """Ask a step, through the store, to save and stop. A store that refuses is asked again at the next call."""
         try:
             work.attempt.root.create(stop_request_key(work.attempt.generation), b"{}")
-        # not `interrupted`: the step is trusted to end by itself until START_PATIENCE_S is over
         except StorageError as error:
             log.warning("%s: the request to stop could not be written, trying again: %s", work.step.name, error)
+            # not yet marked as asked, so the next look tries again
             return
+        # not `interrupted`: the step is trusted to end by itself until START_PATIENCE_S is over
         work.stop_requested, work.stop_requested_at = True, time.monotonic()
 
     def _forward_progress(self) -> None:
@@ -308,6 +312,7 @@ def execute_step(step: Step, inputs: Mapping[str, StageInput], attempt: Attempt)
     """Run a step's stage and write its receipt. On a cluster this is the coordinating task, which reserves no CPU."""
     started = time.monotonic()
     root = open_store(attempt.root_uri)
+    # before any work: other code would write results under this fingerprint
     if step.fingerprint != attempt.fingerprint:
         raise PipelineError(
             f"step {step.name}: the code on {platform.node()} gives it fingerprint {step.fingerprint[:12]}, the driver's gives "

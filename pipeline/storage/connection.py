@@ -66,6 +66,7 @@ def _new_client() -> Any:
     profile: Mapping[str, Any] = {}
     try:
         profile = core.get_scoped_config()
+        # a profile may name a `services` section, whose endpoint comes before its own
         services = core.full_config.get("services", {}).get(profile.get("services", ""), {})
         endpoint = endpoint_of(os.environ, profile, services)
         options = client_options(os.environ, profile, own_endpoint=endpoint is not None)
@@ -88,6 +89,7 @@ def refusal_of_settings(message: str, environment: Mapping[str, str], profile: M
     botocore does not say which setting its ValueError is about, and a wrong region can look like a wrong endpoint."""
     settings = {name: value for name, value in environment.items() if name.startswith("AWS_")}
     settings |= {f"{name} in the AWS profile": value for name, value in profile.items() if isinstance(value, str)}
+    # before anything is shown: these must not reach a log
     settings = {name: value for name, value in settings.items() if not re.search("(?i)secret|token|access_key", name)}
     # as a whole word: a region such as `eu` is part of many other words
     named = {n: v for n, v in settings.items() if v and re.search(rf"(?<!\w){re.escape(v)}(?!\w)", message)}
@@ -125,6 +127,7 @@ def client_options(environment: Mapping[str, str], profile: Mapping[str, Any], *
         return variable in environment or name in profile
 
     retries: dict[str, Any] = {}
+    # standard: legacy, the default, retries fewer kinds of errors
     if not is_set("AWS_RETRY_MODE", "retry_mode"):
         retries["mode"] = "standard"
     if not is_set("AWS_MAX_ATTEMPTS", "max_attempts"):
@@ -184,6 +187,7 @@ class _Backoff:
 
         Raises what the attempt raised when a store that has never answered is not to be asked again: botocore has no other
         way to say so."""
+        # the first answer, even a refusal, proves that the address is right
         self._answered = self._answered or response is not None
         away = isinstance(caught_exception, (EndpointConnectionError, HTTPClientError))
         overloaded = response is not None and response[0].status_code in {429, 500, 502, 503, 504}

@@ -61,6 +61,7 @@ class MemoryFile(io.RawIOBase):
     def readinto(self, target: Any) -> int:
         """See io.RawIOBase."""
         room = memoryview(target)
+        # copied straight into the caller's buffer: reading makes no copy of its own
         part = self._data[self._at : self._at + len(room)]
         room[: len(part)] = part
         self._at += len(part)

@@ -85,6 +85,7 @@ class FileStore:
     def upload(self, key: str, path: Path) -> None:
         """See Store."""
         with translate_errors(self.uri, key, f"upload of {path}"), temporary_beside(self._path(key)) as temporary:
+            # copied, not linked: the source is the caller's to change or delete
             _copy_synced(path, temporary)
             temporary.replace(self._path(key))
 
@@ -111,6 +112,7 @@ def _walk(folder: Path, base: str, name_prefix: str, above: tuple[tuple[int, int
 
     A folder sorts as its name plus a slash, as in an object store: `a-b/y` comes before `a/x`."""
     with os.scandir(folder) as entries:
+        # sorted with the slash, see above, and in one go: scandir has no order
         found = sorted(
             (entry.name + "/" if entry.is_dir() else entry.name, entry)
             for entry in entries

@@ -45,6 +45,7 @@ def open_store(uri: str) -> Store:
     """Return the store at an address, without touching it."""
     scheme, separator, rest = uri.partition("://")
     problem = ""
+    # checked first: a line break from a config would make other messages unreadable
     if re.search(r"[\x00-\x1f\x7f]", uri):
         problem = "it holds a control character, such as a line break; "
     elif uri and not separator:
@@ -54,6 +55,7 @@ def open_store(uri: str) -> Store:
             problem = f"{cause}; "
     elif scheme == "file" and rest.startswith("/"):
         if not re.search("[?#]", rest):
+            # as_uri() quotes, so this has to undo it
             return FileStore(Path(unquote(rest)))
         problem = "in a file:// address, ? and # end the path: write %3F and %23, or the plain path; "
     elif scheme == "s3":

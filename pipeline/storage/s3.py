@@ -90,6 +90,7 @@ class S3Store:
                 except ClientError as error:
                     status = status_of(error)
                     asked_before = asked_before or attempts_of(error) > 1
+                    # a 412 counts as foreign unless this call may have sent the object before
                     if status == 412:
                         return asked_before and self._is_ours(name, mark, data)
                     if status != 409 or not tries_left:  # 409: another create of this key is under way
@@ -106,6 +107,7 @@ class S3Store:
             try:
                 client().head_object(Bucket=self.bucket, Key=self._name(key))
             except ClientError as error:
+                # HEAD has no body, so there is no error code to ask for
                 if status_of(error) == 404:
                     return False
                 raise
@@ -117,6 +119,7 @@ class S3Store:
         with translate_errors(self.uri, prefix, "list"):
             pages = client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=base + prefix)
             for page in pages:
+                # a page without a match has no Contents
                 for item in page.get("Contents", ()):
                     if not item["Key"].endswith("/"):
                         yield ObjectInfo(item["Key"][len(base) :], item["Size"])

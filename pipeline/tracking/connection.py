@@ -55,6 +55,7 @@ def resolve_tracking_uri(configured: str | None, *, store_uri: str) -> str:
 def check_tracking(uri: str) -> None:
     """Open the tracking store, and create it if it is new, so that a wrong address fails before any work is done."""
     _check_address(uri)
+    # a server has a database of its own; only a file is created here
     if database := sqlite_file(uri):
         _check_writable(database)
         with translate_errors(uri, "creating the database"):

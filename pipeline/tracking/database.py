@@ -66,10 +66,12 @@ def create_database(database: Path, *, artifacts: str) -> None:
     """Create the file if it is missing, and again if it was left half made; `artifacts` is where experiments keep files.
 
     Processes that call this at once wait for the first one, at most two minutes."""
+    # without the lock first: nearly always the file is there
     if _state(database) == "whole":
         return
     with _locked(database) as holds_lock:
         deadline = time.monotonic() + _WAIT_S
+        # asked again in every round: another process may have made it meanwhile
         while (state := _state(database)) != "whole":
             if state == "missing":
                 with _whole_copy(database, artifacts) as copy:
@@ -103,6 +105,7 @@ def _state(database: Path) -> State:
         ) as connection:
             found = any(_has_row(connection, query) for query in ("SELECT 1 FROM experiments", *_CONTENT))
     except sqlite3.OperationalError as cause:
+        # deleted since the look above, which is no fault of the file
         if not database.exists():
             return "missing"
         if "locked" in str(cause) or "busy" in str(cause):
@@ -155,6 +158,7 @@ def _name_once(copy: Path, database: Path, *, holds_lock: bool) -> None:
     except FileExistsError:
         return
     except OSError as cause:  # a file system without hard links
+        # a plain rename replaces what is there, so only whoever holds the lock may
         if not holds_lock:
             raise WrongTrackingAddress(
                 f"tracking database {database}: its file system has neither locks nor hard links ({cause}). Choose another path"
@@ -190,8 +194,8 @@ def _fill(target: sqlite3.Connection, artifacts: str) -> None:
     store: Any = SqlAlchemyStore("sqlite:///:memory:", artifacts)
     try:
         source = store.engine.raw_connection()
-        # SQLite's own connection, below SQLAlchemy's wrapper: only that one has `backup`
         try:
+            # SQLite's own connection, below SQLAlchemy's wrapper: only that one has `backup`
             source.driver_connection.backup(target)
         finally:
             source.close()

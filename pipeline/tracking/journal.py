@@ -47,6 +47,7 @@ class Journal:
     def __init__(self, store: Store) -> None:
         """`store` is the generation's directory."""
         self.store = store
+        # the writer appends while the sender reads
         self._lock = threading.RLock()
         self._parts: list[str] | None = None
         self._own_points: list[Point] | None = None  # of the last part, if this process created it
@@ -88,6 +89,7 @@ class Journal:
                 return points, JournalCursor(cursor.part, cursor.point + len(points))
             if cursor.part + 1 == len(parts):  # the last part may still grow
                 break
+            # an earlier part is final: this process or another has begun the next one
             cursor = JournalCursor(cursor.part + 1)
         return [], cursor
 

@@ -92,6 +92,7 @@ def child_after(uri: str, run_id: str, *, rollbacks: int, to_step: int) -> str:
         order = ["attributes.start_time DESC"]
         family = [given, *client.search_runs([given.info.experiment_id], filter_string=query, order_by=order)]
         for run in family:
+            # a run without the tag is the one before any rollback
             if int(run.data.tags.get(ROLLBACKS_TAG, "0")) == rollbacks:
                 return str(run.info.run_id)
         # `mlflow.` tags are MLflow's own (user, source), and a new run gets its own

@@ -103,6 +103,7 @@ class JournalTracker:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Queue the metrics of `step`."""
+        # float(): a tensor or NumPy scalar would keep memory, and JSON takes neither
         numbers = {name: float(value) for name, value in metrics.items()}
         self._enqueue(Point(step, now_ms(), numbers, self._rollbacks))
 
@@ -133,6 +134,7 @@ class JournalTracker:
         return self._all_sent
 
     def _enqueue(self, *points: Point) -> None:
+        # the lock is held for a list's +=, no longer, since the training loop calls this
         with self._lock:
             self._queue += points
 
@@ -185,7 +187,7 @@ class JournalTracker:
         self._flush()
         if not self._run_id:
             return True
-        if not self._send() or self._queue:  # points came while it was sending
+        if not self._send() or self._queue:  # or points came while it was sending
             return False
         try:
             self._journal.mark_sent(self._run_id)

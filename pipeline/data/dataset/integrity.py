@@ -240,7 +240,7 @@ def _tar_finding(
     first = [one for one in samples if one["offset"] not in reached or one["key"] in wrong][:1]
     size, expected = tar.size, shard["bytes"]
     damage: Damage
-    # the prefix as well, or a shard that was replaced by a larger one would pass for an intact one
+    # the prefix is hashed too, or a shard that was replaced by a larger one would pass for an intact one
     if size > expected and _sha256_of(tar.path, expected) == shard["sha256"]:
         damage, what = "trailing", f"{size - expected} bytes follow its end; its own {expected} are intact"
     elif size < expected:

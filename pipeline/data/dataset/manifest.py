@@ -88,7 +88,7 @@ def write_manifest(
             paths["samples.parquet"], SAMPLES, compression="zstd", write_page_checksum=True
         ) as writer:
             for shard, table in zip(shards.to_pylist(), samples, strict=True):
-                # by offset: the digest depends on the order of the rows, and links of indexed tars come out of it
+                # by offset: the digest depends on the order of rows, and links of indexed tars are not in it
                 rows = table.select(SAMPLES.names).cast(SAMPLES).sort_by("offset")
                 _check_shard(shard, rows)
                 # one row group per shard, so that a reader of a shard fetches its rows and no others

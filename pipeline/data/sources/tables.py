@@ -101,8 +101,8 @@ def read_images(source: str, rows: pa.Table, column: str) -> Iterator[tuple[str,
                 row = starts[group]
                 for batch in table.iter_batches(batch_size=_IMAGE_ROWS, row_groups=[group], columns=[column]):
                     for value in batch.column(0):
+                        # pyarrow cannot start within a row group, so rows of other shards are read and passed over
                         if row in numbers:
-                            # pyarrow cannot start within a row group, so rows of other shards are read and passed over
                             yield row_name(file, row), _image_of(value.as_py())
                         row += 1
 
@@ -167,8 +167,8 @@ def _class_names(schema: pa.Schema, column: str) -> tuple[str, ...]:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         names = features[column]["names"]
     except (ValueError, KeyError, TypeError):
-        # names that are empty or not distinct would merge classes, so the numbers stay
         return ()
+    # names that are empty or not distinct would merge classes, so the numbers stay
     distinct = isinstance(names, list) and all(isinstance(name, str) and name.strip() for name in names)
     names = tuple(name.strip() for name in names) if distinct else ()
     return names if len(set(names)) == len(names) else ()
