@@ -23,6 +23,7 @@ from jobs.commands.ui import ui
 
 app = typer.Typer(
     no_args_is_help=True,
+    # for --version, which comes without a command
     invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,

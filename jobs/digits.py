@@ -41,6 +41,7 @@ def write_digits(folder: Path, *, held_out: Literal["test", "val"] = "test") -> 
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-unfinished-", dir=folder.parent))
     for split, indices in parts.items():
         for index in indices:
+            # scikit-learn's pixels go from 0 to 16
             pixels = np.round(digits.images[index] * 255 / 16).astype(np.uint8)
             path = unfinished / split / str(digits.target[index]) / f"{index:04d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)

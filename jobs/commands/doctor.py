@@ -41,7 +41,7 @@ def doctor(
 
 def _machine(as_json: bool) -> int:  # noqa: FBT001 - typer's flag
     """Print a line per check of this machine, as it is made, and return the exit code."""
-    typer.echo("checking this machine", err=True)
+    typer.echo("checking this machine", err=True)  # the imports below take seconds
     from dataclasses import asdict
 
     from pipeline.runs.checking.machine import examine_machine

@@ -20,6 +20,7 @@ def init(
 
     text = starter_config(source, file=str(out))
     try:
+        # x: never overwrites, not even a file that appeared since
         with out.open("x") as file:
             file.write(text)
     except FileExistsError:

@@ -64,6 +64,7 @@ def logs(
     from pipeline.cluster.jobs import job_logs
 
     for text in job_logs(job, address=address, until="end" if follow else "now"):
+        # the log's text has its own line ends
         typer.echo(text, nl=False)
 
 

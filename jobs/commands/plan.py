@@ -41,7 +41,7 @@ def plan(
     from pipeline.runs.plan import forecast_run
 
     if workers is not None:
-        overrides = [*overrides, f"resources.workers={workers}"]
+        overrides = [*overrides, f"resources.workers={workers}"]  # last, so it wins over --set
     assumptions = Assumptions(hardware=hardware, images=images, prices=prices, tflops=tflops, mfu=mfu)
     planned = forecast_run(read_config(config, overrides, refresh=refresh), assumptions)
     if as_json:

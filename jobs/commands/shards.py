@@ -54,6 +54,7 @@ def verify(
             verify_dataset(one, executor=executor, progress=display.for_step(f"verify {one.receipt.step}"))
             for one in datasets
         ]
+    # with --json, standard output holds nothing but JSON
     console = Console(stderr=as_json, highlight=False)
     for verification in found:
         console.print(verification_table(verification), soft_wrap=True)

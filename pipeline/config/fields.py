@@ -181,6 +181,7 @@ def _with_fitting_warmup(value: Any, defaults: Any) -> Any:
     if not isinstance(value, Mapping) or "warmup_epochs" in value or not hasattr(defaults, "warmup_epochs"):
         return value
     epochs = value.get("epochs", defaults.epochs)
+    # not isinstance: `true` is an int too, and refused later
     if type(epochs) is not int or not 0 < epochs <= defaults.warmup_epochs:
         return value
     return {**value, "warmup_epochs": epochs * defaults.warmup_epochs / defaults.epochs}
@@ -206,6 +207,7 @@ class EvaluationConfig(Section):
     train_labels: int | None = Field(None, ge=1)
     """Learn from only this many labelled images, equally many per class. If left out, from all."""
 
+    # check_fields: the decorator adds these fields once the class is made
     @field_validator(*PROTOCOL_NAMES, mode="before", check_fields=False)
     @classmethod
     def _fitting_warmup(cls, value: Any, info: ValidationInfo) -> Any:

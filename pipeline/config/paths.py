@@ -27,6 +27,7 @@ def resolve_paths(document: Any, folder: Path) -> None:
     for field, section, name in _written(document):
         prefix = _SQLITE if section[name].startswith(_SQLITE) else ""
         text = section[name].removeprefix(prefix)
+        # in tracking.uri only a SQLite address holds a path; its own checks refuse a bare one
         if not _is_relative(text) or (name == "uri") != bool(prefix):
             continue
         path = folder / text
@@ -79,5 +80,6 @@ def _get(section: Any, name: str) -> Any:
 
 
 def _is_relative(text: str) -> bool:
+    # also `s3:/bucket`, whose missing slash is better reported than joined to a folder
     has_scheme = "://" in text or re.match(r"[a-z0-9]+:/", text)
     return bool(text.strip()) and not has_scheme and not text.startswith(("/", "~", "$", ":"))

@@ -43,6 +43,7 @@ def read_document(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 def _read_and_override(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     document = _read_yaml(path)
+    # twice: the file's paths start at its folder, those of overrides at the working directory
     resolve_paths(document, path.parent.resolve())
     overridden = [_override(document, override) for override in overrides]
     resolve_paths(document, Path.cwd())
@@ -105,6 +106,7 @@ def _override(document: dict[str, Any], override: str) -> str:
         elif not isinstance(section, dict):
             parent = ".".join(parts[:depth])
             raise ConfigError(f"--set {override}: {parent} is {section!r} and has no {part}; set {parent} as a whole")
+        # a section that the file leaves out or leaves empty
         if key is part and section.get(key) is None:
             section[key] = {}
         outer, section = section, section[key]

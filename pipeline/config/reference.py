@@ -50,9 +50,11 @@ def field_references() -> list[FieldReference]:
 def attribute_docstrings(kind: type) -> dict[str, str]:
     """Return the docstrings below the fields of a class and its bases, by field."""
     found: dict[str, str] = {}
+    # bases first, so that a class may describe an inherited field in its own words
     for one in reversed(kind.__mro__[:-1]):
         if not dataclasses.is_dataclass(one):
             continue
+        # from the source: Python drops these strings, and pydantic reads them in the same way
         body = ast.parse(textwrap.dedent(inspect.getsource(one))).body[0]
         statements = body.body if isinstance(body, ast.ClassDef) else []
         for field, text in pairwise(statements):
@@ -139,5 +141,6 @@ def _plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, str):
+        # quoted where YAML would read something else, such as a number
         return value if yaml.safe_load(value) == value else json.dumps(value)
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

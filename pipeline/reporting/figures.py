@@ -106,6 +106,7 @@ def scores_png(scores: Sequence[Score]) -> bytes:
             shown = [score for score in scores if score.dataset == dataset]
             _draw_groups(panel, shown, protocols=protocols, encoders=encoders)
             panel.set_ylim(0, min(top * 1.12 + 2, 112))
+            # the axis goes beyond 100 to leave room for the numbers on the bars
             panel.set_yticks([tick for tick in panel.get_yticks() if tick <= 100])
             panel.set_title(f"{dataset}: top-1 accuracy, %", pad=10)
         if panels:

@@ -104,6 +104,7 @@ class _ScoreCard:
 def render_page(report: ReportData) -> str:
     """Return the page as HTML."""
     loader = jinja2.PackageLoader("pipeline.reporting", package_path="")
+    # StrictUndefined: a misspelt field fails instead of leaving a gap in the page
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -100,13 +100,14 @@ class ProgressDisplay:
         self._console = console or Console(stderr=True, highlight=False)
         self._now = now
         self._running: dict[str, _RunningStep] = {}
+        # reentrant: printing while the live display is on draws `_lines` in the same thread
         self._lock = threading.RLock()
         self._live = Live(
             get_renderable=self._lines,
             console=self._console,
             refresh_per_second=5,
             transient=True,
-            redirect_stdout=False,
+            redirect_stdout=False,  # belongs to results
         )
 
     def __enter__(self) -> Self:

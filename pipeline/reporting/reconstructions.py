@@ -103,7 +103,7 @@ def half_blocks(image: Images, *, columns: int) -> Text:
     height, width = image.shape[:2]
     if columns > width:
         columns -= columns % width  # a whole factor, so that all pixels get the same width
-    rows = max(2, 2 * round(columns * height / width / 2))
+    rows = max(2, 2 * round(columns * height / width / 2))  # even: a character shows two
     kind = Image.Resampling.NEAREST if columns >= width else Image.Resampling.BOX
     pixels = np.asarray(Image.fromarray(image).resize((columns, rows), kind))
     picture = Text(no_wrap=True, end="")

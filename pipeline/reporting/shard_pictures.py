@@ -238,6 +238,7 @@ def verification_table(verification: Verification) -> RenderableType:
 def bytes_text(size: float) -> str:
     """Return a size in powers of 1000: `812 B`, `34.1 KB`, `128 MB`."""
     for unit in ("B", "KB", "MB", "GB", "TB"):
+        # 999.5 and not 1000: it would be shown as 1000
         if size < 999.5 or unit == "TB":
             return f"{size:.0f} {unit}" if unit == "B" or size >= 99.5 else f"{size:.3g} {unit}"
         size /= 1000
@@ -293,6 +294,7 @@ def _bars(axes: Axes, counts: Mapping[str, int], title: str, colour: str, *, pla
     rows = range(len(counts))
     axes.barh(rows, list(counts.values()), color=colour, height=0.72)
     axes.set_yticks(rows, [name if len(name) <= 28 else f"{name[:27]}…" for name in counts])
+    # upside down, so that the first bar is on top
     axes.set_ylim(places - 0.4, -0.6)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))

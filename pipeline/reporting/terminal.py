@@ -78,7 +78,7 @@ def _difference(group: Mapping[str, Score]) -> Text:
     if "pretrained" not in group or "random" not in group:
         return Text("")
     points = 100 * (group["pretrained"].mean - group["random"].mean)
-    return Text(f"{points:+.1f}".replace("-", "−"), style="green" if points > 0 else "red")
+    return Text(f"{points:+.1f}".replace("-", "−"), style="green" if points > 0 else "red")  # as wide as +
 
 
 def plan_table(rows: Sequence[PlanRow]) -> RenderableType:

@@ -83,6 +83,7 @@ class RunHooks:
         if known.images and known.seconds:
             self.display.update(step.name, known.images_done, known.images, "images", {"eta_s": known.seconds})
         with failures_as_warnings(f"tracking of {step.name}"):
+            # if it fails, the step has no run yet; `_record` opens one when it ends
             self.open_children[step.name] = self._open(step)
         return self.open_children.get(step.name, "")
 
@@ -92,6 +93,7 @@ class RunHooks:
 
     def end(self, outcome: Outcome) -> None:
         """Show and record how a step ended."""
+        # first of all: what has ended must not be closed again by `abandon`
         self.open_children.pop(outcome.step.name, None)
         self.display.step_state(outcome.step.name, outcome.state, detail=detail_of(outcome))
         with failures_as_warnings(f"tracking of {outcome.step.name}"):
@@ -111,6 +113,7 @@ class RunHooks:
             return
         if table := table_of(step, outcome.receipt.as_input(outcome.uri)):
             self.display.show(table)
+        # after every step of the data: each receipt can settle more
         findings = examine(self.config, self.steps, finished_in(open_store(self.config.store)))
         for line in lines_of(findings):
             if line not in self.told:
@@ -130,6 +133,7 @@ class RunHooks:
             if page and page.receipt:
                 files = page.receipt.as_input(page.uri).store
                 for name in (PAGE, *PICTURES):
+                    # scores.png is missing where nothing was scored
                     if files.exists(name):
                         tracking.log_figure(self.tracking_uri, self.run_id, files.read(name), f"report/{name}")
             ended: Mapping[str, tracking.RunStatus] = {"failed": "FAILED", "stopped": "KILLED"}
@@ -163,7 +167,9 @@ class RunHooks:
         run_id = tracking.find_child(
             self.tracking_uri, experiment=self.config.tracking.experiment, fingerprint=step.fingerprint
         )
+        # only steps that train keep a journal, and only they have a resume point
         files = receipt.as_input(outcome.uri).store if receipt and step.resume_point else None
+        # no run has an empty id, so without a run everything counts as unsent
         has_unsent = files is not None and tracking.Journal(files).has_unsent(run_id or "")
         if run_id:
             tracking.link_child(self.tracking_uri, parent_run_id=self.run_id, name=step.name, run_id=run_id)
@@ -265,6 +271,7 @@ def _remark_on_images(facts: DatasetFacts) -> str:
 
 def _remedied_reasons(facts: DatasetFacts) -> Iterator[str]:
     """Yield each reason for quarantine that is no damage, so that something can be done about it, with an example."""
+    # reversed: the first example of a reason is written last and stays
     example_of = {example.reason: example.source for example in reversed(facts.quarantine_examples)}
     for reason, count in (facts.quarantine_reasons or {}).items():
         if reason not in _DAMAGE:
@@ -280,6 +287,7 @@ def _dataset_digest(receipt: Receipt) -> str:
 
 def _git_revision() -> str:
     """Commit of the running code, with `+` if the tree has changes; `unknown` outside a checkout."""
+    # not the working directory, which may be another repository
     folder = Path(__file__).parent
     try:
         revision = subprocess.run(

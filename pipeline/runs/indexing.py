@@ -27,6 +27,7 @@ def source_config(source: str, overrides: Sequence[str], *, store: str | None = 
     document: dict[str, Any] = {"data": {"source": absolute_address(source)}, "model": {"size": "tiny"}}
     if store is not None:
         document["store"] = absolute_address(store)
+    # through a file, because load_config reads, overrides and checks in one place
     with TemporaryDirectory() as folder:
         path = Path(folder) / "index.yaml"
         path.write_text(json.dumps(document))  # JSON is YAML

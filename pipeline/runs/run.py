@@ -69,17 +69,20 @@ def _run(config: RunConfig, executor: Executor, display: Display, stop: StopSign
         store = open_store(config.store)
         check_before_start(config, steps, store, executor)
         uri = tracking.resolve_tracking_uri(config.tracking.uri, store_uri=store.uri)
+    # nothing is open in MLflow yet, so there is nothing to close
     if stop.requested:
         raise KeyboardInterrupt
     with stop.during("waiting for MLflow to be set up, which takes up to 20 s; no step has begun"):
         tracking.check_tracking(uri)
         # a store under a wrong path would otherwise start everything again unnoticed
+        # only the first key is asked for: a bucket's history may be long
         if next(iter(store.list(HISTORY)), None) is None:
             display.show(Text(f"store {store.uri} is new: no step is finished in it"))
         hooks = RunHooks(uri, config, display, steps)
     walk = GraphRun(steps, store=store, executor=executor, hooks=hooks, parallel=config.resources.parallel_steps)
     on_cluster = False
     try:
+        # Ray takes seconds to start, so only where a step will run
         if (
             executor == "ray"
             and not stop.requested
@@ -92,6 +95,7 @@ def _run(config: RunConfig, executor: Executor, display: Display, stop: StopSign
                 hooks.executor = "ray"
                 cluster.connect()
                 warn_of_unshared_paths(store, uri)
+                # only now: what GPUs the nodes have is known to the cluster alone
                 if "RAY_ADDRESS" in os.environ:
                     check_fits_cluster(config, steps_to_run(steps, store))
         resources = config.resources

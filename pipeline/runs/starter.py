@@ -85,6 +85,7 @@ def starter_config(source: str, *, file: str = "mae.yaml") -> str:
     return TEMPLATE.format(
         file=file,
         name=_name(source),
+        # safe_dump ends a bare text with `...`, and would fold a long one
         source=yaml.safe_dump(source or "/path/to/images", width=10_000).removesuffix("\n...\n").strip(),
         found=_found(source, len(images), short_side),
         side=side,
@@ -111,6 +112,7 @@ def _images(folder: Path) -> Iterator[Path]:
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder: give the folder with the images, or s3://bucket/prefix")
     for where, folders, names in os.walk(folder):
+        # in place: os.walk then takes the folders in this order
         folders.sort()
         yield from (Path(where) / name for name in sorted(names) if name.lower().endswith(IMAGE_SUFFIXES))
 
@@ -118,6 +120,7 @@ def _images(folder: Path) -> Iterator[Path]:
 def _short_side(images: Sequence[Path]) -> int | None:
     """Return the median short side of some images in pixels, or None where none can be read."""
     sides = []
+    # evenly spaced, since the first folders may be of one class or one camera
     for path in images[:: max(1, len(images) // MEASURED)]:
         try:
             with Image.open(path) as image:

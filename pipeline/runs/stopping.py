@@ -48,7 +48,9 @@ class StopSignals:
         self._outputs = sys.stdout, sys.stderr
         sys.stdout, sys.stderr = (cast("TextIO", LastingOutput(stream)) for stream in self._outputs)
         self._reading, self._writing = os.pipe()
+        # set_wakeup_fd accepts no blocking descriptor
         os.set_blocking(self._writing, False)
+        # a full pipe holds more signals than the speaker has use for, so no warning
         self._previous_fd = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         self._speaker = threading.Thread(target=self._speak, name="stop-signals", daemon=True)
         self._speaker.start()
@@ -62,9 +64,11 @@ class StopSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # before the handlers go: SIGALRM would then end the process
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        # before the byte below: from here on no signal can come after it
         signal.set_wakeup_fd(self._previous_fd)
         os.write(self._writing, b"\0")  # no signal has this number: the speaker ends, once it has said what came before
         self._speaker.join()
@@ -97,13 +101,15 @@ class StopSignals:
         now = time.monotonic()
         if self._first is None:
             self._first, self._first_at, self.requested = number, now, True
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_REAL, 0)  # the time limit has nothing to add
             if self._waiting_for is None:
                 with suppress(OSError):
+                    # not sys.stderr: the code that was interrupted may hold its lock
                     os.write(2, f"mae: {self._why(number)} before anything has begun\n".encode())
                 os._exit(STOPPED)  # in the middle of an import, an exception could be taken for a missing package
             self._act()
         elif self._insists(number, now):
+            # the next signal kills, in case even the interruption hangs
             for ordinary in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(ordinary, signal.SIG_DFL)
             raise KeyboardInterrupt

@@ -44,6 +44,7 @@ def summarise(
     bad_share = max((DatasetFacts.read(receipt.facts).bad_share for receipt in made), default=0.0)
     states = {outcome.state for outcome in outcomes}
     verdict: Literal["done", "failed", "stopped", "warned"] = "done"
+    # before "stopped": a failure needs the user, a stop only the same command
     if "failed" in states:
         verdict = "failed"
     elif "stopped" in states:

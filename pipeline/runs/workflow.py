@@ -55,12 +55,14 @@ def build(config: RunConfig) -> list[Step]:
             for encoder in ORIGINS:
                 for seed in config.evaluation.seeds:
                     name = f"{protocol}-{dataset.name}-{encoder}-s{seed}"
+                    # the random encoder must not depend on pretraining, or a new mask ratio would score it again
                     inputs = {"shards": shards[source]} | ({"pretrain": pretrained} if encoder == "pretrained" else {})
                     evaluations[name] = _evaluation(config, name, protocol, encoder, seed, inputs)
                     scored.append(Scored(input=name, protocol=protocol, dataset=dataset.name, encoder=encoder))
     # Inputs of the report, named `shard` and `shard-<dataset>` also where they are joins: its fingerprint covers the names.
     datasets = {f"shard{s.name.removeprefix('join').removeprefix('shard')}": s for s in shards.values()}
     inside = {key: value for key, value in config.model_dump().items() if key not in OUTSIDE}
+    # thresholds for bad images: they stop or warn and change no result
     inside["data"] = {key: value for key, value in inside["data"].items() if not key.startswith("bad_share")}
     page = Step(
         kind="report",
@@ -177,6 +179,7 @@ def _listings(config: RunConfig, source: _Source, names: Sequence[str], *, suffi
 
 
 def _numbered(parts: Sequence[Step]) -> dict[str, Step]:
+    # fixed width: readers take the parts sorted by name
     return {f"part{number:04d}": step for number, step in enumerate(parts, 1)}
 
 
@@ -185,6 +188,7 @@ def _shards(config: RunConfig, source: _Source, listing: Step) -> Step:
     data = config.data
     return Step(
         kind="shard",
+        # shard.2 belongs to snapshot.2, so a later part changes no name of an earlier one
         name=listing.name.replace("snapshot", "shard", 1),
         function=shard,
         config=ShardStageConfig(

@@ -73,6 +73,7 @@ class DatasetPart:
 
 def join(config: JoinConfig, inputs: Mapping[str, StageInput], attempt: Attempt) -> StageResult:
     """Write one manifest over all parts. The facts are those of a shard step, and the fields of DatasetFacts for joins."""
+    # by name, which is oldest first: part0001, part0002, ...
     manifests = [Manifest.open(part.store, part.root) for _, part in sorted(inputs.items())]
     parts = arrange(manifests, [part.root_uri.rpartition("/")[2] for _, part in sorted(inputs.items())])
     quarantine = pa.concat_tables([part.quarantine() for part in parts])
@@ -85,6 +86,7 @@ def join(config: JoinConfig, inputs: Mapping[str, StageInput], attempt: Attempt)
         quarantine=quarantine.sort_by([("split", "ascending"), ("source", "ascending")]),
         listed=listed,
         classes=unite([manifest.classes for manifest in manifests]),
+        # one run has one policy, so any part will do
         policy=manifests[0].policy,
     )
     # each part has already counted the duplicates among its own images
@@ -106,6 +108,7 @@ def arrange(manifests: Sequence[Manifest], directories: Sequence[str]) -> list[D
     for manifest, directory in zip(manifests, directories, strict=True):
         labels = [label_of[name] for name in manifest.classes]
         parts.append(DatasetPart(manifest, directory, first_id, first_shard, labels))
+        # listed and not stored: quarantined images keep their numbers
         first_id += manifest.counts.total.listed
         # numbers and not a count: a shard whose images were all refused has a number but no row
         first_shard += max(manifest.shard_numbers, default=-1) + 1

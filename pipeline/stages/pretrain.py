@@ -90,6 +90,7 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, StageInput], attempt: 
 def _basis(spec: TrainSpec, model: MAEConfig, attempt: Attempt) -> PatchBasis:
     """The components of target `pca`. The first attempt computes them for all later ones, which must train on the same targets."""
     if not attempt.root.exists(BASIS):
+        # as the only rank: the components must not depend on the number of workers
         single = World(0, 1, torch.device("cpu"), None)
         with closing(
             spec.loader(spec.dataset.open(), "train", single).evaluation_batches(BASIS_IMAGES, unreadable="substitute")
@@ -114,6 +115,7 @@ def _panel(
     encoder = config.model.encoder
     pixels = normalise_pixels(batch.images, mean=encoder.pixel_mean, std=encoder.pixel_std)
     ids = batch.sample_ids.numpy()
+    # epoch 0: one fixed mask per image, so that the pictures of two runs can be compared
     noise = torch.as_tensor(mask_noise(config.seed, np.zeros_like(ids), ids, encoder.num_patches))
     generator = torch.Generator().manual_seed(config.seed)
     model = MaskedAutoencoder(config.model, generator=generator, basis=basis).eval()

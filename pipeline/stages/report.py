@@ -132,6 +132,7 @@ def _speed(rows: Sequence[Mapping[str, float]]) -> Card:
     shares = {"mfu": "of the peak used", "data_wait": "waiting for data", "checkpoint_wait": "for checkpoints"}
     means = {key: statistics.fmean(row[key] for row in rows if key in row) for key in shares if key in rows[-1]}
     note = ", ".join(f"{100 * means[key]:.1f} % {label}" for key, label in shares.items() if key in means)
+    # the median: pauses for checkpoints and a slow start say nothing about the speed
     speed = statistics.median(row["images_per_s"] for row in rows)
     return Card(label="pretraining speed", value=f"{count(speed)} images/s", note=note)
 

@@ -65,6 +65,7 @@ def shard(config: ShardStageConfig, inputs: Mapping[str, StageInput], attempt: A
     """Plan the shards, write or index those that are missing, mark duplicates, and write the manifest."""
     listing = inputs["snapshot"]
     moved = attempt.options.get(MOVED)
+    # no fingerprint changes: the files are the same ones at another address
     config = replace(config, source=moved["source"]) if moved else config
     policy = IntakePolicy.of(config)
     listed_facts = SnapshotFacts.read(listing.facts)
@@ -74,10 +75,13 @@ def shard(config: ShardStageConfig, inputs: Mapping[str, StageInput], attempt: A
     classes = _classes(results) if indexes else listed_facts.classes
     shards = _number(results, classes)
     listed = _listed(results) if indexes else listed_facts.splits
+    # sorted: tasks end in any order, and the table is part of the digest
     bad = sorted((row for one in shards for row in one.quarantine), key=lambda row: (row["split"], row["source"]))
+    # again, although tasks were checked as they ended: only now is the total of tars known
     check_bad_share(sum(listed.values()), bad, bad_share_stop=attempt.options["bad_share_stop"])
     facts = publish(
         attempt.store,
+        # a shard whose images were all refused has a record but no tar
         [StoredShard(one.row, partial(one.samples, attempt.root)) for one in shards if one.result.samples],
         quarantine=pa.Table.from_pylist(bad, schema=QUARANTINE),
         listed=listed,
@@ -203,6 +207,7 @@ def _work(
             index_tar, source=config.source, root_uri=root_uri, policy=policy, label_field=config.label_column
         )
         return plan_tars(snapshot, policy=policy, label_field=config.label_column), index, "tars"
+    # only with tables: an empty name keeps the column out of the shards' digests
     column = config.image_column if kind == "Parquet tables" else ""
     plans = plan_shards(
         snapshot,

@@ -38,6 +38,7 @@ def snapshot(config: SnapshotConfig, inputs: Mapping[str, StageInput], attempt: 
             attempt.store.upload(FILES_FILE, listing)
             files = (*files, FILES_FILE)
         attempt.store.upload(SNAPSHOT_FILE, folder / SNAPSHOT_FILE)
+    # the recorded address: facts must not depend on where the files are today
     facts = replace(facts, source=recorded, labels_sha256=labels_sha256)
     if inputs:
         counts = earlier.counts()

@@ -113,6 +113,7 @@ def source_problem(step: Step) -> PipelineError | ConfigError | None:
                 return ConfigError(
                     f"data.labels={labels!r} does not exist: write the address of a .csv, .jsonl or .parquet file"
                 )
+        # list_source raises where nothing is usable, so next() needs no default
         next(item for item in list_source(where["source"], besides=labels) if item.role != "ignored")
         check_layout(where_it_is(step.config, step.options), files=CHECKED_FILES)
     except (PipelineError, ConfigError) as problem:

@@ -78,6 +78,7 @@ def examine(
         if step.kind == "report"
         for one in step.config.scored
     }
+    # by name: one finding for a dataset, however many steps read it
     for dataset in {step.inputs["shards"].name: step.inputs["shards"] for step in _readers(steps)}.values():
         waiting = [step for step in _readers(steps) if step.inputs["shards"] is dataset and finished(step) is None]
         known = _known_labels(dataset, finished, previews or {})

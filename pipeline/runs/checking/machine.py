@@ -54,6 +54,7 @@ def _torch() -> Finding:
 
 
 def _cores() -> Finding:
+    # not os.cpu_count(): containers and batch systems grant fewer
     usable = len(os.sched_getaffinity(0))
     text = f"{usable} usable, {host_memory_bytes() / GIB:.1f} GiB of memory"
     return _finding("cores", usable > 1, text, "resources.workers=2 needs resources.cpus_per_worker=0.5", bad="warning")

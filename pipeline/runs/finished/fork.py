@@ -37,7 +37,7 @@ def fork(path: Path, overrides: Sequence[str], *, at: int, out: Path) -> StartPo
     key = checkpoint_at(root, at)
     document = read_document(path, overrides)
     if "name" not in {override.partition("=")[0].strip() for override in overrides}:
-        document["name"] = f"{parent.name[:48]}-from-{at}"
+        document["name"] = f"{parent.name[:48]}-from-{at}"  # a name has 64 characters at most
     document["data"].setdefault(
         "snapshot", parent.model_dump(mode="json")["data"]["snapshot"]
     )  # a position is in a dataset
@@ -79,6 +79,7 @@ def _within(field: str, sections: Sequence[str]) -> bool:
 def _pinned(root: Store, key: str) -> StartPoint:
     """Pin a checkpoint, so that nothing deletes it, and return it as the starting point of another run."""
     digest = hashlib.sha256(root.read(f"{key}/{MANIFEST}")).hexdigest()
+    # by digest: a second fork of one checkpoint finds its pin in place
     root.create(f"{PINS}{digest[:12]}.json", json.dumps({"checkpoint": key, "why": "forked"}).encode())
     return StartPoint(checkpoint=f"{root.uri.rpartition('/')[2]}/{key}", manifest_sha256=digest)
 

@@ -58,6 +58,7 @@ class StepState:
 
 def unneeded_in_step(state: StepState, objects: Iterable[ObjectInfo], *, before: float) -> Iterator[Unneeded]:
     """Yield those objects of a step's directory that were garbage at the time `before`."""
+    # a list, because it is walked twice
     held = list(objects)
     whole = {info.key.removesuffix(f"/{MANIFEST}") for info in held if info.key.endswith(f"/{MANIFEST}")}
     for info in held:
@@ -89,6 +90,7 @@ def read_state(root: Store) -> StepState:
     receipt = read_receipt(root)
     claimed = {generation: float(read_claim(root, generation)["time"]) for generation in claims(root)}
     highest = max(claimed, default=0)
+    # - 1: of an unfinished step, what its newest claim continues from is still needed
     named = set(referenced_checkpoints(root, above=highest if receipt else highest - 1))
     if receipt is None:
         named |= set(islice(committed(root), FALLBACKS))
@@ -96,7 +98,7 @@ def read_state(root: Store) -> StepState:
         claimed=claimed,
         used=receipt.generation if receipt else None,
         finished=float(receipt.made["time"]) if receipt else None,
-        named=named - {""},
+        named=named - {""},  # named by claims that start from nothing
     )
 
 

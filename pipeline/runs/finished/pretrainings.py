@@ -52,6 +52,7 @@ def pretraining_of(config: RunConfig) -> Pretraining:
 def pretraining_at(address: str) -> Pretraining:
     """Return the pretraining in a step's directory, or the only finished one of a store."""
     store = open_store(address)
+    # a step's directory has claims, a run's store has none of its own
     if not claims(store):
         folders = {directory for directory, receipt in finished_steps(store) if receipt.kind == "pretrain"}
         if len(folders) != 1:

@@ -123,6 +123,7 @@ def _with_repairs(root: Store, shards: Sequence[ShardRow], findings: Sequence[Fi
     """Add to the finding of each damaged shard what to do about it."""
     key_of = {shard["shard"]: shard["key"] for shard in shards}
     damaged = {key_of[finding.shard] for finding in findings if finding.shard is not None}
+    # an indexed tar is another author's: it has no record of a written shard to delete
     written = {key for key in damaged if not is_indexed(key)}
     records: dict[str, str] = {}
     for step in {_step_of(key) for key in written}:

@@ -83,11 +83,13 @@ def compare_source(
     `compared_at`: when this was last done completely, other than by the listing. Seconds since the epoch."""
     with tempfile.TemporaryDirectory() as scratch:
         tables = [listed_files(part, Path(scratch) / str(number)) for number, part in enumerate(parts)]
+        # footers only: the tables of a large source take seconds to read
         listed = sum(pq.read_metadata(table).num_rows for table in tables)
         if listed <= FULL:
             return _compare_all(source, labels, tables, listed, gone_before=_gone(parts))
         store, sample = open_store(source), _sample(tables)
         if isinstance(store, FileStore):
+            # the last part is the newest: its listing looked at every folder
             return _compare_folder(store, sample, listed, since=max(compared_at, _began(parts[-1])))
         return _compare_pages(store, sample, tables, listed)
 
@@ -144,6 +146,7 @@ def _compare_all(
     if seen == limit:
         return SourceChanges(new=new - earlier.changed, changed=earlier.changed, sample=f"its first {limit} files")
     counts = earlier.counts()
+    # EarlierListing calls a file of another size new as well
     return SourceChanges(
         new=new - counts["changed"], changed=counts["changed"], gone=max(0, counts["gone"] - gone_before)
     )

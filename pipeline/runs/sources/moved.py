@@ -51,6 +51,7 @@ def recorded_addresses(config: RunConfig, store: Store, *, say: Callable[[str], 
             continue
         key = f"{RECORDS}{first.directory}.json"
         known = _read_record(store, key)
+        # taken before the comparison: what changes while it runs must count as later
         here = Moved(first.config.source, first.config.labels, known["compared_at"] if known else time.time())
         for source, labels in [(known["source"], known["labels"])] if known else _candidates(first, store):
             candidate = newest(_replaced(config, here, source, labels), store)
@@ -81,6 +82,7 @@ def _candidates(first: Step, store: Store) -> Iterator[tuple[str, str | None]]:
     for info in store.list(f"{HISTORY}{first.name}/"):
         identity = json.loads(store.read(info.key))
         found = identity["config"]
+        # no inputs: only a first part decides an address, and later ones follow it
         if identity["version"] == first.version and not identity["inputs"] and _placeless(found) == _placeless(wanted):
             yield found["source"], found.get("labels")
 
@@ -148,6 +150,7 @@ def _same_files(here: Moved, parts: Sequence[StageInput], *, gone_before: int) -
         earlier = EarlierListing([listed_files(part, Path(scratch) / str(n)) for n, part in enumerate(parts)])
         files = (item for item in list_source(here.source, besides=here.labels) if item.role != "ignored")
         return (
+            # any() reads to the end where nothing is new, and only then may counts() be asked
             not any(earlier.is_new(item.path, item.size) for item in files) and earlier.counts()["gone"] == gone_before
         )
 
@@ -166,6 +169,7 @@ def _same_images(source: str, part: _Part) -> bool:
         files = open_store(source)
         images = ((path, files.read(path)) for path in stored)
     sha256 = {path: _stored_sha256(data, policy) for path, data in images}
+    # without a single image nothing would be proven
     return bool(stored) and sha256 == stored
 
 
