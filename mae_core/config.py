@@ -100,13 +100,14 @@ class ViTConfig:
         _check_positive(self, "layer_norm_eps", "cls_tokens")
         _check_choice(self, "positions", Positions)
         for side, pixels in zip(("height", "width"), self.image_size, strict=True):
+            # Tested first: for a patch larger than the image, the nearest multiple would be the wrong advice.
             if 0 < pixels < self.patch_size:
                 raise ConfigError(
                     f"patch_size={self.patch_size} is larger than the {side} in image_size={self.image_size}: write a "
                     f"patch_size that divides {pixels}, or a larger image_size"
                 )
             if pixels < 1 or pixels % self.patch_size:
-                fitting = max(1, round(pixels / self.patch_size)) * self.patch_size
+                fitting = max(1, round(pixels / self.patch_size)) * self.patch_size  # the nearest size that would do
                 raise ConfigError(
                     f"image_size={self.image_size}: {side} {pixels} is not a multiple of patch_size={self.patch_size}; "
                     f"write {fitting}"
@@ -225,6 +226,7 @@ class MAEConfig:
 
 def tiny(**overrides: Any) -> ViTConfig:
     """Return ViT-Tiny/16 (5.5 M parameters), with any field of ViTConfig overridden."""
+    # One dict, in which overrides win; as keywords, a field given twice would be a TypeError.
     return ViTConfig(**{"embed_dim": 192, "depth": 12, "num_heads": 3, **overrides})
 
 

@@ -16,6 +16,7 @@ def mse_per_sample(prediction: Tensor, target: Tensor) -> Tensor:
 
     Source: arXiv 2111.06377, section 3, where the predicted patches are the hidden ones.
     """
+    # every sample predicts the same number M of patches, so the mean over samples weighs all patches alike
     return (prediction.float() - target.float()).square().mean(dim=(1, 2))
 
 
@@ -28,4 +29,5 @@ def cross_entropy_per_sample(logits: Tensor, labels: Tensor, *, label_smoothing:
 
     Source: arXiv 1512.00567, section 7.
     """
+    # float32, because softmax over many classes in bfloat16 loses most of its digits
     return nn.functional.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=label_smoothing)

@@ -56,6 +56,7 @@ class Decoder(nn.Module):
         self.embed = Linear(config.encoder.embed_dim, dim)
         if config.encoder_input == "visible":
             self.mask_token = nn.Parameter(torch.full((1, 1, dim), math.nan))
+        # a buffer, so that it moves with the module; not stored, so that another grid can load the same weights
         self.register_buffer("positions", sine_cosine_2d(config.encoder.grid, dim), persistent=False)
         self.blocks = nn.ModuleList(
             Block(dim, num_heads=config.decoder_num_heads, mlp_dim=config.decoder_mlp_dim, layer_norm_eps=eps)
@@ -114,6 +115,7 @@ class MaskedAutoencoder(nn.Module):
         masked = self.mask(pixels, noise)
         mask_tokens = MaskTokens(self.mask_token, masked.ids_hidden) if config.encoder_input == "all" else None
         tokens = self.encoder(pixels, masked.ids_visible, None, mask_tokens)  # [B, n + K (+ L - K), D]
+        # the targets are cut from the float32 pixels below, never from what the encoder cast to its own dtype
         prediction = self.decoder(tokens, masked).float()  # [B, M, T]
         ids = (
             masked.ids_hidden
@@ -167,5 +169,5 @@ class MaskedAutoencoder(nn.Module):
             target=self.config.target,
             basis=self.basis_on(pixels.device),
         )  # [B, L - K, N]
-        index = output.masked.ids_hidden.unsqueeze(-1).expand_as(shown)
+        index = output.masked.ids_hidden.unsqueeze(-1).expand_as(shown)  # [B, L - K, N], a view
         return unpatchify(patches.scatter(1, index, shown), grid=encoder.grid, patch_size=encoder.patch_size)

@@ -145,6 +145,7 @@ def _block_rank(noise: Tensor, grid: tuple[int, int], hidden: int) -> Tensor:
     """
     B, L = noise.shape
     R = max(1, min(MAX_RECTANGLES, L // 4))
+    # the noise is reused for the rectangles, so that every strategy takes the same input; tiny grids are padded
     drawn = torch.nn.functional.pad(noise, (0, max(0, 4 - L)), value=0.5)[:, : 4 * R].reshape(B, R, 4)
     area, shape, top, left = drawn.unbind(-1)  # each [B, R]
     smallest = min(float(hidden), MIN_RECTANGLE_SHARE * L)

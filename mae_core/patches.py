@@ -76,6 +76,7 @@ def normalise_pixels(images: Tensor, *, mean: Sequence[float], std: Sequence[flo
     """
     if images.dtype != torch.uint8:
         raise TypeError(f"images are {images.dtype}, not uint8: normalise_pixels takes bytes 0..255, channels last")
+    # scaled to 0..1 first and then normalised, the order of torchvision's ToTensor and Normalize
     x = images.permute(0, 3, 1, 2).to(torch.float32).div(255.0)  # [B, C, H, W]
     return x.sub(_by_channel(mean, x)).div(_by_channel(std, x))
 
@@ -92,4 +93,5 @@ def denormalise_pixels(pixels: Tensor, *, mean: Sequence[float], std: Sequence[f
 
 
 def _by_channel(values: Sequence[float], like: Tensor) -> Tensor:
+    # made in every call, so that no module has to hold it; on CUDA that is a small copy which the host waits for
     return torch.tensor(values, dtype=torch.float32, device=like.device).view(1, -1, 1, 1)

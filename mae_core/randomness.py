@@ -62,6 +62,7 @@ def permutation(count: int, purpose: str, *numbers: int) -> npt.NDArray[np.int64
 
     Shapes: int64 [count].
     """
+    # sorting random words needs no numpy shuffle, whose algorithm may change; stable for the case of equal words
     return np.argsort(_words([_key(purpose, *numbers)], count)[0], kind="stable")
 
 
@@ -89,6 +90,7 @@ def key64(purpose: str, *numbers: int) -> int:
 
 
 def _key(purpose: str, *numbers: int) -> Words:
+    # the zero byte separates purpose and numbers; "<" makes keys equal on machines of either byte order
     packed = purpose.encode() + b"\0" + struct.pack(f"<{len(numbers)}q", *numbers)
     return np.frombuffer(hashlib.blake2b(packed, digest_size=16).digest(), dtype="<u8").astype(np.uint64)
 
@@ -109,7 +111,7 @@ def _words(keys: Sequence[Words], count: int) -> Words:
             "bit_generator": "Philox",
             "state": {"counter": zeros, "key": key},
             "buffer": zeros,
-            "buffer_pos": 4,
+            "buffer_pos": 4,  # past the end of the buffer: the next word comes from the new key
             "has_uint32": 0,
             "uinteger": 0,
         }

@@ -85,6 +85,7 @@ def patch_basis(patches: Tensor, *, components: int) -> PatchBasis:
         ConfigError: There are not more patches than components, or fewer values per patch than components.
     """
     count, values = patches.shape
+    # subtracting the mean takes one dimension away, so M patches span at most M - 1
     if not 1 <= components <= min(count - 1, values):
         raise ConfigError(
             f"components={components} of {count} patches with {values} values each cannot be computed: pass more patches, or "
@@ -92,9 +93,10 @@ def patch_basis(patches: Tensor, *, components: int) -> PatchBasis:
         )
     wide = patches.to(torch.float64)
     mean = wide.mean(dim=0)
+    # the N x N scatter matrix, not the M x N patches: M is large, and N is a few hundred
     _, vectors = torch.linalg.eigh((wide - mean).T @ (wide - mean))  # columns, in order of increasing variance
     rows = vectors.T.flip(0)[:components]  # [k, N]
-    largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
+    largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))  # [k, 1]
     return PatchBasis(mean.float(), (rows * largest.sign()).float())
 
 

@@ -51,6 +51,7 @@ class Attention(nn.Module):
         B, T, D = x.shape
         qkv = self.qkv(x).reshape(B, T, 3, self.num_heads, D // self.num_heads)  # [B, T, 3, h, D/h]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, h, T, D/h]
+        # fused: the [T, T] scores never reach memory, so autograd need not keep them
         x = nn.functional.scaled_dot_product_attention(q, k, v)  # [B, h, T, D/h]
         return cast("Tensor", self.proj(x.transpose(1, 2).reshape(B, T, D)))  # [B, T, D]
 
@@ -68,6 +69,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each token independently: [..., D] -> [..., D]."""
+        # exact, not the tanh approximation: the released MAE and timm weights were trained with it
         return cast("Tensor", self.fc2(nn.functional.gelu(self.fc1(x))))
 
 
@@ -93,6 +95,7 @@ class Block(nn.Module):
 
         Source: arXiv 1603.09382 for dropping branches.
         """
+        # pretraining drops nothing, so it is spared the two multiplications per block
         if drop_scale is None:
             x = x + self.attn(self.norm1(x))
             return cast("Tensor", x + self.mlp(self.norm2(x)))
@@ -161,6 +164,7 @@ class ViTEncoder(nn.Module):
                 f"image_size={self.config.image_size}: resize the images or build the encoder with their size"
             )
         patches = patchify(pixels, self.config.patch_size)  # [B, L, N]
+        # an engine may have cast the parameters; the pixels stay float32 for the target
         dtype = self.cls_token.dtype
         positions = self.positions.to(dtype).expand(len(patches), -1, -1)  # [B, L, D]
         if ids_visible is None:
@@ -252,6 +256,7 @@ def fill(parameter: Tensor, init: Callable[[Tensor], Tensor], *, generator: torc
     if parameter.is_meta:
         return
     with torch.no_grad():
+        # drawn in float32 and cast afterwards: a bfloat16 draw would give other weights, not rounded ones
         fresh = torch.empty(parameter.shape, dtype=torch.float32, device=generator.device)
         parameter.copy_(init(fresh))
 
@@ -277,11 +282,13 @@ def initialise(module: nn.Module, *, generator: torch.Generator) -> None:
 
     for path, part in module.named_modules():
         if isinstance(part, nn.LayerNorm):
+            # constants: no random number is drawn, so the order of draws is not affected
             part.reset_parameters()
             continue
         for name, parameter in part.named_parameters(recurse=False):
             if name in ("cls_token", "mask_token"):
                 fill(parameter, normal, generator=generator)
+            # a copy of the fixed table, so that learned positions start where the others stay
             elif isinstance(part, ViTEncoder) and name == "positions":
                 table = sine_cosine_2d(part.config.grid, part.config.embed_dim)
                 fill(parameter, lambda fresh, table=table: fresh.copy_(table), generator=generator)  # type: ignore[misc]

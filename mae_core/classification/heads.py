@@ -54,14 +54,17 @@ class Classifier(nn.Module):
         dim = encoder.config.embed_dim
         self.pool: Literal["mean", "cls"] = pool
         self.norm: Literal["fresh", "pretrained"] = norm or ("fresh" if pool == "mean" else "pretrained")
+        # a copy, because the final norm is replaced below
         self.encoder = copy.deepcopy(encoder)
         self.fc_norm: nn.Module = nn.Identity()
         if self.norm == "fresh":
             self.encoder.norm = nn.Identity()
             self.fc_norm = nn.LayerNorm(dim, eps=encoder.config.layer_norm_eps)
         self.head = Linear(dim, num_classes)
+        # nearly zero, as in the official fine-tuning: the first gradients do not push a random head into the encoder
         fill(self.head.weight, lambda w: nn.init.trunc_normal_(w, std=2e-5, generator=generator), generator=generator)
         nn.init.zeros_(self.head.bias)
+        # last, because head and norm were just made in float32 on the CPU
         self.to(device=encoder.cls_token.device, dtype=encoder.cls_token.dtype)
 
     def forward(self, pixels: Tensor, drop_scales: Tensor | None = None) -> Tensor:

@@ -32,6 +32,7 @@ from mae_core.interop.layouts import (
 )
 from mae_core.positions import sine_cosine_2d
 
+# every named size has its own width, so the width is enough
 _HEADS = {config.embed_dim: config.num_heads for config in (size() for size in SIZES.values())}
 _DECODER_HEADS = {512: 16}  # width and heads of the decoder in every released MAE
 
@@ -75,6 +76,7 @@ def infer_encoder_config(
     """
     found, names = canonical_names(state_dict, LAYOUTS[layout]), LAYOUTS[layout].encoder
     depth = depth_of(found, names)
+    # before any shape is read: "has register tokens" helps, "table of shape (1, 201, 384)" does not
     _check_parts(found, layout, depth)
     kernel, hidden, stored = _required(
         found,
@@ -86,7 +88,7 @@ def infer_encoder_config(
             f"{_foreign_name(names, 'patch_embed.weight', depth)} of shape {tuple(kernel.shape)} is no kernel [D, C, P, P] of "
             f"square patches: encoders with other patches cannot be imported"
         )
-    embed_dim, in_channels, patch_size, _ = kernel.shape
+    embed_dim, in_channels, patch_size, _ = kernel.shape  # [D, C, P, P]
     shape = tuple(stored.shape)
     if len(shape) != 3 or shape[0] != 1 or shape[1] < 2 or shape[2] != embed_dim:
         raise ConfigError(
@@ -98,7 +100,7 @@ def infer_encoder_config(
         image_size = grid[0] * patch_size, grid[1] * patch_size
     else:
         grid = image_size[0] // patch_size, image_size[1] // patch_size
-    table = patch_rows(stored, num_patches=grid[0] * grid[1])
+    table = patch_rows(stored, num_patches=grid[0] * grid[1])  # [L, D]
     config = ViTConfig(
         image_size=image_size,
         patch_size=patch_size,
@@ -286,10 +288,12 @@ def _foreign_name(names: NameTable, ours: str, depth: int) -> str:
 def _grid_of(rows: Tensor, name: str) -> tuple[int, int]:
     """Return the grid of a position table [1 + L, D] or [L, D], if its values or its shape determine one."""
     # 256 patches may be 16 x 16 or 8 x 32; a fixed table matches only one of them
+    # with a row for the class token first: nearly all files have one
     for table in (rows[1:], rows):
         for grid in _grids(len(table)):
             if is_sine_cosine(table, grid=grid):
                 return grid
+    # trained values say nothing about the grid, so from here on only the number of rows does
     count = len(rows) - 1
     side = math.isqrt(count)
     if side * side == count:
@@ -315,4 +319,5 @@ def _grids(count: int) -> list[tuple[int, int]]:
 def _mlp_ratio(hidden: int, width: int) -> float:
     """Return hidden / width, raised by one float where needed so that int(width * ratio) gives hidden back."""
     ratio = hidden / width
+    # the config stores a ratio, and int() truncates: 2047.999... would lose a unit
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)

@@ -82,6 +82,7 @@ _SPLIT_BLOCK = {
     "mlp.fc1.*": ("mlp.fc1.*",),
     "mlp.fc2.*": ("mlp.fc2.*",),
 }
+# "attention.output.dense" must come before "output.dense", which matches its end
 _HF_BLOCK_RENAMES = (
     (r"\.attention\.attention\.query\.", ".attention.q_proj."),
     (r"\.attention\.attention\.key\.", ".attention.k_proj."),
@@ -184,6 +185,7 @@ def unsupported_parts(unknown: Iterable[str]) -> str:
     unknown = sorted(unknown)
     found = []
     for pattern, what in _UNSUPPORTED_PARTS:
+        # one example of each kind is enough to find it in the file
         if name := next((name for name in unknown if re.search(pattern, name)), None):
             found.append(f"{what} ({name})")
     return ", ".join(found)
@@ -212,6 +214,7 @@ def tensor_names(table: NameTable, *, depth: int) -> dict[str, tuple[str, ...]]:
         pairs += [(here + ours, tuple(there + name for name in theirs)) for ours, theirs in table.block.items()]
     names: dict[str, tuple[str, ...]] = {}
     for ours, theirs in pairs:
+        # tokens are single tensors, everything else is a weight and a bias
         for kind in ("weight", "bias") if ours.endswith(".*") else ("",):
             names[ours.replace("*", kind)] = tuple(name.replace("*", kind) for name in theirs)
     return names
@@ -224,6 +227,7 @@ def depth_of(names: Iterable[str], table: NameTable) -> int:
         ConfigError: The highest index is larger than the number of names.
     """
     names = list(names)
+    # nine digits at most, so that a forged name cannot ask for a huge int
     pattern = re.compile(rf"{re.escape(table.blocks)}\.([0-9]{{1,9}})\.")
     depth = max((int(found[1]) + 1 for name in names if (found := pattern.match(name))), default=0)
     # callers list the names of every block, so a forged index must not decide how many blocks there are
@@ -264,6 +268,7 @@ def encoder_prefixes(names: Iterable[str]) -> tuple[str, ...]:
     for match in filter(None, map(_PATCH_EMBED.fullmatch, names)):
         prefix = match["prefix"]
         encoder, decoder = _AUTOENCODERS.get(match["name"], ("", ""))
+        # take off the encoder's own part only if a decoder shares the rest: otherwise it is a wrapper's name
         whole = prefix.removesuffix(encoder)
         if encoder and whole != prefix and any(name.startswith(whole + decoder) for name in names):
             prefix = whole
@@ -282,6 +287,7 @@ def canonical_names(state_dict: Mapping[str, Value], layout: Layout) -> dict[str
     found: dict[str, Value] = {}
     for name, value in _unwrapped(state_dict).items():
         current = name
+        # in order and all of them: a name may need two, such as its block and its attention
         for pattern, new in layout.renames:
             current = re.sub(pattern, new, current)
         _add_once(found, current, value, name)
@@ -296,6 +302,7 @@ def detect_layout(names: Iterable[str]) -> LayoutName:
     Raises:
         ConfigError: The names fit no layout; the message lists the known ones.
     """
+    # names alone decide, so a file's header is enough and no tensor is read
     given = dict.fromkeys(names, None)
     for title, layout in LAYOUTS.items():
         found = canonical_names(given, layout)
@@ -327,6 +334,7 @@ def _unwrapped(state_dict: Mapping[str, Value]) -> Mapping[str, Value]:
     """Return the same tensors without what wrappers added to every name."""
     found = without_wrappers(state_dict)
     prefixes = encoder_prefixes(found)
+    # tensors outside the prefix would keep names that fit no table; the caller has to choose
     if len(prefixes) != 1 or not all(name.startswith(prefixes[0]) for name in found):
         return found
     return {name.removeprefix(prefixes[0]): value for name, value in found.items()}

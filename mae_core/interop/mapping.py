@@ -68,7 +68,9 @@ def encoder_from(state_dict: Mapping[str, Tensor], config: ViTConfig, *, layout:
     known = LAYOUTS[layout]
     theirs, names = canonical_names(state_dict, known), tensor_names(known.encoder, depth=config.depth)
     ignored = names_matching(theirs, (*known.decoder_patterns, *known.optional_patterns))
+    # the position table is expected in every file, although ours may not keep it
     wanted = {known.encoder.positions, *(name for group in names.values() for name in group)}
+    # timm's models with average pooling drop `norm`; saying so beats "missing norm.weight"
     pooled = "fc_norm.weight" in theirs and "norm.weight" not in theirs
     hint = "fc_norm normalises the mean of the tokens, and these weights have no norm for the tokens" if pooled else ""
     _check_names(theirs, wanted, ignored=ignored, hint=hint)
@@ -204,6 +206,7 @@ def _autoencoder_to(state_dict: Mapping[str, Tensor], config: MAEConfig, *, layo
     cls_token, mask_token = state_dict["encoder.cls_token"], state_dict["decoder.mask_token"]
     return theirs | {
         encoder.positions: _export_positions(cls_token, state_dict.get("encoder.positions"), config.encoder),
+        # the mask token has the decoder's width and dtype, which is all that is taken from it
         decoder.positions: _export_positions(mask_token, None, config.encoder),
     }
 
@@ -282,6 +285,7 @@ def _import_tensors(
         for name, group in names.items()
     }
     kernel = next(name for name in names if name.endswith("patch_embed.weight"))
+    # our patches order their values by row, column, channel; a convolution's kernel has channels first
     ours[kernel] = ours[kernel].permute(0, 2, 3, 1).flatten(1)  # [D, C, P, P] -> [D, P * P * C]
     return ours
 
@@ -299,6 +303,7 @@ def _export_tensors(
         if name.endswith("patch_embed.weight"):
             side = config.patch_size
             tensor = tensor.reshape(len(tensor), side, side, -1).permute(0, 3, 1, 2).contiguous()  # [D, C, P, P]
+        # cloned, because safetensors refuses tensors that share memory
         parts = [tensor] if len(group) == 1 else [part.clone() for part in tensor.chunk(len(group))]
         theirs.update(zip(group, parts, strict=True))
     return theirs
@@ -331,7 +336,7 @@ def _import_positions(
     if fixed and not is_sine_cosine(table, grid=config.grid, tolerance=tolerance):
         raise positions_error(names.positions, stored, config)
     token = {"cls_token": cls_token if without_class_row else cls_token + stored[:, :1]}
-    return token if fixed else token | {"positions": table.clone()}
+    return token if fixed else token | {"positions": table.clone()}  # a slice would keep the whole stored table alive
 
 
 def _export_positions(like: Tensor, learned: Tensor | None, config: ViTConfig) -> Tensor:
@@ -340,4 +345,5 @@ def _export_positions(like: Tensor, learned: Tensor | None, config: ViTConfig) -
     Width, dtype and device are those of `like` [1, 1, D].
     """
     table = sine_cosine_2d(config.grid, like.shape[2]) if learned is None else learned
+    # the zero row keeps the class token as it is, since its position was added on import
     return torch.cat([torch.zeros_like(like[0]), table.to(like)])[None]

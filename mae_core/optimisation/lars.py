@@ -63,6 +63,7 @@ class LARS(torch.optim.Optimizer):
         Raises:
             ConfigError: An option of the group is out of range.
         """
+        # checked with the defaults filled in; torch fills them in only afterwards
         group = {**self.defaults, **param_group}
         if not group["lr"] >= 0.0:
             raise ConfigError(f"lr={group['lr']} is negative: write 0 or more")
@@ -96,11 +97,12 @@ class LARS(torch.optim.Optimizer):
                     continue
                 update = parameter.grad
                 if parameter.ndim > 1:
-                    update = update.add(parameter, alpha=group["weight_decay"])
+                    update = update.add(parameter, alpha=group["weight_decay"])  # not in place: .grad stays as it is
                     update = update * trust_ratio(parameter, update, coefficient=group["trust_coefficient"])
                 state = self.state[parameter]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(parameter)
+                # the rate enters below and not in the momentum, so that a lowered rate acts at once
                 buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(update)
                 parameter.add_(buffer, alpha=-group["lr"])
         return loss

@@ -46,6 +46,7 @@ def layer_index(name: str, *, depth: int) -> int:
     local = name.removeprefix("encoder.")
     if local.startswith("patch_embed.") or local in ("cls_token", "mask_token", "positions"):
         return 0
+    # the decoder's names begin with "decoder.", so its blocks fall through to the last layer
     block = re.match(r"blocks\.(\d+)\.", local)
     if block is None:
         return depth + 1
@@ -78,8 +79,10 @@ def parameter_groups(
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
+        # one-dimensional parameters are biases and norms; timm and the official code exempt them too
         exempt = parameter.ndim <= 1 or name.rsplit(".", 1)[-1] in NEVER_DECAYED
         kind = "no_decay" if exempt else "decay"
+        # without layer decay all parameters share layer 0, hence two groups
         layer = 0 if depth is None else layer_index(name, depth=depth)
         group = groups.setdefault(
             (layer, kind),
@@ -93,4 +96,5 @@ def parameter_groups(
         )
         group["params"].append(parameter)
         group["names"].append(name)
+    # sorted, so that checkpoints and ranks see the groups in the same order, whatever the module's order
     return [groups[key] for key in sorted(groups)]

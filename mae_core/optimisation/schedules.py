@@ -31,6 +31,7 @@ def warmup_cosine(
     _check(images_seen, peak_lr=peak_lr, warmup_images=warmup_images, total_images=total_images, min_lr=min_lr)
     if images_seen < warmup_images:
         return peak_lr * images_seen / warmup_images
+    # clipped: beyond the end the cosine would rise again
     progress = min(1.0, (images_seen - warmup_images) / (total_images - warmup_images))
     return min_lr + (peak_lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
@@ -65,6 +66,7 @@ def warmup_stable_decay(
     if images_seen < warmup_images:
         return peak_lr * images_seen / warmup_images
     progress = min(1.0, max(0, images_seen - (total_images - decay_images)) / decay_images)
+    # steepest where the decay begins, unlike a cosine, which is flat there
     return min_lr + (peak_lr - min_lr) * (1.0 - math.sqrt(progress))
 
 
@@ -80,6 +82,7 @@ def scaled_lr(base_lr: float, global_batch: int) -> float:
     """
     if global_batch < 1:
         raise ConfigError(f"global_batch={global_batch} is not positive: write the number of images per update")
+    # 256 is the batch for which Goyal et al. tuned their rate; MAE states its base_lr for it too
     return base_lr * global_batch / 256
 
 

@@ -38,8 +38,9 @@ class Encoder:
     def digest(self) -> str:
         """SHA-256 of names, shapes and values: equal weights have equal digests, wherever they come from."""
         content = hashlib.sha256()
-        for name, value in sorted(self.weights.items()):
+        for name, value in sorted(self.weights.items()):  # files list tensors in any order
             content.update(f"{name} {tuple(value.shape)}\n".encode())
+            # The bytes themselves, without copying them.
             content.update(value.detach().contiguous().view(torch.uint8).numpy().data)
         return content.hexdigest()
 
@@ -108,6 +109,7 @@ class WeightsFile:
 
 def encoder_source(config: ProtocolConfig, inputs: Mapping[str, StageInput]) -> Pretrained | Initial:
     """Return where the encoder of an evaluation step comes from."""
+    # The step's seed draws these weights too, so every seed of a baseline has an encoder of its own.
     if config.weights == "random":
         return Initial(config.encoder, config.seed)
     return Pretrained(inputs["pretrain"].store.uri)

@@ -95,8 +95,9 @@ def extract_features(request: FeatureRequest, attempt: Attempt) -> Features:
     """Return the features. Parts that the store lacks are computed first, as tasks."""
     selection = request.selection()
     total = int(selection.counts.sum())
-    parts = max(1, -(-total // IMAGES_PER_TASK))
+    parts = max(1, -(-total // IMAGES_PER_TASK))  # rounded up; one empty part for an empty split
     store = open_store(attempt.root_uri.rpartition("/")[0]).at(f"{FOLDER}{_key(request, selection)}")
+    # One listing instead of a request per part. Writes are atomic, so a part that is there is whole.
     present = {info.key for info in store.list()}
     missing = [index for index in range(parts) if _part_name(index, parts) not in present]
     done = total - sum(len(plain_slice(total, index, parts)) for index in missing)
@@ -107,6 +108,7 @@ def extract_features(request: FeatureRequest, attempt: Attempt) -> Features:
         attempt.progress.update(done, total, unit=f"{request.split} images")
 
     task = partial(_write_part, request, parts, store.uri, attempt.resources)
+    # Only the keys of parts come back: features go through the store, not through Ray's object memory.
     map_tasks(task, missing, executor=attempt.executor, on_done=on_done)
     read = [_read_part(store, _part_name(index, parts)) for index in range(parts)]
     return Features(*(torch.cat(columns) for columns in zip(*read, strict=True)))
@@ -114,6 +116,7 @@ def extract_features(request: FeatureRequest, attempt: Attempt) -> Features:
 
 def _key(request: FeatureRequest, selection: Selection) -> str:
     encoder = request.encoder.load()
+    # The ids themselves: `samples` and `seed` may name the same images in different ways.
     ids = [selection.rows(shard).sample_ids.tolist() for shard in range(len(selection.shards))]
     return json_digest(
         {
@@ -146,6 +149,7 @@ def _compute(request: FeatureRequest, resources: Resources, *, index: int, parts
         global_batch=1,  # of no effect on evaluation_batches, which splits the plain order among the ranks
         rank=index,
         world_size=parts,
+        # Features are cached for all epochs, so a random crop would be frozen in them.
         augment=AugmentConfig(kind="center", flip=False),
         image_size=config.image_size,
         seed=request.seed,
@@ -159,6 +163,7 @@ def _compute(request: FeatureRequest, resources: Resources, *, index: int, parts
                 pixels = normalise_pixels(batch.images, mean=config.pixel_mean, std=config.pixel_std)
                 yield Features(module.encode(pixels, pool=request.pool), batch.labels.clone(), batch.sample_ids.clone())
 
+    # Gives the columns their types and shapes where a part has no images.
     nothing = Features(torch.empty(0, config.embed_dim), *(torch.empty(0, dtype=torch.int64) for _ in range(2)))
     with torch.inference_mode():
         return Features(*(torch.cat(columns) for columns in zip(nothing, *batches(), strict=True)))

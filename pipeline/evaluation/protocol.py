@@ -74,6 +74,7 @@ class ScoreFacts(Facts):
 
 def skipped(shards: StageInput, split: ScoredSplit = "test") -> StageResult | None:
     """Return the result to leave for a dataset that cannot be evaluated on, or None if it can be."""
+    # Decided from the receipt: no shard is opened, and no worker starts, for a dataset without labels.
     facts = DatasetFacts.read(shards.facts)
     reason = unsuited(
         facts.classes, {name: one for name, one in labels_of(shards).items() if name in facts.splits}, split

@@ -69,6 +69,7 @@ def measure_decoding(
     if seconds <= 0:
         raise ConfigError(f"--seconds {seconds} is no time to measure in: write 3")
     sample, threads = photos(images, count=PHOTOS), cores()
+    # Two timings: cores slow each other down (memory, clocks), so all of them decode less than their number times one.
     one = decode_rate(sample.files, threads=1, seconds=seconds)
     every = decode_rate(sample.files, threads=threads, seconds=seconds) if threads > 1 else one
     return DecodeReport(
@@ -103,6 +104,7 @@ def chosen_peaks(gpus: Sequence[str], tflops: float | None) -> dict[str, float]:
         if not 0 < tflops < math.inf:
             raise ConfigError(f"--tflops {tflops} is no peak: write TFLOP/s in bfloat16, dense, such as 312")
         return {f"{tflops:g} TFLOP/s": tflops * 1e12}
+    # bfloat16 is what pretraining computes in by default.
     known = {name: entry.peaks["bf16"] for name, entry in accelerators().items()}
     unknown = [name for name in gpus if name not in known]
     if unknown:

@@ -93,6 +93,7 @@ def training_configs(steps: Iterable[Step]) -> dict[str, TrainingConfig]:
 def estimate_memory(training: TrainingConfig, resources: Resources, hardware: Hardware) -> MemoryEstimate:
     """Return the memory of one worker, at the minimum number of workers."""
     workers = resources.worker_range[0]
+    # The engine's own derivation of micro-batch and accumulation, so that the plan cannot drift from it.
     settings = engine_settings(training.recipe, resources, workers=workers)
     model = _model_size(training, settings)
     held = footprint(model, settings, workers=workers, device=hardware.kind)
@@ -112,6 +113,7 @@ def check_memory(steps: Iterable[Step], resources: Resources, hardware: Hardware
     trainings = training_configs(steps)
     for name, config in trainings.items():
         estimate = estimate_memory(config, resources, hardware)
+        # Not `not fits`: a tight fit may work, and only what cannot is refused.
         if estimate.cannot_fit:
             proposed = propose_resources(list(trainings.values()), resources, hardware)
             raise ConfigError(f"{name}: {_shortage(estimate, hardware)}. {_way_out(proposed)}")
@@ -128,6 +130,7 @@ def propose_resources(
     fitting: list[Resources] = []
     for candidate in _candidates(resources, hardware):
         best = _with_largest_micro_batch(trainings, candidate, hardware, worker_batch)
+        # A worker's whole batch may be smaller than what is efficient, and is then good enough.
         if best and best.micro_batch >= min(MIN_EFFICIENT_BATCH, worker_batch):
             return best
         fitting += [best] if best else []
@@ -157,6 +160,7 @@ def estimate_effort(training: TrainingConfig, resources: Resources, hardware: Ha
     seconds = None
     if peak:
         low, high = hardware.mfu
+        # The good utilisation first: it gives the shorter time.
         seconds = (flops / (devices * peak * high), flops / (devices * peak * low))
     return Effort(steps=steps, images=seen, seconds=seconds)
 
@@ -173,6 +177,7 @@ def images_per_epoch(step: Step, store: Store) -> int | None:
         images = SnapshotFacts.read(receipt.facts).splits.get("train", 0)
     else:
         images = 0
+    # A limit above the number of images selects them all; 0 means not counted.
     return min(limit or images, images) or None
 
 
@@ -196,10 +201,13 @@ def _way_out(proposed: Resources | None) -> str:
 def _candidates(resources: Resources, hardware: Hardware) -> Iterator[Resources]:
     """Settings to try, fastest first. What the user has turned on stays on."""
     workers = resources.worker_range[0]
+    # One worker has nothing to partition.
     stages = (1, 2, 3) if workers > 1 else (1,)
+    # Stages before recomputation: partitioning costs communication, recomputing a third more work.
     for recompute in (False, True) if not resources.activation_checkpointing else (True,):
         for stage in stages:
             yield _changed(resources, zero_stage=stage, activation_checkpointing=recompute)
+    # Last resorts: they move memory elsewhere and pay for it at every step, or at every save.
     if hardware.kind == "cuda" and resources.offload == "none":
         yield _changed(resources, zero_stage=stages[-1], activation_checkpointing=True, offload="optimizer")
     if hardware.kind == "cpu" and resources.checkpoint_copy == "memory":
@@ -219,6 +227,7 @@ def _with_largest_micro_batch(
     # may fit where half of it does not. Among the others, smaller is always cheaper, and bisection finds the largest.
     if fits(whole):
         return _changed(candidate, micro_batch=whole)
+    # `parts` falls in size, so the key is False, ..., False, True, ..., True.
     found = bisect.bisect_left(parts, 1, key=fits)
     return _changed(candidate, micro_batch=parts[found]) if found < len(parts) else None
 
@@ -228,6 +237,7 @@ def _micro_batch_sizes(worker_batch: int) -> Iterator[int]:
     size = worker_batch
     yield size
     while size > 1:
+        # One pass more, and the smallest size that manages with as many: a size in between would only cost memory.
         size = math.ceil(worker_batch / math.ceil(worker_batch / (size - 1)))
         yield size
 

@@ -78,7 +78,7 @@ def autoencoder_size(config: MAEConfig, settings: EngineSettings) -> ModelSize:
     everything = activation_bytes(config, bytes_per_value=width, recompute=recompute)
     return ModelSize(
         weights=weights,
-        largest_group=weights,
+        largest_group=weights,  # two groups, and nearly all weights are in the one that decays
         last_weights=weights - encoder,
         activations=everything + _pixels(config.encoder),
         first_activations=min(first, everything),
@@ -112,12 +112,14 @@ def footprint(model: ModelSize, settings: EngineSettings, *, workers: int, devic
 def with_checkpoint_copy(held: Footprint, model: ModelSize, *, workers: int, device: Device) -> Footprint:
     """Add the copy of a worker's state from which a checkpoint is written while training continues."""
     copy = STATE_BYTES * math.ceil(model.weights / workers)
+    # A CPU worker's copy takes memory that training needs too; a GPU's is in its host's.
     return held._replace(copy=copy) if device == "cpu" else held._replace(host=held.host + copy)
 
 
 def _moments(model: ModelSize, settings: EngineSettings, *, workers: int, device: Device) -> tuple[Footprint, ...]:
     """The four candidates: after the forward pass, after the last layers' backward, after all of it, and in AdamW's step."""
     width, stage, images = _width(settings), settings.zero_stage, settings.micro_batch
+    # `math.ceil`: partitions are padded to equal size.
     whole, own = width * model.weights, width * math.ceil(model.weights / workers)
     bucket = min(width * REDUCE_BUCKET_ELEMENTS, whole)
     constant = _constant(own // width, whole, settings, device=device)
@@ -126,12 +128,14 @@ def _moments(model: ModelSize, settings: EngineSettings, *, workers: int, device
     earlier = (
         0 if settings.accumulation == 1 or stage == 3 else whole if stage == 1 else kept
     )  # gradients of earlier micro-batches
+    # Up to LIVE_ELEMENTS stay gathered while PREFETCH_ELEMENTS more are on their way.
     gathered = min(width * (LIVE_ELEMENTS + PREFETCH_ELEMENTS), whole) if stage == 3 else 0
     backward = constant._replace(
         weights=constant.weights + gathered,
         gradients=constant.gradients + earlier,
         workspace=_buckets(stage, device) * bucket,
     )
+    # At ZeRO-1 with accumulation the memory of all gradients is held already, and new ones are added in place.
     first = min(unreduced, width * model.last_weights) if stage > 1 or settings.accumulation == 1 else 0
     moments = (
         backward._replace(activations=images * model.activations),
@@ -182,10 +186,12 @@ def _constant(own: int, whole: int, settings: EngineSettings, *, device: Device)
 
 def _optimizer_step(constant: Footprint, group: int, settings: EngineSettings, *, kept: int) -> Footprint:
     """AdamW's step, for which a group's gradients are copied, flat and in float32, from the kept ones."""
+    # 4 bytes for the float32 copy; in bf16 2 more, for the flat one that it is cast from.
     copies = 0 if constant.host else (4 if settings.precision == "fp32" else 6) * group
     return constant._replace(gradients=constant.gradients + kept, workspace=copies)
 
 
+# Cached, because a search over settings asks for the same model again and again.
 _weights = cache(parameter_count)
 
 

@@ -70,6 +70,7 @@ def assumed_hardware(configs: Iterable[TrainingConfig], resources: Resources, as
         if assumptions.hardware
         else local_hardware(workers=resources.worker_range[0], use_gpu=resources.use_gpu)
     )
+    # Before measuring: a peak that the user gave is not measured again.
     device = device.with_overrides(tflops=assumptions.tflops, mfu=assumptions.mfu)
     for precision in {config.recipe.precision for config in configs}:
         device = with_measured_peak(device, precision)

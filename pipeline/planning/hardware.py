@@ -44,6 +44,7 @@ class Hardware:
             if value is not None and not 0 < value <= most:
                 example = "a share such as 0.4" if option == "--mfu" else "dense TFLOP/s such as 312"
                 raise ConfigError(f"{option} {value} is not usable: write {example}")
+        # One figure for every precision: the user has measured the one that the training uses.
         peaks = self.peaks if tflops is None else dict.fromkeys(DTYPES, tflops * 1e12)
         return replace(self, peaks=peaks, mfu=self.mfu if mfu is None else (mfu, mfu))
 
@@ -56,7 +57,7 @@ def accelerators() -> Mapping[str, Hardware]:
         name: Hardware(
             name=name,
             kind="cuda",
-            memory_bytes=int(row["memory_gb"] * 1e9),
+            memory_bytes=int(row["memory_gb"] * 1e9),  # makers count decimal gigabytes
             peaks={"bf16": row["bf16_tflops"] * 1e12, "fp32": row["fp32_tflops"] * 1e12},
             mfu=tuple(row["mfu"]),
             source=row["source"],
@@ -100,13 +101,14 @@ def local_gpu() -> Hardware | None:
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(0)
+    # By family, because drivers report names such as "NVIDIA H100 80GB HBM3".
     known = next((entry for name, entry in accelerators().items() if _family(name) in properties.name), None)
     return Hardware(
         name=properties.name,
         kind="cuda",
         memory_bytes=properties.total_memory,
         peaks=known.peaks if known else {},
-        mfu=known.mfu if known else (0.3, 0.5),
+        mfu=known.mfu if known else (0.3, 0.5),  # the table's range for every GPU
         source=known.source if known else "torch",
     )
 
@@ -126,6 +128,7 @@ def cluster_hardware(gpu_types: Iterable[str]) -> Hardware | None:
     families = [
         [entry for name, entry in accelerators().items() if _family(name) == _family(kind)] for kind in gpu_types
     ]
+    # One unknown type could be larger than all known ones, so nothing may be refused.
     if not all(families):
         return None
     return max((entry for family in families for entry in family), key=lambda one: one.memory_bytes, default=None)
@@ -151,6 +154,7 @@ def host_memory_bytes() -> int:
     lines = Path("/proc/meminfo").read_text().splitlines()
     total = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:"))
     files = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # cgroup v2, v1
+    # No limit reads "max" in v2 and a huge number in v1, which `min` passes over.
     limits = [int(text) for path in files if path.exists() and (text := path.read_text().strip()).isdigit()]
     return min([total, *limits])
 
@@ -167,6 +171,7 @@ def read_prices(path: Path) -> Mapping[str, float]:
     for name, price in table.items():
         if name not in known:
             raise ConfigError(f"{path}: {name!r} is unknown: write one of {', '.join(known)}")
+        # YAML's yes and no are bools, which are ints in Python. `not >=` also refuses NaN.
         if price is not None and (isinstance(price, bool) or not isinstance(price, int | float) or not price >= 0):
             raise ConfigError(f"{path}: {name} = {price!r} is not a price: write USD per device and hour, or null")
     return {name: float(price) for name, price in table.items() if price is not None}

@@ -117,13 +117,15 @@ def judge(config: GuardConfig, state: GuardState, stats: StepStats, total_steps:
     if not reason or (not not_finite and config.spikes == "report"):
         recent = (*state.recent, (stats.loss, stats.grad_norm))[-config.window :]
         return Judgement("go", reason, stats, state, replace(state, recent=recent))
+    # `recent` stays as it is: a bad value must not shift the median that the next ones are judged by.
     skipping = replace(state, skipped=(*state.skipped, stats.step))
     in_a_row = _skips_in_a_row(skipping.skipped)
     if in_a_row < config.skips_in_a_row and (not_finite or config.spikes == "skip"):
         return _within_limits(config, Judgement("skip", reason, stats, state, skipping), total_steps)
-    first_bad = stats.step + 1 - in_a_row
+    first_bad = stats.step + 1 - in_a_row  # the row of skips led here, so it is undone as a whole
     target = _roll_back_target(first_bad - config.roll_back_steps, config.roll_back_steps, state.stepped_over)
     undone = (target, stats.step + 1)
+    # Provisional, for the limits below: `roll_back` replaces it by the checkpoint's own record.
     at_target = GuardState(skipped=tuple(step for step in state.skipped if step < target))
     state_after = state_after_rollback(state, at_target, undone)
     return _within_limits(config, Judgement("roll_back", reason, stats, state, state_after, undone), total_steps)
@@ -154,7 +156,7 @@ def merge_range(ranges: Sequence[Range], added: Range) -> tuple[Range, ...]:
     first, last = added
     apart = []
     for one in ranges:
-        if one[1] < first or last < one[0]:
+        if one[1] < first or last < one[0]:  # a range excludes its last number, so equal ends touch
             apart.append(one)
         else:
             first, last = min(first, one[0]), max(last, one[1])
@@ -168,12 +170,15 @@ def _not_finite(stats: StepStats) -> str:
 
 def _spike(config: GuardConfig, recent: Sequence[tuple[float, float]], stats: StepStats) -> str:
     """Return how far a value lies above the recent ones, or an empty string if none is a spike."""
+    # Early losses fall so fast that a short window would have no meaningful deviation.
     if len(recent) < config.window:
         return ""
     for (name, value), earlier in zip(_named(stats), zip(*recent, strict=True), strict=True):
         middle = median(earlier)
+        # Median, not mean: the outliers that are looked for would widen a standard deviation.
         measured = _MAD_TO_SIGMA * median(abs(one - middle) for one in earlier)
         deviation = max(measured, _LEAST_DEVIATION_SHARE * abs(middle))
+        # Upwards only: a loss or norm that falls sharply does no harm.
         if value > middle + config.deviations * deviation:
             return f"{name} {value:.4g} spikes, {middle:.4g} is the median of {len(earlier)} steps before"
     return ""
@@ -194,6 +199,7 @@ def _roll_back_target(step: int, further: int, ranges: Sequence[Range]) -> int:
     Going back into a skipped range would land on steps that were given up already, so a second rollback soon after the
     first goes back further.
     """
+    # Latest first, so that a step moved out of one range is tested against those before it.
     for first, last in reversed(ranges):
         if first <= step < last:
             step = first - further

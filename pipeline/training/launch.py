@@ -31,7 +31,9 @@ def run_training(spec: TrainSpec, attempt: Attempt) -> TrainingResult:
         from pipeline.training import ray_train
 
         attempt = ray_train.with_gpu_decision(attempt)
+    # Counted here, because to Ray Train each of these groups has finished cleanly.
     preemptions = FailureStreak()
+    # `fenced` never comes back here: the loop raises Fenced for it.
     while (result := _run_workers(spec, attempt)).stopped:
         where = f"{attempt.step_name}: stopped at step {result.global_step} of {result.total_steps}"
         saved = "saved; the same command goes on from there"
@@ -57,6 +59,7 @@ def _run_workers(spec: TrainSpec, attempt: Attempt) -> TrainingResult:
         ray_train.fit(run_worker, spec, attempt)
     answer = json.loads(attempt.store.read(RESULT))
     if "error" in answer:
+        # Only the class's name and the message travelled; the exit code depends on the class.
         raise getattr(errors, answer["error"], PipelineError)(answer["message"])
     return TrainingResult(**answer)
 
@@ -85,7 +88,7 @@ def run_worker(spec: TrainSpec, attempt: Attempt) -> None:
         answer = {"error": type(error).__name__, "message": str(error)}
     finally:
         tracker.close()
-    answers = world.all_gather(answer)
+    answers = world.all_gather(answer)  # every rank comes here: the loop's errors are raised on all of them
     if world.is_first:
         attempt.store.write(RESULT, json.dumps(_first_error(answers) or answer).encode())
 

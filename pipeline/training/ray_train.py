@@ -40,7 +40,7 @@ def fit(run_worker: WorkerFunction, spec: TrainSpec, attempt: Attempt) -> None:
         except Exception as error:
             given_up = getattr(error, "controller_failure", None)  # what _GiveUp raised, wrapped by Ray Train
             if isinstance(given_up, PipelineError):
-                raise given_up from None
+                raise given_up from None  # our own message says it all; Ray's wrapping of it would only repeat it
             raise PipelineError(
                 f"{attempt.step_name}: Ray Train gave up: {last_line(error)}. {stack_dump_hint(attempt.store)}{GOES_ON}"
             ) from error
@@ -85,10 +85,10 @@ def _trainer(run_worker: WorkerFunction, spec: TrainSpec, attempt: Attempt, scra
         },
         torch_config=_Config(backend="nccl" if use_gpu else "gloo", timeout_s=resources.collective_timeout_s),
         scaling_config=ScalingConfig(
-            num_workers=least if least == most else (least, most),
+            num_workers=least if least == most else (least, most),  # a pair makes the group elastic
             use_gpu=use_gpu,
             resources_per_worker=need,
-            elastic_resize_monitor_interval_s=float("inf"),
+            elastic_resize_monitor_interval_s=float("inf"),  # never resize a healthy group: see above
         ),
         run_config=RunConfig(
             # Ray Train would silently continue an old run of this name in this folder, so the folder is this call's own.
@@ -104,6 +104,7 @@ def _trainer(run_worker: WorkerFunction, spec: TrainSpec, attempt: Attempt, scra
 
 def _on_worker(settings: Mapping[str, Any]) -> None:
     logging.getLogger().setLevel(logging.WARNING)
+    # The worker's own share: workers on a node that each started a thread per core would crowd each other out.
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, int(settings["cpus"])))
     settings["run_worker"](settings["spec"], settings["attempt"])
@@ -118,11 +119,13 @@ class _Config(TorchConfig):  # type: ignore[misc] # Ray has no types
         return _Backend
 
 
+# Ray keeps the base class private; this property is the public way to it.
 class _Backend(TorchConfig().backend_cls):  # type: ignore[misc]
     """Runs on the workers' main threads, the only ones that may set a signal handler; the loop runs in another thread."""
 
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         super().on_start(worker_group, backend_config)
+        # After Ray's own set-up, whose handler this replaces.
         worker_group.execute(stop_on_sigterm)
 
 
@@ -140,6 +143,7 @@ class _GiveUp(UserCallback):  # type: ignore[misc]
             newest = next(committed(self.attempt.root), "")
         except StorageError as error:
             log.warning("cannot see whether there is a new checkpoint: %s", error)
+            # Counts as no progress: a store that is away must not make the budget endless.
             newest = self.failures.newest_checkpoint
         if reason := reason_to_give_up(kind, self.failures.count_with(newest), self.attempt.resources):
             last = last_line(next(iter(worker_exceptions.values())))

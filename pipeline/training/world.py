@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 JOINED_BY = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """The environment variables from which torch joins a group."""
 LAUNCHER_VARIABLES = (*JOINED_BY, "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-_JOIN_S, _SAY_AFTER_S, _JOIN_POLL_S = 600.0, 20.0, 0.5
+_JOIN_S, _SAY_AFTER_S, _JOIN_POLL_S = 600.0, 20.0, 0.5  # seconds: give up, say what is missing, look again
 
 ELSEWHERE = "another worker failed; its own message says why"
 """What a worker raises when the error is not its own."""
@@ -47,6 +47,7 @@ class World:
 
     def total(self, values: Sequence[float]) -> list[float]:
         """Return the sum of each value over all workers, in float64. Collective."""
+        # float64 counts exactly up to 2**53, so flags, counts and losses travel in one reduction.
         tensor = torch.tensor(list(values), dtype=torch.float64)
         dist.all_reduce(tensor, group=self.group)
         return [float(value) for value in tensor]
@@ -61,7 +62,7 @@ class World:
     def broadcast(self, value: Any) -> Any:
         """Return rank 0's small Python value on every worker. Collective."""
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.group)
+        dist.broadcast_object_list(box, src=0, group=self.group)  # pickles: for small values only
         return box[0]
 
     def all_gather(self, value: Any) -> list[Any]:
@@ -81,6 +82,7 @@ class World:
             yield
         except (PipelineError, ConfigError) as error:
             problem = error
+        # Other exceptions skip this: the worker ends, and the reduction fails on the others, who have lost a peer.
         failures = self.total([float(problem is not None)])[0]
         if problem:
             raise problem
@@ -108,6 +110,7 @@ def _join_launched(backend: str) -> None:
 
     torch waits in C++, up to half an hour, and says nothing. In a thread of its own, that leaves this one free to hear signals,
     to say what is missing, and to give up."""
+    # A list, because a thread cannot raise into the one that started it.
     failure: list[BaseException] = []
 
     def join() -> None:
@@ -116,6 +119,7 @@ def _join_launched(backend: str) -> None:
         except BaseException as error:  # noqa: BLE001 - raised below, in the thread that waits
             failure.append(error)
 
+    # A daemon: a join that never ends must not keep the process alive
     joining = threading.Thread(target=join, name="join-launched", daemon=True)
     joining.start()
     described = ", ".join(f"{name}={os.environ[name]}" for name in JOINED_BY)
@@ -148,8 +152,9 @@ def enter_world() -> World:
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        # NCCL and DeepSpeed use the current device, which would be 0 in every process of a node.
         torch.cuda.set_device(device)
     # With NCCL as the default group, agreement needs a second group on the CPU; with gloo the default one serves.
     group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by Ray Train and torchrun
     return World(dist.get_rank(), dist.get_world_size(), device, group, local_size)

@@ -99,10 +99,12 @@ def _choose(path: Path, found: list[_Found], prefix: str | None) -> _Found:
     asked = found
     if prefix is not None:
         wanted = prefix.strip(".")
+        # An exact path wins over those that merely begin with it.
         asked = [one for one in found if one.path == wanted] or [
             one for one in found if f"{one.path}.".startswith(f"{wanted}.")
         ]
     if len(asked) > 1:
+        # Averages are written beside the model that they follow; to get one, the caller has to name it.
         asked = [one for one in asked if not _AVERAGE.search(one.path)] or asked
     if len(asked) == 1:
         return asked[0]

@@ -57,6 +57,7 @@ def export_encoder(
             settings = {**_hf_config(config), "architectures": ["ViTModel"], "model_type": "vit"}
             return _write_hf(store, to_hf_vit(weights, config), settings, card, config)
         case "safetensors":
+            # safetensors refuses views with strides.
             store.write(ENCODER, save({name: value.contiguous() for name, value in weights.items()}))
             store.write(CONFIG, _json({"encoder": canonical(config)}))
             return ENCODER, CONFIG
@@ -156,6 +157,7 @@ def timm_model(config: ViTConfig) -> tuple[str, dict[str, Any]]:
         if _blocks(named) == _blocks(config):
             standard = {"img_size": list(named.image_size), "in_chans": named.in_channels}
             return name, {key: value for key, value in images.items() if value != standard[key]}
+    # Any model will do as a template once its sizes are all given as arguments.
     return TIMM_NAMES["base"], {**images, **_blocks(config)}
 
 
@@ -203,6 +205,7 @@ def _write_hf(
         "image_std": list(config.pixel_std),
     }
     named = {name: value.contiguous() for name, value in hf_file_names(tensors).items()}
+    # From the tensors themselves, so that config.json states the type that the file holds.
     dtype = str(next(iter(named.values())).dtype).removeprefix("torch.")
     store.write(MODEL, save(named, metadata={"format": "pt"}))  # transformers 4 refuses files without this metadata
     store.write(PREPROCESSOR, _json(preprocessor))

@@ -54,7 +54,7 @@ def file_kind(path: Path) -> FileKind:
     if head.startswith(b"PK\x03\x04"):
         _check_archive(path, size)
         return "zip"
-    if head.startswith(b"\x80"):
+    if head.startswith(b"\x80"):  # pickle's PROTO opcode, from protocol 2 on
         return "pickle"
     if path.name.endswith(".index.json") and head.lstrip()[:1] in (b"{", b"["):
         return "index"
@@ -63,12 +63,13 @@ def file_kind(path: Path) -> FileKind:
 
 def _describe(head: bytes) -> str:
     """Return what a file that is no weight file is, and what to do."""
+    # A tar archive begins with its first member's name; the signature comes after it.
     if head[257:262] == b"ustar":
         return f"a tar archive, not weights: {_UNPACK}"
     for signature, name, way_out in _SIGNATURES:
         if head.startswith(signature):
             return f"{name}, not weights: {way_out}"
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()  # a byte order mark
     if text.startswith(b"version https://git-lfs.github.com/spec/"):
         return "a git-lfs pointer, not the weights: run `git lfs pull` in its repository, or download the file itself"
     if text[:1] == b"<":
@@ -99,6 +100,7 @@ def _check_archive(path: Path, size: int) -> None:
     names = [member.filename for member in members]
     if any(name.endswith("constants.pkl") for name in names):
         raise DataError(f"{path} is a TorchScript program, not weights: save its state_dict() as .safetensors")
+    # An .npz is a zip archive too.
     if names and all(name.endswith(".npy") for name in names):
         raise DataError(f"{path} is a NumPy archive ({names[0]}, ...), not weights: {_OTHER}")
     if not any(name.split("/")[-1] == "data.pkl" for name in names):

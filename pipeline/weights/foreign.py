@@ -55,6 +55,7 @@ _SAFE_CLASSES: tuple[Callable[..., Any] | tuple[Callable[..., Any], str], ...] =
     (PurePosixPath, "pathlib.PosixPath"),
     (PurePosixPath, "pathlib._local.PosixPath"),  # Python 3.13
     (PurePosixPath, "pathlib.PurePosixPath"),
+    # NumPy 2 renamed core to _core; files of both are about.
     *((_Dropped, f"numpy.{module}.multiarray.scalar") for module in ("core", "_core")),
     *((_Dropped, f"numpy.{module}.multiarray._reconstruct") for module in ("core", "_core")),
     (_Dropped, "numpy.dtype"),
@@ -85,6 +86,7 @@ def read_foreign_weights(path: Path, *, prefix: str | None = None) -> ForeignWei
     `prefix` chooses among several models in one file: the path of entries and of names that leads to it, joined by dots.
     """
     file = _weights_in(path) if path.is_dir() else path
+    # A single file may lie among those of other models, so the config.json beside it is not trusted.
     folder = file.parent if path.is_dir() or _is_index(path) else None
     if not file.is_file():
         raise DataError(f"{path} does not exist: give a file of torch.save or safetensors, or a folder with one")
@@ -127,6 +129,7 @@ def _read_content(path: Path) -> tuple[Mapping[Any, Any], Mapping[str, Any]]:
             content = _read_pickle(path)
     if not isinstance(content, Mapping):
         raise DataError(f"{path} holds a {type(content).__name__}, not a dict of tensors: save a model's state_dict()")
+    # Read alone, it would look like a model with layers missing.
     if (part := _PART.search(path.name)) and int(part[2]) > 1:
         raise DataError(
             f"{path} is part {int(part[1])} of {int(part[2])} of a model: give the folder, which must hold all parts and "
@@ -141,6 +144,7 @@ def _read_content(path: Path) -> tuple[Mapping[Any, Any], Mapping[str, Any]]:
 
 def _arguments(content: Mapping[Any, Any]) -> dict[str, Any]:
     arguments = content.get("args")
+    # The official code saves its parsed command line here.
     if isinstance(arguments, argparse.Namespace):
         arguments = vars(arguments)
     if not isinstance(arguments, Mapping):
@@ -153,6 +157,7 @@ def _arguments(content: Mapping[Any, Any]) -> dict[str, Any]:
 def _check_size(path: Path, weights: Mapping[str, Tensor]) -> None:
     """Refuse tensors that would take far more memory than their file: views that repeat the same few values."""
     needed, size = sum(value.numel() * value.element_size() for value in weights.values()), path.stat().st_size
+    # Twice the size leaves room for tied weights, which share their bytes.
     if needed > 2 * size:
         raise DataError(
             f"{path} ({size} bytes) describes {needed} bytes of weights, by repeating values: save contiguous tensors"
@@ -176,6 +181,7 @@ def _read_parts(index: Path) -> dict[str, Tensor]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise DataError(f"{index} has no weight_map: download it again")
     names = sorted({str(name) for name in weight_map.values()})
+    # An index is input from elsewhere: `../` in it must not read other files.
     if outside := [name for name in names if PurePath(name).name != name]:
         raise DataError(f"{index} points outside its folder, to {outside[0]!r}: do not use these weights")
     found: dict[str, Tensor] = {}
@@ -219,6 +225,7 @@ def _read_pickle(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as cause:
         # torch's own message recommends weights_only=False, which would run the file, so it is not repeated here
+        # torch offers the refused name in its message only.
         if refused := re.search(r"GLOBAL (\S+)", str(cause)):
             raise DataError(
                 f"{path} asks for {refused[1]}, which is not a tensor: reading it could run code, so it is refused. If you "

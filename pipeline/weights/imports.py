@@ -132,12 +132,14 @@ def import_encoder(
         pixel_std=None if pixel_std is None else tuple(pixel_std),
     )
     own_file = path / ENCODER
+    # A folder of a pretraining holds both files; the encoder's is the smaller one.
     found = read_foreign_weights(own_file if layout is None and own_file.is_file() else path, prefix=prefix)
     if layout is None and _is_own(found):
         return _import_own_encoder(path, found, caller)
     try:
         layout = layout or detect_layout(found.state_dict)
         stated = _stated_fields(path, found, layout).stated() | caller.stated()
+        # A ViTMAE's config.json also states the decoder's fields, which this inference does not take.
         stated = {name: value for name, value in stated.items() if name in _ENCODER_FIELDS}
         config = infer_encoder_config(found.state_dict, layout=layout, **stated)
         weights, left_out = encoder_from(found.state_dict, config, layout=layout)
@@ -182,6 +184,7 @@ def import_autoencoder(
         layout = layout or detect_layout(found.state_dict)
         if layout == "timm":  # the official layout without a decoder: the error must name the decoder
             layout = "official_mae"
+        # Later entries win: what the caller states overrides the file.
         stated = _stated_fields(path, found, layout).stated() | caller.stated()
         config = infer_autoencoder_config(found.state_dict, layout=layout, **stated)
         weights, left_out = autoencoder_from(found.state_dict, config, layout=layout)
@@ -237,6 +240,7 @@ def _own_store(path: Path, caller: StatedFields) -> FileStore:
             f"{path} has the tensor names of this project, whose {CONFIG} describes the model, and {folder / CONFIG} does not "
             f"exist: copy it there from where the weights came from"
         )
+    # Refused rather than ignored: an override that has no effect would go unnoticed.
     if caller.stated():
         raise ConfigError(f"{path} sets {', '.join(caller.stated())} itself, in {CONFIG}: leave out these arguments")
     return FileStore(folder.absolute())
@@ -252,16 +256,19 @@ def _stated_fields(path: Path, found: ForeignWeights, layout: LayoutName) -> Sta
         arguments = found.arguments
         return StatedFields(mask_ratio=arguments.get("mask_ratio"), target=_target(arguments.get("norm_pix_loss")))
     except (ValidationError, TypeError, AttributeError) as cause:
+        # pydantic's message goes on for a line per field and a link.
         lines = "; ".join(str(cause).splitlines()[:3])
         raise DataError(f"{path}: the description of its model is invalid ({lines}): download it again") from cause
 
 
 def _stated_by_huggingface(config: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> dict[str, Any]:
+    # save_pretrained leaves out values at their defaults. Without any config.json nothing is known.
     config = {**_HF_DEFAULTS, **config} if config else config
     if (activation := config.get("hidden_act", "gelu")) != "gelu":
         raise ConfigError(
             f"config.json: hidden_act={activation!r} is not supported: the blocks here use the exact GELU"
         )
+    # Where nothing is stated, transformers normalises, and images have three channels.
     normalises, channels = preprocessor.get("do_normalize", True), config.get("num_channels", 3)
     return {
         "image_size": _pair(config.get("image_size")),
@@ -283,6 +290,7 @@ def _stated_by_timm(config: Mapping[str, Any]) -> dict[str, Any]:
             f"config.json: {config['architecture']} uses another activation: the blocks here use the exact GELU"
         )
     return {
+        # model_args describe the model as built; input_size is what it was evaluated at, channels first.
         "image_size": _pair(arguments.get("img_size")) or tuple(pretrained.get("input_size", ())[1:]) or None,
         "num_heads": arguments.get("num_heads"),
         "pixel_mean": pretrained.get("mean"),

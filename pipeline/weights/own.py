@@ -39,9 +39,11 @@ class _DescribedWhole(BaseModel):
 
 def write_weights(store: Store, weights: Mapping[str, Tensor], config: MAEConfig) -> tuple[str, ...]:
     """Write a trained autoencoder, given MaskedAutoencoder's state dict; return the keys of the three files."""
+    # Stored twice, so that evaluations and other programs need not fetch the decoder.
     encoder = {name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")}
     store.write(MODEL, save({name: value.contiguous() for name, value in weights.items()}))
     store.write(ENCODER, save({name: value.contiguous() for name, value in encoder.items()}))
+    # Last: a folder with a config.json is complete.
     store.write(CONFIG, json.dumps(canonical(config), indent=1, sort_keys=True).encode())
     return ENCODER, MODEL, CONFIG
 
@@ -73,6 +75,7 @@ def read_autoencoder_config(store: Store) -> MAEConfig:
 
 
 def _undescribed(store: Store, what: str, cause: Exception) -> DataError:
+    # pydantic's first line only counts the errors.
     why = "; ".join(str(cause).splitlines()[1:3]) if isinstance(cause, ValidationError) else str(cause)
     return DataError(f"{store.uri}/{CONFIG} does not describe {what} ({why}): train or export it again")
 

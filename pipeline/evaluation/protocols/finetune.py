@@ -67,12 +67,15 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, StageInput], attempt: 
         order=OrderConfig(seed=config.seed),
         image_size=encoder.image_size,
         dataset=dataset_address(shards),
+        # Unlabelled images may be in the split, for pretraining; here they have nothing to teach.
         train_samples=config.train_labels or "labelled",
         evaluation_split=config.split,
         resources=attempt.resources,
     )
     trained = run_training(spec, attempt)
+    # The result is read from the store: this process holds no weights when workers train elsewhere.
     with open_checkpoint(attempt.root, trained.checkpoint_key) as checkpoint:
+        # The loop trains `ClassifierLosses`, which wraps the classifier as `model`.
         weights = {name.removeprefix("model."): value for name, value in checkpoint.weights().items()}
         history, manifest = checkpoint.history(), checkpoint.manifest
     attempt.store.write(CLASSIFIER, save(weights))

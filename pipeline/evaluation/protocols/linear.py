@@ -68,6 +68,7 @@ def linear(config: LinearConfig, inputs: Mapping[str, StageInput], attempt: Atte
     if result := skipped(shards, config.split):
         return result
     train, test = extract_splits(config, inputs, attempt, pool=config.probe.pool)
+    # The biased variance, by which BatchNorm normalises a batch. Features that never vary are divided by 1e-6 and stay at zero.
     mean, deviation = train.values.mean(dim=0), train.values.std(dim=0, correction=0).clamp_min(1e-6)
     head = fit(
         train._replace(values=(train.values - mean) / deviation),
@@ -76,7 +77,7 @@ def linear(config: LinearConfig, inputs: Mapping[str, StageInput], attempt: Atte
         seed=config.seed,
     )
     with torch.inference_mode():
-        score = topk_counts(head((test.values - mean) / deviation), test.labels)
+        score = topk_counts(head((test.values - mean) / deviation), test.labels)  # the training split's statistics
     attempt.store.write(PROBE, save({"mean": mean, "deviation": deviation, **head.state_dict()}))
     facts = ScoreFacts(
         top1=score.top1,
@@ -95,12 +96,15 @@ def fit(train: Features, settings: LinearSettings, *, num_classes: int, seed: in
     batch = min(settings.batch, count)
     generator = torch.Generator().manual_seed(seed)
     head = nn.Linear(train.values.shape[1], num_classes)
+    # Small, as in the official linear probe (main_linprobe.py): the first logits are nearly equal.
     nn.init.normal_(head.weight, std=0.01, generator=generator)
     nn.init.zeros_(head.bias)
-    optimizer = torch.optim.SGD(head.parameters(), lr=0.0, momentum=MOMENTUM)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.0, momentum=MOMENTUM)  # set at every step below
     seen, total = 0, settings.epochs * count
+    # `total` is a whole number of epochs, so the last one is complete; the last batch of each may be smaller.
     while seen < total:
         for indices in torch.split(torch.randperm(count, generator=generator), batch):
+            # In images, as in pretraining, so that the curve does not depend on the size of the batch.
             lr = warmup_cosine(
                 seen,
                 peak_lr=scaled_lr(settings.base_lr, batch),

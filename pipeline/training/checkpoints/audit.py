@@ -80,6 +80,7 @@ def audit(root: Store, *, dataset: DatasetAddress | None = None) -> AuditResult:
     if receipt and (digest := TrainingFacts.read(receipt.facts).ids_digest) != str(newest.ids_digest):
         problems.append(f"the receipt says digest {digest}, {keys[0]} says {newest.ids_digest}")
     if line.excess(newest).digest:
+        # Older checkpoints narrow down when it went wrong; they are read only if the newest one disagrees.
         agreeing = (m for m in (read_manifest(root, key) for key in keys[1:]) if not line.excess(m).digest)
         problems.insert(0, line.difference(next(agreeing, None), newest))
     return AuditResult(
@@ -100,6 +101,7 @@ def audit(root: Store, *, dataset: DatasetAddress | None = None) -> AuditResult:
 def training_steps(store: Store) -> list[str]:
     """Return the directories in a run's store that hold committed checkpoints. Lists the whole store."""
     parts = (info.key.split("/") for info in store.list())
+    # step / generation / checkpoints / step-XXXXXXXX / manifest.json
     return sorted({key[0] for key in parts if len(key) == 5 and key[2] == FOLDER.rstrip("/") and key[4] == MANIFEST})
 
 
@@ -154,6 +156,7 @@ class _ExpectedLine:
             self._expected[step] = self._between(0, step)
         ids = self._expected[step]
         for first, last in manifest.guard.stepped_over:
+            # Cut at the checkpoint's step: after a rollback a skipped range may still lie ahead of it.
             ids = ids.minus(self._between(min(first, step), min(last, step)))
         return ids
 
@@ -170,6 +173,7 @@ class _ExpectedLine:
     def excess(self, manifest: CheckpointManifest) -> Ids:
         """Return what was recorded minus what was expected."""
         expected = self.expected(manifest)
+        # Checkpoints from before ids were counted are compared by digest only.
         count = expected.count if manifest.ids_count is None else manifest.ids_count
         return Ids(count, manifest.ids_digest).minus(expected)
 

@@ -118,12 +118,13 @@ class Checkpoint:
 
         Pieces are whatever runs the saving ranks held, so any rank of any layout puts its own range together from them.
         """
+        # Pieces never overlap (each value had one owner when it was saved), so counting what is missing is enough.
         values = torch.empty(count, dtype=torch.float32)
         missing = count
         for piece in self._pieces.get((parameter, kind), ()):
             low, high = max(start, piece.start), min(start + count, piece.start + piece.length)
             if low < high:
-                tensor = piece.file.get_slice(piece.tensor_key)
+                tensor = piece.file.get_slice(piece.tensor_key)  # reads only the bytes that are indexed next
                 values[low - start : high - start] = tensor[low - piece.start : high - piece.start]
                 missing -= high - low
         if missing:
@@ -166,7 +167,7 @@ class Checkpoint:
 
 def checkpoint_folder(global_step: int) -> str:
     """Return the key of a step's checkpoint inside its generation."""
-    return f"{FOLDER}step-{global_step:08d}"
+    return f"{FOLDER}step-{global_step:08d}"  # padded, so that keys sort by step
 
 
 def step_of(key: str) -> int:
@@ -218,11 +219,14 @@ def rollback_checkpoint(attempt: Attempt, undone: Range, skipped_ranges: Sequenc
     range: that line was given up. None means the initial weights: `undone` starts at step 0, or nothing has been saved yet.
     """
     root = attempt.root
+    # From old to new: where two lines saved the same step, the newer line's checkpoint replaces the older.
     key_by_step = {
         step_of(key): key for key in reversed(list(_candidates(root, attempt.generation, attempt.continues)))
     }
+    # Strictly inside: one at `low` holds the state before the range, one at `high` that after it.
     usable = sorted(step for step in key_by_step if not any(low < step < high for low, high in skipped_ranges))
     early = [step for step in reversed(usable) if step <= undone[0]]
+    # From step 0 on the initial weights serve, and they are better than a checkpoint from among the bad steps.
     late = [step for step in usable if undone[0] < step < undone[1]] if undone[0] else []
     checkpoint = _first_valid(root, (key_by_step[step] for step in (*early, *late)))
     if checkpoint is None and undone[0] and key_by_step:
@@ -255,6 +259,7 @@ def open_checkpoint(root: Store, key: str) -> Checkpoint:
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mae-checkpoint-")))
         paths = {file.name: _verified(root, key, file, scratch) for file in manifest.files}
+        # From here on the scratch folder lives as long as the checkpoint; an error before this removes it.
         return Checkpoint(root, key, manifest, paths, stack.pop_all())
 
 
@@ -289,7 +294,7 @@ def check_cursor(checkpoint: Checkpoint, expected: Mapping[str, Any]) -> None:
 def _verified(root: Store, key: str, file: CheckpointFile, scratch: Path) -> Path:
     """Return the file's path on this machine once its size and hash match the manifest's."""
     address = f"{root.uri}/{key}/{file.name}"
-    path = root.local_path(f"{key}/{file.name}")
+    path = root.local_path(f"{key}/{file.name}")  # a local store's file is used where it lies
     try:
         if path is None:
             path = scratch / file.name
@@ -320,11 +325,13 @@ def _candidates(root: Store, generation: int, continues: str) -> Iterator[str]:
         continues = continues or str(read_claim(root, generation)["continues"])
         if not continues:
             return
+        # The claim names one checkpoint of the parent: go on there, from that one down.
         generation, limit, continues = int(continues.partition("/")[0][1:]), continues, ""
 
 
 def committed_in(store: Store) -> Iterator[str]:
     """Yield the keys of the committed checkpoints in a generation's directory, newest first."""
+    # By manifest: files without one belong to a save that is under way or was lost.
     committed = [info.key for info in store.list(FOLDER) if info.key.endswith(f"/{MANIFEST}")]
     for key in sorted(committed, reverse=True):
         yield key.removesuffix(f"/{MANIFEST}")

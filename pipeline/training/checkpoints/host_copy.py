@@ -54,6 +54,7 @@ def on_disk(directory: Path) -> Allocator:
     def allocate(size: int) -> Tensor:
         try:
             directory.mkdir(parents=True, exist_ok=True)
+            # The mapping outlives the closed file, and nothing else refers to it.
             with TemporaryFile(dir=directory) as file:
                 # Reserve the blocks now: writing to a mapped page when the disk is full would kill the process (SIGBUS).
                 os.posix_fallocate(file.fileno(), 0, size)
@@ -91,11 +92,11 @@ class HostCopy:
             offsets = [_VALUE_BYTES * start, _VALUE_BYTES * end]
             header[_name(fragment)] = {"dtype": "F32", "shape": [end - start], "data_offsets": offsets}
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+        text += b" " * (-(8 + len(text)) % _ALIGNMENT)  # safetensors allows blanks after the header
         values_start = 8 + len(text)
         self._memory = allocate(values_start + _VALUE_BYTES * end)
         self._memory[:values_start] = torch.tensor(list(len(text).to_bytes(8, "little") + text), dtype=torch.uint8)
-        self._values = self._memory[values_start:].view(torch.float32)
+        self._values = self._memory[values_start:].view(torch.float32)  # the same memory; its start is aligned
         self._threads = ThreadPoolExecutor(min(_MOST_THREADS, torch.get_num_threads()))
 
     def take(self, fragments: Iterable[Fragment]) -> None:
@@ -104,6 +105,7 @@ class HostCopy:
         pieces: list[tuple[Tensor, Tensor]] = []
         for target, run in joined((target, values[name]) for name, target in self._ranges.items()):
             if run.device.type == "cpu":
+                # Queued for the threads below; a CUDA tensor's copy runs on the device's stream instead.
                 pieces += zip(
                     torch.split(self._values[target], _PIECE_VALUES), torch.split(run, _PIECE_VALUES), strict=True
                 )
@@ -130,6 +132,7 @@ def joined(pieces: Iterable[tuple[slice, Tensor]]) -> Iterator[tuple[slice, Tens
     run: tuple[slice, Tensor] | None = None
     for target, values in pieces:
         if run and _follows(run[1], values):
+            # The run grows over its neighbour in the same buffer: a longer view, no copy.
             start, whole = run[0].start, run[1].as_strided((target.stop - run[0].start,), (1,))
             run = (slice(start, target.stop), whole)
             continue

@@ -40,6 +40,7 @@ class Position:
 
     def count_in(self, batch: Batch) -> None:
         """Add the ids of a batch that has reached the device."""
+        # A sum and not a chain: parts of any number of ranks, in any order, add up to the same digest.
         self.digest = (self.digest + ids_digest(batch.epochs.numpy(), batch.sample_ids.numpy())) % 2**64
         self.count += len(batch.sample_ids)
 
@@ -77,6 +78,7 @@ def opened_on_all_ranks(world: World, find: Callable[[], Checkpoint | None]) -> 
         with world.fail_together():
             if world.is_first and (checkpoint := find()):
                 stack.enter_context(checkpoint)
+        # Rank 0 has found one or failed by now; a failure after this point would leave the others in the broadcast.
         root_uri, key = world.broadcast((checkpoint.root.uri, checkpoint.key) if checkpoint else ("", ""))
         with world.fail_together():
             if key and not world.is_first:

@@ -23,6 +23,7 @@ class StartPoint:
 
 def starting_checkpoint(attempt: Attempt, start: StartPoint | None) -> Checkpoint | None:
     """Open and verify the checkpoint to start from; None if training starts from initial weights."""
+    # Its own progress first: the parent's checkpoint would undo it.
     return newest_checkpoint(attempt) or forked_checkpoint(attempt, start)
 
 

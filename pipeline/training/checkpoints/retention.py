@@ -52,7 +52,7 @@ def keys_to_keep(stored: Sequence[StoredCheckpoint], retention: Retention, *, re
     """Return the keys of the checkpoints to keep."""
     newest = sorted(stored, key=lambda one: one.step, reverse=True)[: retention.last]
     known = [one for one in stored if math.isfinite(one.loss)]
-    best = sorted(known, key=lambda one: (one.loss, -one.step))[: retention.best]
+    best = sorted(known, key=lambda one: (one.loss, -one.step))[: retention.best]  # of equal losses the newer one
     regular = [one for one in stored if retention.every_steps and one.step % retention.every_steps == 0]
     return {one.key for one in (*newest, *best, *regular)} | {one.key for one in stored if one.key in referenced}
 
@@ -80,6 +80,7 @@ class Pruner:
         """Remove what need not be kept; a failure is only a warning, because an old checkpoint too many does no harm."""
         try:
             stored = [StoredCheckpoint(key, step_of(key), self._loss(key)) for key in self._keys()]
+            # Asked at every save: another training may fork, and so pin, a checkpoint at any time.
             referenced = set(referenced_checkpoints(self.root, above=self.generation))
             keep = keys_to_keep(stored, self.retention, referenced=referenced)
             for one in stored:
@@ -111,5 +112,6 @@ def _loss_of(root: Store, key: str) -> float:
 def remove(root: Store, key: str) -> None:
     """Remove a checkpoint, its manifest first: a checkpoint that is half removed then does not exist."""
     root.delete(f"{key}/{MANIFEST}")
+    # Listed to the end before the first deletion, which could shift a listing that comes in pages.
     for info in list(root.list(f"{key}/")):
         root.delete(info.key)

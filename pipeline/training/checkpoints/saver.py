@@ -110,6 +110,7 @@ class Saver:
         error = save.future.exception() if done else None
         ready, failed = self.world.total([done, error is not None])
         if failed:
+            # Forgotten before raising: `saving` calls `finish` once more and must not wait for it again.
             self._pending = None
             raise error or PipelineError(ELSEWHERE)
         if ready == self.world.size:
@@ -117,6 +118,7 @@ class Saver:
 
     def _start_commit(self, save: _PendingSave) -> _PendingSave:
         """Gather what the manifest needs once every part lies in the store; rank 0 commits. Collective."""
+        # `result` does not wait: all ranks have agreed that their parts are written.
         own = (save.future.result(), save.manifest.ids_digest, save.manifest.ids_count)
         files, digests, counts = zip(*self.world.all_gather(own), strict=True)
         manifest = replace(save.manifest, files=files, ids_digest=sum(digests) % 2**64, ids_count=sum(counts))
@@ -124,7 +126,7 @@ class Saver:
         if self.world.is_first:
             future = self._pool.submit(self._commit, save.folder, manifest, save.history)
         else:
-            future.set_result(None)
+            future.set_result(None)  # nothing to do here but agree when rank 0 has committed
         return replace(save, future=future, committing=True)
 
     def _commit(self, folder: str, manifest: CheckpointManifest, history: Sequence[Mapping[str, float]]) -> None:
@@ -156,6 +158,7 @@ def write_part(store: Store, folder: str, copy: HostCopy, world: World) -> Check
     """Write one worker's file; return its name, size and hash for the manifest."""
     name = f"rank-{world.rank:04d}-of-{world.size:04d}.safetensors"
     store.write(f"{folder}/{name}", copy.file)
+    # Hashed from memory, not read back: a file that was garbled on its way will not match.
     return CheckpointFile(name, copy.file.nbytes, hashlib.sha256(copy.file).hexdigest())
 
 
@@ -163,4 +166,4 @@ def mean_loss(history: Sequence[Mapping[str, float]]) -> float | None:
     """Return the mean loss of the last logged rows, or None if there are none or it is not finite."""
     losses = [row["loss"] for row in history[-LOSS_ROWS:]]
     mean = sum(losses) / len(losses) if losses else math.nan
-    return mean if math.isfinite(mean) else None
+    return mean if math.isfinite(mean) else None  # the manifest is JSON, which has no NaN

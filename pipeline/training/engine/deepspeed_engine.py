@@ -70,11 +70,14 @@ class Engine:
             {"params": list(group["params"]), "weight_decay": group["weight_decay"], "lr": 0.0} for group in groups
         ]
         optimizer = torch.optim.AdamW(parameter_groups, lr=0.0, betas=settings.betas, eps=EPS, fused=True)
+        # Kept here, in the order of the groups: `apply` writes lr times scale into DeepSpeed's groups at every step.
         self._scales = [float(group["lr_scale"]) for group in groups]
+        # In bf16 DeepSpeed converts the module first and takes its float32 weights from the result.
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=module.to(world.device), optimizer=optimizer, config=deepspeed_config(settings)
         )
         check_effective(self._engine, settings, world)
+        # After the check, which proves that the attributes read below belong to the stage that was asked for.
         self._create_adam_state()
 
     @property
@@ -91,6 +94,7 @@ class Engine:
     @property
     def optimizer_steps(self) -> int:
         """Return how many steps the optimiser has applied; DeepSpeed skips one whose gradients overflowed."""
+        # One flat buffer per group, all stepped together, so any of them has the count.
         state = next(iter(self._zero.optimizer.state.values()))
         return int(state["step"])
 
@@ -108,10 +112,13 @@ class Engine:
             raise ConfigError(
                 f"{len(micro_batches)} micro-batches given, the engine accumulates {self.settings.accumulation}"
             )
+        # float64: adding up many micro-batches must not cost digits of the logged loss.
         loss_sum = torch.zeros((), dtype=torch.float64)
         for index, (inputs, weights) in enumerate(micro_batches, 1):
             with self.phase("forward"):
+                # [b], float32
                 per_sample = self._engine(*inputs)
+                # Padding repeats a real sample or is all zeros, so 0 * NaN arises only where that sample is bad itself.
                 local_sum = (per_sample * weights.to(per_sample.device)).sum()
             with self.phase("backward"):
                 # scale_wrt_gas: DeepSpeed would divide by the number of micro-batches, which global_batch already covers.
@@ -119,7 +126,7 @@ class Engine:
             if index < len(micro_batches):
                 # Only counts the micro-batch. After the last one `step` would move the weights, which `apply` does.
                 self._engine.step()
-            loss_sum += local_sum.detach().double().cpu()
+            loss_sum += local_sum.detach().double().cpu()  # waits for the device
         return float(loss_sum)
 
     def apply(self, lr: float) -> float:
@@ -133,6 +140,7 @@ class Engine:
     def losses(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Return the losses [b] of this rank's samples, in their order, without gradients. Collective under ZeRO-3."""
         with torch.no_grad():
+            # The bare module: the engine's own forward prepares for a backward pass, which never comes here.
             parts = [(self._engine.module(*inputs).cpu(), weights.cpu() > 0) for inputs, weights in micro_batches]
         return torch.cat([per_sample[real] for per_sample, real in parts])
 
@@ -145,8 +153,9 @@ class Engine:
         if self.settings.offload == "optimizer":
             norms = list(self._norms.values())
         else:
+            # float32, because bf16 keeps 8 bits of a sum; the squares of the norms are then added in float64.
             norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in self._gradients()]
-        return float(torch.stack(norms).double().square().sum()) if norms else 0.0
+        return float(torch.stack(norms).double().square().sum()) if norms else 0.0  # one read-back for all tensors
 
     def discard(self) -> None:
         """Drop the accumulated gradients and move nothing.
@@ -154,6 +163,7 @@ class Engine:
         DeepSpeed has no call for this. The gradients are overwritten with infinity, so that its own overflow check skips the
         step and clears every buffer that it holds, in whatever stage.
         """
+        # With the optimiser on the CPU, DeepSpeed's check reads these norms instead of the gradients.
         for tensor in self._norms.values() if self.settings.offload == "optimizer" else self._gradients():
             tensor.fill_(math.inf)
         self._engine.step()
@@ -218,7 +228,7 @@ class Engine:
                     start, values = local
                     self._set_local_values(parameter, kind, lookup(name, kind, start, values.numel()))
         for state in self._zero.optimizer.state.values():
-            state["step"].fill_(optimizer_steps)
+            state["step"].fill_(optimizer_steps)  # Adam's bias correction goes on from here
 
     def sync_module_weights(self) -> None:
         """Copy the float32 weights into the module, in its compute precision. Collective.
@@ -241,12 +251,12 @@ class Engine:
             mapping = parameter._hp_mapping
             if mapping is None:
                 return None
-            values = mapping.get_hp_fragment(optim_state_key=state_key)
+            values = mapping.get_hp_fragment(optim_state_key=state_key)  # a view, not a copy
             return int(mapping.lp_fragment_address.start), values.detach().reshape(-1)
         # ZeRO-3 cuts every parameter into W equal parts and pads the last ones.
         padded = parameter._z3_optimizer.get_local_fp32_param(parameter, state_key).reshape(-1)
-        start = self.world.rank * padded.numel()
-        count = min(padded.numel(), int(parameter.ds_numel) - start)
+        start = self.world.rank * padded.numel()  # parts are equal and in order of rank
+        count = min(padded.numel(), int(parameter.ds_numel) - start)  # may be negative: a part of padding alone
         return (start, padded[:count].detach()) if count > 0 else None
 
     def _set_local_values(self, parameter: Any, kind: Kind, values: Tensor) -> None:
@@ -267,7 +277,7 @@ class Engine:
         flats = self._zero.fp32_partitioned_groups_flat if sharded else self._zero.single_partition_of_fp32_groups
         for flat in flats:
             self._zero.optimizer.state[flat] = {
-                "step": torch.zeros((), device=flat.device),
+                "step": torch.zeros((), device=flat.device),  # a tensor beside the weights, as fused AdamW requires
                 "exp_avg": torch.zeros_like(flat),
                 "exp_avg_sq": torch.zeros_like(flat),
             }
@@ -291,6 +301,7 @@ def _recompute_blocks(module: nn.Module) -> None:
 
 def initial_state(module: nn.Module) -> Lookup:
     """Return a lookup for `load` that starts training again: the module's weights, and moments of zero."""
+    # Names must be those of the engine's module, which DeepSpeed leaves as they are.
     weights = dict(module.named_parameters())
 
     def lookup(parameter: str, kind: Kind, start: int, count: int) -> Tensor:

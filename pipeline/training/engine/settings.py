@@ -14,7 +14,7 @@ from pipeline.cluster.resources import Offload, ZeroStage
 from pipeline.errors import ConfigError
 from pipeline.training.world import World
 
-EPS = 1e-8
+EPS = 1e-8  # torch's default, named so that it can be read back
 REDUCE_BUCKET_ELEMENTS = 50_000_000
 """Gradients that are reduced together. DeepSpeed's default of 5e8 is a buffer of 1 GiB and larger than most models, so nothing
 would be partitioned before the end of the backward pass."""
@@ -47,30 +47,36 @@ def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": settings.micro_batch,
         "gradient_accumulation_steps": settings.accumulation,
-        "gradient_clipping": settings.max_grad_norm or 0.0,
+        "gradient_clipping": settings.max_grad_norm or 0.0,  # 0 is DeepSpeed's word for none
+        # `Engine.accumulate` multiplies by W / B and counts on DeepSpeed dividing by W exactly once.
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,
+        # Sums of gradients keep the compute precision: 2 bytes per weight in bf16, at the price of its rounding.
         "communication_data_type": settings.precision,
         "data_types": {"grad_accum_dtype": settings.precision},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW runs on the CPU too
         "zero_optimization": {
             "stage": settings.zero_stage,
-            "contiguous_gradients": True,
+            "contiguous_gradients": True,  # one buffer per bucket; loose gradients would fragment memory
+            # The default depends on the stage (on for 3 only), so it is fixed for all.
             "overlap_comm": False,
+            # True would deal parameters out to ranks in turns: many short fragments in a checkpoint, not one long run.
             "round_robin_gradients": False,
             "use_multi_rank_bucket_allreduce": True,
             "reduce_bucket_size": REDUCE_BUCKET_ELEMENTS,
+            # DeepSpeed would keep parameters below 1e5 elements gathered; 0 treats all alike, for more small gathers.
             "stage3_param_persistence_threshold": 0,
             "stage3_max_live_parameters": LIVE_ELEMENTS,
             "stage3_max_reuse_distance": LIVE_ELEMENTS,
             "stage3_prefetch_bucket_size": PREFETCH_ELEMENTS,
             **offload,
         },
+        # `Engine.discard` relies on this check in bf16 at ZeRO-1 and 2; elsewhere DeepSpeed makes it unasked.
         "bf16": {"enabled": settings.precision == "bf16", "check_grad_overflow": True},
         "fp16": {"enabled": False},
         "wall_clock_breakdown": False,
-        "steps_per_print": 2**31 - 1,
+        "steps_per_print": 2**31 - 1,  # never: the loop has its own progress line
     }
 
 
@@ -116,11 +122,13 @@ def _in_force_and_asked(engine: Any, settings: EngineSettings, world: World) -> 
     ):
         yield f"zero_optimization.{key}", in_force, asked
     live = engine.optimizer
+    # What the optimiser holds, in case a value in the config above is accepted but not handed on.
     yield "the live clipping", live.clip_grad, clipping
     yield "the live type of summed gradients", live.gradient_accumulation_dtype, dtype
     yield "the live type of reduced gradients", live.communication_data_type, dtype
     yield "the live type of the weights that move", live.master_weights_and_grads_dtype, torch.float32
     yield "the live optimiser", type(live.optimizer), torch.optim.AdamW
+    # Betas and eps were given to AdamW itself; DeepSpeed rebuilds its groups around flat buffers.
     for number, group in enumerate(live.optimizer.param_groups):
         yield f"betas of group {number}", tuple(group["betas"]), settings.betas
         yield f"eps of group {number}", group["eps"], EPS

@@ -25,7 +25,9 @@ FAULTS = (
 
 def classify(errors: Iterable[BaseException]) -> FailureClass:
     """Return the class of a group's failure from the errors of its workers, most of which only lost their peers."""
+    # Ray Train wraps the error of a worker that no longer answers.
     causes = [getattr(error, "health_check_failure", error) for error in errors]
+    # First: when a node goes, the errors of the other workers are its consequences.
     if any(getattr(cause, "preempted", False) for cause in causes):
         return "preempted"
     if any(isinstance(cause, torch.OutOfMemoryError) for cause in causes):

@@ -75,6 +75,7 @@ class Incidents:
     def _write(self, engine: Engine, batch: Batch, judgement: Judgement, lr: float) -> None:
         stats, rank = judgement.stats, self.world.rank
         inputs = self.spec.task.inputs(batch)
+        # Collective at ZeRO-3, so every rank comes here, also one whose samples are all fine.
         losses = engine.losses(split(inputs, engine.settings, self.world.device)).numpy()
         arrays = {"sample_ids": batch.sample_ids.numpy(), "epochs": batch.epochs.numpy(), "losses": losses}
         arrays |= {f"input_{number}": tensor.numpy() for number, tensor in enumerate(inputs[1:], 1)}
@@ -152,8 +153,10 @@ def read_bundle(store: Store) -> Bundle:
         losses: dict[tuple[int, int], float] = {}
         inputs: dict[tuple[int, int], tuple[npt.NDArray[Any], ...]] = {}
         for rank in range(note["world_size"]):
+            # np.load refuses pickled objects by default, so a bundle cannot run code.
             with np.load(io.BytesIO(store.read(f"rank-{rank:04d}.npz"))) as arrays:
                 pairs = list(zip(arrays["epochs"].tolist(), arrays["sample_ids"].tolist(), strict=True))
+                # In order of name, which is that of number for fewer than ten inputs.
                 given = [arrays[name] for name in sorted(arrays.files) if name.startswith("input_")]
                 losses |= dict(zip(pairs, arrays["losses"].tolist(), strict=True))
                 inputs |= {pair: tuple(array[index] for array in given) for index, pair in enumerate(pairs)}

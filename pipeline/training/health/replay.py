@@ -68,7 +68,7 @@ def replay(bundle: Bundle, root: Store, spec: TrainSpec, *, most_steps: int, tel
     """
     # One process has nothing to shard, and no other rank to gather weights from.
     spec = replace(spec, resources=spec.resources.model_copy(update={"zero_stage": 1, "offload": "none"}))
-    leave_launcher()
+    leave_launcher()  # or variables of a batch system would make it wait for workers
     world = enter_world()
     if world.size > 1:
         raise DataError(
@@ -91,7 +91,7 @@ def replay(bundle: Bundle, root: Store, spec: TrainSpec, *, most_steps: int, tel
     with closing(Engine(built.module, built.groups, settings, world)) as engine:
         _load(engine, checkpoint)
         tell(f"from {key or 'the initial weights'}, {bundle.step - began_at} steps to go")
-        with closing(Feed(loader, bundle.step + 1)) as feed:
+        with closing(Feed(loader, bundle.step + 1)) as feed:  # reads ahead no further than the step itself
             for step in _trained_steps(bundle.state_before, began_at, bundle.step):
                 batch = feed.batch(step)
                 micro_batches = split(spec.task.inputs(batch), engine.settings, world.device)
@@ -104,6 +104,7 @@ def replay(bundle: Bundle, root: Store, spec: TrainSpec, *, most_steps: int, tel
                     engine.discard()
                 else:
                     engine.apply(spec.recipe.learning_rate(step, loader.order.samples_per_epoch))
+            # After the loop, `batch` and `micro_batches` are those of the step itself.
             losses = engine.losses(micro_batches).tolist()
     pairs = list(zip(batch.epochs.tolist(), batch.sample_ids.tolist(), strict=True))
     samples = [

@@ -43,7 +43,7 @@ DRAIN_POLL_S = 2.0
 """Between two looks at whether this node is about to go. Notice is given 30 s (pods) to 120 s (spot machines) ahead."""
 ROOM_POLL_S = 5.0
 """Between two looks for room for more workers. Two in a row must find some, because growing costs a restart."""
-_terminated = threading.Event()
+_terminated = threading.Event()  # of the process, as signal handlers are
 
 
 def stop_on_sigterm() -> None:
@@ -71,6 +71,7 @@ class StoreStopSignal:
             return ""
         self.polled_at = now
         try:
+            # Before the request: once a newer generation has claimed the step, this one must not even save.
             check_fence(self.attempt.root, self.attempt.generation)
             return "asked" if self.attempt.root.exists(stop_request_key(self.attempt.generation)) else ""
         except Fenced:
@@ -116,6 +117,7 @@ def stop_signal_of(attempt: Attempt, world: World) -> CombinedStopSignal:
     if attempt.executor == "ray":
         checks.append((DebouncedCheck(cluster.this_node_is_draining, every_s=DRAIN_POLL_S, length=1), "preempted"))
         _, most = attempt.resources.worker_range
+        # A group at its maximum cannot grow, so it never asks.
         if world.is_first and world.size < most:
             need = attempt.resources.per_worker
             has_room = DebouncedCheck(

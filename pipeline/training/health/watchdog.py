@@ -50,7 +50,7 @@ class Watchdog:
     def __init__(self, store: Store, world: World, *, limit_s: float, on_timeout: Literal["wait", "exit"]) -> None:
         """`store` is the attempt's. `on_timeout` is what happens at twice the limit."""
         self.store, self.world, self.limit_s, self.on_timeout = store, world, limit_s, on_timeout
-        self.step = 0
+        self.step = 0  # written by the loop, for the report
         # Written by the loop, read by the thread. One reference is swapped at a time, which needs no lock in Python.
         self._current: _CurrentPhase | None = None
         self._ended = threading.Event()
@@ -80,6 +80,7 @@ class Watchdog:
             waited = time.monotonic() - current.entered_at if current else 0.0
             if current is None or waited < self.limit_s:
                 continue
+            # By identity: each entry into a phase makes a new tuple and is reported once.
             if reported is not current:
                 reported = current
                 self._report(current.name, waited)
@@ -90,7 +91,7 @@ class Watchdog:
                     current.name,
                     waited,
                 )
-                logging.shutdown()
+                logging.shutdown()  # os._exit flushes nothing
                 sys.stderr.flush()
                 os._exit(EXIT_CODE)  # sys.exit would end this thread only; the main thread is the one that hangs
 

@@ -31,6 +31,7 @@ class PeriodicAction:
 
     def is_due(self, moment: Moment, global_step: int, total_steps: int) -> bool:
         """Whether the action runs at this boundary."""
+        # A boundary is both after one step and before the next; without this an action would run twice.
         if moment != self.moment:
             return False
         return global_step % self.every_steps == 0 or (self.also_at_end and global_step == total_steps)

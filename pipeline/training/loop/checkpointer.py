@@ -28,6 +28,7 @@ class Checkpointer:
             global_step=position.global_step,
             optimizer_steps=self.engine.optimizer_steps,
             cursor=json.loads(json.dumps(self.cursor)),
+            # These two are this rank's part; the saver sums them over the ranks before the commit.
             ids_digest=position.digest,
             ids_count=position.count,
             substitutions=tuple(position.substitutions),
@@ -36,6 +37,6 @@ class Checkpointer:
             world_size=self.world.size,
             zero_stage=self.engine.settings.zero_stage,
         )
-        with self.meter.saving():
+        with self.meter.saving():  # times only what training waits for: the previous save and one copy
             position.saved_key = self.saver.save(manifest, position.history)
-        position.saved_at = position.global_step
+        position.saved_at = position.global_step  # before the commit; `run` waits for it with `finish`

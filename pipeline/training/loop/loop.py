@@ -67,6 +67,7 @@ def train(
     with world.fail_together():
         loader = spec.loader(spec.dataset.open(), "train", world)
         _warn_of_small_cache(loader, world)
+    # The dataset is opened before any checkpoint: a position means nothing without the order it counts in.
     cursor = spec.cursor(loader.order)
     samples_per_epoch = loader.order.samples_per_epoch
     total_steps = steps_total(samples_per_epoch, spec.recipe.global_batch, spec.recipe.epochs)
@@ -79,6 +80,7 @@ def train(
         saver = stack.enter_context(saving(_saver(spec, attempt, world, engine)))
         meter = stack.enter_context(closing(TrainingMeter(spec, loader, engine.module, world, position.global_step)))
         feed = stack.enter_context(closing(Feed(loader, total_steps)))
+        # One rank's trace shows where a step's time goes, waits for the others included.
         window = spec.resources.profile_steps if world.is_first else None
         profiler = Profiler(window, attempt.store, tracker)
         checkpointer = Checkpointer(world=world, engine=engine, saver=saver, meter=meter, cursor=cursor)
@@ -155,14 +157,16 @@ class _Training:
         self.tracker.resume(as_points(self.position.history), rollbacks=self.position.guard.roll_backs)
         self.step_log.begin(self.position)
         with closing(self.profiler):
-            stopped = self._steps()
+            stopped = self._steps()  # leaving the block ends a profile that the last step left open
         if stopped == "fenced":  # a newer generation owns the step: write nothing more
             raise Fenced(f"{self.attempt.root_uri}: another run has claimed a higher generation; this one stops")
+        # After a stop, or at an end that the interval misses. Training that resumes at its end saves nothing again.
         if self.position.saved_at != self.position.global_step:
             self.checkpointer.save(self.position)
         self.saver.finish()
         self.meter.close()  # takes its clock off the module before evaluation runs it
         scores: Mapping[str, Any] = {}
+        # A training that stopped will go on, so its score would be that of a random moment.
         if self.spec.evaluation_split and not stopped:
             scores = evaluate(self.spec, self.engine.module, self.world)
         return TrainingResult(
@@ -170,6 +174,7 @@ class _Training:
             self.position.global_step,
             self.total_steps,
             stopped,
+            # Each rank's digest covers its own samples; their sum is the same however they were split over ranks.
             self.world.total_modulo_2_64(self.position.digest),
             self.position.loss,
             scores,
@@ -181,12 +186,14 @@ class _Training:
         while self.position.global_step < self.total_steps:
             self.watchdog.step = self.position.global_step
             self._run_due("before_step")
+            # Before `agree`: a rank without a batch says so there, before the others enter a pass that waits for it.
             with phase("data"):
                 batch, problem = self._next()
             with phase("agree"):
+                # A pending save needs its collective at the same point on all ranks; this one comes anyway.
                 self.saver.advance()
                 stopped = self._agree(batch, problem)
-            if stopped or batch is None:
+            if stopped or batch is None:  # `_agree` has raised if there is no batch; the test tells the type checker
                 return stopped
             judgement = self._step(batch)
             if judgement.verdict == "roll_back":
@@ -202,7 +209,7 @@ class _Training:
         """Return this rank's part of the next global batch, or the error that prevents it."""
         try:
             return self.feed.batch(self.position.global_step), None
-        except PipelineError as error:
+        except PipelineError as error:  # anything else is a bug: it ends this worker at once, and Ray Train its group
             return None, error
 
     def _agree(self, batch: Batch | None, problem: PipelineError | None) -> StopReason:
@@ -215,17 +222,20 @@ class _Training:
         failed, substitutions, *ranks_by_reason = self.world.total(
             [problem is not None, substituted, *(reason == one for one in REASONS)]
         )
+        # The rank that met the error raises it in its own words; `launch` prefers that message to ELSEWHERE.
         if problem:
             raise problem
         if failed:
             raise PipelineError(ELSEWHERE)
         agreed: StopReason = next((one for one, ranks in zip(REASONS, ranks_by_reason, strict=True) if ranks), "")
+        # A batch at which training stops is never trained on: the resumed run reads it again and counts it then.
         if substitutions and batch and not agreed:
             self._record_substitutions(batch)
         return agreed
 
     def _record_substitutions(self, batch: Batch) -> None:
         """Record on every rank which samples were substituted; DataError on all ranks when there were too many."""
+        # Pickles objects, which is slow, but only the rare steps that substitute come here.
         self.position.substitutions += [
             one for of_rank in self.world.all_gather(batch.substitutions) for one in of_rank
         ]
@@ -239,22 +249,27 @@ class _Training:
         """Take one global batch: move the position, and the weights too unless the guard objects."""
         position, engine, recipe = self.position, self.engine, self.spec.recipe
         lr = recipe.learning_rate(position.global_step, self.loader.order.samples_per_epoch)
+        # The first touch of the device in a step: until here all is host memory, read ahead by the loader.
         micro_batches = split(self.spec.task.inputs(batch), engine.settings, self.world.device)
         local_sum = engine.accumulate(micro_batches, global_batch=recipe.global_batch)
+        # Reduced before the optimiser moves, so that every rank judges the same two numbers and decides alike.
         with self.watchdog.phase("check"):
             loss_sum, squared_norm = self.world.total([local_sum, engine.squared_grad_norm()])
+        # Padding weighs 0, so the sum over B real samples divided by B is the exact global mean.
         stats = StepStats(position.global_step, loss_sum / recipe.global_batch, math.sqrt(squared_norm))
         judgement = judge(recipe.guard, position.guard, stats, self.total_steps)
         with self.watchdog.phase("step"):
             if judgement.verdict == "go":
                 engine.apply(lr)
-                position.loss, position.grad_norm = stats.loss, stats.grad_norm
+                position.loss, position.grad_norm = stats.loss, stats.grad_norm  # rows stay finite: accepted steps only
             else:
                 engine.discard()
+        # The position moves even if the weights do not: skipped samples count as seen and are not drawn again.
         position.guard = judgement.state_after
-        position.global_step = judgement.state_after.next_step(stats.step + 1)
+        position.global_step = judgement.state_after.next_step(stats.step + 1)  # jumps a skipped range ahead
         position.count_in(batch)
         if judgement.reason:
+            # Last, since it raises when the guard gives up; the weights are still those that the bad step met.
             self.incidents.record(engine, batch, judgement, lr)
         return judgement
 
@@ -262,12 +277,13 @@ class _Training:
         """Jump back to a checkpoint from before the bad steps."""
         self.saver.finish()  # the save under way may be the very checkpoint to go back to
         self.position = roll_back(self.spec, self.attempt, self.world, self.engine, judgement)
-        self.meter.begin(self.position.global_step)
-        self.tracker.rolled_back(self.position.global_step)
+        self.meter.begin(self.position.global_step)  # or the next row's rate would span a negative number of steps
+        self.tracker.rolled_back(self.position.global_step)  # MLflow cannot take back points: a child run follows
 
 
 def _watchdog(spec: TrainSpec, attempt: Attempt, world: World) -> Watchdog:
     """Return a watchdog that ends the worker only where Ray Train would restart it."""
+    # Nothing restarts a process outside Ray, so ending it would only lose its memory to inspection.
     on_timeout: Literal["wait", "exit"] = "exit" if attempt.executor == "ray" else "wait"
     return Watchdog(attempt.store, world, limit_s=spec.resources.watchdog_s, on_timeout=on_timeout)
 

@@ -21,6 +21,7 @@ def start(spec: TrainSpec, attempt: Attempt, world: World, cursor: dict[str, obj
     """Build the engine and return it with its position: those of the newest checkpoint, or initial weights at step 0."""
     with opened_on_all_ranks(world, lambda: starting_checkpoint(attempt, spec.start)) as checkpoint:
         with world.fail_together():
+            # Every rank builds the whole model, at every ZeRO stage, and draws the same weights from the same seed.
             built = spec.task.build()
             if checkpoint:
                 check_cursor(checkpoint, cursor)
@@ -29,7 +30,7 @@ def start(spec: TrainSpec, attempt: Attempt, world: World, cursor: dict[str, obj
         settings = engine_settings(spec.recipe, spec.resources, workers=world.size)
         engine = Engine(built.module, built.groups, settings, world)
         if not checkpoint:
-            return engine, Position()
+            return engine, Position()  # initial weights: DeepSpeed's copies are those of the module already
         with world.fail_together():
             engine.load(checkpoint.read, optimizer_steps=checkpoint.manifest.optimizer_steps)
         position = position_of(checkpoint, global_batch=spec.recipe.global_batch, world=world)
@@ -47,6 +48,7 @@ def roll_back(spec: TrainSpec, attempt: Attempt, world: World, engine: Engine, j
 
     with opened_on_all_ranks(world, find) as checkpoint:
         with world.fail_together():
+            # Without a checkpoint the model is built a second time: its seed draws the initial weights again.
             lookup = checkpoint.read if checkpoint else initial_state(spec.task.build().module)
             engine.load(lookup, optimizer_steps=checkpoint.manifest.optimizer_steps if checkpoint else 0)
         # The module still computes with the bad weights; a collective, so it stays outside `fail_together`.
@@ -57,7 +59,7 @@ def roll_back(spec: TrainSpec, attempt: Attempt, world: World, engine: Engine, j
     # With few checkpoints kept, the one found may lie inside the range: then only what follows it is undone.
     undone = (max(undone[0], position.global_step), undone[1])
     position.guard = state_after_rollback(judgement.state_before, position.guard, undone)
-    position.global_step = position.guard.next_step(position.global_step)
+    position.global_step = position.guard.next_step(position.global_step)  # past the range that was just undone
     if world.is_first:
         log.warning(
             "%s: rolled back to step %d; steps %d to %d are skipped (rollback %d of at most %d)",

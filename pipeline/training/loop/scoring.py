@@ -12,7 +12,7 @@ from pipeline.data.feed.order import plain_slice
 from pipeline.training.spec.train_spec import TrainSpec
 from pipeline.training.world import World
 
-EVALUATION_BATCH = 256
+EVALUATION_BATCH = 256  # scores are sums over samples, so this decides memory and speed only
 
 
 def evaluate(spec: TrainSpec, module: nn.Module, world: World) -> Mapping[str, float]:
@@ -20,6 +20,7 @@ def evaluate(spec: TrainSpec, module: nn.Module, world: World) -> Mapping[str, f
     with world.fail_together():
         loader = spec.loader(spec.dataset.open(), spec.evaluation_split, world)
     total = int(loader.selection.counts.sum())
+    # `plain_slice` rounds down at each boundary, so the last rank's part is never smaller than another's.
     largest_part = len(plain_slice(total, world.size - 1, world.size))
     most_batches = math.ceil(largest_part / EVALUATION_BATCH)
     with closing(loader.evaluation_batches(EVALUATION_BATCH)) as batches:
@@ -31,9 +32,9 @@ def _same_count(batches: Iterator[Batch], count: int, image_size: tuple[int, int
 
     Padding has label -1 and is not counted.
     """
-    nothing = torch.full((1,), -1)
+    nothing = torch.full((1,), -1)  # label, sample id and epoch of padding
     padding = Batch(torch.zeros(1, *image_size, 3, dtype=torch.uint8), nothing, nothing, nothing)
     for _ in range(count):
         with world.fail_together():
-            batch = next(batches, padding)
+            batch = next(batches, padding)  # an unreadable sample on one rank must not leave the others in a gather
         yield batch

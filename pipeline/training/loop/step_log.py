@@ -36,4 +36,5 @@ class StepLog:
             position.history.append(row)
             self.tracker.log(position.global_step, as_metrics(row))
             images = self.total_steps * self.recipe.global_batch
+            # From the row, not the position, so that the line agrees with MLflow.
             self.attempt.progress.update(int(row["images"]), images, unit="images", **progress_fields(row))

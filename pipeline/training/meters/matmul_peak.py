@@ -26,6 +26,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, *, sides: Sequence[int
         left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
         out = torch.empty_like(left)
 
+        # Defaults bind this round's matrices; a closure would see those of the next one.
         def product(
             count: int, left: torch.Tensor = left, right: torch.Tensor = right, out: torch.Tensor = out
         ) -> float:
@@ -36,7 +37,8 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, *, sides: Sequence[int
             synchronise(device)
             return (time.perf_counter() - start) / count
 
-        product(1)
+        product(1)  # untimed: the first call loads kernels and allocates workspace
+        # The fastest of three: other load can only slow a product down. On CUDA ten in a row hide the launch.
         fastest = min(product(times or (10 if device.type == "cuda" else 1)) for _ in range(3))
         best = max(best, 2 * side**3 / fastest)
         if not sides and fastest > LONG_S:

@@ -63,6 +63,7 @@ class TrainingMeter:
         self.world, self.data = world, DataMeter(loader)
         self.forward = ForwardClock(module, world.device)
         self.flops = spec.task.training_flops()
+        # The slowest device counts for all, because every step waits for it.
         self.peak = world.size * min(world.all_gather(_peak(world.device, DTYPES[spec.recipe.precision])))
         self.begin(global_step)
 
@@ -80,7 +81,7 @@ class TrainingMeter:
     def row(self, position: Position, *, lr: float) -> dict[str, float]:
         """Return the row to log at this position; `lr` is that of the last step. Collective."""
         now, guard = time.monotonic(), position.guard
-        elapsed, steps = max(now - self.time, 1e-9), position.global_step - self.step
+        elapsed, steps = max(now - self.time, 1e-9), position.global_step - self.step  # two rows at the same instant
         images = position.global_step * self.global_batch
         data = self.data.row(
             self.world,
@@ -128,6 +129,7 @@ def over_workers(everyone: Sequence[WorkerReading], *, elapsed: float) -> dict[s
     if device := max(own.device_bytes for own in everyone):
         row["device_gib"] = device / 2**30
     seconds = [own.forward_s for own in everyone]
+    # Forward passes alone: a backward pass waits in collectives for the slowest rank, so all take equally long.
     if len(everyone) > 1 and (middle := median(seconds)) > 0:
         rank = max(range(len(seconds)), key=seconds.__getitem__)
         row |= {"slowest_rank": rank, "slowest_excess": seconds[rank] / middle - 1}
@@ -185,10 +187,11 @@ class ForwardClock:
 
     def take(self) -> float:
         """Return the seconds since the last call."""
+        # Events can be read only once the device has passed them: the one wait per row.
         synchronise(self.device)
         spans, self._spans = self._spans, []
         if self.device.type == "cuda":
-            return math.fsum(began.elapsed_time(ended) for began, ended in spans) / 1000
+            return math.fsum(began.elapsed_time(ended) for began, ended in spans) / 1000  # milliseconds
         return math.fsum(ended - began for began, ended in spans)
 
     def close(self) -> None:

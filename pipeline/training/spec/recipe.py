@@ -72,6 +72,7 @@ class Recipe:
         warmup_images = round(self.warmup_epochs * samples_per_epoch)
         curve = warmup_cosine
         if self.schedule == "warmup_stable_decay":
+            # Rounded one by one, warmup and decay may exceed the total by an image, and a tiny share may round to none.
             decay_images = min(round(self.decay_share * total_images), total_images - warmup_images)
             curve = partial(warmup_stable_decay, decay_images=max(1, decay_images))
         return curve(

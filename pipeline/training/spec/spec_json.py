@@ -30,6 +30,7 @@ Built = TypeVar("Built")
 
 def as_json(spec: TrainSpec) -> dict[str, Any]:
     """Return JSON values, including the kinds of task and recipe."""
+    # asdict does not descend into pydantic models, so the resources are dumped apart.
     body = asdict(replace(spec, task=_plain(spec.task))) | {"resources": spec.resources.model_dump(mode="json")}
     return body | {"kinds": [type(spec.task).__name__, type(spec.recipe).__name__]}
 
@@ -72,6 +73,7 @@ def _made(kind: type[Built], body: Mapping[str, Any]) -> Built:
     """Return a frozen dataclass from JSON values, checked field by field; the caller adds a basis."""
     hints = get_type_hints(kind)
     try:
+        # Fields that an older bundle lacks take their defaults; those that this version has dropped are ignored.
         values = {
             one.name: TypeAdapter(hints[one.name]).validate_python(body[one.name])
             for one in fields(kind)  # type: ignore[arg-type]

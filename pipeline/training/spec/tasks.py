@@ -93,6 +93,7 @@ class MAETask:
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         """Return the images and each sample's own mask noise for this epoch."""
+        # On the CPU and keyed by sample: a device's own generator would tie masks to rank and world size.
         noise = mask_noise(self.seed, batch.epochs.numpy(), batch.sample_ids.numpy(), self.model.encoder.num_patches)
         return batch.images, torch.as_tensor(noise)
 
@@ -116,6 +117,7 @@ class ClassifierLosses(nn.Module):
     def forward(self, images: Tensor, labels: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
         """images uint8 [b, H, W, C], labels int64 [b], noise [b, depth, 2] -> losses float32 [b], or logits [b, classes]."""
         pixels = normalise_pixels(images, mean=self.config.pixel_mean, std=self.config.pixel_std)
+        # Evaluation asks for logits; the same module serves both, so ZeRO-3 gathers its weights as in training.
         if labels is None or noise is None:
             return cast("Tensor", self.model(pixels))
         logits = self.model(pixels, drop_path_scales(noise, drop_path=self.drop_path))
@@ -140,6 +142,7 @@ class ClassificationTask:
         """Return the encoder, pretrained or not, with a new head; both are initialised from the seed."""
         generator = torch.Generator().manual_seed(self.seed)
         encoder = ViTEncoder(self.encoder)
+        # Even if weights are loaded next: the generator then draws the same head with and without them.
         initialise(encoder, generator=generator)
         if self.encoder_uri:
             encoder.load_state_dict(read_weights(open_store(self.encoder_uri), "encoder.safetensors"))
@@ -153,6 +156,7 @@ class ClassificationTask:
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
         """Return images, labels and each sample's own drop path noise for this epoch."""
         depth = self.encoder.depth
+        # One number for each of a block's two branches. In float32 it may round up to 1.0, which a comparison allows.
         noise = uniform_rows(self.seed, batch.epochs.numpy(), batch.sample_ids.numpy(), "drop_path", 2 * depth)
         return batch.images, batch.labels, torch.as_tensor(noise, dtype=torch.float32).reshape(-1, depth, 2)
 
@@ -168,6 +172,7 @@ class ClassificationTask:
             for batch in batches:
                 counts += topk_counts(module(batch.images.to(world.device)).cpu(), batch.labels)
         module.train()
+        # Sums and not means: ranks hold parts of different sizes, and padding counts on none.
         totals: Any = world.total([counts.correct_top1, counts.correct_top5, counts.count, counts.loss_sum])
         over_workers = TopK(
             correct_top1=int(totals[0]), correct_top5=int(totals[1]), count=int(totals[2]), loss_sum=totals[3]

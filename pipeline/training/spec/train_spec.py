@@ -61,6 +61,7 @@ class TrainSpec:
 
     def loader(self, manifest: Manifest, split: str, world: World) -> Loader:
         """Return this worker's reader of a split: the training split in the computed order, any other split whole."""
+        # A limit on labels is for learning; scores are over the whole split.
         samples = self.train_samples if split == "train" else "all"
         selection = select(manifest, split, samples, seed=self.order.seed)
         return Loader(
@@ -84,7 +85,7 @@ def engine_settings(recipe: Recipe, resources: Resources, *, workers: int) -> En
 
     The largest part counts on every worker, because all must run the same number of passes.
     """
-    largest_part = math.ceil(recipe.global_batch / workers)
+    largest_part = math.ceil(recipe.global_batch / workers)  # parts differ by one sample at most
     micro_batch = min(resources.micro_batch, largest_part)
     return EngineSettings(
         precision=recipe.precision,
