@@ -83,18 +83,9 @@ def infer_encoder_config(
         *(_foreign_name(names, name, depth) for name in ("patch_embed.weight", "blocks.0.mlp.fc1.weight")),
         names.positions,
     )
-    if kernel.ndim != 4 or kernel.shape[2] != kernel.shape[3]:
-        raise ConfigError(
-            f"{_foreign_name(names, 'patch_embed.weight', depth)} of shape {tuple(kernel.shape)} is no kernel [D, C, P, P] of "
-            f"square patches: encoders with other patches cannot be imported"
-        )
+    _check_kernel(kernel, _foreign_name(names, "patch_embed.weight", depth))
     embed_dim, in_channels, patch_size, _ = kernel.shape  # [D, C, P, P]
-    shape = tuple(stored.shape)
-    if len(shape) != 3 or shape[0] != 1 or shape[1] < 2 or shape[2] != embed_dim:
-        raise ConfigError(
-            f"{names.positions} of shape {shape}, {stored.dtype}, is no table [1, 1 + L, {embed_dim}]: encoders "
-            f"with other positions cannot be imported"
-        )
+    _check_position_table(stored, names.positions, embed_dim)
     if image_size is None:
         grid = _grid_of(stored[0], names.positions)
         image_size = grid[0] * patch_size, grid[1] * patch_size
@@ -117,6 +108,23 @@ def infer_encoder_config(
     if len(table) != config.num_patches:
         raise positions_error(names.positions, stored, config)
     return config
+
+
+def _check_kernel(kernel: Tensor, name: str) -> None:
+    if kernel.ndim != 4 or kernel.shape[2] != kernel.shape[3]:
+        raise ConfigError(
+            f"{name} of shape {tuple(kernel.shape)} is no kernel [D, C, P, P] of square patches: encoders with other patches "
+            "cannot be imported"
+        )
+
+
+def _check_position_table(stored: Tensor, name: str, embed_dim: int) -> None:
+    shape = tuple(stored.shape)
+    if len(shape) != 3 or shape[0] != 1 or shape[1] < 2 or shape[2] != embed_dim:
+        raise ConfigError(
+            f"{name} of shape {shape}, {stored.dtype}, is no table [1, 1 + L, {embed_dim}]: encoders with other positions "
+            "cannot be imported"
+        )
 
 
 def infer_autoencoder_config(

@@ -45,16 +45,23 @@ MANIFEST_FILES = ("samples.parquet", "shards.parquet", "quarantine.parquet", "ma
 _TABLES_HELD = 64
 """Shards whose samples stay in memory."""
 _COUNTS = TypeAdapter(DatasetCounts)
+# page checksums, because without them a flipped bit in a table would silently become another sample
+_CHECKED: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
 
 
-class ManifestDocument(TypedDict):
-    """manifest.json."""
+class ManifestIdentity(TypedDict):
+    """What the dataset's digest covers besides its tables."""
 
     schema: int
-    digest: str
-    counts: dict[str, Any]  # DatasetCounts
     classes: list[str]
     policy: dict[str, int]  # the fields of an IntakePolicy
+    counts: dict[str, Any]  # DatasetCounts
+
+
+class ManifestDocument(ManifestIdentity):
+    """manifest.json."""
+
+    digest: str
     bytes: dict[str, int]  # table -> size
 
 
@@ -78,52 +85,31 @@ def write_manifest(
     quarantine = (
         quarantine.select(QUARANTINE.names).cast(QUARANTINE).sort_by([("split", "ascending"), ("source", "ascending")])
     )
-    stored, served = Counter[str](), Counter[str]()
-    tally = SplitTally()
-    content = ContentHash(SAMPLES.names)
+    written = _WrittenSamples()
     with tempfile.TemporaryDirectory() as folder:
         paths = {name: Path(folder) / name for name in MANIFEST_FILES[:3]}
-        # page checksums, because without them a flipped bit in a table would silently become another sample
-        with pq.ParquetWriter(
-            paths["samples.parquet"], SAMPLES, compression="zstd", write_page_checksum=True
-        ) as writer:
-            for shard, table in zip(shards.to_pylist(), samples, strict=True):
-                # by offset: the digest depends on the order of rows, and links of indexed tars are not in it
-                rows = table.select(SAMPLES.names).cast(SAMPLES).sort_by("offset")
-                _check_shard(shard, rows)
-                # one row group per shard, so that a reader of a shard fetches its rows and no others
-                writer.write_table(rows, row_group_size=max(1, rows.num_rows))
-                content.update(rows)
-                stored[shard["split"]] += rows.num_rows
-                served[shard["split"]] += shard["served"]
-                tally.add_served(shard["split"], rows)
-        pq.write_table(shards, paths["shards.parquet"], compression="zstd", write_page_checksum=True)
-        pq.write_table(quarantine, paths["quarantine.parquet"], compression="zstd", write_page_checksum=True)
-        counts = _counts(listed, stored, served, Counter(quarantine.column("split").to_pylist()))
+        written.write(paths["samples.parquet"], shards.to_pylist(), samples)
+        pq.write_table(shards, paths["shards.parquet"], **_CHECKED)
+        pq.write_table(quarantine, paths["quarantine.parquet"], **_CHECKED)
+        counts = _counts(listed, written.stored, written.served, Counter(quarantine.column("split").to_pylist()))
         check_counts(counts, store.uri)
         hashes = {
-            "samples": content.hexdigest(),
+            "samples": written.content.hexdigest(),
             "shards": content_digest(_without_folders(shards), SHARDS.names),
             # `detail` quotes messages of libraries, which change with their versions
             "quarantine": content_digest(quarantine, [name for name in QUARANTINE.names if name != "detail"]),
         }
-        identity = {
+        identity: ManifestIdentity = {
             "schema": SCHEMA_VERSION,
             "classes": list(classes),
             "policy": dict(policy),
             "counts": asdict(counts),
         }
-        digest = json_digest(identity | {"tables": hashes})
-        document: ManifestDocument = {
-            "schema": SCHEMA_VERSION,
-            "digest": digest,
-            "counts": asdict(counts),
-            "classes": list(classes),
-            "policy": dict(policy),
-            "bytes": {name: path.stat().st_size for name, path in paths.items()},
-        }
+        digest = json_digest({**identity, "tables": hashes})
+        sizes = {name: path.stat().st_size for name, path in paths.items()}
         for name, path in paths.items():
             store.upload(name, path)
+    document: ManifestDocument = {**identity, "digest": digest, "bytes": sizes}
     store.write("manifest.json", json.dumps(document, indent=1, sort_keys=True).encode())
     return DatasetFacts(
         digest=digest,
@@ -131,8 +117,30 @@ def write_manifest(
         classes=tuple(classes),
         shards=shards.num_rows,
         splits=tuple(counts.splits),
-        labels=tally.splits(classes, also=counts.splits),
+        labels=written.tally.splits(classes, also=counts.splits),
     )
+
+
+class _WrittenSamples:
+    """samples.parquet as it is written, and what is counted on the way."""
+
+    def __init__(self) -> None:
+        self.stored, self.served = Counter[str](), Counter[str]()
+        self.tally, self.content = SplitTally(), ContentHash(SAMPLES.names)
+
+    def write(self, path: Path, shards: Sequence[ShardRow], samples: Iterable[SampleTable]) -> None:
+        """Write the samples of each shard, one table at a time."""
+        with pq.ParquetWriter(path, SAMPLES, **_CHECKED) as writer:
+            for shard, table in zip(shards, samples, strict=True):
+                # by offset: the digest depends on the order of rows, and links of indexed tars are not in it
+                rows = table.select(SAMPLES.names).cast(SAMPLES).sort_by("offset")
+                _check_shard(shard, rows)
+                # one row group per shard, so that a reader of a shard fetches its rows and no others
+                writer.write_table(rows, row_group_size=max(1, rows.num_rows))
+                self.content.update(rows)
+                self.stored[shard["split"]] += rows.num_rows
+                self.served[shard["split"]] += shard["served"]
+                self.tally.add_served(shard["split"], rows)
 
 
 def check_counts(counts: DatasetCounts, location: str) -> None:
