@@ -6,9 +6,10 @@ Errors: PipelineError, in one line, if the cluster cannot be reached or refuses.
 
 import asyncio
 import hashlib
+import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -51,9 +52,10 @@ def _submitted(client: Any, job: Mapping[str, Any], *, within_s: float) -> str:
 
 
 def job_status(job: str, *, address: str) -> dict[str, str]:
-    """Return a job's id, status and message."""
+    """Return a job's id, status and message; the message of a failed one ends in the reason, from its log."""
     with _jobs(address) as client:
-        return _row(client.get_job_info(job))
+        info = client.get_job_info(job)
+        return _row(info, client.get_job_logs(job) if info.status.value == "FAILED" else "")
 
 
 def job_logs(job: str, *, address: str, until: Literal["now", "end"]) -> Iterator[str]:
@@ -85,14 +87,29 @@ def stop_job(job: str, *, address: str) -> dict[str, str]:
 
 
 def list_runs(*, address: str) -> list[dict[str, str]]:
-    """Return id, status and message of every job that the cluster remembers."""
+    """Return id, status and message of every job that the cluster remembers; a driver that was not submitted is no job."""
     with _jobs(address) as client:
-        return [_row(job) for job in client.list_jobs()]
+        return [_row(job) for job in client.list_jobs() if job.submission_id]
 
 
-def _row(job: Any) -> dict[str, str]:
-    first, _, _ = str(job.message or "").partition("\n")  # what follows is the end of the log
+def _row(job: Any, log: str = "") -> dict[str, str]:
+    """`log`: the whole log; without it, the reason is sought in the few lines that the message ends in."""
+    first, _, end_of_log = str(job.message or "").partition("\n")
+    if reason := _reason((log or end_of_log).splitlines()):
+        first = f"{first.partition(', last available logs')[0]}: {reason}"
     return {"job": str(job.submission_id), "status": str(job.status.value), "message": first}
+
+
+def _reason(log: Sequence[str]) -> str:
+    """Return the line of a failed run's log that says why: an error, else how a step ended, else the last one in words."""
+    lines = [line.strip() for line in log if line.strip() and not line.startswith("{")]  # the result is a line of JSON
+    said = (
+        line
+        for pattern in (r"mae: ", r"\S+: (failed|stopped)  .*  ", "")
+        for line in lines[::-1]
+        if re.match(pattern, line)
+    )
+    return next(said, "")
 
 
 @contextmanager

@@ -95,9 +95,8 @@ def _run(config: RunConfig, executor: Executor, display: Display, stop: StopSign
                 hooks.executor = "ray"
                 cluster.connect()
                 warn_of_unshared_paths(store, uri)
-                # only now: what GPUs the nodes have is known to the cluster alone
-                if "RAY_ADDRESS" in os.environ:
-                    check_fits_cluster(config, steps_to_run(steps, store))
+                # only now: what the nodes have is known to the cluster alone
+                check_fits_cluster(config, steps_to_run(steps, store))
         resources = config.resources
         if resources.wall_clock_s is not None:
             stop.limit(

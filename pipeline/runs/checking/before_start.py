@@ -71,14 +71,24 @@ def steps_to_run(steps: Sequence[Step], store: Store) -> list[Step]:
 
 
 def check_fits_cluster(config: RunConfig, waiting: Sequence[Step]) -> None:
-    """Raise ConfigError for what the cluster's GPUs cannot hold. Clusters of CPUs or of unknown GPUs are not checked."""
-    count, gpu_types = cluster.gpu_inventory()
-    resources = config.resources
-    if (
-        resources.use_gpu is not False
-        and count >= resources.worker_range[0]
-        and (device := cluster_hardware(gpu_types))
-    ):
+    """Raise ConfigError if the cluster cannot hold the fewest workers, or its GPUs what a worker needs.
+
+    It has to come before any step is claimed, since a claim ends the run that is at work on the step. Clusters that may grow are
+    not counted, and the memory of CPUs or of unknown GPUs is not checked."""
+    if not training_configs(waiting):
+        return
+    resources, least = config.resources, config.resources.worker_range[0]
+    gpus, gpu_types = cluster.gpu_inventory()
+    use_gpu = gpus >= least if resources.use_gpu is None else resources.use_gpu
+    need = resources.model_copy(update={"use_gpu": use_gpu}).per_worker
+    room = cluster.worker_capacity(need, of="all")
+    if room < least and not cluster.may_grow():
+        each = " and ".join(f"{amount:g} {kind}" for kind, amount in need.items())
+        raise ConfigError(
+            f"resources.workers={least}: the cluster has room for {room} of {least}, each of which reserves {each}. Write fewer "
+            "workers, reserve less, or add nodes. Nothing was claimed: a run that is at work in this store goes on"
+        )
+    if use_gpu and (device := cluster_hardware(gpu_types)):
         check_memory(waiting, resources, device)
 
 

@@ -12,6 +12,7 @@ from ray_kit import until
 from run_kit import end_with_parent
 
 from pipeline import cluster
+from pipeline.cluster.jobs import _reason
 from pipeline.errors import PipelineError
 
 TWICE = """
@@ -129,3 +130,42 @@ def test_a_signal_to_the_drivers_group_leaves_ray_alone_and_its_death_ends_ray()
     until(
         ended
     )  # Ray's agents look for the raylet every few seconds, and tell the dead GCS of its end for up to a minute
+
+
+LOG = """pretrain: running  starting 1 worker on Ray
+pretrain: {ended}
+report: stopped
+pretrain  ■ stopped  46 s  bbe92cdf4c77
+stopped, nothing is lost: the same command goes on from here
+{{"run": "6be8", "verdict": "stopped"}}"""
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        ("Traceback\nmae: data.source='/x' does not exist\n", "mae: data.source='/x' does not exist"),
+        (LOG.format(ended="failed  4 s  the disk is full"), "pretrain: failed  4 s  the disk is full"),
+        (
+            LOG.format(ended="stopped  4 s  another run has claimed it"),
+            "pretrain: stopped  4 s  another run has claimed it",
+        ),
+        ("/bin/sh: 1: mae: not found\n", "/bin/sh: 1: mae: not found"),
+        ("", ""),
+    ],
+)
+def test_the_reason_of_a_failed_job_is_found_in_its_log(log, reason):
+    assert _reason(log.splitlines()) == reason
+
+
+def status_of_monitor(**types: str) -> bytes:
+    return json.dumps({"autoscaler_report": {"node_type_mapping": types}}).encode()
+
+
+@pytest.mark.parametrize(
+    ("status", "grows"),
+    [(status_of_monitor(a1="node_a1", b2="node_b2"), False), (status_of_monitor(a1="head"), True), (None, False)],
+)
+def test_a_cluster_with_an_autoscaler_may_grow(monkeypatch, status, grows):
+    monkeypatch.setattr("ray.experimental.internal_kv._internal_kv_get", lambda key: status)
+    monkeypatch.setattr("ray.autoscaler.v2.utils.is_autoscaler_v2", lambda: False)
+    assert cluster.may_grow() == grows
