@@ -13,7 +13,7 @@ import jinja2
 import yaml
 
 from pipeline.reporting.format import clock, count
-from pipeline.reporting.summaries import Score, StepRow, pairs
+from pipeline.reporting.summaries import Score, StepRow, pairs, remarks_on_scores
 from pipeline.tracking import redact, redact_text
 
 
@@ -48,6 +48,8 @@ class DatasetCard:
     """Not stored: unreadable, or refused by the policy for images."""
     reasons: tuple[tuple[str, str], ...] = ()
     """The first quarantined samples, (key, reason)."""
+    splits: tuple[str, ...] = ()
+    """One line per split: its images, labels and classes."""
     digest: str = ""
     """The manifest's digest: the dataset's identity."""
 
@@ -112,7 +114,9 @@ def render_page(report: ReportData) -> str:
     config = yaml.safe_dump(redact(report.config), sort_keys=False, allow_unicode=True) if report.config else ""
     groups = pairs(report.scores)
     headline = [_ScoreCard(g["pretrained"], g.get("random")) for g in groups.values() if "pretrained" in g]
-    return environment.get_template("page.html").render(report=report, headline=headline, groups=groups, config=config)
+    return environment.get_template("page.html").render(
+        report=report, headline=headline, groups=groups, remarks=remarks_on_scores(report.scores), config=config
+    )
 
 
 def _picture(png: bytes) -> str:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.data.dataset.facts import DatasetFacts
+from pipeline.data.dataset.facts import DatasetFacts, SplitLabels
 from pipeline.evaluation.protocol import ScoreFacts
 from pipeline.graph.receipts import installed_versions
 from pipeline.graph.step import Attempt, StageInput, StageResult
@@ -168,9 +168,16 @@ def _dataset_card(name: str, config: ReportConfig, inputs: Mapping[str, StageInp
         served=total.served,
         duplicates=total.duplicates,
         quarantined=total.quarantined,
+        splits=tuple(_in_words(split, known) for split, known in (facts.labels or {}).items()),
         reasons=tuple((bad.source, bad.reason) for bad in facts.quarantine_examples),
         digest=facts.digest,
     )
+
+
+def _in_words(split: str, known: SplitLabels) -> str:
+    """Return a split's images, labels and classes. A score on classes that training lacks says little of the encoder."""
+    text = f"{split}: {count(known.images)} images, {count(known.labelled)} labelled, {count(known.classes)} classes"
+    return f"{text}; train has none of {', '.join(known.not_in_train)}" if known.not_in_train else text
 
 
 def _step_row(name: str, step: StageInput) -> StepRow:

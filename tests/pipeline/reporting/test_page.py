@@ -18,7 +18,9 @@ def report() -> ReportData:
         summary="A summary in one line.",
         created="24 November 2026",
         scores=[
-            Score(protocol="linear", dataset="digits", encoder="pretrained", values=(0.97, 0.98)),
+            Score(
+                protocol="linear", dataset="digits", encoder="pretrained", values=(0.97, 0.98), images=36, labels=1437
+            ),
             Score(protocol="linear", dataset="digits", encoder="random", values=(0.84,)),
             Score(protocol="knn", dataset=HOSTILE, encoder="random", values=(0.1,)),
         ],
@@ -36,6 +38,7 @@ def report() -> ReportData:
                 served=12300,
                 duplicates=40,
                 quarantined=5,
+                splits=("test: 36 images, 36 labelled, 10 classes; train has none of zebra",),
                 reasons=((f"train/{HOSTILE}/1.png", "truncated"),),
                 digest="9f2c" * 16,
             )
@@ -71,6 +74,8 @@ def test_a_hostile_class_name_is_only_text():
 
 def test_every_number_is_there():
     page = render_page(report()).replace("\u202f", " ")
+    for text in ["36 test images", "1 437", "only 36 test images: one of them more or less", "train has none of zebra"]:
+        assert text in page
     for text in ["97.5 ± 0.7 %", "84.0 %", "+13.5", "97.0 · 98.0", "12 345", "12 340", "12 300", "40", "and 4 more"]:
         assert text in page
     for text in [
