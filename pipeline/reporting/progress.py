@@ -70,7 +70,9 @@ class _RunningStep:
 
     @property
     def amount(self) -> str:
-        return f"{count(self.done)}/{count(self.total)} {self.unit}" if self.total else ""
+        if self.total:
+            return f"{count(self.done)}/{count(self.total)} {self.unit}"
+        return f"{count(self.done)} {self.unit}" if self.done else ""
 
     @property
     def speed(self) -> str:
@@ -186,7 +188,9 @@ class ProgressDisplay:
                     complete_style="blue",
                     animation_time=now,
                 )
-                amount, extras = (step.percent, step.extras(2)) if narrow else (step.amount, step.extras())
+                amount, extras = (
+                    (step.percent or step.amount, step.extras(2)) if narrow else (step.amount, step.extras())
+                )
                 elapsed = "" if narrow and step.eta else clock(now - step.began)
                 grid.add_row(Text(step.name), bar, amount, step.speed, extras, step.eta, elapsed)
             return grid

@@ -22,6 +22,7 @@ from pipeline.evaluation.protocol import ScoreFacts
 from pipeline.graph.receipts import Receipt, installed_versions
 from pipeline.graph.runner import Outcome
 from pipeline.graph.step import Step
+from pipeline.reporting.format import count
 from pipeline.reporting.summaries import as_metrics
 from pipeline.runs.beginning import beginning_of
 from pipeline.runs.checking.findings import examine, finished_in, lines_of, problem_of, table_of
@@ -95,7 +96,8 @@ class RunHooks:
         """Show and record how a step ended."""
         # first of all: what has ended must not be closed again by `abandon`
         self.open_children.pop(outcome.step.name, None)
-        self.display.step_state(outcome.step.name, outcome.state, detail=detail_of(outcome))
+        about = [listing_of(outcome), detail_of(outcome)]
+        self.display.step_state(outcome.step.name, outcome.state, detail="; ".join(text for text in about if text))
         with failures_as_warnings(f"tracking of {outcome.step.name}"):
             self.unreported.append(outcome)  # stays there if the next line raises
             self._record(outcome)
@@ -201,6 +203,19 @@ class RunHooks:
             )
 
 
+def listing_of(outcome: Outcome) -> str:
+    """Return what a listing that has just been made holds, or an empty string for other steps."""
+    if outcome.step.kind != "snapshot" or outcome.state != "done" or outcome.receipt is None:
+        return ""
+    facts = SnapshotFacts.read(outcome.receipt.facts)
+    found = (
+        f"{count(facts.listed)} rows"
+        if facts.kind == "Parquet tables"
+        else f"{count(facts.listed + facts.ignored)} files"
+    )
+    return f"listing {outcome.step.config.source}: {found}"
+
+
 def detail_of(outcome: Outcome) -> str:
     """Return one line on what the user should know of a step: its error, or a remark on its result; often empty."""
     if outcome.error is not None:
@@ -252,7 +267,7 @@ def _remark_on_images(facts: DatasetFacts) -> str:
     if facts.repaired:
         remarks.append(f"{facts.repaired} images with harmless faults repaired")
     if facts.other_members and facts.other_reasons:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in facts.other_reasons.items())
+        reasons = ", ".join(f"{files} {reason}" for reason, files in facts.other_reasons.items())
         example = (facts.other_examples or {})[next(iter(facts.other_reasons))][0]
         remarks.append(f"{facts.other_members} files of tars belong to no sample ({reasons}, such as {example})")
     if (found := facts.contradicting_labels) and found.images:
@@ -273,9 +288,9 @@ def _remedied_reasons(facts: DatasetFacts) -> Iterator[str]:
     """Yield each reason for quarantine that is no damage, so that something can be done about it, with an example."""
     # reversed: the first example of a reason is written last and stays
     example_of = {example.reason: example.source for example in reversed(facts.quarantine_examples)}
-    for reason, count in (facts.quarantine_reasons or {}).items():
+    for reason, images in (facts.quarantine_reasons or {}).items():
         if reason not in _DAMAGE:
-            yield f"{count} {reason}" + (f", such as {example_of[reason]}" if reason in example_of else "")
+            yield f"{images} {reason}" + (f", such as {example_of[reason]}" if reason in example_of else "")
 
 
 def _dataset_digest(receipt: Receipt) -> str:

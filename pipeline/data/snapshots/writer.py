@@ -122,7 +122,7 @@ def _list(
             items = [item for item in batch if item.role != "ignored"]
             passed_over.add_all(item.path for item in batch if item.role == "ignored")
             seen += len(items)
-            progress.update(seen, seen, unit="files listed")
+            progress.update(seen, 0, unit="files listed")
             if not items:
                 continue
             role = items[0].role

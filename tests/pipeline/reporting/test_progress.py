@@ -69,6 +69,15 @@ def test_a_log_gets_a_plain_line_every_ten_seconds():
     assert lines[-1] == "pretrain: failed  1:00  out of memory"
 
 
+def test_a_listing_of_unknown_length_shows_how_many_it_has():
+    clock_, console = Clock(), Console(file=io.StringIO(), width=120, record=True)
+    display = ProgressDisplay(console=console, now=clock_)
+    display.step_state("snapshot", "running", detail="listing /images")
+    clock_.now = 11.0
+    display.for_step("snapshot").update(50_000, 0, unit="files listed")
+    assert "snapshot: 50\u202f000 files listed, elapsed 11 s" in console.export_text()
+
+
 def test_on_a_terminal_a_finished_step_stays_as_a_line():
     console = Console(file=io.StringIO(), width=120, force_terminal=True, record=True)
     display = ProgressDisplay(console=console)

@@ -43,6 +43,10 @@ def configured(tmp_path: Path, store: Path, source: Path, *overrides: str) -> An
 def go(config: Any) -> tuple[Any, str]:
     display = Silent()
     summary = run_pipeline(config, executor="in_process", display=display)
+    if summary.outcomes[0].state == "done":
+        assert any(
+            "files" in detail for *_, detail in display.said if detail.startswith(f"listing {config.data.source}: ")
+        )
     return summary, "\n".join(" ".join(words) for words in display.said)
 
 
