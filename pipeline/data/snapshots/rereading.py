@@ -44,14 +44,22 @@ def check_layout(config: SnapshotConfig, *, files: int) -> None:
         named_splits(paths, config.split_from)
 
 
+def not_compared(config: SnapshotConfig, kind: SourceKind) -> str:
+    """Return why a listing of an older version cannot be compared with its paths alone, or an empty string if it can.
+
+    The files that decided it may have changed since: what they say today would say nothing about the reading of then."""
+    by_column = kind == "Parquet tables" and config.split_column is not None
+    came_from = config.labels or (f"column {config.split_column!r}" if by_column else "")
+    return (
+        f"they came from {came_from}, which may have changed. A new data.snapshot reads it again" if came_from else ""
+    )
+
+
 def reread(config: SnapshotConfig, parts: Sequence[StageInput]) -> tuple[str, str]:
     """Compare the last of the parts, which an older version listed, with how this version reads the same paths.
 
-    Returns both readings in words; the second is empty if they agree. Labels of a labels file and columns of tables are not
-    compared: reading those has not changed."""
+    Returns both readings in words; the second is empty if they agree. Not for listings that `not_compared` names."""
     facts = SnapshotFacts.read(parts[-1].facts)
-    if config.labels is not None or (facts.kind == "Parquet tables" and config.split_column is not None):
-        return "", ""
     with tempfile.TemporaryDirectory() as scratch:
         tables = [
             local_copy(part.store, SNAPSHOT_FILE, Path(scratch) / str(number)) for number, part in enumerate(parts)

@@ -3,6 +3,7 @@
 Known after listing for folders and tables, after indexing for tars. Nothing here reads an image or a source; only `preview_source`
 lists one. Errors: those of the store."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from pipeline.data.dataset.facts import (
 )
 from pipeline.data.dataset.understanding import EXAMPLES, notes_on_classes
 from pipeline.data.snapshots.config import where_it_is
-from pipeline.data.snapshots.rereading import reread
+from pipeline.data.snapshots.rereading import not_compared, reread
 from pipeline.data.snapshots.writer import preview
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.graph.receipts import read_receipt
@@ -30,11 +31,17 @@ from pipeline.reporting.format import count
 from pipeline.runs.workflow import build
 from pipeline.storage import Store
 
+log = logging.getLogger(__name__)
+
 JUDGED = "judged/2.json"
 """Marks the directory of a snapshot of an older version whose listing this version reads in the same way."""
 KEPT = "judged/kept.json"
 """Marks one that the user keeps although this version reads it otherwise."""
 PREVIEW_FILES = 200_000
+_CUT = (
+    f"{{source}}: splits and classes were read from its first {count(PREVIEW_FILES)} files only; the snapshot step reads all of "
+    "them, and stops if the others contradict these"
+)
 Finished = Callable[[Step], StageInput | None]
 """Returns a step that has its receipt, as its readers see it."""
 
@@ -163,6 +170,7 @@ def describe(config: RunConfig, steps: Sequence[Step], store: Store) -> DataDesc
     tables: list[RenderableType] = []
     problems: dict[str, PipelineError | ConfigError] = {}
     previews: dict[str, SnapshotFacts] = {}
+    lines: list[str] = []
     for step in steps:
         if step.kind != "snapshot":
             continue
@@ -175,13 +183,14 @@ def describe(config: RunConfig, steps: Sequence[Step], store: Store) -> DataDesc
                 facts = preview(where_it_is(step.config, step.options), Unseen(), files=PREVIEW_FILES)
                 tables.append(preview_table(step, facts))
                 previews |= {} if _is_cut(facts) else {step.name: facts}
+                lines += [_CUT.format(source=step.config.source)] if _is_cut(facts) else []
         except (DataError, ConfigError) as problem:
             problems[step.name] = problem
     findings = examine(config, steps, finished, previews=previews)
     for one in findings:
         if one.problem:
             problems |= {reader.name: ConfigError(one.problem) for reader in one.waiting}
-    return DataDescription(tables, lines_of(findings), problems)
+    return DataDescription(tables, [*lines, *lines_of(findings)], problems)
 
 
 class Unseen:
@@ -200,8 +209,14 @@ def check_reading(step: Step, finished: Finished, *, mark: bool) -> None:
         return
     if done.root.exists(JUDGED) or done.root.exists(KEPT):
         return
-    earlier = [part for _, source in sorted(step.inputs.items()) if (part := finished(source))]
-    then, now = reread(step.config, [*earlier, done])
+    if why := not_compared(step.config, SnapshotFacts.read(done.facts).kind):
+        log.warning(
+            f"{step.name}: an older version listed {step.config.source}, and its splits and labels are used as they are: {why}"
+        )
+        then = now = ""
+    else:
+        earlier = [part for _, source in sorted(step.inputs.items()) if (part := finished(source))]
+        then, now = reread(step.config, [*earlier, done])
     if now == "":
         if mark:
             done.root.create(JUDGED, b"{}")

@@ -150,6 +150,32 @@ def test_a_listing_of_an_older_version_is_compared_once(tmp_path, store):
     assert (root / JUDGED).exists()
 
 
+def test_one_with_a_labels_file_is_told_not_compared(tmp_path, store, caplog):
+    source = fill(tmp_path / "images", ["cat", "dog"], 4)
+    labels = tmp_path / "labels.csv"
+    rows = [f"{path.relative_to(source)},{path.parent.name}\n" for path in source.rglob("*.png")]
+    labels.write_text("path,label\n" + "".join(rows))
+    config = configured(tmp_path, store, source, "evaluation.datasets=[]", f"data.labels={labels}")
+    go(config)
+    age(store)
+    caplog.clear()
+    plan_run(config)
+    assert [r.getMessage() for r in caplog.records if "are used as they are: they came from" in r.getMessage()]
+    go(config)
+    caplog.clear()
+    go(config)  # told once
+    assert "used as they are" not in caplog.text
+
+
+def test_a_source_that_is_looked_at_in_part_is_told_in_the_plan(tmp_path, store, monkeypatch):
+    config = configured(
+        tmp_path, store, fill(tmp_path / "images", ["train/cat", "train/dog", "test/cat", "test/dog"], 3)
+    )
+    assert "first" not in lines(config)
+    monkeypatch.setattr("pipeline.runs.checking.findings.PREVIEW_FILES", 5)
+    assert "and stops if the others contradict these" in lines(config)
+
+
 def test_one_that_is_read_otherwise_now_stops_and_can_be_kept(tmp_path, store):
     source = fill(tmp_path / "images", ["train/cat", "train/dog", "valid/cat", "valid/dog"], 3)
     pool = configured(tmp_path, store, source, "evaluation.datasets=[]", "data.split_from=hash")
