@@ -4,9 +4,10 @@ The shape of a stored encoder is read from its file, never assumed.
 Errors: DataError for a damaged file; ConfigError for weights that are not of a known encoder."""
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +20,8 @@ from pipeline.evaluation.protocol import ProtocolConfig
 from pipeline.graph.step import StageInput
 from pipeline.storage import open_store
 from pipeline.weights import import_encoder, read_encoder, read_encoder_config
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -96,15 +99,23 @@ class WeightsFile:
     """A file or folder in any layout that `pipeline.weights` reads: ours, timm's, Hugging Face's, the official MAE's."""
 
     path: Path
+    prefix: str | None = None
+    """What the names of the encoder's weights begin with, in a file that holds several models."""
 
     def shape(self) -> ViTConfig:
         """Read the file. The configuration follows from the shapes of its tensors."""
         return self.load().config
 
     def load(self) -> Encoder:
-        """Read and convert the file."""
-        imported = import_encoder(self.path)
+        """Read and convert the file, and tell what was taken from it."""
+        imported = import_encoder(self.path, prefix=self.prefix)
+        _tell("; ".join(imported.report.lines()))
         return Encoder(imported.config, imported.weights)
+
+
+@cache  # once per process, although each task loads the file
+def _tell(text: str) -> None:
+    log.warning("%s", text)
 
 
 def encoder_source(config: ProtocolConfig, inputs: Mapping[str, StageInput]) -> Pretrained | Initial:

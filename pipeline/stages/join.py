@@ -15,8 +15,10 @@ import pyarrow.compute as pc
 
 from pipeline.data.dataset.address import is_indexed
 from pipeline.data.dataset.dataset_writer import StoredShard, publish, relabel, with_columns
+from pipeline.data.dataset.facts import DatasetFacts
 from pipeline.data.dataset.manifest import MANIFEST_FILES, Manifest
 from pipeline.data.dataset.schema import QuarantineTable, SampleTable, ShardRow
+from pipeline.data.sharding.shard_record import others_together
 from pipeline.data.sources.splits import class_order
 from pipeline.graph.step import Attempt, StageInput, StageResult
 
@@ -91,11 +93,14 @@ def join(config: JoinConfig, inputs: Mapping[str, StageInput], attempt: Attempt)
     )
     # each part has already counted the duplicates among its own images
     before = sum(manifest.counts.total.duplicates for manifest in manifests)
+    made = [DatasetFacts.read(part.facts) for part in inputs.values()]
+    others = others_together(made) if any(part.other_members is not None for part in made) else {}
     facts = replace(
         facts,
         duplicates_across_parts=facts.counts.total.duplicates - before,
         parts={name: manifest.counts.total for name, manifest in zip(config.snapshots, manifests, strict=True)},
         keys_from="store",
+        **others,
     )
     return StageResult(facts.as_json(), MANIFEST_FILES)
 

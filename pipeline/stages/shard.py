@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,7 +23,7 @@ from pipeline.data.dataset.manifest import MANIFEST_FILES
 from pipeline.data.dataset.schema import NO_LABEL, QUARANTINE, QuarantineRow, SampleTable, ShardRow, SnapshotTable
 from pipeline.data.images.intake import IntakePolicy
 from pipeline.data.sharding.shard_plan import ShardPlan, ShardPlans, open_snapshot, plan_shards, plan_tars
-from pipeline.data.sharding.shard_record import OTHER_EXAMPLES, ShardResult, read_samples
+from pipeline.data.sharding.shard_record import ShardResult, others_together, read_samples
 from pipeline.data.sharding.shard_writer import check_bad_share, write_shard
 from pipeline.data.sharding.tar_index import index_tar
 from pipeline.data.sources.labels import CLASSES_MAX
@@ -89,7 +88,7 @@ def shard(config: ShardStageConfig, inputs: Mapping[str, StageInput], attempt: A
         policy=asdict(policy),
     )
     if indexes:
-        facts = replace(facts, **_others(results))
+        facts = replace(facts, **others_together(results))
     reused = sum(result.reused for result in results)
     return StageResult(facts.as_json(), MANIFEST_FILES, notes={"reused_shards": reused})
 
@@ -157,18 +156,6 @@ def _classes(results: Sequence[ShardResult]) -> tuple[str, ...]:
             "null for no labels"
         )
     return class_order(names)
-
-
-def _others(results: Sequence[ShardResult]) -> dict[str, Any]:
-    """Return the facts on files of tars that belong to no sample."""
-    reasons: Counter[str] = Counter()
-    examples: dict[str, tuple[str, ...]] = {}
-    for result in results:
-        reasons.update(result.other_reasons)
-        for reason, sources in result.other_examples.items():
-            examples[reason] = (*examples.get(reason, ()), *sources)[:OTHER_EXAMPLES]
-    total = sum(result.other_members for result in results)
-    return {"other_members": total, "other_reasons": dict(reasons.most_common()), "other_examples": examples}
 
 
 def _listed(results: Sequence[ShardResult]) -> dict[str, int]:

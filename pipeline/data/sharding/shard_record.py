@@ -8,12 +8,14 @@ Units: bytes. Errors: StorageError when a store is down."""
 import hashlib
 import json
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NotRequired, TypedDict
 
 import pyarrow as pa
 
+from pipeline.data.dataset.facts import DatasetFacts
 from pipeline.data.dataset.schema import SAMPLES, QuarantineRow, SampleRow, SampleTable, SnapshotRow
 from pipeline.data.images.intake import Accepted, Refused
 from pipeline.storage import Store
@@ -160,3 +162,15 @@ def quarantine_row(listed: SnapshotRow, refused: Refused) -> QuarantineRow:
         "detail": refused.detail,
         "bytes": listed["size"],
     }
+
+
+def others_together(parts: Iterable[ShardResult | DatasetFacts]) -> dict[str, Any]:
+    """Return the facts of a dataset on files of tars that belong to no sample, added up over its parts."""
+    total, reasons = 0, Counter[str]()
+    examples: dict[str, tuple[str, ...]] = {}
+    for part in parts:
+        total += part.other_members or 0
+        reasons.update(part.other_reasons or {})
+        for reason, sources in (part.other_examples or {}).items():
+            examples[reason] = (*examples.get(reason, ()), *sources)[:OTHER_EXAMPLES]
+    return {"other_members": total, "other_reasons": dict(reasons.most_common()), "other_examples": examples}

@@ -11,6 +11,7 @@ from training_kit import SEED, TEST, TRAIN, attempt_at, encoder_config
 from mae_core.vit import ViTEncoder, initialise
 from pipeline.data.dataset.address import DatasetAddress, dataset_address
 from pipeline.errors import DataError
+from pipeline.evaluation import encoders as encoders_module
 from pipeline.evaluation import features as features_module
 from pipeline.evaluation.encoders import Initial, Pretrained, WeightsFile
 from pipeline.evaluation.features import FOLDER, FeatureRequest, extract_features
@@ -119,6 +120,15 @@ def test_a_damaged_part_is_named(request_for, tmp_path):
         DataError, match=r"part-0000-of-0001\.safetensors: cached features are damaged .*Delete the file"
     ):
         extract_features(request_for(), attempt_at(tmp_path / "store" / "step"))
+
+
+def test_what_a_weights_file_holds_is_told_once(pretrained, caplog):
+    folder = Path(pretrained.store.uri.removeprefix("file://"))
+    encoders_module._tell.cache_clear()
+    for _ in range(2):
+        WeightsFile(folder).load()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "layout mae_pipeline; left out: nothing; assumed: nothing" in line
 
 
 def test_every_source_knows_the_shape_of_its_encoder(pretrained):

@@ -127,11 +127,13 @@ def test_the_digest_is_the_same_wherever_the_store_lies(tmp_path):
 
 
 def test_tars_and_tables_have_parts_too(tmp_path):
-    source = write_tars(tmp_path / "tars", {"0.tar": labelled(range(4))})
+    source = write_tars(tmp_path / "tars", {"0.tar": [*labelled(range(4)), ("README", b"no sample")]})
     first = part(source, tmp_path / "a", 1)
-    write_tars(tmp_path / "tars", {"1.tar": labelled(range(4, 9))})
+    write_tars(tmp_path / "tars", {"1.tar": [*labelled(range(4, 9)), ("README", b"no sample")]})
     whole = joined(tmp_path / "a", first[1], part(source, tmp_path / "a", 2, first[0])[1])
     assert whole.facts["counts"]["total"]["served"] == 9
+    assert (whole.facts["other_members"], whole.facts["other_reasons"]) == (2, {"no sample": 2})
+    assert whole.facts["other_examples"] == {"no sample": ["0.tar/README", "1.tar/README"]}
     rows = stored(whole, open_store(dataset_address(whole).root_uri))
     assert {int(Path(name).stem): row["data"] for name, row in rows.items()} == {n: picture(n) for n in range(9)}
     assert all(row["class"] == str(int(Path(name).stem) % 3) for name, row in rows.items())
