@@ -29,7 +29,8 @@ def gc(
     ] = 24.0,
     as_json: AsJson = False,
 ) -> None:
-    """List, with sizes, what superseded generations left and checkpoints that were never committed.
+    """List, with sizes, what superseded generations left, checkpoints that were never committed,
+    and features of encoders that are gone.
 
     Shards, receipts, results, what a running step may be writing, and what a receipt, claim or fork
     names are never among it.

@@ -2,12 +2,16 @@
 
     <store>/features/<key>/part-0000-of-0012.safetensors    values float32 [n, D], labels int64 [n], sample_ids int64 [n]
 
+    <store>/features/<key>/computed_from.json                      what `mae store gc` asks: whether these still exist
+
 The key covers the encoder (shape and weights), the dataset, the split, the chosen samples and the pooling. Features are a cache,
 not an input of a step: they change no fingerprint, and deleting the folder costs only time. Each part is written by the task
 that computed it, so that an interrupted evaluation continues where it was.
 Images are read as in any evaluation: each once, centre crop, no augmentation.
 Errors: DataError for a sample or a part that cannot be read."""
 
+import json
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -24,20 +28,24 @@ from pipeline.cluster.resources import Resources
 from pipeline.cluster.tasks import map_tasks
 from pipeline.data.dataset.address import DatasetAddress, dataset_address
 from pipeline.data.dataset.digests import json_digest
+from pipeline.data.dataset.manifest import MANIFEST_FILES
 from pipeline.data.feed.loader import Loader
 from pipeline.data.feed.order import OrderConfig, SampleOrder, plain_slice
 from pipeline.data.feed.selection import Samples, Selection, select
 from pipeline.data.images.pictures import AugmentConfig
 from pipeline.errors import DataError
-from pipeline.evaluation.encoders import EncoderSource, encoder_source
+from pipeline.evaluation.encoders import EncoderSource, Pretrained, encoder_source
 from pipeline.evaluation.protocol import ProtocolConfig
 from pipeline.graph.step import Attempt, StageInput, canonical
 from pipeline.storage import Store, open_store
 from pipeline.training.spec.train_spec import node_cache
+from pipeline.weights import ENCODER
 
 FEATURES_VERSION = 1
 """Part of every key. Raise it when the computation changes, for example to another crop."""
 FOLDER = "features/"
+COMPUTED_FROM = "computed_from.json"
+"""In a folder of features: the time, and the files of the store, the encoder's and the dataset's, from which they were computed."""
 IMAGES_PER_TASK = 2048
 """Size of a part: 10 MiB at ViT-H's width, and little work to repeat if a task is lost."""
 
@@ -96,9 +104,13 @@ def extract_features(request: FeatureRequest, attempt: Attempt) -> Features:
     selection = request.selection()
     total = int(selection.counts.sum())
     parts = max(1, -(-total // IMAGES_PER_TASK))  # rounded up; one empty part for an empty split
-    store = open_store(attempt.root_uri.rpartition("/")[0]).at(f"{FOLDER}{_key(request, selection)}")
+    run_store = open_store(attempt.root_uri.rpartition("/")[0])
+    store = run_store.at(f"{FOLDER}{_key(request, selection)}")
     # One listing instead of a request per part. Writes are atomic, so a part that is there is whole.
     present = {info.key for info in store.list()}
+    if COMPUTED_FROM not in present:
+        body = {"files": _computed_from(request, run_store), "time": time.time()}
+        store.write(COMPUTED_FROM, json.dumps(body).encode())
     missing = [index for index in range(parts) if _part_name(index, parts) not in present]
     done = total - sum(len(plain_slice(total, index, parts)) for index in missing)
 
@@ -112,6 +124,14 @@ def extract_features(request: FeatureRequest, attempt: Attempt) -> Features:
     map_tasks(task, missing, executor=attempt.executor, on_done=on_done)
     read = [_read_part(store, _part_name(index, parts)) for index in range(parts)]
     return Features(*(torch.cat(columns) for columns in zip(*read, strict=True)))
+
+
+def _computed_from(request: FeatureRequest, store: Store) -> list[str]:
+    """Return the keys of the files in the store that the features were computed from."""
+    used = [f"{request.dataset.manifest_uri}/{MANIFEST_FILES[0]}"]
+    if isinstance(request.encoder, Pretrained):
+        used.append(f"{request.encoder.uri}/{ENCODER}")
+    return [uri.removeprefix(f"{store.uri}/") for uri in used if uri.startswith(f"{store.uri}/")]
 
 
 def _key(request: FeatureRequest, selection: Selection) -> str:

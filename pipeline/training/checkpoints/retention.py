@@ -3,6 +3,7 @@
 References come from the receipt, from claims of later generations (what each continues from), and from pins: `pins/*.json` in
 the step's directory, written when another training needs a checkpoint (a fork). Units: steps are global batches consumed."""
 
+import contextlib
 import json
 import logging
 import math
@@ -115,3 +116,6 @@ def remove(root: Store, key: str) -> None:
     # Listed to the end before the first deletion, which could shift a listing that comes in pages.
     for info in list(root.list(f"{key}/")):
         root.delete(info.key)
+    if folder := root.local_path(key):
+        with contextlib.suppress(OSError):  # a file that is not listed keeps it
+            folder.rmdir()

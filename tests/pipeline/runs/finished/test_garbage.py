@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from jobs.commands.store import app
-from pipeline.runs.finished.garbage import StepState, unneeded, unneeded_in_step
+from pipeline.runs.finished.garbage import StepState, delete, unneeded, unneeded_in_step
 from pipeline.storage import FileStore, ObjectInfo
 
 DAY = 86400.0
@@ -118,4 +118,19 @@ def test_with_delete_exactly_that_goes(store, tmp_path):
     after = {info.key for info in store.list()}
     assert before - after == {one["key"] for one in line["objects"]}
     assert folders(before - after) == GOING
+    assert not [folder for folder in tmp_path.glob("pretrain-*/g*/**") if folder.is_dir() and not any(folder.iterdir())]
     assert json.loads(CliRunner().invoke(app, ["gc", str(tmp_path), "--json"]).stdout)["objects"] == []
+
+
+def test_features_go_with_the_encoder_or_dataset_that_they_came_from(store, tmp_path):
+    for folder, files in {"a": ["mlflow.db"], "b": ["mlflow.db", "pretrain-lost/g0001/encoder.safetensors"]}.items():
+        store.write(f"features/{folder}/part-0000-of-0001.safetensors", b"x")
+        made = {"files": files, "time": time.time() - 2 * DAY}
+        store.write(f"features/{folder}/computed_from.json", json.dumps(made).encode())
+    store.write("features/of-an-older-version/part-0000-of-0001.safetensors", b"x")
+    found = [one for one in unneeded(store, before=time.time() - DAY) if one.key.startswith("features/")]
+    assert folders(one.key for one in found) == ["features/b"]
+    assert {one.why for one in found} == {"computed from pretrain-lost/g0001/encoder.safetensors, which is gone"}
+    assert not [one for one in unneeded(store, before=time.time() - 3 * DAY) if one.key.startswith("features/")]
+    delete(store, found)
+    assert sorted(path.name for path in (tmp_path / "features").iterdir()) == ["a", "of-an-older-version"]
