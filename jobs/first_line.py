@@ -11,6 +11,13 @@ import yaml
 
 PROTOCOLS = ("linear", "finetune")
 """Those of a dataset that names none, as in `pipeline.config.fields.DatasetConfig`, which imports torch."""
+MEANINGS = {
+    "snapshot": "lists the source",
+    "shard": "packs the images",
+    "linear": "probes the frozen encoder",
+    "finetune": "trains it on the labels",
+}
+"""What steps do whose names are words of the field."""
 
 
 def first_line(path: Path, overrides: Sequence[str] = ()) -> str | None:
@@ -23,9 +30,10 @@ def first_line(path: Path, overrides: Sequence[str] = ()) -> str | None:
         model, datasets = document["model"], document.get("evaluation", {}).get("datasets", [{}])
         protocols = dict.fromkeys(name for one in datasets for name in one.get("protocols", PROTOCOLS))
         steps = ["snapshot", "shard", "pretrain", *protocols, "report"]
+        told = (f"{step} ({MEANINGS[step]})" if step in MEANINGS else step for step in steps)
         return (
             f"run {document.get('name', 'mae')}  model {model.get('size', 'base')}  "
-            f"store {document.get('store', '.mae/store')}  steps {', '.join(steps)}"
+            f"store {document.get('store', '.mae/store')}  steps {', '.join(told)}"
         )
     except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError, AttributeError):
         return None

@@ -18,6 +18,9 @@ from pipeline.planning.hardware import Hardware, Precision, local_hardware, with
 from pipeline.reporting.format import clock
 from pipeline.storage import Store
 
+_DOING = {"shard": "packing the images, or indexing tars where they lie", "join": "one manifest over all parts"}
+_ENCODERS = {"pretrained": "pretrained", "random": "untrained"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Beginning:
@@ -35,6 +38,12 @@ def beginning_of(step: Step, store: Store, executor: Executor) -> Beginning:
     """Return what to say of a step that begins. A forecast that fails is left out: it must never stop a run."""
     if step.kind == "snapshot":
         return Beginning(text=f"listing {step.config.source}")
+    if step.kind in _DOING:
+        return Beginning(text=_DOING[step.kind])
+    if step.kind == "evaluate" and not training_configs([step]):
+        return Beginning(
+            text=f"a classifier on the frozen {_ENCODERS[step.config.weights]} encoder, seed {step.config.seed}"
+        )
     if step.name not in training_configs([step]) or step.resources is None:
         return Beginning()
     try:

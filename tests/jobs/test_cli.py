@@ -191,7 +191,8 @@ print("HEAVY", sorted({{"torch", "ray", "mlflow", "numpy", "pydantic", "rich.con
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     line, heavy = done.stdout.splitlines()
     store = yaml.safe_load(config.read_text())["store"]
-    assert line == f"run other  model tiny  store {store}  steps snapshot, shard, pretrain, linear, report"
+    told = "snapshot (lists the source), shard (packs the images), pretrain, linear (probes the frozen encoder), report"
+    assert line == f"run other  model tiny  store {store}  steps {told}"
     assert heavy == "HEAVY []"
 
 
@@ -204,7 +205,8 @@ def test_the_first_line_keeps_silent_about_a_file_that_is_no_configuration(tmp_p
     path.write_text("model: {}")
     assert (
         first_line(path)
-        == "run mae  model base  store .mae/store  steps snapshot, shard, pretrain, linear, finetune, report"
+        == "run mae  model base  store .mae/store  steps snapshot (lists the source), shard (packs the images), pretrain, "
+        "linear (probes the frozen encoder), finetune (trains it on the labels), report"
     )
     assert first_line(path, ["data.source"]) is not None
     assert first_line(path, ["name=x", "model=3"]) is None

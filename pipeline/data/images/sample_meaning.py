@@ -2,7 +2,7 @@
 
 Grey of more than 8 bits: white may be zero, and the range may be smaller than 16 bits. Both are told by tags of a TIFF. Colour is
 converted by Pillow. What has no agreed meaning is refused as unsupported, with the way out.
-Not considered: ICC profiles and PNG's gAMA chunk; the numbers are taken as sRGB.
+Not considered: ICC profiles and PNG's chunks gAMA and cHRM; the numbers are taken as sRGB.
 Units: sample values. Source: TIFF 6.0, sections 8 (baseline fields) and 16 (CMYK)."""
 
 from dataclasses import dataclass
