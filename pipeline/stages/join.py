@@ -3,7 +3,7 @@
 Shards are numbered consecutively, part by part; a sample's id is offset by the number of images that earlier parts list;
 classes are united and labels follow. Of exact duplicates in one split the lowest id is served, which is the older part's. Keys
 are relative to the store's root, where all steps are (`<step>/shards/...`); the fact `keys_from` says so.
-Memory: 90 bytes per sample, for the duplicates. Errors: DataError when a part is damaged or counts do not add up."""
+Memory: 110 bytes per sample, for the duplicates. Errors: DataError when a part is damaged or counts do not add up."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence

@@ -4,7 +4,7 @@ Of equal samples with one label in one split, the one with the lowest sample id 
 are not copies of each other: each label keeps one, because to choose one by the order of names would be to make up an answer. A
 sample without a label is a copy of any equal one. Two images count as equal if the first 128 bits of their SHA-256 are equal:
 among a billion different images, the chance of one false pair is 1e-21.
-Memory: 100 bytes per sample during the search; afterwards the ids of the duplicates."""
+Memory: 110 bytes per sample during the search; afterwards the ids of the duplicates."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
