@@ -52,7 +52,7 @@ class TrainingResult:
     global_step: int
     total_steps: int
     stopped: StopReason
-    """Why the loop stopped before the last step, or an empty string if it did not."""
+    """Why the loop stopped before the last step or the scores, or an empty string if it did not."""
     ids_digest: int
     """Digest of every (epoch, sample) trained on, over all workers."""
     loss: float
@@ -151,20 +151,20 @@ class _Training:
     position: Position
 
     def run(self) -> TrainingResult:
-        """Take the steps that are left, save, and score the result."""
+        """Take the steps that are left, save, and score the result. A stop during the scoring leaves it to the next run."""
         self.tracker.resume(as_points(self.position.history), rollbacks=self.position.guard.roll_backs)
         self.step_log.begin(self.position)
         with closing(self.profiler):
             stopped = self._steps()
-        if stopped == "fenced":  # a newer generation owns the step: write nothing more
-            raise Fenced(f"{self.attempt.root_uri}: another run has claimed a higher generation; this one stops")
+        self._check_not_fenced(stopped)
         if self.position.saved_at != self.position.global_step:
             self.checkpointer.save(self.position)
         self.saver.finish()
         self.meter.close()  # takes its clock off the module before evaluation runs it
         scores: Mapping[str, Any] = {}
         if self.spec.evaluation_split and not stopped:
-            scores = evaluate(self.spec, self.engine.module, self.world)
+            scores, stopped = evaluate(self.spec, self.engine.module, self.world, self.stop_signal)
+            self._check_not_fenced(stopped)
         return TrainingResult(
             self.position.saved_key,
             self.position.global_step,
@@ -174,6 +174,11 @@ class _Training:
             self.position.loss,
             scores,
         )
+
+    def _check_not_fenced(self, stopped: StopReason) -> None:
+        """Raise Fenced if a newer generation owns the step, so that this one writes nothing more."""
+        if stopped == "fenced":
+            raise Fenced(f"{self.attempt.root_uri}: another run has claimed a higher generation; this one stops")
 
     def _steps(self) -> StopReason:
         """Take step after step; return why they stopped early, or an empty string if they did not."""
