@@ -27,6 +27,9 @@ WORKER_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 _ANSWER_S = 15.0
+_HTTP2_SETTINGS = b"\x04"
+_HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + _HTTP2_SETTINGS + b"\0" * 5
+"""What a client of gRPC says first: the preface, and a frame of no settings. The server answers with its own settings."""
 FORWARDED_VARIABLES = (
     "DS_ACCELERATOR",
     "OMP_NUM_THREADS",
@@ -102,16 +105,22 @@ def _way_out(cause: Exception) -> str:
 
 
 def _await_answer(address: str) -> None:
-    """Raise PipelineError if nothing listens at host:port. Ray itself waits in C++, where Ctrl-C is not heard."""
+    """Raise PipelineError if no gRPC server answers at host:port. Ray itself tries again for minutes, in C++, where Ctrl-C is not
+    heard."""
     host, separator, port = address.rpartition("://")[2].rpartition(":")
     if not separator or not port.isdecimal():
         return  # `auto`, `local`: Ray knows where to look
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S) as connection:
+            if os.environ.get("RAY_USE_TLS", "0").lower() in {"1", "true"}:  # a handshake would come first
+                return
+            connection.sendall(_HTTP2_GREETING)
+            if connection.recv(9)[3:4] != _HTTP2_SETTINGS:
+                raise OSError("what listens there is not Ray")
     # OverflowError: a port above 65535
     except (OSError, OverflowError) as cause:
         raise PipelineError(
-            f"Ray {address}: nothing answers there ({cause}). Start the cluster, correct RAY_ADDRESS, or unset it to run here"
+            f"Ray {address}: no cluster answers there ({cause}). Start the cluster, correct RAY_ADDRESS, or unset it to run here"
         ) from cause
 
 

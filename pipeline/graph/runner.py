@@ -105,7 +105,7 @@ class _RunningStep:
         if not self.updates:
             return f"{name} is still starting and has nothing to save yet; it ends within {START_PATIENCE_S:g} s"
         if self.total and self.done >= self.total:
-            return f"{name} has taken its last step and saves and scores the result"
+            return f"{name} has taken its last step and saves it; what it has not scored is left to the next run"
         if self.updates < 2:
             return f"{name} finishes the step it is at and saves a checkpoint"
         # It reports every `log_every_steps`, or less often; each report is followed by a look at whether to stop, at most 1 s old.

@@ -72,7 +72,8 @@ def _run(config: RunConfig, executor: Executor, display: Display, stop: StopSign
     # nothing is open in MLflow yet, so there is nothing to close
     if stop.requested:
         raise KeyboardInterrupt
-    with stop.during("waiting for MLflow to be set up, which takes up to 20 s; no step has begun"):
+    mlflow = f"MLflow at {tracking.redact_text(uri)}"
+    with stop.during("waiting for MLflow to be set up, which takes up to 20 s; no step has begun", setting_up=mlflow):
         tracking.check_tracking(uri)
         # a store under a wrong path would otherwise start everything again unnoticed
         # only the first key is asked for: a bucket's history may be long
@@ -89,8 +90,12 @@ def _run(config: RunConfig, executor: Executor, display: Display, stop: StopSign
             and any(row.state == "to_run" for row in plan_graph(steps, store=store))
         ):
             on_cluster = True
-            with stop.during("waiting for Ray to start, which takes up to 30 s; no step has begun", walk.request_stop):
-                address = os.environ.get("RAY_ADDRESS")
+            address = os.environ.get("RAY_ADDRESS")
+            with stop.during(
+                "waiting for Ray to start, which takes up to 30 s; no step has begun",
+                walk.request_stop,
+                setting_up=f"Ray at {address}" if address else "Ray on this machine",
+            ):
                 display.show(f"connecting to Ray at {address}" if address else "starting Ray")
                 hooks.executor = "ray"
                 cluster.connect()

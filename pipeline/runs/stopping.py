@@ -7,6 +7,7 @@ This module imports nothing heavy, so that signals are handled before a command 
 Units: seconds."""
 
 import logging
+import math
 import os
 import select
 import signal
@@ -25,6 +26,10 @@ ECHO_S = 1.0
 a shell passes on the SIGHUP that the kernel has sent already."""
 REMIND_S = 10.0
 """Between two lines about what a stop still waits for."""
+SETUP_PATIENCE_S = 15.0
+"""How long a stop waits for MLflow or Ray to be set up. No step has begun then, so nothing is lost by cutting it off."""
+CLEAN_UP_S = 10.0
+"""How long what was cut off has for closing its connections, before the process ends without that."""
 STOPPED = 3
 """Exit code of a run that was stopped and can be continued."""
 _ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
@@ -41,6 +46,7 @@ class StopSignals:
         self._first: int | None = None
         self._first_at = 0.0
         self._waiting_for: str | Callable[[], str] | None = None
+        self._setting_up = ""
         self._act: Callable[[], None] = _do_nothing
         self._previous: dict[int, Any] = {}
 
@@ -77,10 +83,14 @@ class StopSignals:
         sys.stdout, sys.stderr = self._outputs
 
     @contextmanager
-    def during(self, waiting_for: str | Callable[[], str], act: Callable[[], None] | None = None) -> Iterator[None]:
-        """Name what a stop waits for while the block runs. The first signal calls `act`; so does entering after it."""
+    def during(
+        self, waiting_for: str | Callable[[], str], act: Callable[[], None] | None = None, *, setting_up: str = ""
+    ) -> Iterator[None]:
+        """Name what a stop waits for while the block runs. The first signal calls `act`; so does entering after it.
+
+        `setting_up` names what the block connects to before any step has begun: a stop cuts it off after SETUP_PATIENCE_S."""
         before, act_before = self._waiting_for, self._act
-        self._waiting_for = waiting_for
+        self._waiting_for, self._setting_up = waiting_for, setting_up
         self._act = act or _do_nothing
         try:
             if self.requested:
@@ -88,7 +98,7 @@ class StopSignals:
             yield
         finally:
             # never back to None: from the first block on, something has begun
-            self._waiting_for, self._act = before or self._waiting_for, act_before
+            self._waiting_for, self._act, self._setting_up = before or self._waiting_for, act_before, ""
 
     def limit(self, *, seconds: float, reason: str) -> None:
         """Ask for a stop after so many seconds, for a reason that is then said."""
@@ -128,17 +138,29 @@ class StopSignals:
 
     def _speak(self) -> None:
         """Life of the speaker: one line when the first signal comes, and one every REMIND_S for as long as the run goes on."""
-        began: float | None = None
+        asked_at = said_at = cut_off_at = math.inf
         while True:
-            readable, _, _ = select.select([self._reading], [], [], None if began is None else REMIND_S)
+            pause = None if asked_at == math.inf else min(REMIND_S, SETUP_PATIENCE_S, CLEAN_UP_S, 1.0)
+            readable, _, _ = select.select([self._reading], [], [], pause)
+            now = time.monotonic()
             for number in os.read(self._reading, 64) if readable else b"":
                 if number == 0:
                     return
-                if number in _ASKING and began is None and (what := self._waiting()):
-                    began = time.monotonic()
+                if number in _ASKING and asked_at == math.inf and (what := self._waiting()):
+                    asked_at = said_at = now
                     log.warning("%s: %s. Ctrl-C again interrupts it without saving", self._why(number), what)
-            if not readable and began is not None and (what := self._waiting()):
-                log.warning("still stopping after %.0f s: %s", time.monotonic() - began, what)
+            if now - said_at >= REMIND_S and (what := self._waiting()):
+                said_at = now
+                log.warning("still stopping after %.0f s: %s", now - asked_at, what)
+            if self._setting_up and cut_off_at == math.inf and now - asked_at >= SETUP_PATIENCE_S:
+                cut_off_at = now
+                log.warning("%s has not answered within %.0f s: cut off", self._setting_up, now - asked_at)
+                os.kill(
+                    os.getpid(), signal.SIGINT
+                )  # as a second Ctrl-C does: what waits in Python still closes its connections
+            if now - cut_off_at >= CLEAN_UP_S:
+                log.warning("it does not end either: the process ends without it")
+                os._exit(STOPPED)
 
     def _waiting(self) -> str:
         """What the run waits for; an empty string where nothing has begun."""

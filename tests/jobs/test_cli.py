@@ -166,7 +166,7 @@ def test_a_full_disk_stops_the_run_in_one_line_and_space_lets_it_go_on(tmp_path,
         failures = [line for line in done.stderr.splitlines() if line.startswith("shard: failed")]
         assert len(failures) == 1
         assert "no space left" in failures[0]
-        assert "Free some, or choose another store; finished work is kept" in failures[0]
+        assert "Free some space, or choose another store; finished work is kept" in failures[0]
         states = {step["name"]: step["state"] for step in json.loads(done.stdout)["steps"]}
         assert (states["shard"], states["pretrain"]) == ("failed", "blocked")
         assert not list(disk.rglob(".tmp-*"))  # no file is half written
@@ -385,7 +385,8 @@ def test_in_process_is_one_worker_whatever_a_launcher_left_in_the_environment(co
 
 
 @pytest.mark.system
-def test_a_terminal_that_is_closed_ends_the_run_with_a_save(config, store):
+@pytest.mark.parametrize("where", [["--in-process"], []])
+def test_a_terminal_that_is_closed_ends_the_run_with_a_save(config, store, where):
     lengthened(config, 3000)
     ours, theirs = os.openpty()
 
@@ -394,7 +395,7 @@ def test_a_terminal_that_is_closed_ends_the_run_with_a_save(config, store):
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
     process = subprocess.Popen(
-        [sys.executable, "-m", "jobs.cli", "run", str(config), "--in-process"],
+        [sys.executable, "-m", "jobs.cli", "run", str(config), *where],
         cwd=ROOT,
         env=environment(),
         stdin=theirs,

@@ -6,11 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import pytest
+from ray_kit import until
 from run_kit import (
     ROOT,
     document,
@@ -61,17 +60,21 @@ def test_two_workers_train_from_a_bucket_and_leave_no_secret(tmp_path, s3_bucket
     assert (again.returncode, states(again.stdout)) == (0, {"cached"})
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_to_the_whole_group_still_saves(tmp_path, store, number):
+EPOCHS, TOTAL_STEPS = 300, 1125
+"""Of 30 training images in batches of 8."""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, "timeout"])
+def test_a_signal_to_the_whole_group_still_saves_and_the_same_command_goes_on(tmp_path, store, how):
     """As a terminal sends Ctrl-C and its end to the foreground group, and `timeout` and batch systems send SIGTERM."""
     content: dict[str, Any] = document(store, write_images(tmp_path / "images", 40))
-    content["pretrain"]["epochs"] = 2000
+    content["pretrain"]["epochs"] = EPOCHS
     content["evaluation"]["datasets"] = []
     content["resources"] |= {"workers": 2, "cpus_per_worker": 0.5, "checkpoint_every_steps": 50, "log_every_steps": 50}
     config = write_config(tmp_path / "run.yaml", content)
-    call = [sys.executable, "-m", "jobs.cli", "run", str(config), "--json"]
+    limit = ["timeout", "--preserve-status", "-s", "TERM", "600"] if how == "timeout" else []
     process = subprocess.Popen(
-        call,
+        [*limit, sys.executable, "-m", "jobs.cli", "run", str(config), "--json"],
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -81,17 +84,25 @@ def test_a_signal_to_the_whole_group_still_saves(tmp_path, store, number):
         preexec_fn=end_with_parent,  # noqa: PLW1509 - one system call
     )
     try:
-        deadline = time.monotonic() + 120
-        while not list(Path(store).glob("pretrain-*/g0001/checkpoints/*/manifest.json")):
-            assert time.monotonic() < deadline
-            assert process.poll() is None
-            time.sleep(0.2)
-        os.killpg(process.pid, number)
+        until(lambda: list(store.glob("pretrain-*/g0001/checkpoints/*/manifest.json")), alive=process)
+        if how == "timeout":
+            process.send_signal(signal.SIGALRM)  # its 600 s are over: it sends SIGTERM to the command, and to the group
+        else:
+            os.killpg(process.pid, how)
         stdout, stderr = process.communicate(timeout=60)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 3, stderr
-    assert f"asked to stop by {number.name}: pretrain finishes the step it is at" in stderr
+    name = "SIGTERM" if how == "timeout" else how.name
+    assert f"asked to stop by {name}: pretrain finishes the step it is at" in stderr
     assert "saved; the same command goes on from there" in stderr
     assert states(stdout) == {"done", "stopped"}
+
+    saved = max(path.parent.name for path in store.glob("pretrain-*/g0001/checkpoints/*/manifest.json"))
+    done = mae("run", config, "--json")
+    assert done.returncode == 0, done.stderr
+    (claim,) = store.glob("pretrain-*/gen/0002.json")
+    assert json.loads(claim.read_text())["continues"] == f"g0001/checkpoints/{saved}"
+    (receipt,) = store.glob("pretrain-*/receipt.json")
+    assert json.loads(receipt.read_text())["facts"]["global_step"] == TOTAL_STEPS > int(saved.removeprefix("step-"))

@@ -52,7 +52,7 @@ class TrainingResult:
     global_step: int
     total_steps: int
     stopped: StopReason
-    """Why the loop stopped before the last step, or an empty string if it did not."""
+    """Why the loop stopped before the last step or the scores, or an empty string if it did not."""
     ids_digest: int
     """Digest of every (epoch, sample) trained on, over all workers."""
     loss: float
@@ -153,13 +153,12 @@ class _Training:
     position: Position
 
     def run(self) -> TrainingResult:
-        """Take the steps that are left, save, and score the result."""
+        """Take the steps that are left, save, and score the result. A stop during the scoring leaves it to the next run."""
         self.tracker.resume(as_points(self.position.history), rollbacks=self.position.guard.roll_backs)
         self.step_log.begin(self.position)
         with closing(self.profiler):
             stopped = self._steps()  # leaving the block ends a profile that the last step left open
-        if stopped == "fenced":  # a newer generation owns the step: write nothing more
-            raise Fenced(f"{self.attempt.root_uri}: another run has claimed a higher generation; this one stops")
+        self._check_not_fenced(stopped)
         # After a stop, or at an end that the interval misses. Training that resumes at its end saves nothing again.
         if self.position.saved_at != self.position.global_step:
             self.checkpointer.save(self.position)
@@ -168,7 +167,8 @@ class _Training:
         scores: Mapping[str, Any] = {}
         # A training that stopped will go on, so its score would be that of a random moment.
         if self.spec.evaluation_split and not stopped:
-            scores = evaluate(self.spec, self.engine.module, self.world)
+            scores, stopped = evaluate(self.spec, self.engine.module, self.world, self.stop_signal)
+            self._check_not_fenced(stopped)
         return TrainingResult(
             self.position.saved_key,
             self.position.global_step,
@@ -179,6 +179,11 @@ class _Training:
             self.position.loss,
             scores,
         )
+
+    def _check_not_fenced(self, stopped: StopReason) -> None:
+        """Raise Fenced if a newer generation owns the step, so that this one writes nothing more."""
+        if stopped == "fenced":
+            raise Fenced(f"{self.attempt.root_uri}: another run has claimed a higher generation; this one stops")
 
     def _steps(self) -> StopReason:
         """Take step after step; return why they stopped early, or an empty string if they did not."""

@@ -9,14 +9,23 @@ from torch import nn
 
 from pipeline.data.feed.loader import Batch
 from pipeline.data.feed.order import plain_slice
+from pipeline.training.health.stop_reasons import REASONS, StopReason, StopSignal
 from pipeline.training.spec.train_spec import TrainSpec
 from pipeline.training.world import World
 
 EVALUATION_BATCH = 256  # scores are sums over samples, so this decides memory and speed only
+_REASONS = tuple(reason for reason in REASONS if reason != "resized")
+"""Restarting with more workers takes longer than scoring."""
 
 
-def evaluate(spec: TrainSpec, module: nn.Module, world: World) -> Mapping[str, float]:
-    """Return the scores of the whole split, equal on every worker. Collective."""
+class _StoppedEarly(Exception):
+    """All workers have agreed to stop between two batches."""
+
+
+def evaluate(
+    spec: TrainSpec, module: nn.Module, world: World, stop_signal: StopSignal
+) -> tuple[Mapping[str, float], StopReason]:
+    """Return the scores of the whole split, or none and the reason to stop; equal on every worker. Collective."""
     with world.fail_together():
         loader = spec.loader(spec.dataset.open(), spec.evaluation_split, world)
     total = int(loader.selection.counts.sum())
@@ -24,7 +33,21 @@ def evaluate(spec: TrainSpec, module: nn.Module, world: World) -> Mapping[str, f
     largest_part = len(plain_slice(total, world.size - 1, world.size))
     most_batches = math.ceil(largest_part / EVALUATION_BATCH)
     with closing(loader.evaluation_batches(EVALUATION_BATCH)) as batches:
-        return spec.task.evaluate(module, _same_count(batches, most_batches, spec.image_size, world), world)
+        same_count = _same_count(batches, most_batches, spec.image_size, world)
+        try:
+            return spec.task.evaluate(module, _until_stopped(same_count, world, stop_signal), world), ""
+        except _StoppedEarly as stopped:
+            return {}, stopped.args[0]
+
+
+def _until_stopped(batches: Iterator[Batch], world: World, stop_signal: StopSignal) -> Iterator[Batch]:
+    """Pass batches on; raise on every rank as soon as one has a reason to stop."""
+    for batch in batches:
+        reason = stop_signal.stop_reason()
+        ranks_by_reason = world.total([reason == one for one in _REASONS])
+        if agreed := [one for one, ranks in zip(_REASONS, ranks_by_reason, strict=True) if ranks]:
+            raise _StoppedEarly(agreed[0])
+        yield batch
 
 
 def _same_count(batches: Iterator[Batch], count: int, image_size: tuple[int, int], world: World) -> Iterator[Batch]:

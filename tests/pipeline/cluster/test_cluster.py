@@ -3,8 +3,10 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 
 import psutil
 import pytest
@@ -12,6 +14,7 @@ from ray_kit import until
 from run_kit import end_with_parent
 
 from pipeline import cluster
+from pipeline.cluster import connection
 from pipeline.cluster.jobs import _reason
 from pipeline.errors import PipelineError
 
@@ -99,8 +102,29 @@ def test_a_cluster_of_its_own_that_cannot_start_is_one_line(monkeypatch, error, 
 def test_a_cluster_that_does_not_answer_is_named(monkeypatch, address):
     """Before Ray waits for it in C++, where no signal is heard."""
     monkeypatch.setenv("RAY_ADDRESS", address)
-    with pytest.raises(PipelineError, match=f"Ray {address}: nothing answers there .*RAY_ADDRESS"):
+    with pytest.raises(PipelineError, match=f"Ray {address}: no cluster answers there .*RAY_ADDRESS"):
         cluster.connect()
+
+
+@pytest.mark.parametrize(
+    ("greeting", "words"), [(b"", "timed out"), (b"HTTP/1.1 400 Bad Request\r\n\r\n", "is not Ray")]
+)
+def test_what_listens_but_is_no_cluster_is_named(monkeypatch, greeting, words):
+    """Ray would try it again for minutes."""
+    monkeypatch.setattr(connection, "_ANSWER_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        accepted: list[socket.socket] = []
+
+        def answer() -> None:
+            accepted.append(server.accept()[0])
+            accepted[0].sendall(greeting)
+
+        threading.Thread(target=answer, daemon=True).start()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(PipelineError, match=f"Ray {address}: no cluster answers there .*{words}"):
+            cluster.connect()
+        accepted[0].close()
 
 
 @pytest.mark.system

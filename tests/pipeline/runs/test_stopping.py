@@ -122,6 +122,50 @@ with StopSignals():
     assert done.stderr == f"mae: asked to stop by {number.name} before anything has begun\n"
 
 
+SETTING_UP = """
+import ctypes, os, signal, sys, threading, time
+from pipeline.runs import stopping
+stopping.ECHO_S = 0.1
+stopping.SETUP_PATIENCE_S = stopping.CLEAN_UP_S = 0.4
+threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+with stopping.StopSignals() as stop:
+    try:
+        with stop.during("waiting for the kettle", setting_up="the kettle"):
+            {waits}
+    except KeyboardInterrupt:
+        with stop.during("waiting for the lid"):
+            print("lid closed", flush=True)
+            sys.exit(stopping.STOPPED)
+"""
+
+
+@pytest.mark.parametrize(
+    ("waits", "closed"),
+    [
+        ("time.sleep(20)", True),
+        # a mutex of C that is locked twice waits forever, whatever signals come
+        ("[ctypes.CDLL(None).pthread_mutex_lock(mutex) for mutex in [ctypes.create_string_buffer(64)] * 2]", False),
+    ],
+)
+def test_a_stop_cuts_off_a_set_up_that_does_not_answer(waits, closed):
+    """What waits in Python still closes its connections; what waits elsewhere is left behind."""
+    call = [sys.executable, "-c", SETTING_UP.format(waits=waits)]
+    began = time.monotonic()
+    done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=15)
+    assert (done.returncode, done.stdout) == (STOPPED, "lid closed\n" if closed else ""), done.stderr
+    assert "asked to stop by SIGTERM: waiting for the kettle" in done.stderr
+    assert "the kettle has not answered within" in done.stderr
+    assert time.monotonic() - began < 10
+
+
+def test_a_set_up_that_answers_is_not_cut_off(monkeypatch):
+    monkeypatch.setattr(stopping, "SETUP_PATIENCE_S", 0.2)
+    with StopSignals() as stop, stop.during("the whole"):
+        with stop.during("the set-up", setting_up="the kettle"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)  # what came after it is not limited
+
+
 def test_a_closed_terminal_is_let_go_of():
     ours, theirs = os.openpty()
     call = """

@@ -1,12 +1,22 @@
 """Fine-tuning as a whole on one and two workers: it scores the requested weights over all test images."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from safetensors.torch import load
-from training_kit import SEED, TEST, TRAIN, attempt_at, classification_spec, encoder_config, finetune_recipe
+from training_kit import (
+    SEED,
+    TEST,
+    TOTAL_STEPS,
+    TRAIN,
+    StopAfter,
+    attempt_at,
+    classification_spec,
+    encoder_config,
+    finetune_recipe,
+)
 
 from mae_core.classification.heads import Classifier
 from mae_core.classification.metrics import topk_counts
@@ -96,6 +106,30 @@ def test_any_number_of_workers_counts_every_test_image_once(teams, shards, tmp_p
     assert together["images"] == alone["images"] == TEST
     assert together["top1"] == alone["top1"]
     assert together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+
+
+def train_stopped(spec, attempt, *by_rank):
+    world = enter_world()
+    trained = train(spec, attempt, world=world, tracker=NullTracker(), stop_signal=by_rank[world.rank])
+    return asdict(trained)
+
+
+def test_a_stop_during_the_scoring_leaves_it_to_the_next_run(teams, shards, tmp_path):
+    """One of two workers hears it, before its first batch; all steps are saved by then, and none is taken again."""
+    never, straight = StopAfter(99), attempt_at(tmp_path / "straight")
+    whole = teams(2).run(train_stopped, classification_spec(shards, straight), straight, never, never)[0]
+    stopped = attempt_at(tmp_path / "stopped")
+    spec, heard = classification_spec(shards, stopped), StopAfter(TOTAL_STEPS)
+    for result in teams(2).run(train_stopped, spec, stopped, never, heard):
+        assert (result["global_step"], result["stopped"], result["scores"]) == (TOTAL_STEPS, "asked", {})
+    fenced = StopAfter(0, "fenced")
+    resumed = attempt_at(tmp_path / "stopped")
+    assert resumed.continues.endswith(f"step-{TOTAL_STEPS:08d}")
+    assert {one.kind for one in teams(2).outcomes(train_stopped, spec, resumed, fenced, never)} == {"Fenced"}
+    more_room = StopAfter(0, "resized")
+    result = teams(2).run(train_stopped, spec, resumed, never, more_room)[0]
+    assert result["scores"] == whole["scores"]
+    assert result["ids_digest"] == whole["ids_digest"]
 
 
 def test_the_encoder_is_the_pretrained_one_and_the_head_is_fresh(pretrained):
