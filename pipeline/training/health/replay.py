@@ -95,15 +95,15 @@ def replay(bundle: Bundle, root: Store, spec: TrainSpec, *, most_steps: int, tel
             for step in _trained_steps(bundle.state_before, began_at, bundle.step):
                 batch = feed.batch(step)
                 micro_batches = split(spec.task.inputs(batch), engine.settings, world.device)
-                loss = (
-                    engine.accumulate(micro_batches, global_batch=spec.recipe.global_batch) / spec.recipe.global_batch
-                )
-                norm = math.sqrt(engine.squared_grad_norm())
+                engine.accumulate(micro_batches, global_batch=spec.recipe.global_batch)
+                loss_sum, squared_norm = engine.measured()
+                loss, norm = loss_sum / spec.recipe.global_batch, math.sqrt(squared_norm)
                 # The step itself is not applied: its losses are taken again below, with the weights that it met.
                 if step == bundle.step or step in bundle.state_before.skipped:
                     engine.discard()
                 else:
-                    engine.apply(spec.recipe.learning_rate(step, loader.order.samples_per_epoch))
+                    lr = spec.recipe.learning_rate(step, loader.order.samples_per_epoch)
+                    engine.apply(lr, grad_norm=norm)
             # After the loop, `batch` and `micro_batches` are those of the step itself.
             losses = engine.losses(micro_batches).tolist()
     pairs = list(zip(batch.epochs.tolist(), batch.sample_ids.tolist(), strict=True))
