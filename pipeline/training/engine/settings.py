@@ -72,7 +72,7 @@ def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
             "stage3_prefetch_bucket_size": PREFETCH_ELEMENTS,
             **offload,
         },
-        # `Engine.discard` relies on this check in bf16 at ZeRO-1 and 2; elsewhere DeepSpeed makes it unasked.
+        # Makes ZeRO 1 and 2 ask in bf16, too, whether gradients overflowed. `Engine` answers from the norm that it knows.
         "bf16": {"enabled": settings.precision == "bf16", "check_grad_overflow": True},
         "fp16": {"enabled": False},
         "wall_clock_breakdown": False,
