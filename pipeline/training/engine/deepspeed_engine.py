@@ -73,10 +73,14 @@ class Engine:
         # Kept here, in the order of the groups: `apply` writes lr times scale into DeepSpeed's groups at every step.
         self._scales = [float(group["lr_scale"]) for group in groups]
         # In bf16 DeepSpeed converts the module first and takes its float32 weights from the result.
+        # Biases, norms and tokens: gathering one costs a collective that takes as long as that of a small matrix.
+        largest_vector = max((p.numel() for p in module.parameters() if p.numel() in p.shape), default=0)
         self._engine, self._zero, _, _ = deepspeed.initialize(
-            model=module.to(world.device), optimizer=optimizer, config=deepspeed_config(settings)
+            model=module.to(world.device),
+            optimizer=optimizer,
+            config=deepspeed_config(settings, persistent_elements=largest_vector),
         )
-        check_effective(self._engine, settings, world)
+        check_effective(self._engine, settings, world, persistent_elements=largest_vector)
         # After the check, which proves that the attributes read below belong to the stage that was asked for.
         self._create_adam_state()
         self._losses: list[Tensor] = []
@@ -256,9 +260,12 @@ class Engine:
         if self.settings.zero_stage < 3:
             self._zero.update_lp_params()  # each rank's part is cast, then gathered by all
             return
-        # What ZeRO-3's own step does last. The module's partitions are refreshed; the next forward pass gathers them.
+        # What ZeRO-3's own step does last. The module's partitions are refreshed; the next forward pass gathers them, but
+        # for those that stay gathered.
+        self._zero.checkpoint_event_prologue()
         for group in range(len(self._zero.fp16_groups)):
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
+        self._zero.checkpoint_event_epilogue()
 
     def _local_values(self, parameter: Any, kind: Kind) -> tuple[int, Tensor] | None:
         """Return (start, values) of what this rank holds of a parameter, or None if it holds nothing of it."""
