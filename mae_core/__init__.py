@@ -60,6 +60,7 @@ from mae_core.optimisation.parameter_groups import parameter_groups as parameter
 from mae_core.optimisation.schedules import scaled_lr as scaled_lr
 from mae_core.optimisation.schedules import warmup_cosine as warmup_cosine
 from mae_core.optimisation.schedules import warmup_stable_decay as warmup_stable_decay
+from mae_core.patches import PixelScale as PixelScale
 from mae_core.patches import denormalise_pixels as denormalise_pixels
 from mae_core.patches import gather_patches as gather_patches
 from mae_core.patches import normalise_pixels as normalise_pixels

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_core.config import MAEConfig
+from mae_core.constants import Constants
 from mae_core.errors import ConfigError
 from mae_core.losses import mse_per_sample
 from mae_core.masking import Masked, mask_patches
@@ -95,7 +96,8 @@ class MaskedAutoencoder(nn.Module):
 
     def __init__(self, config: MAEConfig, *, generator: torch.Generator, basis: PatchBasis | None = None) -> None:
         super().__init__()
-        self.config, self.basis = config, basis
+        self.config = config
+        self._basis = None if basis is None else Constants(*basis)
         self.encoder = ViTEncoder(config.encoder)
         if config.encoder_input == "all":
             self.mask_token = nn.Parameter(torch.full((1, 1, config.encoder.embed_dim), math.nan))
@@ -148,7 +150,7 @@ class MaskedAutoencoder(nn.Module):
 
     def basis_on(self, device: torch.device) -> PatchBasis | None:
         """Return the basis of target "pca" on a device, or None if there is none."""
-        return None if self.basis is None else PatchBasis(*(part.to(device) for part in self.basis))
+        return None if self._basis is None else PatchBasis(*self._basis.on(device))
 
     def reconstruct(self, pixels: Tensor, output: MAEOutput) -> Tensor:
         """Return images for display: predictions in place of the hidden patches, the original pixels elsewhere.

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mae_core.constants import Constants
 from mae_core.errors import ConfigError
 
 
@@ -64,7 +65,19 @@ def gather_patches(patches: Tensor, ids: Tensor) -> Tensor:
     return patches.gather(1, ids.unsqueeze(-1).expand(-1, -1, patches.shape[2]))
 
 
-def normalise_pixels(images: Tensor, *, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+class PixelScale:
+    """Mean and standard deviation of each channel, on the 0..1 scale. A model holds one; `normalise_pixels` is for single calls."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self._constants = Constants(*(torch.tensor(values, dtype=torch.float32) for values in (mean, std)))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Return `normalise_pixels` of images uint8 [B, H, W, C]."""
+        mean, std = self._constants.on(images.device)  # [C]
+        return normalise_pixels(images, mean=mean, std=std)
+
+
+def normalise_pixels(images: Tensor, *, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> Tensor:
     """Turn image bytes into the pixels that a model reads: (x / 255 - mean) / std, per channel.
 
     Shapes: uint8 [B, H, W, C] -> float32 [B, C, H, W]; mean and std hold C numbers on the 0..1 scale.
@@ -92,6 +105,5 @@ def denormalise_pixels(pixels: Tensor, *, mean: Sequence[float], std: Sequence[f
     return x.mul(_by_channel(std, x)).add(_by_channel(mean, x)).clamp(0.0, 1.0)
 
 
-def _by_channel(values: Sequence[float], like: Tensor) -> Tensor:
-    # made in every call, so that no module has to hold it; on CUDA that is a small copy which the host waits for
-    return torch.tensor(values, dtype=torch.float32, device=like.device).view(1, -1, 1, 1)
+def _by_channel(values: Sequence[float] | Tensor, like: Tensor) -> Tensor:
+    return torch.as_tensor(values, dtype=torch.float32, device=like.device).view(1, -1, 1, 1)

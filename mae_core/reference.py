@@ -48,7 +48,7 @@ def reference_forward(model: MaskedAutoencoder, pixels: Tensor, noise: Tensor) -
         x = block(x)
     prediction = decoder.head(decoder.norm(x))[:, n:]  # [B, L, T]
 
-    target = target_of(patches, target=config.target, basis=model.basis)
+    target = target_of(patches, target=config.target, basis=model.basis_on(pixels.device))
     error = (prediction - target).square().mean(dim=2)  # [B, L]
     weight = masked.mask if config.loss_on == "hidden" else torch.ones_like(masked.mask)
     loss = (error * weight).sum(dim=1) / weight.sum(dim=1)

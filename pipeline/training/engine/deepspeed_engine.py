@@ -73,12 +73,19 @@ class Engine:
         # Kept here, in the order of the groups: `apply` writes lr times scale into DeepSpeed's groups at every step.
         self._scales = [float(group["lr_scale"]) for group in groups]
         # In bf16 DeepSpeed converts the module first and takes its float32 weights from the result.
+        # Biases, norms and tokens: gathering one costs a collective that takes as long as that of a small matrix.
+        largest_vector = max((p.numel() for p in module.parameters() if p.numel() in p.shape), default=0)
         self._engine, self._zero, _, _ = deepspeed.initialize(
-            model=module.to(world.device), optimizer=optimizer, config=deepspeed_config(settings)
+            model=module.to(world.device),
+            optimizer=optimizer,
+            config=deepspeed_config(settings, persistent_elements=largest_vector),
         )
-        check_effective(self._engine, settings, world)
+        check_effective(self._engine, settings, world, persistent_elements=largest_vector)
         # After the check, which proves that the attributes read below belong to the stage that was asked for.
         self._create_adam_state()
+        self._losses: list[Tensor] = []
+        self._grad_norm = torch.zeros(())  # on the CPU, where reading it waits for nothing
+        self._replace_norms()
 
     @property
     def module(self) -> nn.Module:
@@ -100,11 +107,14 @@ class Engine:
 
     def train_step(self, micro_batches: Sequence[MicroBatch], *, global_batch: int, lr: float) -> tuple[float, float]:
         """Take one optimiser step over this rank's micro-batches; return (local sum of losses, global gradient norm)."""
-        local_sum = self.accumulate(micro_batches, global_batch=global_batch)
-        return local_sum, self.apply(lr)
+        self.accumulate(micro_batches, global_batch=global_batch)
+        loss_sum, squared_norm = self.measured()
+        grad_norm = math.sqrt(self.world.total([squared_norm])[0])
+        self.apply(lr, grad_norm=grad_norm)
+        return loss_sum, grad_norm
 
-    def accumulate(self, micro_batches: Sequence[MicroBatch], *, global_batch: int) -> float:
-        """Compute the gradients of the global mean loss, reduced over all workers; return the local sum of losses.
+    def accumulate(self, micro_batches: Sequence[MicroBatch], *, global_batch: int) -> None:
+        """Compute the gradients of the global mean loss, reduced over all workers. `measured` returns what they are like.
 
         Moves no weight. Collective: every rank runs the same number of passes, padding included.
         """
@@ -112,30 +122,45 @@ class Engine:
             raise ConfigError(
                 f"{len(micro_batches)} micro-batches given, the engine accumulates {self.settings.accumulation}"
             )
-        # float64: adding up many micro-batches must not cost digits of the logged loss.
-        loss_sum = torch.zeros((), dtype=torch.float64)
+        self._losses = []
         for index, (inputs, weights) in enumerate(micro_batches, 1):
             with self.phase("forward"):
                 # [b], float32
                 per_sample = self._engine(*inputs)
                 # Padding repeats a real sample or is all zeros, so 0 * NaN arises only where that sample is bad itself.
-                local_sum = (per_sample * weights.to(per_sample.device)).sum()
+                local_sum = (per_sample * weights).sum()
             with self.phase("backward"):
                 # scale_wrt_gas: DeepSpeed would divide by the number of micro-batches, which global_batch already covers.
                 self._engine.backward(local_sum * (self.world.size / global_batch), scale_wrt_gas=False)
             if index < len(micro_batches):
                 # Only counts the micro-batch. After the last one `step` would move the weights, which `apply` does.
                 self._engine.step()
-            loss_sum += local_sum.detach().double().cpu()  # waits for the device
-        return float(loss_sum)
+            self._losses.append(local_sum.detach())
 
-    def apply(self, lr: float) -> float:
-        """Move the weights by the accumulated gradients, each group at `lr` times its scale; return the global gradient norm."""
+    def measured(self) -> tuple[float, float]:
+        """Return the local sum of losses and this rank's part of the squared norm of the accumulated gradients.
+
+        The parts of all ranks add up. NaN or infinite if any gradient is. This is the one read of a step that waits for the
+        GPU: everything before it is only queued.
+        """
+        if self.settings.offload == "optimizer":
+            norms = list(self._norms.values())
+        else:
+            # float32, because bf16 keeps 8 bits of a sum; the squares of the norms are then added in float64.
+            norms = list(torch._foreach_norm(list(self._gradients()), 2, dtype=torch.float32))
+        squared = torch.stack(norms).double().square().sum() if norms else torch.zeros(())
+        *losses, squared_norm = torch.stack([*self._losses, squared.to(self.world.device)]).tolist()
+        return sum(losses), squared_norm
+
+    def apply(self, lr: float, *, grad_norm: float) -> None:
+        """Move the weights by the accumulated gradients, each group at `lr` times its scale.
+
+        `grad_norm`: their global norm, by which DeepSpeed clips them. If it is not finite, they are dropped.
+        """
+        self._grad_norm.fill_(grad_norm)
         for group, scale in zip(self._zero.param_groups, self._scales, strict=True):
             group["lr"] = lr * scale
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
 
     def losses(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Return the losses [b] of this rank's samples, in their order, without gradients. Collective under ZeRO-3."""
@@ -144,34 +169,31 @@ class Engine:
             parts = [(self._engine.module(*inputs).cpu(), weights.cpu() > 0) for inputs, weights in micro_batches]
         return torch.cat([per_sample[real] for per_sample, real in parts])
 
-    def squared_grad_norm(self) -> float:
-        """Return this rank's part of the squared norm of the accumulated gradients; the parts of all ranks add up.
-
-        NaN or infinite if any gradient is. It is known before anything moves, at every stage and precision, whereas
-        DeepSpeed's own checks differ by both.
-        """
-        if self.settings.offload == "optimizer":
-            norms = list(self._norms.values())
-        else:
-            # float32, because bf16 keeps 8 bits of a sum; the squares of the norms are then added in float64.
-            norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in self._gradients()]
-        return float(torch.stack(norms).double().square().sum()) if norms else 0.0  # one read-back for all tensors
-
     def discard(self) -> None:
         """Drop the accumulated gradients and move nothing.
 
-        DeepSpeed has no call for this. The gradients are overwritten with infinity, so that its own overflow check skips the
-        step and clears every buffer that it holds, in whatever stage.
+        DeepSpeed has no call for this. It is told that their norm is infinite, so it skips the step and clears every buffer
+        that it holds, in whatever stage.
         """
-        # With the optimiser on the CPU, DeepSpeed's check reads these norms instead of the gradients.
-        for tensor in self._norms.values() if self.settings.offload == "optimizer" else self._gradients():
-            tensor.fill_(math.inf)
+        self._grad_norm.fill_(math.inf)
         self._engine.step()
         if self._engine.was_step_applied():
             raise ConfigError(
                 "DeepSpeed applied gradients that are not finite: its overflow check has changed. Install the version "
                 "in constraints.txt"
             )
+
+    def _replace_norms(self) -> None:
+        """Give DeepSpeed the norm that `apply` was told, in place of its own norm and its own search for overflows.
+
+        Both go through the gradients parameter by parameter, with 13 kernels for each in bf16, and wait for the GPU.
+        """
+        known = self._grad_norm  # not `self`: DeepSpeed would keep this engine alive
+        if self.settings.zero_stage == 3:
+            self._zero._get_norm_groups = lambda: [known]
+            return
+        self._zero.scaled_global_norm = lambda: known
+        self._zero.has_overflow = lambda partition_gradients=True: not math.isfinite(known)
 
     def _gradients(self) -> Iterator[Tensor]:
         """Yield the reduced gradients that this rank holds, before the optimiser has taken them."""
@@ -238,9 +260,12 @@ class Engine:
         if self.settings.zero_stage < 3:
             self._zero.update_lp_params()  # each rank's part is cast, then gathered by all
             return
-        # What ZeRO-3's own step does last. The module's partitions are refreshed; the next forward pass gathers them.
+        # What ZeRO-3's own step does last. The module's partitions are refreshed; the next forward pass gathers them, but
+        # for those that stay gathered.
+        self._zero.checkpoint_event_prologue()
         for group in range(len(self._zero.fp16_groups)):
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
+        self._zero.checkpoint_event_epilogue()
 
     def _local_values(self, parameter: Any, kind: Kind) -> tuple[int, Tensor] | None:
         """Return (start, values) of what this rank holds of a parameter, or None if it holds nothing of it."""

@@ -41,8 +41,11 @@ class EngineSettings:
     """Blocks keep only their input and are recomputed in the backward pass."""
 
 
-def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
-    """Return DeepSpeed's configuration, with every key that results depend on written out."""
+def deepspeed_config(settings: EngineSettings, *, persistent_elements: int) -> dict[str, Any]:
+    """Return DeepSpeed's configuration, with every key that results depend on written out.
+
+    `persistent_elements`: parameters of at most this size stay gathered under ZeRO-3.
+    """
     offload = {"offload_optimizer": {"device": "cpu", "pin_memory": True}} if settings.offload == "optimizer" else {}
     return {
         "train_micro_batch_size_per_gpu": settings.micro_batch,
@@ -66,13 +69,13 @@ def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
             "use_multi_rank_bucket_allreduce": True,
             "reduce_bucket_size": REDUCE_BUCKET_ELEMENTS,
             # DeepSpeed would keep parameters below 1e5 elements gathered; 0 treats all alike, for more small gathers.
-            "stage3_param_persistence_threshold": 0,
+            "stage3_param_persistence_threshold": persistent_elements,
             "stage3_max_live_parameters": LIVE_ELEMENTS,
             "stage3_max_reuse_distance": LIVE_ELEMENTS,
             "stage3_prefetch_bucket_size": PREFETCH_ELEMENTS,
             **offload,
         },
-        # `Engine.discard` relies on this check in bf16 at ZeRO-1 and 2; elsewhere DeepSpeed makes it unasked.
+        # Makes ZeRO 1 and 2 ask in bf16, too, whether gradients overflowed. `Engine` answers from the norm that it knows.
         "bf16": {"enabled": settings.precision == "bf16", "check_grad_overflow": True},
         "fp16": {"enabled": False},
         "wall_clock_breakdown": False,
@@ -80,9 +83,9 @@ def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
     }
 
 
-def check_effective(engine: Any, settings: EngineSettings, world: World) -> None:
+def check_effective(engine: Any, settings: EngineSettings, world: World, *, persistent_elements: int) -> None:
     """Compare what a DeepSpeed engine runs with and what was asked for. Errors: ConfigError names the first difference."""
-    for key, in_force, asked in _in_force_and_asked(engine, settings, world):
+    for key, in_force, asked in _in_force_and_asked(engine, settings, world, persistent_elements):
         if in_force != asked:
             raise ConfigError(
                 f"DeepSpeed runs with {key} = {in_force}, {asked} was asked for: its defaults have changed. Install the version "
@@ -90,7 +93,9 @@ def check_effective(engine: Any, settings: EngineSettings, world: World) -> None
             )
 
 
-def _in_force_and_asked(engine: Any, settings: EngineSettings, world: World) -> Iterator[tuple[str, object, object]]:
+def _in_force_and_asked(
+    engine: Any, settings: EngineSettings, world: World, persistent_elements: int
+) -> Iterator[tuple[str, object, object]]:
     """Yield (key, in force, asked for). The live optimiser comes last: which attributes it has follows from the rest."""
     config, zero = engine._config, engine._config.zero_config
     clipping = settings.max_grad_norm or 0.0
@@ -115,7 +120,7 @@ def _in_force_and_asked(engine: Any, settings: EngineSettings, world: World) -> 
     yield "zero_optimization.offload_param", zero.offload_param, None
     for key, in_force, asked in (
         ("reduce_bucket_size", zero.reduce_bucket_size, REDUCE_BUCKET_ELEMENTS),
-        ("stage3_param_persistence_threshold", zero.param_persistence_threshold, 0),
+        ("stage3_param_persistence_threshold", zero.param_persistence_threshold, persistent_elements),
         ("stage3_max_live_parameters", zero.max_live_parameters, LIVE_ELEMENTS),
         ("stage3_max_reuse_distance", zero.max_reuse_distance, LIVE_ELEMENTS),
         ("stage3_prefetch_bucket_size", zero.prefetch_bucket_size, PREFETCH_ELEMENTS),

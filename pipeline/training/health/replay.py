@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
+from pipeline.data.feed.loader import Batch, Loader
 from pipeline.data.feed.step_feed import Feed
 from pipeline.errors import DataError
 from pipeline.storage import Store
@@ -91,41 +93,56 @@ def replay(bundle: Bundle, root: Store, spec: TrainSpec, *, most_steps: int, tel
     with closing(Engine(built.module, built.groups, settings, world)) as engine:
         _load(engine, checkpoint)
         tell(f"from {key or 'the initial weights'}, {bundle.step - began_at} steps to go")
-        with closing(Feed(loader, bundle.step + 1)) as feed:  # reads ahead no further than the step itself
-            for step in _trained_steps(bundle.state_before, began_at, bundle.step):
-                batch = feed.batch(step)
-                micro_batches = split(spec.task.inputs(batch), engine.settings, world.device)
-                loss = (
-                    engine.accumulate(micro_batches, global_batch=spec.recipe.global_batch) / spec.recipe.global_batch
-                )
-                norm = math.sqrt(engine.squared_grad_norm())
-                # The step itself is not applied: its losses are taken again below, with the weights that it met.
-                if step == bundle.step or step in bundle.state_before.skipped:
-                    engine.discard()
-                else:
-                    engine.apply(spec.recipe.learning_rate(step, loader.order.samples_per_epoch))
-            # After the loop, `batch` and `micro_batches` are those of the step itself.
-            losses = engine.losses(micro_batches).tolist()
-    pairs = list(zip(batch.epochs.tolist(), batch.sample_ids.tolist(), strict=True))
+        again = _train_again(engine, loader, spec, bundle, began_at)
+    return _compared(bundle, spec, again, began_at)
+
+
+class _Step(NamedTuple):
+    """The bundle's step as it is now."""
+
+    batch: Batch
+    loss: float
+    grad_norm: float
+    losses: list[float]  # of the batch's samples
+
+
+def _train_again(engine: Engine, loader: Loader, spec: TrainSpec, bundle: Bundle, began_at: int) -> _Step:
+    """Train up to the bundle's step, and take its losses with the weights that it met."""
+    device, global_batch = engine.world.device, spec.recipe.global_batch
+    with closing(Feed(loader, bundle.step + 1)) as feed:  # reads ahead no further than the step itself
+        for step in _trained_steps(bundle.state_before, began_at, bundle.step):
+            batch = feed.batch(step)
+            micro_batches = split(spec.task.inputs(batch), engine.settings, device)
+            engine.accumulate(micro_batches, global_batch=global_batch)
+            loss_sum, squared_norm = engine.measured()
+            norm = math.sqrt(squared_norm)
+            # The step itself is not applied: its losses are taken again below, with the weights that it met.
+            if step == bundle.step or step in bundle.state_before.skipped:
+                engine.discard()
+            else:
+                engine.apply(spec.recipe.learning_rate(step, loader.order.samples_per_epoch), grad_norm=norm)
+        # After the loop, `batch` and `micro_batches` are those of the step itself.
+        return _Step(batch, loss_sum / global_batch, norm, engine.losses(micro_batches).tolist())
+
+
+def _compared(bundle: Bundle, spec: TrainSpec, again: _Step, began_at: int) -> Replayed:
+    """Compare a step with its record, sample by sample."""
+    pairs = list(zip(again.batch.epochs.tolist(), again.batch.sample_ids.tolist(), strict=True))
     samples = [
-        SampleLoss(*pair, bundle.losses.get(pair, math.nan), now) for pair, now in zip(pairs, losses, strict=True)
+        SampleLoss(*pair, bundle.losses.get(pair, math.nan), now) for pair, now in zip(pairs, again.losses, strict=True)
     ]
-    inputs = {pair: tuple(t[index].numpy() for t in spec.task.inputs(batch)[1:]) for index, pair in enumerate(pairs)}
+    # the first input is the images, which a bundle does not hold
+    noise = spec.task.inputs(again.batch)[1:]
+    inputs = {pair: tuple(tensor[index].numpy() for tensor in noise) for index, pair in enumerate(pairs)}
+    finite = math.isfinite(again.loss) and math.isfinite(again.grad_norm)
+    found = _differences(bundle, samples, inputs, finite=finite, tolerance=TOLERANCE[spec.recipe.precision])
     return Replayed(
         step=bundle.step,
         began_at=began_at,
-        grad_norm=norm,
-        loss=loss,
+        grad_norm=again.grad_norm,
+        loss=again.loss,
         samples=tuple(sorted(samples, key=lambda one: (one.finite, -one.now if one.finite else 0.0))),
-        differences=tuple(
-            _differences(
-                bundle,
-                samples,
-                inputs,
-                finite=math.isfinite(loss) and math.isfinite(norm),
-                tolerance=TOLERANCE[spec.recipe.precision],
-            )
-        ),
+        differences=tuple(found),
     )
 
 

@@ -256,16 +256,16 @@ class _Training:
         lr = recipe.learning_rate(position.global_step, self.loader.order.samples_per_epoch)
         # The first touch of the device in a step: until here all is host memory, read ahead by the loader.
         micro_batches = split(self.spec.task.inputs(batch), engine.settings, self.world.device)
-        local_sum = engine.accumulate(micro_batches, global_batch=recipe.global_batch)
+        engine.accumulate(micro_batches, global_batch=recipe.global_batch)
         # Reduced before the optimiser moves, so that every rank judges the same two numbers and decides alike.
-        with self.watchdog.phase("check"):
-            loss_sum, squared_norm = self.world.total([local_sum, engine.squared_grad_norm()])
+        with self.watchdog.phase("check"):  # here the thread waits until the GPU has caught up
+            loss_sum, squared_norm = self.world.total(engine.measured())
         # Padding weighs 0, so the sum over B real samples divided by B is the exact global mean.
         stats = StepStats(position.global_step, loss_sum / recipe.global_batch, math.sqrt(squared_norm))
         judgement = judge(recipe.guard, position.guard, stats, self.total_steps)
         with self.watchdog.phase("step"):
             if judgement.verdict == "go":
-                engine.apply(lr)
+                engine.apply(lr, grad_norm=stats.grad_norm)
                 position.loss, position.grad_norm = stats.loss, stats.grad_norm  # rows stay finite: accepted steps only
             else:
                 engine.discard()

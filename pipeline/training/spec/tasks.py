@@ -18,7 +18,7 @@ from mae_core.cost import classifier_training_flops, training_flops
 from mae_core.losses import cross_entropy_per_sample
 from mae_core.mae import MaskedAutoencoder
 from mae_core.optimisation.parameter_groups import ParameterGroup, parameter_groups
-from mae_core.patches import normalise_pixels
+from mae_core.patches import PixelScale
 from mae_core.randomness import mask_noise, uniform_rows
 from mae_core.targets import PatchBasis
 from mae_core.vit import ViTEncoder, initialise
@@ -64,15 +64,14 @@ class MAELosses(nn.Module):
     def __init__(self, model: MaskedAutoencoder) -> None:
         super().__init__()
         self.model = model
+        self.scale = PixelScale(model.config.encoder.pixel_mean, model.config.encoder.pixel_std)
 
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:
         """images uint8 [b, H, W, C], noise [b, L] -> losses float32 [b].
 
         Pixels become float32 here, on the device, so that a quarter of the bytes are copied to it; targets stay float32.
         """
-        encoder = self.model.config.encoder
-        pixels = normalise_pixels(images, mean=encoder.pixel_mean, std=encoder.pixel_std)
-        return cast("Tensor", self.model(pixels, noise).loss)
+        return cast("Tensor", self.model(self.scale.normalise(images), noise).loss)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,12 +110,13 @@ class ClassifierLosses(nn.Module):
 
     def __init__(self, model: Classifier, config: ViTConfig, *, drop_path: float, label_smoothing: float) -> None:
         super().__init__()
-        self.model, self.config = model, config
+        self.model = model
+        self.scale = PixelScale(config.pixel_mean, config.pixel_std)
         self.drop_path, self.label_smoothing = drop_path, label_smoothing
 
     def forward(self, images: Tensor, labels: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
         """images uint8 [b, H, W, C], labels int64 [b], noise [b, depth, 2] -> losses float32 [b], or logits [b, classes]."""
-        pixels = normalise_pixels(images, mean=self.config.pixel_mean, std=self.config.pixel_std)
+        pixels = self.scale.normalise(images)
         # Evaluation asks for logits; the same module serves both, so ZeRO-3 gathers its weights as in training.
         if labels is None or noise is None:
             return cast("Tensor", self.model(pixels))

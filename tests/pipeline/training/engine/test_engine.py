@@ -361,8 +361,8 @@ def tampered(change: dict[str, Any]) -> str:
     """Return the engine's error when DeepSpeed gets other settings than were asked for."""
     honest = engine_module.deepspeed_config
 
-    def tampered_config(settings: Any) -> dict[str, Any]:
-        config = honest(settings)
+    def tampered_config(settings: Any, **options: Any) -> dict[str, Any]:
+        config = honest(settings, **options)
         zero = config["zero_optimization"] | change.get("zero_optimization", {})
         return config | change | {"zero_optimization": zero}
 
