@@ -116,7 +116,7 @@ def until(condition: Any, *, within_s: float) -> None:
 
 @pytest.mark.system
 def test_a_run_is_submitted_once_stopped_and_resumed(head, tmp_path, migrated_database):
-    config = written(tmp_path, migrated_database, epochs=1000)
+    config = written(tmp_path, migrated_database, epochs=5000)  # the commands before the stop take seconds each
     job = submitted(head, config)
     assert job.startswith("tiny-")
     assert job.endswith("-1")
