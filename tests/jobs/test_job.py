@@ -146,7 +146,7 @@ def test_a_run_is_submitted_once_stopped_and_resumed(head, tmp_path, migrated_da
 @pytest.mark.system
 def test_what_the_cluster_refuses_is_one_clear_line(head):
     for arguments, token, words in [
-        (["list"], "f" * 64, "does RAY_AUTH_TOKEN hold the cluster's token"),
+        (["list"], "f" * 64, "Set RAY_AUTH_TOKEN to the cluster's token"),
         (["status", "nothing-1"], TOKEN, "nothing-1"),
         (["logs", "nothing-1"], TOKEN, "nothing-1"),
         (["logs", "nothing-1", "--follow"], TOKEN, "nothing-1"),
