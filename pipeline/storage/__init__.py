@@ -3,6 +3,7 @@
 The only package that imports boto3 and botocore."""
 
 from pipeline.storage.addresses import expand_address as expand_address
+from pipeline.storage.connection import count_traffic as count_traffic
 from pipeline.storage.folder import FileStore as FileStore
 from pipeline.storage.opening import open_store as open_store
 from pipeline.storage.opening import probe as probe

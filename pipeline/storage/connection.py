@@ -234,6 +234,11 @@ class TrafficMeter:
 traffic_meter = TrafficMeter()
 
 
+def count_traffic(*, requests: int, bytes_received: int, retries: int) -> None:
+    """Add the traffic of a process that works for this one."""
+    traffic_meter.add(requests=requests, bytes_received=bytes_received, retries=retries)
+
+
 def _count_request(request: Any, **_: Any) -> None:
     """Count one attempt; botocore calls this before it sends one, with its number in a header (`attempt=2; max=8`)."""
     header = request.headers.get("amz-sdk-request", b"")

@@ -18,8 +18,8 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,6 +70,9 @@ class ShardCache:
         self.local_path = lru_cache(maxsize=None)(self._find_local)  # called at every read
         """Key -> path of a shard that needs no copy, or None for one that must be fetched."""
 
+    def __reduce__(self) -> tuple[Callable[..., "ShardCache"], tuple[Store, Path]]:
+        return partial(ShardCache, max_bytes=self.max_bytes), (self.store, self.directory)
+
     def path(self, key: str, *, sha256: str, bytes: int) -> Path:  # noqa: A002 (the manifest's word)
         """Return the shard's path, and fetch it first if necessary. It may be evicted later: on FileNotFoundError call again."""
         local = self.local_path(key)
@@ -99,9 +102,9 @@ class ShardCache:
         try:
             descriptor = os.open(self._copy(sha256), os.O_RDONLY)
         except FileNotFoundError:
-            self._count(misses=1)
+            self.count(misses=1)
         else:
-            self._count(hits=1)
+            self.count(hits=1)
             return descriptor
         while True:  # another process may evict the shard between the download and open()
             path = self.path(key, sha256=sha256, bytes=bytes)
@@ -123,7 +126,7 @@ class ShardCache:
                 if hashlib.file_digest(file, "sha256").hexdigest() == sha256:
                     return False
             path.unlink(missing_ok=True)
-        self._count(repairs=1)
+        self.count(repairs=1)
         log.warning(
             "the cached copy %s of %s was damaged on this disk and will be fetched again",
             path,
@@ -154,7 +157,7 @@ class ShardCache:
             fetched = part / "shard.tar"
             self._fetch(key, fetched, sha256=sha256, size=size)
             fetched.rename(path)
-            self._count(downloads=1, bytes=size)
+            self.count(downloads=1, bytes=size)
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
@@ -215,10 +218,11 @@ class ShardCache:
         """Delete these shards and return whether there were any."""
         for shard in shards:
             shard.path.unlink(missing_ok=True)
-        self._count(evictions=len(shards))
+        self.count(evictions=len(shards))
         return bool(shards)
 
-    def _count(self, **more: int) -> None:
+    def count(self, **more: int) -> None:
+        """Add to the counts: also what the cache of a decode worker did, which is this one in another process."""
         with self._counting:
             self.counts = CacheCounts(**{name: was + more.get(name, 0) for name, was in self.counts._asdict().items()})
 

@@ -1,65 +1,51 @@
-"""Batches of training pictures, read by offset, checked, decoded and cropped by a few threads, in the order of a SampleOrder.
+"""Batches of training pictures, read by offset, checked, decoded and cropped ahead of their use, in the order of a SampleOrder.
 
 Shapes: images [b, H, W, 3] uint8 RGB, b = this rank's share of the global batch; labels, sample_ids, epochs [b] int64.
-Threads fill positions of a batch that were assigned beforehand, so their timing changes nothing; the libraries that do the
-work release the GIL and start no threads of their own. Threads rather than processes: two threads on two cores make nearly
-twice as many pictures as one (`mae doctor --data` prints both), and a process would have to hand its batches over. Batches are
-made `prefetch_batches` ahead of the requested one; shards of a remote store are fetched further ahead, as far as the cache
-has room.
-Every read is checked against the manifest's CRC-32 (23 us per picture of 88 KB, 2 % of its decoding time).
-A training sample whose bytes are not what was written, or do not decode, is substituted and reported (substitution.py); a
-cached copy that was damaged on this disk is fetched again first. No sample is ever skipped.
+This process computes what is read, and threads or worker processes make the pictures (decoders.py). Batches are made
+`prefetch_batches` ahead of the requested one, fewer if that were more than READ_AHEAD_BYTES; shards of a remote store are fetched
+further ahead, as far as the cache has room.
+A training sample whose bytes are not what was written, or do not decode, is substituted and reported (substitution.py). No sample
+is ever skipped.
 Errors: DataError naming shard, sample and remedy: in evaluation for every sample that cannot be read, in training for a
-shard that cannot be opened or of which no sample can be read."""
+shard that cannot be opened or of which no sample can be read; those of the decoders."""
 
 import logging
-import os
 import time
-import zlib
 from collections import Counter, deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from mae_core.randomness import uniform_rows
+from pipeline.data.feed.batch import Batch as Batch
+from pipeline.data.feed.batch import Noise
 from pipeline.data.feed.cache import ShardCache
+from pipeline.data.feed.decoders import Columns, DecodeProcesses, Decoders, DecodeThreads, start_fork_server
 from pipeline.data.feed.order import SampleOrder, Slots, plain_slice, plain_slots
+from pipeline.data.feed.picture_maker import Part, PictureMaker, Place, Unreadable
 from pipeline.data.feed.selection import Selection
 from pipeline.data.feed.substitution import Substitution, candidates
-from pipeline.data.images.pictures import AUGMENT_UNIFORMS, AugmentConfig, Image, Uniforms, picture
+from pipeline.data.images.pictures import AugmentConfig
 from pipeline.errors import ConfigError, DataError
 
-_CHUNK = 8
-"""Samples that a thread decodes per task: about 10 ms of work."""
+READ_AHEAD_BYTES = 2**30
+"""The most that a rank reads ahead, except that one batch always is."""
+PREFETCH_BATCHES = 2
 _FETCH_AHEAD = 32
 """Most batches by which a shard's download precedes its first use."""
 _FETCH_THREADS = 2
 
 log = logging.getLogger(__name__)
+Unreadables = Literal["stop", "substitute"]
 
 
-class Batch(NamedTuple):
-    """One rank's samples of one step."""
-
-    images: Tensor  # [b, H, W, 3] uint8
-    labels: Tensor  # [b] int64, index into the manifest's classes; -1 = none
-    sample_ids: Tensor  # [b] int64, of the samples in the batch
-    epochs: Tensor  # [b] int64, of the order; 0 in evaluation
-    substitutions: tuple[Substitution, ...] = ()  # samples that the order asked for and that the batch lacks
-
-
-class Unreadable(NamedTuple):
-    """A sample whose picture cannot be made."""
-
-    reason: Literal["crc32", "truncated", "undecodable"]
-    message: str
-    """Shard, sample and remedy."""
+def batches_ahead(prefetch: int, batch_bytes: int) -> int:
+    """Return how many batches of this size are made ahead of the requested one."""
+    return min(prefetch, max(1, READ_AHEAD_BYTES // max(1, batch_bytes)))
 
 
 class Loader:
@@ -78,11 +64,17 @@ class Loader:
         seed: int,
         cache: ShardCache,
         decode_threads: int = 1,
-        prefetch_batches: int = 2,
+        decode_workers: int = 0,
+        prefetch_batches: int = PREFETCH_BATCHES,
         pin_memory: bool = False,
         fetch_bytes: int | None = None,
+        noise: Noise | None = None,
     ) -> None:
-        """`fetch_bytes`: size of the shards that this rank may have in its lookahead; None: the size of the cache."""
+        """Check the settings; with `decode_workers`, start the server that forks them.
+
+        `decode_workers`: processes that decode; 0: `decode_threads` threads of this process do.
+        `fetch_bytes`: size of the shards that this rank may have in its lookahead; None: the size of the cache.
+        """
         if not np.array_equal(order.served_counts, selection.counts):
             raise ConfigError(
                 f"the order has {order.samples_per_epoch} samples in {order.served_counts.size} shards, the selection of split "
@@ -91,36 +83,41 @@ class Loader:
         for name, value in (("global_batch", global_batch), ("decode_threads", decode_threads)):
             if value < 1:
                 raise ConfigError(f"{name}={value} is not positive: write 1 or more")
-        if prefetch_batches < 0:
-            raise ConfigError(f"prefetch_batches={prefetch_batches} is negative: write 0 or more")
+        for name, value in (("prefetch_batches", prefetch_batches), ("decode_workers", decode_workers)):
+            if value < 0:
+                raise ConfigError(f"{name}={value} is negative: write 0 or more")
         self.selection, self.order, self.cache = selection, order, cache
         self.global_batch, self.rank, self.world_size = global_batch, rank, world_size
-        self.augment, self.image_size, self.seed = augment, image_size, seed
-        self.decode_threads, self.prefetch_batches, self.pin_memory = decode_threads, prefetch_batches, pin_memory
+        self.maker = PictureMaker(cache=cache, augment=augment, image_size=image_size, seed=seed, noise=noise)
+        self.decode_threads, self.decode_workers = decode_threads, decode_workers
+        self.prefetch_batches, self.pin_memory = prefetch_batches, pin_memory
         self.fetch_bytes = cache.max_bytes if fetch_bytes is None else fetch_bytes
         self.wait_seconds = 0.0
         """Time that the consumer has spent waiting for batches so far."""
-        self._reported: set[int] = set()  # shared by the threads without a lock: at worst a warning is repeated
+        self.restarts = 0
+        """How often decode workers that died or hung were replaced so far."""
+        self._reported: set[int] = set()
         # asked once per shard here rather than for each shard of each step
         self._remote = [cache.local_path(shard.key) is None for shard in selection.shards]
+        if decode_workers:
+            start_fork_server(self.maker)
 
     def from_step(self, start: int, stop: int) -> Generator[Batch]:
-        """Yield this rank's part of the global batches of steps start..stop-1. Closing the generator ends its threads."""
+        """Yield this rank's part of the global batches of steps start..stop-1. Closing the generator ends what it has started."""
         steps = (self.order.rank_slice(t, self.global_batch, self.rank, self.world_size) for t in range(start, stop))
-        return self._batches(steps, self.augment, unreadable="substitute")
+        return self._batches(steps, self.maker, unreadable="substitute")
 
-    def evaluation_batches(
-        self, batch_size: int, *, unreadable: Literal["stop", "substitute"] = "stop"
-    ) -> Generator[Batch]:
+    def evaluation_batches(self, batch_size: int, *, unreadable: Unreadables = "stop") -> Generator[Batch]:
         """Yield this rank's samples in plain order, cropped from the centre; over all ranks each sample comes once.
 
         The last batch may be smaller. `unreadable="substitute"` is for pictures to look at, never for a score.
         """
+        centre = replace(self.maker.augment, kind="center", flip=False)
         part = plain_slice(int(self.selection.counts.sum()), self.rank, self.world_size)
         starts = range(part.start, part.stop, batch_size)
         positions = (np.arange(start, min(start + batch_size, part.stop)) for start in starts)
         steps = (plain_slots(self.selection.counts, p) for p in positions)
-        return self._batches(steps, replace(self.augment, kind="center", flip=False), unreadable=unreadable)
+        return self._batches(steps, replace(self.maker, augment=centre), unreadable=unreadable)
 
     def bytes_at_once(self, ranks_here: int) -> int:
         """Return the size of the remote shards that the ranks of one node read in turns: a window per lane, and one shard more.
@@ -135,23 +132,43 @@ class Loader:
         sizes = [shard.bytes for shard in self.selection.shards]
         return min(len(sizes), lanes * (order.window_shards + 1)) * sum(sizes) // len(sizes)
 
-    def _batches(
-        self, steps: Iterable[Slots], config: AugmentConfig, *, unreadable: Literal["stop", "substitute"]
-    ) -> Generator[Batch]:
-        pending: deque[tuple[Batch, list[Future[list[Substitution]]]]] = deque()
-        pool = ThreadPoolExecutor(self.decode_threads, "decode")
-        try:
-            # closed here: an abandoned generator would keep its download threads until it is collected
-            with closing(self._fetched_ahead(steps)) as fetched:
-                for slots in fetched:
-                    pending.append(self._begin(pool, slots, config, unreadable))
-                    if len(pending) > self.prefetch_batches:
-                        yield self._finish(*pending.popleft())
-                while pending:
-                    yield self._finish(*pending.popleft())
-        finally:
-            # waits for tasks that are still writing into a batch, and drops those that have not begun
-            pool.shutdown(cancel_futures=True)
+    def _batches(self, steps: Iterable[Slots], maker: PictureMaker, *, unreadable: Unreadables) -> Generator[Batch]:
+        made = self._made(steps, maker, unreadable=unreadable)
+        if self.pin_memory and self.decode_workers:
+            made = _one_ahead(made)
+        with closing(made):
+            while True:
+                began = time.perf_counter()
+                batch = next(made, None)
+                self.wait_seconds += time.perf_counter() - began
+                if batch is None:
+                    return
+                yield batch
+
+    def _made(self, steps: Iterable[Slots], maker: PictureMaker, *, unreadable: Unreadables) -> Generator[Batch]:
+        under_way: deque[Slots] = deque()
+        decoders: Decoders
+        if self.decode_workers:
+            decoders = DecodeProcesses(maker, self.decode_workers, pin_memory=self.pin_memory)
+        else:
+            decoders = DecodeThreads(maker, self.decode_threads, pin_memory=self.pin_memory)
+        restarts = self.restarts
+
+        def finished() -> Batch:
+            batch, failed = decoders.finish()
+            self.restarts = restarts + decoders.restarts
+            return self._mended(batch, under_way.popleft(), failed, maker, unreadable)
+
+        # closed here: an abandoned generator would keep its download threads until it is collected
+        with closing(decoders), closing(self._fetched_ahead(steps)) as fetched:
+            for slots in fetched:
+                ahead = batches_ahead(self.prefetch_batches, len(slots.indices) * maker.layout.bytes_per_sample)
+                under_way.append(slots)
+                self._begin(decoders, slots)
+                while len(under_way) > ahead:
+                    yield finished()
+            while under_way:
+                yield finished()
 
     def _fetched_ahead(self, steps: Iterable[Slots]) -> Generator[Slots]:
         """Yield the steps in their order, with the download of their shards started earlier.
@@ -191,152 +208,101 @@ class Loader:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _begin(
-        self,
-        pool: ThreadPoolExecutor,
-        slots: Slots,
-        config: AugmentConfig,
-        unreadable: Literal["stop", "substitute"],
-    ) -> tuple[Batch, list[Future[list[Substitution]]]]:
-        count = len(slots.positions)
-        # allocated once and filled in place by the threads; from pinned memory, the copy to the device overlaps with computation
-        labels, sample_ids, epochs = (
-            torch.empty(count, dtype=torch.int64, pin_memory=self.pin_memory) for _ in range(3)
-        )
-        images = torch.empty((count, *self.image_size, 3), dtype=torch.uint8, pin_memory=self.pin_memory)
-        batch = Batch(images, labels, sample_ids, epochs)
-        # the pool is first in, first out, so reading ahead never overtakes the batch that is awaited
-        return batch, [
-            pool.submit(self._fill, batch, slots, range(first, min(first + _CHUNK, count)), config, unreadable)
-            for first in range(0, count, _CHUNK)
-        ]
+    def _begin(self, decoders: Decoders, slots: Slots) -> None:
+        rows = self.selection.rows_at(slots)
+        count = len(rows.labels)
+        size = decoders.chunk(count)
+        parts = []
+        for here in (slice(first, first + size) for first in range(0, count, size)):
+            shards, shard = np.unique(slots.shards[here], return_inverse=True)
+            distinct = tuple(self.selection.shards[one] for one in shards)
+            parts.append(Part(here.start, distinct, shard, rows.offsets[here], rows.lengths[here], rows.crc32s[here]))
+        decoders.begin(Columns(rows.labels, rows.sample_ids, slots.epochs), parts)
 
-    def _finish(self, batch: Batch, chunks: list[Future[list[Substitution]]]) -> Batch:
-        began = time.perf_counter()
-        substitutions = tuple(one for chunk in chunks for one in chunk.result())
-        self.wait_seconds += time.perf_counter() - began
-        return batch._replace(substitutions=substitutions)
-
-    def _fill(
+    def _mended(
         self,
         batch: Batch,
         slots: Slots,
-        within: range,
-        config: AugmentConfig,
-        unreadable: Literal["stop", "substitute"],
-    ) -> list[Substitution]:
-        """Fill some positions of a batch; runs in a thread of the pool."""
-        # views: writing to them fills the batch
-        images, labels, sample_ids, epochs = (tensor.numpy() for tensor in batch[:4])
-        for i in within:
-            shard, index = int(slots.shards[i]), int(slots.indices[i])
-            rows = self.selection.rows(shard)
-            labels[i], sample_ids[i] = rows.labels[index], rows.sample_ids[index]
-        here = slice(within.start, within.stop)
-        epochs[here] = slots.epochs[here]
-        # keyed by epoch and id, so the crop is the same at any position, world size and after any resume
-        uniforms = uniform_rows(self.seed, epochs[here], sample_ids[here], "augment", AUGMENT_UNIFORMS)
+        failed: list[tuple[int, Unreadable]],
+        maker: PictureMaker,
+        unreadable: Unreadables,
+    ) -> Batch:
+        """Return the batch with other samples in the positions that could not be filled, or raise DataError."""
         substitutions = []
-        for i, numbers in zip(within, uniforms, strict=True):
-            shard, index = int(slots.shards[i]), int(slots.indices[i])
-            image = self._image(shard, index, numbers, config)
-            if isinstance(image, Unreadable):
-                if unreadable == "stop":
-                    raise DataError(image.message)
-                step = int(slots.positions[i]) // self.global_batch
-                image, substitute, record = self._substitute(shard, index, int(epochs[i]), step, image, config)
-                substitutions.append(record)
-                rows = self.selection.rows(shard)
-                labels[i], sample_ids[i] = rows.labels[substitute], rows.sample_ids[substitute]
-            images[i] = image
-        return substitutions
+        for position, why in failed:
+            shard, index = int(slots.shards[position]), int(slots.indices[position])
+            if unreadable == "stop" or why.reason == "unopened":
+                raise DataError(self._message(shard, index, why))
+            step = int(slots.positions[position]) // self.global_batch
+            substitutions.append(self._substitute(batch, position, shard, index, step, why, maker))
+        return batch._replace(substitutions=tuple(substitutions))
 
     def _substitute(
-        self, shard: int, index: int, epoch: int, step: int, why: Unreadable, config: AugmentConfig
-    ) -> tuple[Image, int, Substitution]:
-        """Return another picture of the shard, its index in the shard, and the record of the substitution."""
-        rows = self.selection.rows(shard)
+        self, batch: Batch, position: int, shard: int, index: int, step: int, why: Unreadable, maker: PictureMaker
+    ) -> Substitution:
+        """Write another sample of the shard into a position of a batch, and return the record of it."""
+        rows, epoch = self.selection.rows(shard), int(batch.epochs[position])
         sample_id = int(rows.sample_ids[index])
-        others = candidates(rows.sample_ids, sample_id, seed=self.seed, epoch=epoch)
+        others = candidates(rows.sample_ids, sample_id, seed=maker.seed, epoch=epoch)
+        message = self._message(shard, index, why)
         for candidate in map(int, others):
+            one, epochs = slice(candidate, candidate + 1), np.array([epoch])
             # its crop follows from its own id, so it looks as it would where the order itself asks for it
-            own = uniform_rows(self.seed, [epoch], rows.sample_ids[[candidate]], "augment", AUGMENT_UNIFORMS)[0]
-            image = self._image(shard, candidate, own, config)
-            if not isinstance(image, Unreadable):
-                record = Substitution(
-                    sample_id,
-                    int(rows.sample_ids[candidate]),
-                    epoch,
-                    step,
-                    why.reason,
-                    self.selection.source(shard, index),
-                )
-                if sample_id not in self._reported:  # it would come back in every epoch
-                    self._reported.add(sample_id)
-                    log.warning("%s. Sample %d of its shard is used instead", why.message, record.substitute_id)
-                return image, candidate, record
+            own = maker.uniforms(epochs, rows.sample_ids[one])[0]
+            place = Place(self.selection.shards[shard], *(int(column[candidate]) for column in rows[2:]))
+            image = maker.picture(place, own)
+            if isinstance(image, Unreadable):
+                if image.reason == "unopened":
+                    raise DataError(self._message(shard, candidate, image))
+                continue
+            batch.images[position] = torch.from_numpy(image)
+            batch.labels[position], batch.sample_ids[position] = (
+                int(rows.labels[candidate]),
+                int(rows.sample_ids[candidate]),
+            )
+            if maker.noise:
+                batch.noise[position] = torch.from_numpy(maker.noise(epochs, rows.sample_ids[one])[0])
+            record = Substitution(
+                sample_id,
+                int(rows.sample_ids[candidate]),
+                epoch,
+                step,
+                why.reason,
+                self.selection.source(shard, index),
+            )
+            if sample_id not in self._reported:  # it would come back in every epoch
+                self._reported.add(sample_id)
+                log.warning("%s. Sample %d of its shard is used instead", message, record.substitute_id)
+            return record
         raise DataError(
-            f"{why.message}. No other sample of its shard can be used instead: {len(others)} were tried and cannot be read either"
+            f"{message}. No other sample of its shard can be used instead: {len(others)} were tried and cannot be read either"
         )
 
-    def _image(self, shard: int, index: int, uniforms: Uniforms, config: AugmentConfig) -> Image | Unreadable:
-        """Return a sample's training picture. Its bytes are checked first, as `picture` does not notice all damage."""
-        data = self._read(shard, index)
-        if isinstance(data, Unreadable):
-            return data
-        try:
-            return picture(data, uniforms, config, self.image_size)
-        except DataError as error:
-            return Unreadable(
-                "undecodable",
-                f"{self.selection.describe(shard, index)}: {error}, although its bytes are those that were written. "
-                "Remove it from the source; the same command then shards it again",
-            )
-
-    def _read(self, shard: int, index: int) -> bytes | Unreadable:
-        """Return the sample's bytes exactly as they were written, from a new copy if this node's was damaged."""
-        _, key, size, sha256 = self.selection.shards[shard]
-        # ends: a copy is discarded at most once per damage, and a new one is used only after its SHA-256 has matched
-        while True:
-            try:
-                descriptor = self.cache.open(key, sha256=sha256, bytes=size)
-                try:
-                    data = self._checked(descriptor, shard, index)
-                    if not isinstance(data, Unreadable) or not self.cache.discard_if_damaged(
-                        key, sha256=sha256, descriptor=descriptor
-                    ):
-                        return data
-                finally:
-                    os.close(descriptor)
-            except OSError as error:
-                raise DataError(
-                    f"{self.selection.describe(shard, index)}: it cannot be read ({error}). {self._remedy(shard)}"
-                ) from error
-
-    def _checked(self, descriptor: int, shard: int, index: int) -> bytes | Unreadable:
-        """Return a sample's bytes from an open shard, or what is wrong with them."""
-        rows = self.selection.rows(shard)
-        length, crc32 = int(rows.lengths[index]), int(rows.crc32s[index])
-        # pread: no seek, and it still works if the shard is evicted meanwhile, since the descriptor keeps the file alive
-        data = os.pread(descriptor, length, int(rows.offsets[index]))
-        reason: Literal["truncated", "crc32"]
-        if len(data) != length:
-            reason, what = "truncated", f"the shard ends after {len(data)} of its bytes"
-        elif (found := zlib.crc32(data)) != crc32:
-            reason, what = "crc32", f"its CRC-32 is {found:08x}, the manifest says {crc32:08x}"
-        else:
-            return data
-        return Unreadable(reason, f"{self.selection.describe(shard, index)}: {what}. {self._remedy(shard)}")
-
-    def _remedy(self, shard: int) -> str:
+    def _message(self, shard: int, index: int, why: Unreadable) -> str:
+        """Return shard, sample, what is wrong, and the remedy."""
         local = self.cache.local_path(self.selection.shards[shard].key)
-        if local is not None:
-            return f"Restore {local} from a copy, or shard the source again"
-        return "The shard is as it was written, but its row in samples.parquet is not: shard the source again"
+        if why.reason == "undecodable":
+            remedy = "Remove it from the source; the same command then shards it again"
+        elif local is not None:
+            remedy = f"Restore {local} from a copy, or shard the source again"
+        else:
+            remedy = "The shard is as it was written, but its row in samples.parquet is not: shard the source again"
+        return f"{self.selection.describe(shard, index)}: {why.what}. {remedy}"
 
     def _fetch(self, shard: int) -> None:
         _, key, size, sha256 = self.selection.shards[shard]
+        self.selection.rows(shard)  # before the loop's thread needs them
         self.cache.path(key, sha256=sha256, bytes=size)
+
+
+def _one_ahead(batches: Generator[Batch]) -> Generator[Batch]:
+    """Yield the batches, each of which a thread takes while the one before is used: pinning is a copy of the whole batch."""
+    device = torch.cuda.current_device()
+    with closing(batches), ThreadPoolExecutor(1, "pin", lambda: torch.cuda.set_device(device)) as thread:
+        following = thread.submit(next, batches, None)
+        while (batch := following.result()) is not None:
+            following = thread.submit(next, batches, None)
+            yield batch
 
 
 class _Lookahead:

@@ -83,13 +83,17 @@ class Selection:
         per_shard = np.split(selected, np.cumsum(everything.counts)[:-1])
         return cls(manifest, split, tuple(np.flatnonzero(part) for part in per_shard))
 
-    def sample_ids(self, slots: Slots) -> Int64s:
-        """Return [n] ids of the samples at these slots."""
-        ids = np.empty_like(slots.indices)
+    def rows_at(self, slots: Slots) -> Rows:
+        """Return [n] rows, those of the samples at these slots."""
+        columns = np.empty((len(Rows._fields), len(slots.indices)), dtype=np.int64)
         for shard in np.unique(slots.shards):
             here = slots.shards == shard
-            ids[here] = self.rows(int(shard)).sample_ids[slots.indices[here]]
-        return ids
+            columns[:, here] = [column[slots.indices[here]] for column in self.rows(int(shard))]
+        return Rows(*columns)
+
+    def sample_ids(self, slots: Slots) -> Int64s:
+        """Return [n] ids of the samples at these slots."""
+        return self.rows_at(slots).sample_ids
 
     def source(self, shard: int, index: int) -> str:
         """Return the path that a sample came from, relative to the source."""
