@@ -117,7 +117,7 @@ class Loader:
         starts = range(part.start, part.stop, batch_size)
         positions = (np.arange(start, min(start + batch_size, part.stop)) for start in starts)
         steps = (plain_slots(self.selection.counts, p) for p in positions)
-        return self._batches(steps, replace(self.maker, augment=centre), unreadable=unreadable)
+        return self._batches(steps, replace(self.maker, augment=centre, noise=None), unreadable=unreadable)
 
     def bytes_at_once(self, ranks_here: int) -> int:
         """Return the size of the remote shards that the ranks of one node read in turns: a window per lane, and one shard more.

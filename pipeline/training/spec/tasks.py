@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +24,7 @@ from mae_core.patches import PixelScale
 from mae_core.randomness import mask_noise, uniform_rows
 from mae_core.targets import PatchBasis
 from mae_core.vit import ViTEncoder, initialise
-from pipeline.data.feed.loader import Batch
+from pipeline.data.feed.batch import Batch, Int64s
 from pipeline.storage import open_store
 from pipeline.training.world import World
 from pipeline.weights import read_weights
@@ -45,8 +47,15 @@ class Task(Protocol):
         """Return the module with its initial weights, equal on every worker, and its optimiser groups."""
         ...
 
+    def noise(self, epochs: Int64s, sample_ids: Int64s) -> npt.NDArray[np.float32]:
+        """Return the random numbers of samples, [b, ...]; the feed puts them into its batches. No row depends on another."""
+        ...
+
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Return the arguments of the module's forward, each with first dimension b; the first is the images."""
+        """Return the arguments of the module's forward, each with first dimension b; the first is the images.
+
+        They are tensors of the batch: what has to be computed is made by `noise`, outside the loop's thread.
+        """
         ...
 
     def training_flops(self) -> int:
@@ -90,11 +99,14 @@ class MAETask:
         model = MaskedAutoencoder(self.model, generator=generator, basis=self.basis)
         return Built(MAELosses(model), parameter_groups(model, weight_decay=self.weight_decay))
 
-    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Return the images and each sample's own mask noise for this epoch."""
+    def noise(self, epochs: Int64s, sample_ids: Int64s) -> npt.NDArray[np.float32]:
+        """Return each sample's own mask noise for its epoch, [b, L]."""
         # On the CPU and keyed by sample: a device's own generator would tie masks to rank and world size.
-        noise = mask_noise(self.seed, batch.epochs.numpy(), batch.sample_ids.numpy(), self.model.encoder.num_patches)
-        return batch.images, torch.as_tensor(noise)
+        return mask_noise(self.seed, epochs, sample_ids, self.model.encoder.num_patches)
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Return the images and their mask noise."""
+        return batch.images, batch.noise
 
     def training_flops(self) -> int:
         """Count the encoder on visible patches, the decoder and its head."""
@@ -153,12 +165,16 @@ class ClassificationTask:
         losses = ClassifierLosses(model, self.encoder, drop_path=self.drop_path, label_smoothing=self.label_smoothing)
         return Built(losses, groups)
 
-    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Return images, labels and each sample's own drop path noise for this epoch."""
+    def noise(self, epochs: Int64s, sample_ids: Int64s) -> npt.NDArray[np.float32]:
+        """Return each sample's own drop path noise for its epoch, [b, depth, 2]."""
         depth = self.encoder.depth
         # One number for each of a block's two branches. In float32 it may round up to 1.0, which a comparison allows.
-        noise = uniform_rows(self.seed, batch.epochs.numpy(), batch.sample_ids.numpy(), "drop_path", 2 * depth)
-        return batch.images, batch.labels, torch.as_tensor(noise, dtype=torch.float32).reshape(-1, depth, 2)
+        uniforms = uniform_rows(self.seed, epochs, sample_ids, "drop_path", 2 * depth)
+        return uniforms.astype(np.float32).reshape(-1, depth, 2)
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Return images, labels and drop path noise."""
+        return batch.images, batch.labels, batch.noise
 
     def training_flops(self) -> int:
         """Count the encoder on all patches and the head; branches that drop path drops are computed, so they count."""

@@ -76,6 +76,7 @@ class TrainSpec:
             cache=node_cache(self.dataset, self.resources),
             decode_threads=self.resources.decode_threads,
             pin_memory=world.device.type == "cuda",
+            noise=self.task.noise,
             fetch_bytes=self.resources.cache_max_bytes // world.local_size,  # workers on a node share its cache
         )
 

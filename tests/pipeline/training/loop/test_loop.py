@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from training_kit import (
@@ -543,7 +544,8 @@ def test_a_training_leaves_no_engine_in_the_process(teams, shards, tmp_path, zer
 def masks(epochs: list[int], ids: list[int], seed: int = 0) -> torch.Tensor:
     task = MAETask(model=mae_config(), weight_decay=0.0, seed=seed)
     images = torch.zeros(len(ids), SIDE, SIDE, 3, dtype=torch.uint8)
-    batch = Batch(images, torch.zeros(len(ids)), torch.tensor(ids), torch.tensor(epochs))
+    drawn = torch.from_numpy(task.noise(np.array(epochs), np.array(ids)))
+    batch = Batch(images, torch.zeros(len(ids)), torch.tensor(ids), torch.tensor(epochs), noise=drawn)
     pixels, noise = task.inputs(batch)
     assert pixels is images
     return random_mask(noise, mask_ratio=0.75).mask
