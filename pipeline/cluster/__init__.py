@@ -3,6 +3,7 @@
 Ray is imported inside the functions that need it: it takes seconds, and a run with executor `in_process` never does."""
 
 from pipeline.cluster.connection import connect as connect
+from pipeline.cluster.connection import cpus_per_gpu as cpus_per_gpu
 from pipeline.cluster.connection import disconnect as disconnect
 from pipeline.cluster.connection import gpu_inventory as gpu_inventory
 from pipeline.cluster.connection import may_grow as may_grow

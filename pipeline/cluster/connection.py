@@ -224,6 +224,14 @@ def may_grow() -> bool:
     return any(kind != f"node_{node}" for node, kind in types.items())
 
 
+def cpus_per_gpu(*, workers: int) -> float:
+    """Return the CPUs that each of at most `workers` training workers finds on its node, where it finds fewest; 0 without GPUs."""
+    from ray._private import state
+
+    nodes = [held for held in state.total_resources_per_node().values() if held.get("GPU", 0.0) >= 1]
+    return min((held.get("CPU", 0.0) / min(held["GPU"], workers) for held in nodes), default=0.0)
+
+
 def disconnect() -> None:
     """Leave the cluster. One that `connect` started ends."""
     import ray

@@ -3,7 +3,9 @@
 One type from the YAML file to the worker. Nothing in it changes a result beyond rounding, so it is never part of a fingerprint.
 Units are in the field names. Errors: ValueError, which `pipeline.config.reading` turns into one line per field."""
 
-from typing import Annotated, Literal
+import logging
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -12,7 +14,12 @@ Offload = Literal["none", "optimizer"]
 ZeroStage = Literal[1, 2, 3]
 CheckpointCopy = Literal["memory", "disk"]
 ProfileSteps = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1, le=20)]]
+MOST_DECODE_WORKERS = 32
+"""What `auto` stops at: twice what an H200 needs for ViT-L, so more would only take memory."""
+_FEW_CORES = 2
 WORKERS_HINT = "write a number from 1, or [min, max]"
+
+log = logging.getLogger(__name__)
 
 
 class Resources(BaseModel):
@@ -51,8 +58,9 @@ class Resources(BaseModel):
     profile_steps: ProfileSteps | None = None
     """[first, count] of the training steps, counted from 1, that torch's profiler records on rank 0, at most 20. A trace and a
     table are written to `profile/`, in the store and in MLflow."""
-    decode_threads: int = Field(1, ge=1)
-    """Threads per worker that decode images."""
+    decode_workers: int | Literal["auto"] = "auto"
+    """Processes per worker that decode images; Ray reserves a CPU for each. 0: a thread of the worker decodes. auto: on GPU nodes
+    the cores left over for each worker, up to 32; elsewhere 0, and so with --in-process, where a debugger gets in."""
     cache_directory: str = "~/.cache/mae-pipeline/shards"
     """Node-local cache for the shards of a remote store."""
     cache_max_bytes: int = Field(50 * 2**30, ge=2**20)
@@ -76,6 +84,25 @@ class Resources(BaseModel):
     """If a phase of a training step takes longer, every worker writes its stacks to the store. After twice that time, workers that
     Ray Train can restart end themselves."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and "decode_threads" in given:
+            rest = {name: value for name, value in given.items() if name != "decode_threads"}
+            log.warning(
+                "resources.decode_threads is now decode_workers, which counts processes; write auto, 0 or a number"
+            )
+            # A single thread, the default, was seldom somebody's choice.
+            return ({} if given["decode_threads"] == 1 else {"decode_workers": given["decode_threads"]}) | rest
+        return given
+
+    @field_validator("decode_workers", mode="before")
+    @classmethod
+    def _decode_workers(cls, value: Any) -> Any:
+        if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise ValueError(f"decode_workers={value!r}: write auto, or a number from 0")
+        return value
+
     @field_validator("workers")
     @classmethod
     def _workers(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
@@ -98,6 +125,21 @@ class Resources(BaseModel):
         return (self.workers, self.workers) if isinstance(self.workers, int) else self.workers
 
     @property
+    def decode_processes(self) -> int:
+        """Decode processes of a worker; none while `auto` is not decided."""
+        return self.decode_workers if isinstance(self.decode_workers, int) else 0
+
+    def decided_for(self, cpus_per_gpu: float) -> "Resources":
+        """Return the resources with `auto` decode workers decided, for a node with this many CPUs for each training worker.
+
+        A worker with two cores or fewer decodes in a thread. `cpus_per_gpu`: 0 for training without GPUs.
+        """
+        if self.decode_workers != "auto":
+            return self
+        left = int(cpus_per_gpu - self.cpus_per_worker) if cpus_per_gpu > _FEW_CORES else 0
+        return self.model_copy(update={"decode_workers": max(0, min(left, MOST_DECODE_WORKERS))})
+
+    @property
     def per_worker(self) -> dict[str, float]:
-        """What one worker reserves on its node, in Ray's terms. A `use_gpu` of None counts as no."""
-        return {"CPU": self.cpus_per_worker, **({"GPU": 1.0} if self.use_gpu else {})}
+        """What one worker reserves on its node, in Ray's terms. A `use_gpu` of None counts as no, `auto` decode workers as none."""
+        return {"CPU": self.cpus_per_worker + self.decode_processes, **({"GPU": 1.0} if self.use_gpu else {})}

@@ -174,7 +174,6 @@ def _compute(request: FeatureRequest, resources: Resources, *, index: int, parts
         image_size=config.image_size,
         seed=request.seed,
         cache=node_cache(request.dataset, resources),
-        decode_threads=resources.decode_threads,
     )
 
     def batches() -> Iterator[Features]:

@@ -29,6 +29,7 @@ from pipeline.planning.footprint import (
     classifier_size,
     footprint,
     with_checkpoint_copy,
+    with_feed,
 )
 from pipeline.planning.hardware import Hardware
 from pipeline.storage import Store
@@ -39,6 +40,8 @@ from pipeline.training.spec.train_spec import PretrainConfig, engine_settings
 GIB = 2**30
 CLASSES = 1000
 """Assumed for a dataset that has not been listed yet: a head of ImageNet's size, at most 1 M weights."""
+ASSUMED_CPUS = 16
+"""CPUs of a GPU node for each GPU, where resources.decode_workers=auto."""
 MIN_EFFICIENT_BATCH = 16
 """Images per forward pass below which a device idles. A higher ZeRO stage or recomputation is preferred to smaller batches."""
 
@@ -99,6 +102,12 @@ def estimate_memory(training: TrainingConfig, resources: Resources, hardware: Ha
     held = footprint(model, settings, workers=workers, device=hardware.kind)
     if resources.checkpoint_copy == "memory":
         held = with_checkpoint_copy(held, model, workers=workers, device=hardware.kind)
+    held = with_feed(
+        held,
+        processes=resources.decided_for(ASSUMED_CPUS if hardware.kind == "cuda" else 0).decode_processes,
+        batch_bytes=math.ceil(training.recipe.global_batch / workers) * _pixel_bytes(training),
+        device=hardware.kind,
+    )
     available = hardware.memory_bytes // workers if hardware.kind == "cpu" else hardware.memory_bytes
     return MemoryEstimate(resources=resources, settings=settings, footprint=held, available=available)
 
@@ -250,6 +259,12 @@ def _model_size(training: TrainingConfig, settings: EngineSettings) -> ModelSize
     if isinstance(training, PretrainConfig):
         return autoencoder_size(training.model, settings)
     return classifier_size(training.encoder, settings, num_classes=CLASSES)
+
+
+def _pixel_bytes(training: TrainingConfig) -> int:
+    """Bytes of a picture."""
+    height, width = (training.model.encoder if isinstance(training, PretrainConfig) else training.encoder).image_size
+    return height * width * 3
 
 
 def _flops_per_image(training: TrainingConfig, *, recompute: bool) -> int:

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 
 from mae_core.config import MAEConfig, ViTConfig
 from mae_core.cost import Recompute, activation_bytes, encoder_activation_bytes, parameter_count
+from pipeline.data.feed.loader import PREFETCH_BATCHES, batches_ahead
 from pipeline.training.engine.settings import LIVE_ELEMENTS, PREFETCH_ELEMENTS, REDUCE_BUCKET_ELEMENTS, EngineSettings
 
 _MIB = 2**20
@@ -24,6 +25,8 @@ OVERHEAD: Mapping[Device, int] = {"cpu": 100 * _MIB, "cuda": 1024 * _MIB}
 """CPU: measured, the modules and buffers that come with the engine. CUDA: assumed, for its context and NCCL; not yet measured."""
 STATE_BYTES = 12
 """Per weight: the weight itself and AdamW's two moments, in float32."""
+DECODE_PROCESS_BYTES = 100 * _MIB
+"""Own memory of a decode worker, without what it shares with the server that it was forked from. Measured: see docs/planning.md."""
 MARGIN = 0.15
 """Relative error to allow for in either direction (docs/planning.md)."""
 
@@ -43,7 +46,7 @@ class Footprint(NamedTuple):
     copy: int = 0
     """Copy of the state from which a checkpoint is written, if it is in the device's memory."""
     host: int = 0
-    """Memory of the node, in addition to the device's: offloaded state and, on a GPU node, the checkpoint's copy."""
+    """Memory of the node, in addition to the device's: offloaded state and, on a GPU node, the checkpoint's copy and the feed."""
 
     @property
     def total(self) -> int:
@@ -114,6 +117,19 @@ def with_checkpoint_copy(held: Footprint, model: ModelSize, *, workers: int, dev
     copy = STATE_BYTES * math.ceil(model.weights / workers)
     # A CPU worker's copy takes memory that training needs too; a GPU's is in its host's.
     return held._replace(copy=copy) if device == "cpu" else held._replace(host=held.host + copy)
+
+
+def with_feed(held: Footprint, *, processes: int, batch_bytes: int, device: Device) -> Footprint:
+    """Add decode workers and the batches that are read ahead. `batch_bytes`: a worker's part of a global batch.
+
+    Nothing is added for decoding in a thread: its batches are within the margin.
+    """
+    if not processes:
+        return held
+    # those ahead, the one that is due and the one in use; on a GPU node the last two are also pinned
+    batches = batches_ahead(PREFETCH_BATCHES, batch_bytes) + (2 if device == "cpu" else 4)
+    feed = processes * DECODE_PROCESS_BYTES + batches * batch_bytes
+    return held._replace(overhead=held.overhead + feed) if device == "cpu" else held._replace(host=held.host + feed)
 
 
 def _moments(model: ModelSize, settings: EngineSettings, *, workers: int, device: Device) -> tuple[Footprint, ...]:

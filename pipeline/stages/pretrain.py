@@ -93,13 +93,20 @@ def _basis(spec: TrainSpec, model: MAEConfig, attempt: Attempt) -> PatchBasis:
         # as the only rank: the components must not depend on the number of workers
         single = World(0, 1, torch.device("cpu"), None)
         with closing(
-            spec.loader(spec.dataset.open(), "train", single).evaluation_batches(BASIS_IMAGES, unreadable="substitute")
+            _here(spec)
+            .loader(spec.dataset.open(), "train", single)
+            .evaluation_batches(BASIS_IMAGES, unreadable="substitute")
         ) as batches:
             images = next(batches).images
         pixels = normalise_pixels(images, mean=model.encoder.pixel_mean, std=model.encoder.pixel_std)
         patches = patchify(pixels, model.encoder.patch_size).flatten(0, 1)
         attempt.root.create(BASIS, save(patch_basis(patches, components=model.pca_components)._asdict()))
     return PatchBasis(**load(attempt.root.read(BASIS)))  # read back: another attempt may have been quicker
+
+
+def _here(spec: TrainSpec) -> TrainSpec:
+    """Return the spec for reading a few images in this process."""
+    return replace(spec, resources=spec.resources.model_copy(update={"decode_workers": 0}))
 
 
 def _panel(
@@ -109,7 +116,7 @@ def _panel(
     split = DatasetFacts.read(shards.facts).panel_split
     single = World(0, 1, torch.device("cpu"), None)
     with closing(
-        spec.loader(spec.dataset.open(), split, single).evaluation_batches(PANEL_IMAGES, unreadable="substitute")
+        _here(spec).loader(spec.dataset.open(), split, single).evaluation_batches(PANEL_IMAGES, unreadable="substitute")
     ) as batches:
         batch = next(batches)
     encoder = config.model.encoder

@@ -30,7 +30,7 @@ def run_training(spec: TrainSpec, attempt: Attempt) -> TrainingResult:
     if attempt.executor == "ray":
         from pipeline.training import ray_train
 
-        attempt = ray_train.with_gpu_decision(attempt)
+        attempt = ray_train.with_hardware_decided(attempt)
     # Counted here, because to Ray Train each of these groups has finished cleanly.
     preemptions = FailureStreak()
     # `fenced` never comes back here: the loop raises Fenced for it.

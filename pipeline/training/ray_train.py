@@ -34,6 +34,8 @@ GOES_ON = "The same command goes on from the last checkpoint"
 
 def fit(run_worker: WorkerFunction, spec: TrainSpec, attempt: Attempt) -> None:
     """Run `run_worker` on as many workers as there is room for, within the range, until all have returned."""
+    decided = {"decode_workers": attempt.resources.decode_workers}
+    spec = replace(spec, resources=spec.resources.model_copy(update=decided))
     with tempfile.TemporaryDirectory(prefix="mae-ray-train-", ignore_cleanup_errors=True) as scratch:
         try:
             _trainer(run_worker, spec, attempt, scratch).fit()
@@ -46,12 +48,17 @@ def fit(run_worker: WorkerFunction, spec: TrainSpec, attempt: Attempt) -> None:
             ) from error
 
 
-def with_gpu_decision(attempt: Attempt) -> Attempt:
-    """Return the attempt with `use_gpu` decided, once: a group whose GPU nodes are taken away must not go on without GPUs."""
-    use_gpu = attempt.resources.use_gpu
+def with_hardware_decided(attempt: Attempt) -> Attempt:
+    """Return the attempt with `use_gpu` and `decode_workers` decided, once for all groups of workers.
+
+    A group whose GPU nodes are taken away must not go on without GPUs.
+    """
+    resources = attempt.resources
+    use_gpu = resources.use_gpu
     if use_gpu is None:
-        use_gpu = ray.cluster_resources().get("GPU", 0) >= attempt.resources.worker_range[0]
-    return replace(attempt, resources=attempt.resources.model_copy(update={"use_gpu": use_gpu}))
+        use_gpu = ray.cluster_resources().get("GPU", 0) >= resources.worker_range[0]
+    cpus = cluster.cpus_per_gpu(workers=resources.worker_range[1]) if use_gpu else 0.0
+    return replace(attempt, resources=resources.model_copy(update={"use_gpu": use_gpu}).decided_for(cpus))
 
 
 def wait_for_room(attempt: Attempt) -> str:

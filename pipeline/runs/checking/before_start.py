@@ -41,11 +41,14 @@ def check_before_start(config: RunConfig, steps: Sequence[Step], store: Store, e
     if advice := slow_precision(waiting, config.resources):
         log.warning(advice)
     low = config.resources.worker_range[0]
-    needed, there = low * config.resources.cpus_per_worker, os.cpu_count() or 1
+    needed, there = low * config.resources.per_worker["CPU"], os.cpu_count() or 1
+    decoding = config.resources.decode_processes
     if executor == "ray" and "RAY_ADDRESS" not in os.environ and needed > there:
+        also = f" and decode_workers={decoding}" if decoding else ""
         raise ConfigError(
-            f"resources.workers={low} at cpus_per_worker={config.resources.cpus_per_worker} need {needed} CPUs, but this machine "
-            f"has {there}: write fewer workers, or cpus_per_worker={there / low:.2f}"
+            f"resources.workers={low} at cpus_per_worker={config.resources.cpus_per_worker}{also} need {needed} CPUs, but this "
+            f"machine has {there}: write fewer workers, or "
+            f"{'fewer decode_workers' if decoding else f'cpus_per_worker={there / low:.2f}'}"
         )
     if executor == "in_process" or "RAY_ADDRESS" not in os.environ:
         local = config.resources.model_copy(update={"workers": 1}) if executor == "in_process" else config.resources

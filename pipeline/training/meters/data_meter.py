@@ -18,6 +18,7 @@ DATA_METRICS = {
     "requests": "data/requests",  # HTTP requests since the last row, all workers; those for checkpoints are included
     "bytes_received": "data/bytes_received",  # since the last row, all workers
     "retries": "data/retries",  # since the last row, all workers
+    "decode_restarts": "data/decode_restarts",  # since this attempt began, all workers: decode workers that were replaced
     "substitutions": "data/substitutions",  # since the first step
     "epoch_coverage": "data/epoch_coverage",  # share of the current epoch's samples that have reached a device
 }
@@ -34,6 +35,7 @@ class Counters(NamedTuple):
     requests: float
     bytes_received: float
     retries: float
+    restarts: float
 
     def since(self, before: "Counters") -> "Counters":
         """Return the growth since an earlier reading."""
@@ -43,7 +45,7 @@ class Counters(NamedTuple):
 def read_counters(loader: Loader) -> Counters:
     """Read this worker's counters."""
     cache, traffic = loader.cache.counts, loader.cache.store.traffic
-    return Counters(loader.wait_seconds, cache.hits, cache.misses, cache.downloads, *traffic)
+    return Counters(loader.wait_seconds, cache.hits, cache.misses, cache.downloads, *traffic, loader.restarts)
 
 
 class DataMeter:
@@ -83,6 +85,7 @@ class DataMeter:
             "requests": grown.requests,
             "bytes_received": grown.bytes_received,
             "retries": grown.retries,
+            "decode_restarts": whole.restarts,
             "substitutions": float(len(substitutions)),
             "epoch_coverage": epoch_coverage(images, samples, substitutions, skipped_images),
         }

@@ -152,6 +152,8 @@ def progress_fields(row: Mapping[str, float]) -> dict[str, float]:
     line = {"loss": row["loss"]}
     if row["substitutions"]:
         line["substituted"] = row["substitutions"]
+    if row["decode_restarts"]:
+        line["decoders restarted"] = row["decode_restarts"]
     if lost := row["skipped_steps"] + row["stepped_over"]:
         line["lost steps"] = lost
     line |= {"wait": round(row["data_wait"], 2), "mfu": round(row["mfu"], 3)}

@@ -74,7 +74,7 @@ class TrainSpec:
             image_size=self.image_size,
             seed=self.order.seed,
             cache=node_cache(self.dataset, self.resources),
-            decode_threads=self.resources.decode_threads,
+            decode_workers=self.resources.decode_processes,
             pin_memory=world.device.type == "cuda",
             noise=self.task.noise,
             fetch_bytes=self.resources.cache_max_bytes // world.local_size,  # workers on a node share its cache

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from run_kit import MODEL, ROOT, document, write_config
 
 from mae_core.config import SIZES
+from pipeline.cluster.resources import Resources
 from pipeline.config import RunConfig, load_config, read_document
 from pipeline.errors import ConfigError
 from pipeline.graph.step import canonical
@@ -80,6 +81,8 @@ def complaint_of(tmp_path: Path, text: str) -> str:
         ("model=7", "model = 7 is not a section: write its fields below it"),
         ("resources.workers=two", "resources.workers = 'two': write a number from 1, or [min, max]"),
         ("resources.workers=[2, x]", "resources.workers = [2, 'x']: write a number from 1, or [min, max]"),
+        ("resources.decode_workers=many", "resources.decode_workers = 'many': write auto, or a number from 0"),
+        ("resources.decode_workers=-1", "resources.decode_workers = -1: write auto, or a number from 0"),
         # empty and missing values
         ("data.source=", "data.source is empty: give it a value, or leave it out"),
         ("store=''", "store is empty: write a folder or s3://bucket/prefix"),
@@ -419,6 +422,7 @@ def another(field: str, value: Any) -> Any:
         "loss_on": "all",
         "spikes": "skip",
         "checkpoint_copy": "disk",
+        "decode_workers": 3,
     }
     return choices.get(field.rpartition(".")[2], f"{value}2")
 
@@ -477,3 +481,19 @@ def test_another_mask_ratio_keeps_the_shards_and_the_random_encoders(path):
         "finetune-toy-pretrained-s0",
         "report",
     }
+
+
+@pytest.mark.parametrize(("threads", "workers"), [(1, "auto"), (6, 6)])
+def test_decode_threads_is_understood_and_its_new_name_said(path, caplog, threads, workers):
+    config = load_config(path, [f"resources.decode_threads={threads}"])
+    assert config.resources.decode_workers == workers
+    assert "resources.decode_threads is now decode_workers" in caplog.text
+
+
+def test_auto_decode_workers_are_the_cores_that_a_gpu_s_worker_has_left():
+    """Ray reserves them; a worker without a GPU, or with two cores, decodes in a thread."""
+    auto = Resources(use_gpu=True)
+    assert auto.per_worker == {"CPU": 1.0, "GPU": 1.0}
+    assert [auto.decided_for(cpus).decode_workers for cpus in (0, 1, 2, 4, 15.5, 200)] == [0, 0, 0, 3, 14, 32]
+    assert auto.decided_for(16).per_worker == {"CPU": 16.0, "GPU": 1.0}
+    assert Resources(decode_workers=3).decided_for(16).per_worker == {"CPU": 4.0}

@@ -5,7 +5,15 @@ from dataclasses import replace
 import pytest
 
 from mae_core import SIZES, MAEConfig, activation_bytes, parameter_count
-from pipeline.planning.footprint import OVERHEAD, autoencoder_size, classifier_size, footprint, with_checkpoint_copy
+from pipeline.planning.footprint import (
+    DECODE_PROCESS_BYTES,
+    OVERHEAD,
+    autoencoder_size,
+    classifier_size,
+    footprint,
+    with_checkpoint_copy,
+    with_feed,
+)
 from pipeline.training.engine.settings import EngineSettings
 
 HUGE = MAEConfig(encoder=SIZES["huge"]())
@@ -81,3 +89,15 @@ def test_fine_tuning_sees_whole_images():
     one = footprint(classifier_size(HUGE.encoder, settings, num_classes=1000), settings, workers=8, device="cuda")
     assert one.activations > 2 * held(settings).activations
     assert one.weights == 2 * (parameter_count(HUGE.encoder) + 1281 * 1000)
+
+
+def test_decode_workers_and_what_they_read_ahead_are_the_node_s_memory():
+    plain, batch = held(), 512 * 224 * 224 * 3
+    assert with_feed(plain, processes=0, batch_bytes=batch, device="cuda") == plain
+    fed = with_feed(plain, processes=15, batch_bytes=batch, device="cuda")
+    assert fed.host - plain.host == 15 * DECODE_PROCESS_BYTES + (2 + 4) * batch
+    assert fed.total == plain.total
+    large = with_feed(plain, processes=15, batch_bytes=8 * batch, device="cuda")
+    assert large.host - plain.host == 15 * DECODE_PROCESS_BYTES + (1 + 4) * 8 * batch  # one ahead instead of two
+    on_cpu = with_feed(plain, processes=2, batch_bytes=batch, device="cpu")
+    assert on_cpu.total - plain.total == 2 * DECODE_PROCESS_BYTES + (2 + 2) * batch

@@ -27,6 +27,7 @@ class Part:
 def distant(**store):
     return Part(
         wait_seconds=0.0,
+        restarts=0,
         cache=Part(counts=CacheCounts(), store=Part(traffic=Traffic(0, 0, 0), **store)),
         order=Part(samples_per_epoch=1000),
         selection=Part(shards=[None] * 10),
@@ -40,6 +41,7 @@ def test_a_row_is_what_grew_since_the_last_one_over_all_workers():
     rows = []
     for images in (500, 2000):
         loader.wait_seconds += 0.5
+        loader.restarts += 1
         counts = loader.cache.counts
         loader.cache.counts = counts._replace(
             hits=counts.hits + 90, misses=counts.misses + 10, downloads=counts.downloads + 5
@@ -61,6 +63,7 @@ def test_a_row_is_what_grew_since_the_last_one_over_all_workers():
         assert (row["data_wait"], row["data_wait_seconds"]) == (0.25, 0.1)
         assert row["cache_hits"] == pytest.approx(0.9)
         assert (row["requests"], row["bytes_received"], row["retries"]) == (28, 4000, 4)
+    assert [row["decode_restarts"] for row in rows] == [4, 8]  # since the start
     # 20 fetches of 10 shards by 2 nodes in half an epoch, which counts whole; then 40 in two
     assert [row["shard_fetches"] for row in rows] == [1.0, 1.0]
     assert [row["epoch_coverage"] for row in rows] == [0.5, 1.0]
@@ -74,7 +77,7 @@ def test_with_shards_on_the_local_disk_there_are_no_cache_columns():
 
 
 def test_counters_only_grow():
-    assert Counters(3, 9, 1, 2, 5, 6, 7).since(Counters(1, 2, 1, 2, 5, 3, 7)) == Counters(2, 7, 0, 0, 0, 3, 0)
+    assert Counters(3, 9, 1, 2, 5, 6, 7, 4).since(Counters(1, 2, 1, 2, 5, 3, 7, 1)) == Counters(2, 7, 0, 0, 0, 3, 0, 3)
 
 
 def test_coverage_is_that_of_the_current_epoch_without_substituted_samples():

@@ -34,6 +34,7 @@ ROW = {
     "step": 4,
     "images": 40,
     "loss": 0.5,
+    "decode_restarts": 0,
     "substitutions": 0,
     "skipped_steps": 0,
     "stepped_over": 0,
@@ -154,6 +155,7 @@ def test_the_progress_line_shows_trouble_only_when_there_is_any():
         ROW
         | {
             "substitutions": 2,
+            "decode_restarts": 1,
             "skipped_steps": 1,
             "stepped_over": 3,
             "checkpoint_wait": 0.1,
@@ -163,6 +165,7 @@ def test_the_progress_line_shows_trouble_only_when_there_is_any():
     )
     assert {key: loud[key] for key in loud.keys() - quiet.keys()} == {
         "substituted": 2,
+        "decoders restarted": 1,
         "lost steps": 4,
         "saving": 0.1,
         "slow rank": 7,
