@@ -5,11 +5,14 @@
 
 The photographs become files in class folders and, through the real snapshot and shard stages, shards. Each side
 yields an endless stream of uint8 batches with the same kind of crops (RandomResizedCrop to 224, bicubic, flip),
-from two workers on two cores, then from one on one. Ours: threads. webdataset: random shards, a buffer of 1000,
-Pillow and its own batching, in torch's worker processes. ImageFolder: torchvision's reader and transforms,
-torch's DataLoader. Both are used as their documentation shows; workers persist. A turn begins when the other
-sides have filled their queues and are idle. Its first batches were made before, so they are not timed: as much
-is under way at the end of a turn as at its start.
+from 16 workers on 16 cores where there are as many, from two on two, and from one on one. Ours: threads, and
+processes (`decode_workers`). webdataset: random shards, a buffer of 1000, Pillow and its own batching, in torch's
+worker processes. ImageFolder: torchvision's reader and transforms, torch's DataLoader. Both are used as their
+documentation shows; workers persist. A turn begins when the other sides have filled their queues and are idle. Its
+first batches were made before, so they are not timed: as much is under way at the end of a turn as at its start.
+
+Then a loop of tiny operations, as one that launches a GPU's kernels, runs on this thread while the feed makes batches
+at full speed on the other cores. `loop_slowdown_*` is its time then / its time alone.
 
 Units:  images per second (wall clock, in total and per core, files in the page cache); images per second of CPU
         time, children included. Ratios: their time / ours within a turn; median and quartiles over turns.
@@ -24,7 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -47,7 +50,13 @@ from pipeline.data.feed.selection import Selection
 from pipeline.data.images.decode_speed import CROP, SIZE, cores
 from pipeline.data.images.pictures import AUGMENT_UNIFORMS, reference_picture
 
-OURS, WEBDATASET, IMAGEFOLDER = "ours", "webdataset, Pillow", "ImageFolder, torch"
+OURS, PROCESSES, WEBDATASET, IMAGEFOLDER = (
+    "ours, threads",
+    "ours, processes",
+    "webdataset, Pillow",
+    "ImageFolder, torch",
+)
+_MANY = 16
 _SHARDS = 4
 _WITHOUT_END = 10**9
 
@@ -73,8 +82,8 @@ class Taken:
     cpu: list[float]
 
 
-def ours(manifest: Manifest, plan: Plan, scratch: Path) -> Iterator[Tensor]:
-    """Yield batches of our Loader, epoch after epoch."""
+def ours(manifest: Manifest, plan: Plan, scratch: Path, *, decode_workers: int = 0) -> Iterator[Tensor]:
+    """Yield batches of our Loader, epoch after epoch; from threads, or from `decode_workers` processes."""
     selection = Selection.all(manifest, "train")
     loader = Loader(
         selection,
@@ -87,6 +96,7 @@ def ours(manifest: Manifest, plan: Plan, scratch: Path) -> Iterator[Tensor]:
         seed=0,
         cache=ShardCache(manifest.root, scratch / "cache", max_bytes=2**30),
         decode_threads=plan.workers,
+        decode_workers=decode_workers,
     )
     with closing(loader.from_step(0, _WITHOUT_END)) as batches:
         for batch in batches:
@@ -195,6 +205,7 @@ def compare(manifest: Manifest, folder: Path, scratch: Path, plan: Plan) -> tupl
     if installed("torchvision"):
         makers[IMAGEFOLDER] = lambda: image_folder(folder, plan)
     makers[WEBDATASET] = lambda: webdataset(tars, plan)
+    makers[PROCESSES] = lambda: ours(manifest, plan, scratch, decode_workers=plan.workers)
     makers[OURS] = lambda: ours(manifest, plan, scratch)  # last: its threads must start after the others have forked
     with on_cores(plan.workers), ExitStack() as stack:
         sides = {}
@@ -203,6 +214,8 @@ def compare(manifest: Manifest, folder: Path, scratch: Path, plan: Plan) -> tupl
             stack.callback(side.close)  # type: ignore[attr-defined]
             next(side)
             sides[name] = side
+        for child in multiprocessing.active_children():  # a fork server may have started on other cores
+            os.sched_setaffinity(child.pid or 0, os.sched_getaffinity(0))
         taken = take_turns(dict(reversed(sides.items())), plan)
     against = {name: _data.ratios(taken[OURS].wall, side.wall) for name, side in taken.items()}
     print(
@@ -227,6 +240,27 @@ def compare(manifest: Manifest, folder: Path, scratch: Path, plan: Plan) -> tupl
     return taken, against
 
 
+def _core_wait_s() -> float:
+    """Return how long this thread has waited for a core so far (Linux, Documentation/scheduler/sched-stats)."""
+    return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+
+
+def loop_slowdown(manifest: Manifest, plan: Plan, scratch: Path, *, decode_workers: int) -> float:
+    """Return how many times longer a loop of tiny operations takes beside the feed, without waits for batches or cores."""
+
+    one = torch.zeros(1)
+
+    def spin() -> float:
+        began, delayed = time.perf_counter(), _core_wait_s()
+        for _ in range(10_000):  # some 10 ms, less than a batch takes, so the feed is never idle
+            one.add_(1)  # releases and takes the interpreter's lock, as every launch of a kernel does
+        return time.perf_counter() - began - (_core_wait_s() - delayed)
+
+    alone = median(spin() for _ in range(20))
+    with closing(ours(manifest, plan, scratch, decode_workers=decode_workers)) as batches:  # type: ignore[type-var]
+        return median(spin() for _ in islice(batches, plan.warmup + plan.timed)) / alone
+
+
 def result(workers: int, taken: Mapping[str, Taken], against: Mapping[str, Spread]) -> dict[str, float | None]:
     """Return the keys of the JSON line that depend on the number of workers."""
     peers = {"webdataset": WEBDATASET, "imagefolder": IMAGEFOLDER}
@@ -239,7 +273,11 @@ def result(workers: int, taken: Mapping[str, Taken], against: Mapping[str, Sprea
         else None
         for key, name in peers.items()
     }
-    return {**ratios, "images_per_s_per_core": round(1 / median(taken[OURS].wall) / workers, 1), **cpu}
+    processes = {
+        "ratio_vs_processes": round(against[PROCESSES].median, 3),
+        "processes_images_per_s": round(1 / median(taken[PROCESSES].wall), 1),
+    }
+    return {**ratios, **processes, "images_per_s_per_core": round(1 / median(taken[OURS].wall) / workers, 1), **cpu}
 
 
 def measure(options: argparse.Namespace) -> dict[str, object]:
@@ -253,7 +291,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
             warmup=min(options.batches or 6, 6),
             rounds=options.rounds or (3 if options.quick else 7),
         )
-        for workers in sorted({min(2, cores()), 1}, reverse=True)
+        for workers in sorted({min(2, cores()), 1, *([_MANY] if cores() >= _MANY else [])}, reverse=True)
     ]
     print(f"{found.words}\n{timing.device_name(torch.device('cpu'))}")
     lines = {}
@@ -263,8 +301,19 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
         manifest = _data.sharded(folder, scratch, shards=_SHARDS)
         for plan in plans[:1] if options.quick else plans:
             lines[plan.workers] = result(plan.workers, *compare(manifest, folder, scratch, plan))
+        beside = replace(plans[0], workers=max(1, cores() - 1))
+        slowdown = {
+            f"loop_slowdown_{kind}": round(loop_slowdown(manifest, beside, scratch, decode_workers=processes), 3)
+            for kind, processes in (("threads", 0), ("processes", beside.workers))
+        }
+    print(
+        f"A loop of tiny operations beside {beside.workers} workers takes "
+        + ", ".join(
+            f"{times} times as long ({kind.removeprefix('loop_slowdown_')})" for kind, times in slowdown.items()
+        )
+    )
     most = max(lines)
-    line: dict[str, object] = {"benchmark": "loader", **lines[most], "workers": most}
+    line: dict[str, object] = {"benchmark": "loader", **lines[most], **slowdown, "workers": most}
     if most > 1 and 1 in lines:
         line["one_worker"] = lines[1]
     return line | {"images": found.words}
