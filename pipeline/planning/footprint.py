@@ -25,8 +25,10 @@ OVERHEAD: Mapping[Device, int] = {"cpu": 100 * _MIB, "cuda": 1024 * _MIB}
 """CPU: measured, the modules and buffers that come with the engine. CUDA: assumed, for its context and NCCL; not yet measured."""
 STATE_BYTES = 12
 """Per weight: the weight itself and AdamW's two moments, in float32."""
-DECODE_PROCESS_BYTES = 100 * _MIB
-"""Own memory of a decode worker, without what it shares with the server that it was forked from. Measured: see docs/planning.md."""
+DECODE_PROCESS_BYTES = 80 * _MIB
+"""Own memory of a decode worker, without what it shares with the server that it was forked from (docs/planning.md)."""
+DECODE_SERVER_BYTES = 320 * _MIB
+"""That server's memory: torch and what decodes."""
 MARGIN = 0.15
 """Relative error to allow for in either direction (docs/planning.md)."""
 
@@ -128,7 +130,7 @@ def with_feed(held: Footprint, *, processes: int, batch_bytes: int, device: Devi
         return held
     # those ahead, the one that is due and the one in use; on a GPU node the last two are also pinned
     batches = batches_ahead(PREFETCH_BATCHES, batch_bytes) + (2 if device == "cpu" else 4)
-    feed = processes * DECODE_PROCESS_BYTES + batches * batch_bytes
+    feed = DECODE_SERVER_BYTES + processes * DECODE_PROCESS_BYTES + batches * batch_bytes
     return held._replace(overhead=held.overhead + feed) if device == "cpu" else held._replace(host=held.host + feed)
 
 

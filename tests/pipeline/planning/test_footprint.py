@@ -7,6 +7,7 @@ import pytest
 from mae_core import SIZES, MAEConfig, activation_bytes, parameter_count
 from pipeline.planning.footprint import (
     DECODE_PROCESS_BYTES,
+    DECODE_SERVER_BYTES,
     OVERHEAD,
     autoencoder_size,
     classifier_size,
@@ -95,9 +96,11 @@ def test_decode_workers_and_what_they_read_ahead_are_the_node_s_memory():
     plain, batch = held(), 512 * 224 * 224 * 3
     assert with_feed(plain, processes=0, batch_bytes=batch, device="cuda") == plain
     fed = with_feed(plain, processes=15, batch_bytes=batch, device="cuda")
-    assert fed.host - plain.host == 15 * DECODE_PROCESS_BYTES + (2 + 4) * batch
+    assert fed.host - plain.host == DECODE_SERVER_BYTES + 15 * DECODE_PROCESS_BYTES + (2 + 4) * batch
     assert fed.total == plain.total
     large = with_feed(plain, processes=15, batch_bytes=8 * batch, device="cuda")
-    assert large.host - plain.host == 15 * DECODE_PROCESS_BYTES + (1 + 4) * 8 * batch  # one ahead instead of two
+    assert (
+        large.host - plain.host == DECODE_SERVER_BYTES + 15 * DECODE_PROCESS_BYTES + (1 + 4) * 8 * batch
+    )  # one ahead instead of two
     on_cpu = with_feed(plain, processes=2, batch_bytes=batch, device="cpu")
-    assert on_cpu.total - plain.total == 2 * DECODE_PROCESS_BYTES + (2 + 2) * batch
+    assert on_cpu.total - plain.total == DECODE_SERVER_BYTES + 2 * DECODE_PROCESS_BYTES + (2 + 2) * batch

@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from training_kit import Team, attempt_at, checkpoint_state, in_a_process, mae_spec, pretrain_config, pretrain_on_ray
+from training_kit import (
+    Team,
+    attempt_at,
+    checkpoint_state,
+    in_a_process,
+    mae_spec,
+    pretrain_config,
+    pretrain_here,
+    pretrain_on_ray,
+)
 
 from pipeline.training.launch import run_worker
 
@@ -28,3 +37,14 @@ def test_a_killed_worker_changes_nothing(shards, tmp_path):
     expected = checkpoint_state(calm.root_uri, f"g0001/{step}")
     state = checkpoint_state(attempt.root_uri, disturbed.result.notes["checkpoint"])
     assert all(torch.equal(state[key], expected[key]) for key in expected)
+
+
+@pytest.mark.system
+def test_decode_workers_inside_a_ray_worker_change_nothing(shards, tmp_path):
+    """The worker reserves a CPU for its decode worker, and trains on the same samples to the same loss as in this process."""
+    attempt = attempt_at(tmp_path / "ray", executor="ray", decode_workers=1)
+    fed = in_a_process(pretrain_on_ray, shards, attempt, pretrain_config(), ())
+    alone = pretrain_here(shards, tmp_path / "alone")
+    assert fed.left == []
+    assert fed.result.facts["ids_digest"] == alone.facts["ids_digest"]
+    assert fed.result.facts["loss"] == pytest.approx(alone.facts["loss"], rel=1e-6)
