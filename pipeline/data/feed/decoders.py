@@ -37,8 +37,6 @@ THREAD_CHUNK = 8
 """Samples that a thread decodes per task: about 10 ms of work."""
 PROCESS_CHUNK = 64
 """The most samples that a process decodes per task: 150 ms of work, against some 0.2 ms for handing it over."""
-ANSWER_S = 240.0
-"""How long a worker process may take for a task, including a shard's download, before it counts as hung. Below `watchdog_s`."""
 MOST_RESTARTS = 3
 """How often in a row, without a batch in between, dead workers are replaced."""
 _FOR_THE_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -137,8 +135,9 @@ class _Job(NamedTuple):
 class DecodeProcesses:
     """Worker processes. A batch that is pinned is copied once more, since only this process can pin."""
 
-    def __init__(self, maker: PictureMaker, processes: int, *, pin_memory: bool) -> None:
-        self.maker, self.processes, self.pin_memory = maker, processes, pin_memory
+    def __init__(self, maker: PictureMaker, processes: int, *, pin_memory: bool, answer_s: float) -> None:
+        """`answer_s`: how long a worker may take for a part, including its shards' download, before it counts as hung."""
+        self.maker, self.processes, self.pin_memory, self.answer_s = maker, processes, pin_memory, answer_s
         self.jobs: deque[_Job] = deque()
         self.restarts = self._restarts_in_a_row = 0
         start_fork_server(maker)
@@ -200,7 +199,7 @@ class DecodeProcesses:
         """Wait until a job is filled; replace the workers if they died or hang."""
         for future in job.futures:
             try:
-                future.result(ANSWER_S)
+                future.result(self.answer_s)
             except BrokenProcessPool:
                 self._replace_workers(hung=False)
                 return
@@ -216,7 +215,7 @@ class DecodeProcesses:
             for worker in workers.values():
                 worker.kill()
         self.pool.shutdown(cancel_futures=True)
-        cause = f"no answer within {ANSWER_S:g} s" if hung else _ends(workers)
+        cause = f"no answer within {self.answer_s:g} s" if hung else _ends(workers)
         self.restarts, self._restarts_in_a_row = self.restarts + 1, self._restarts_in_a_row + 1
         if self._restarts_in_a_row > MOST_RESTARTS:
             raise PipelineError(

@@ -69,10 +69,12 @@ class Loader:
         pin_memory: bool = False,
         fetch_bytes: int | None = None,
         noise: Noise | None = None,
+        answer_s: float = 240.0,
     ) -> None:
         """Check the settings; with `decode_workers`, start the server that forks them.
 
         `decode_workers`: processes that decode; 0: `decode_threads` threads of this process do.
+        `answer_s`: how long such a process may take for its part of a batch, including downloads, before it counts as hung.
         `fetch_bytes`: size of the shards that this rank may have in its lookahead; None: the size of the cache.
         """
         if not np.array_equal(order.served_counts, selection.counts):
@@ -90,7 +92,7 @@ class Loader:
         self.global_batch, self.rank, self.world_size = global_batch, rank, world_size
         self.maker = PictureMaker(cache=cache, augment=augment, image_size=image_size, seed=seed, noise=noise)
         self.decode_threads, self.decode_workers = decode_threads, decode_workers
-        self.prefetch_batches, self.pin_memory = prefetch_batches, pin_memory
+        self.prefetch_batches, self.pin_memory, self.answer_s = prefetch_batches, pin_memory, answer_s
         self.fetch_bytes = cache.max_bytes if fetch_bytes is None else fetch_bytes
         self.wait_seconds = 0.0
         """Time that the consumer has spent waiting for batches so far."""
@@ -149,7 +151,7 @@ class Loader:
         under_way: deque[Slots] = deque()
         decoders: Decoders
         if self.decode_workers:
-            decoders = DecodeProcesses(maker, self.decode_workers, pin_memory=self.pin_memory)
+            decoders = DecodeProcesses(maker, self.decode_workers, pin_memory=self.pin_memory, answer_s=self.answer_s)
         else:
             decoders = DecodeThreads(maker, self.decode_threads, pin_memory=self.pin_memory)
         restarts = self.restarts

@@ -21,6 +21,6 @@ class Feed:
         return next(self.batches)
 
     def close(self) -> None:
-        """End the loader's threads."""
+        """End the loader's threads and processes."""
         if self.batches:
             self.batches.close()

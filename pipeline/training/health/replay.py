@@ -68,8 +68,9 @@ def replay(bundle: Bundle, root: Store, spec: TrainSpec, *, most_steps: int, tel
     `root` is the training step's directory. `most_steps` limits the steps between the checkpoint and the bundle's step.
     `tell` gets a line about where the replay starts.
     """
-    # One process has nothing to shard, and no other rank to gather weights from.
-    spec = replace(spec, resources=spec.resources.model_copy(update={"zero_stage": 1, "offload": "none"}))
+    # One process has nothing to shard, and no other rank to gather weights from. It may be on a smaller machine.
+    alone = {"zero_stage": 1, "offload": "none", "decode_workers": 0}
+    spec = replace(spec, resources=spec.resources.model_copy(update=alone))
     leave_launcher()  # or variables of a batch system would make it wait for workers
     world = enter_world()
     if world.size > 1:

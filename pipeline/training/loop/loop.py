@@ -158,6 +158,7 @@ class _Training:
         self.step_log.begin(self.position)
         with closing(self.profiler):
             stopped = self._steps()  # leaving the block ends a profile that the last step left open
+        self.feed.close()  # frees memory and cores for the evaluation's feed
         self._check_not_fenced(stopped)
         # After a stop, or at an end that the interval misses. Training that resumes at its end saves nothing again.
         if self.position.saved_at != self.position.global_step:

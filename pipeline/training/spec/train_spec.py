@@ -77,6 +77,7 @@ class TrainSpec:
             decode_workers=self.resources.decode_processes,
             pin_memory=world.device.type == "cuda",
             noise=self.task.noise,
+            answer_s=0.8 * self.resources.watchdog_s,  # a hung decode worker is replaced before the watchdog complains
             fetch_bytes=self.resources.cache_max_bytes // world.local_size,  # workers on a node share its cache
         )
 
