@@ -285,11 +285,10 @@ _maker: PictureMaker
 def _begin_worker(maker: PictureMaker) -> None:
     global _maker  # noqa: PLW0603 - a pool hands its tasks to plain functions
     _maker = maker
-    for one in _FOR_THE_PARENT:
-        signal.signal(one, signal.SIG_IGN)  # which also drops what arrived while they were blocked
     os.setsid()  # out of reach of signals to the group and to the session
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_THE_PARENT)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the pool ends its workers with it
+    for one in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(one, signal.SIG_IGN)  # which also drops what arrived while they were blocked
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_THE_PARENT)  # the pool ends its workers with SIGTERM
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
 

@@ -9,6 +9,7 @@ Errors: those of the cache, for a shard that cannot be fetched."""
 import os
 import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -69,16 +70,12 @@ class PictureMaker:
     seed: int
     noise: Noise | None = None
 
-    @property
+    @cached_property
     def layout(self) -> BatchLayout:
         """The layout of the batches."""
-        return BatchLayout(image_size=self.image_size, noise_shape=self.noise_shape)
-
-    @property
-    def noise_shape(self) -> tuple[int, ...]:
-        """The shape of a sample's noise."""
         none = np.empty(0, np.int64)
-        return self.noise(none, none).shape[1:] if self.noise else (0,)
+        shape = self.noise(none, none).shape[1:] if self.noise else (0,)
+        return BatchLayout(image_size=self.image_size, noise_shape=shape)
 
     def fill(self, batch: Batch, part: Part) -> list[tuple[int, Unreadable]]:
         """Fill in pictures and noise of some positions; return the positions whose pictures cannot be made."""
