@@ -32,7 +32,9 @@ def noise(epochs, sample_ids):
 
 
 def workers():
-    return [process.pid for process in multiprocessing.active_children()]
+    """Return the decode workers of this process, which may have other children too: the teams of other tests."""
+    children = multiprocessing.active_children()
+    return [child.pid for child in children if isinstance(child, multiprocessing.context.ForkServerProcess)]
 
 
 def stat(pid):
