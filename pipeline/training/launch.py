@@ -82,7 +82,8 @@ def run_worker(spec: TrainSpec, attempt: Attempt) -> None:
     )
     answer: Mapping[str, Any]
     try:
-        answer = asdict(train(spec, attempt, world=world, tracker=tracker, stop_signal=stop_signal_of(attempt, world)))
+        with stop_signal_of(attempt, world) as stop_signal:
+            answer = asdict(train(spec, attempt, world=world, tracker=tracker, stop_signal=stop_signal))
     except (PipelineError, ConfigError) as error:
         # Returned instead of raised: Ray Train would restart the group for it, and it would only happen again.
         answer = {"error": type(error).__name__, "message": str(error)}
