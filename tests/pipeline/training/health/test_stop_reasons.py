@@ -28,7 +28,7 @@ from pipeline.training.health.stop_reasons import (
 )
 from pipeline.training.launch import RESULT
 from pipeline.training.loop.loop import train
-from pipeline.training.world import enter_world
+from pipeline.training.world import Unanswered, enter_world
 
 # --- reasons -----------------------------------------------------------------------------------------------------------------
 
@@ -205,6 +205,7 @@ class WorkerDied(Exception):
     [
         ([RuntimeError("Connection closed by peer")], "infrastructure"),
         ([ConnectionResetError()], "infrastructure"),
+        ([Unanswered("rank 0 of 2 waited"), RuntimeError()], "infrastructure"),
         ([WorkerDied(preempted=False), RuntimeError()], "infrastructure"),
         ([RuntimeError(), WorkerDied(preempted=True)], "preempted"),
         ([RuntimeError(), torch.OutOfMemoryError()], "memory"),
