@@ -253,18 +253,22 @@ class _Training:
 
     def _step(self, batch: Batch) -> Judgement:
         """Take one global batch: move the position, and the weights too unless the guard objects."""
-        position, engine, recipe = self.position, self.engine, self.spec.recipe
+        position, engine, recipe, phase = self.position, self.engine, self.spec.recipe, self.watchdog.phase
         lr = recipe.learning_rate(position.global_step, self.loader.order.samples_per_epoch)
         # The first touch of the device in a step: until here all is host memory, read ahead by the loader.
-        micro_batches = split(self.spec.task.inputs(batch), engine.settings, self.world.device)
+        with phase("copy"):
+            micro_batches = split(self.spec.task.inputs(batch), engine.settings, self.world.device)
         engine.accumulate(micro_batches, global_batch=recipe.global_batch)
-        # Reduced before the optimiser moves, so that every rank judges the same two numbers and decides alike.
-        with self.watchdog.phase("check"):  # here the thread waits until the GPU has caught up
-            loss_sum, squared_norm = self.world.total(engine.measured())
+        with phase("check"):  # here the thread waits until the GPU has caught up
+            measured = engine.measured()
+        # Reduced before the optimiser moves, so that every rank judges the same two numbers and decides alike. A phase of its
+        # own, so that the rank whose GPU hangs is told from those that wait for it.
+        with phase("agree"):
+            loss_sum, squared_norm = self.world.total(measured)
         # Padding weighs 0, so the sum over B real samples divided by B is the exact global mean.
         stats = StepStats(position.global_step, loss_sum / recipe.global_batch, math.sqrt(squared_norm))
         judgement = judge(recipe.guard, position.guard, stats, self.total_steps)
-        with self.watchdog.phase("step"):
+        with phase("step"):
             if judgement.verdict == "go":
                 engine.apply(lr, grad_norm=stats.grad_norm)
                 position.loss, position.grad_norm = stats.loss, stats.grad_norm  # rows stay finite: accepted steps only
