@@ -47,6 +47,8 @@ class World:
     group: Any
     local_size: int = 1
     """Workers on this worker's node, which share its disk."""
+    local_rank: int = 0
+    """This worker's number on its node; ranks of a node follow each other."""
 
     @property
     def is_first(self) -> bool:
@@ -188,8 +190,9 @@ def enter_world(timeout_s: float = COLLECTIVE_TIMEOUT_S) -> World:
         torch.cuda.set_device(device)
     # With NCCL as the default group, agreement needs a second group on the CPU; with gloo the default one serves.
     group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by Ray Train and torchrun
-    return World(dist.get_rank(), dist.get_world_size(), device, group, local_size)
+    # Set by Ray Train and torchrun. DeepSpeed sets the rank, to 0, even without a launcher.
+    local_size, local_rank = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+    return World(dist.get_rank(), dist.get_world_size(), device, group, local_size, local_rank)
 
 
 def _leave() -> None:
