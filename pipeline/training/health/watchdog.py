@@ -24,13 +24,13 @@ from typing import Literal, NamedTuple, Self
 
 from pipeline.errors import StorageError
 from pipeline.storage import Store
+from pipeline.training.meters.step_clocks import Phase
 from pipeline.training.world import World
 
 FOLDER = "stacks/"
 EXIT_CODE = 75
 """Of a worker that ended itself because it hung."""
 
-Phase = Literal["profile", "data", "agree", "copy", "forward", "backward", "check", "step", "log", "save"]
 MEANINGS: Mapping[Phase, str] = {
     "data": "waiting for its feed",
     "agree": "waiting for the other ranks",
