@@ -78,8 +78,9 @@ class Resources(BaseModel):
     """Time limit of the run. It is asked to stop `grace_s` before that. If left out: no limit."""
     grace_s: float = Field(120.0, ge=0)
     """Time for the last checkpoint before wall_clock_s."""
-    collective_timeout_s: int = Field(600, ge=10)
-    """How long workers wait for one another before the operation fails."""
+    collective_timeout_s: int = Field(1800, ge=10)
+    """How long workers wait for one another before the operation fails: longer than the slowest takes to fetch a checkpoint or to
+    compile. A worker that dies is noticed at once, and one that hangs in a step by `watchdog_s`."""
     watchdog_s: float = Field(300, gt=0)
     """If a phase of a training step takes longer, every worker writes its stacks to the store. After twice that time, workers that
     Ray Train can restart end themselves."""

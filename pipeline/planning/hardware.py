@@ -18,6 +18,7 @@ import yaml
 
 from pipeline.errors import ConfigError
 from pipeline.training.meters.matmul_peak import matmul_peak
+from pipeline.training.meters.slowness import FORESEEN_MFU
 
 CPU = "CPU"
 Precision = Literal["bf16", "fp32"]
@@ -84,7 +85,7 @@ def local_cpu() -> Hardware:
         kind="cpu",
         memory_bytes=host_memory_bytes(),
         peaks={},
-        mfu=(0.6, 0.75),  # measured: docs/performance.md
+        mfu=FORESEEN_MFU["cpu"],
         source="its peak measured now, by a matrix product on all cores",
     )
 
@@ -108,7 +109,7 @@ def local_gpu() -> Hardware | None:
         kind="cuda",
         memory_bytes=properties.total_memory,
         peaks=known.peaks if known else {},
-        mfu=known.mfu if known else (0.3, 0.5),  # the table's range for every GPU
+        mfu=known.mfu if known else FORESEEN_MFU["cuda"],
         source=known.source if known else "torch",
     )
 

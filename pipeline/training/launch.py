@@ -4,7 +4,7 @@ A PipelineError is never retried: all workers return, rank 0 writes it down, and
 Workers also save and return when their node is about to go, or when there is room for more of them. The group is then
 started again on the nodes there are, and nothing is trained twice.
 Errors: Stopped when asked to stop, or when there is no more room; Fenced; a worker's own PipelineError or ConfigError;
-PipelineError when the training is given up."""
+PipelineError when the training is given up. Unanswered, a PipelineError that is retried, if a worker does not come in time."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from pipeline.training.health.failures import FailureStreak, reason_to_give_up
 from pipeline.training.health.stop_reasons import stop_on_sigterm_if_unhandled, stop_signal_of
 from pipeline.training.loop.loop import TrainingResult, train
 from pipeline.training.spec.train_spec import TrainSpec
-from pipeline.training.world import ELSEWHERE, enter_world, leave_launcher
+from pipeline.training.world import ELSEWHERE, Unanswered, enter_world, leave_launcher
 
 RESULT = "trained.json"
 """The loop's result in the generation's directory: how a worker group answers the stage that started it."""
@@ -76,13 +76,16 @@ def _reason_not_to_restart(attempt: Attempt) -> str:
 def run_worker(spec: TrainSpec, attempt: Attempt) -> None:
     """Run the loop as one worker of the world; rank 0 writes the answer to the store."""
     stop_on_sigterm_if_unhandled()
-    world = enter_world()
+    world = enter_world(attempt.resources.collective_timeout_s)
     tracker = (
         open_tracker(attempt.tracking_uri, attempt.mlflow_run_id, attempt.store) if world.is_first else NullTracker()
     )
     answer: Mapping[str, Any]
     try:
-        answer = asdict(train(spec, attempt, world=world, tracker=tracker, stop_signal=stop_signal_of(attempt, world)))
+        with stop_signal_of(attempt, world) as stop_signal:
+            answer = asdict(train(spec, attempt, world=world, tracker=tracker, stop_signal=stop_signal))
+    except Unanswered:
+        raise  # the workers cannot agree on an answer either, and starting them again may help
     except (PipelineError, ConfigError) as error:
         # Returned instead of raised: Ray Train would restart the group for it, and it would only happen again.
         answer = {"error": type(error).__name__, "message": str(error)}

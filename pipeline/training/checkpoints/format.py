@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -92,8 +92,10 @@ class Checkpoint:
     def __init__(
         self, root: Store, key: str, manifest: CheckpointManifest, paths: Mapping[str, Path], stack: ExitStack
     ) -> None:
-        self.root, self.key, self.manifest = root, key, manifest
-        self._paths, self._stack = paths, stack
+        self.root, self.key, self.manifest, self.paths = root, key, manifest, paths
+        self._stack = stack
+        # Opened now, as the tensors' files are: their names may go before this checkpoint is closed.
+        self._history = stack.enter_context(paths[HISTORY].open())
         self._pieces: dict[tuple[str, str], list[_Piece]] = {}
         for path in (path for name, path in paths.items() if name.endswith(".safetensors")):
             file = stack.enter_context(
@@ -162,7 +164,8 @@ class Checkpoint:
 
     def history(self) -> list[dict[str, float]]:
         """Return the logged rows up to this step."""
-        return [json.loads(line) for line in self._paths[HISTORY].read_text().splitlines()]
+        self._history.seek(0)
+        return [json.loads(line) for line in self._history]
 
 
 def checkpoint_folder(global_step: int) -> str:
@@ -253,12 +256,16 @@ def _first_valid(root: Store, keys: Iterable[str]) -> Checkpoint | None:
     return None
 
 
-def open_checkpoint(root: Store, key: str) -> Checkpoint:
-    """Fetch and verify the files of one checkpoint. Remote files go to a scratch folder that is removed on closing."""
+def open_checkpoint(root: Store, key: str, *, verified: Mapping[str, Path] = MappingProxyType({})) -> Checkpoint:
+    """Fetch and verify the files of one checkpoint. Remote files go to a scratch folder that is removed on closing.
+
+    `verified`: where another process of this node has fetched and verified them. A file that is not there is fetched.
+    """
     manifest = read_manifest(root, key)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mae-checkpoint-")))
-        paths = {file.name: _verified(root, key, file, scratch) for file in manifest.files}
+        shared = {file.name: verified[file.name] for file in manifest.files if _lies_at(verified.get(file.name), file)}
+        paths = {file.name: shared.get(file.name) or _verified(root, key, file, scratch) for file in manifest.files}
         # From here on the scratch folder lives as long as the checkpoint; an error before this removes it.
         return Checkpoint(root, key, manifest, paths, stack.pop_all())
 
@@ -289,6 +296,11 @@ def check_cursor(checkpoint: Checkpoint, expected: Mapping[str, Any]) -> None:
                 f"{checkpoint.key} counts its position in another order of samples: {field} was {was}, is now {is_now}. "
                 f"Restore that field, or train from the start under another config"
             )
+
+
+def _lies_at(path: Path | None, file: CheckpointFile) -> bool:
+    """Whether the file is there. Names of scratch folders are random, so that of another machine is on none but that."""
+    return path is not None and path.is_file() and path.stat().st_size == file.bytes
 
 
 def _verified(root: Store, key: str, file: CheckpointFile, scratch: Path) -> Path:

@@ -71,7 +71,8 @@ def opened_on_all_ranks(world: World, find: Callable[[], Checkpoint | None]) -> 
     """Open on every rank the checkpoint that `find` returns on rank 0; None if it finds none.
 
     Only rank 0 searches: between two listings of the store a checkpoint may appear or be pruned, and ranks that chose
-    different ones would train on different weights. Each rank then fetches and verifies all files by itself.
+    different ones would train on different weights. The first rank of each node fetches and verifies the files; the others
+    on its node read the same ones.
     """
     with ExitStack() as stack:
         checkpoint = None
@@ -80,7 +81,14 @@ def opened_on_all_ranks(world: World, find: Callable[[], Checkpoint | None]) -> 
                 stack.enter_context(checkpoint)
         # Rank 0 has found one or failed by now; a failure after this point would leave the others in the broadcast.
         root_uri, key = world.broadcast((checkpoint.root.uri, checkpoint.key) if checkpoint else ("", ""))
-        with world.fail_together():
-            if key and not world.is_first:
-                checkpoint = stack.enter_context(open_checkpoint(open_store(root_uri), key))
+        if key:
+            with world.fail_together():
+                if world.local_rank == 0 and checkpoint is None:
+                    checkpoint = stack.enter_context(open_checkpoint(open_store(root_uri), key))
+            verified = world.all_gather(checkpoint.paths if checkpoint else {})
+            # Once this is over, every rank has its files open, so the first of a node may remove their names.
+            with world.fail_together():
+                if checkpoint is None:
+                    store, of_node = open_store(root_uri), verified[world.rank - world.local_rank]
+                    checkpoint = stack.enter_context(open_checkpoint(store, key, verified=of_node))
         yield checkpoint

@@ -28,7 +28,7 @@ from pipeline.training.checkpoints.format import (
 from pipeline.training.checkpoints.host_copy import Allocator, HostCopy, in_memory
 from pipeline.training.checkpoints.retention import Pruner, Retention
 from pipeline.training.engine.deepspeed_engine import Fragment
-from pipeline.training.world import ELSEWHERE, World
+from pipeline.training.world import ELSEWHERE, Unanswered, World
 
 LOSS_ROWS = 10
 """Logged rows whose mean loss ranks a checkpoint: a single batch is too noisy."""
@@ -144,6 +144,8 @@ def saving(saver: Saver) -> Iterator[Saver]:
     try:
         yield saver
         saver.finish()
+    except Unanswered:
+        raise  # completing takes an agreement of all workers
     except (PipelineError, ConfigError):
         try:
             saver.finish()

@@ -1,6 +1,8 @@
 """Why a worker should stop: what it learns itself (a signal, its node's notice) and, on rank 0, from the store and the cluster.
 
-Each rank asks for itself and reports at the next step boundary, where all ranks agree on one reason (`loop/loop.py`).
+Each rank asks for itself and reports at the next step boundary, where all ranks agree on one reason (`loop/loop.py`). The store
+and the cluster are asked by a thread: an endpoint that is down would hold every step of every worker for as long as its
+timeouts and retries last. The loop's thread only reads what the last answers were.
 Units: seconds."""
 
 import logging
@@ -8,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 from pipeline import cluster
 from pipeline.errors import Fenced, StorageError
@@ -43,6 +45,10 @@ DRAIN_POLL_S = 2.0
 """Between two looks at whether this node is about to go. Notice is given 30 s (pods) to 120 s (spot machines) ahead."""
 ROOM_POLL_S = 5.0
 """Between two looks for room for more workers. Two in a row must find some, because growing costs a restart."""
+_TICK_S = 0.25
+"""Between two rounds of questions; each question has its own, longer interval."""
+_FIRST_ANSWERS_S = 5.0
+"""How long training waits at its start, so that a request made before is heard before the first step."""
 _terminated = threading.Event()  # of the process, as signal handlers are
 
 
@@ -63,22 +69,29 @@ class StoreStopSignal:
 
     def __init__(self, attempt: Attempt, clock: Callable[[], float] = time.monotonic) -> None:
         self.attempt, self.clock, self.polled_at = attempt, clock, -STORE_POLL_S
+        self.answer: StopReason = ""
 
     def stop_reason(self) -> StopReason:
-        """Return `asked`, `fenced` or nothing. If the store does not answer, training goes on and the store is asked later."""
+        """Return `asked`, `fenced` or nothing, at most `STORE_POLL_S` old. It may block for as long as the store does.
+
+        If the store fails, its last answer stands, and it is asked again later.
+        """
         now = self.clock()
-        if now - self.polled_at < STORE_POLL_S:
-            return ""
-        self.polled_at = now
+        if now - self.polled_at >= STORE_POLL_S:
+            self.polled_at = now
+            try:
+                self.answer = self._ask()
+            except StorageError as error:
+                log.warning("cannot see whether this run is asked to stop: %s", error)
+        return self.answer
+
+    def _ask(self) -> StopReason:
         try:
             # Before the request: once a newer generation has claimed the step, this one must not even save.
             check_fence(self.attempt.root, self.attempt.generation)
-            return "asked" if self.attempt.root.exists(stop_request_key(self.attempt.generation)) else ""
         except Fenced:
             return "fenced"
-        except StorageError as error:
-            log.warning("cannot see whether this run is asked to stop: %s", error)
-            return ""
+        return "asked" if self.attempt.root.exists(stop_request_key(self.attempt.generation)) else ""
 
 
 class DebouncedCheck:
@@ -100,7 +113,7 @@ class DebouncedCheck:
 
 
 class CombinedStopSignal:
-    """All reasons of one worker to stop."""
+    """What the store and the cluster say to one worker. May block."""
 
     def __init__(self, store: StoreStopSignal | None, checks: Sequence[tuple[Callable[[], bool], StopReason]]) -> None:
         self.store, self.checks = store, checks
@@ -111,9 +124,44 @@ class CombinedStopSignal:
         return from_store or next((reason for holds, reason in self.checks if holds()), "")
 
 
-def stop_signal_of(attempt: Attempt, world: World) -> CombinedStopSignal:
+class PolledStopSignal:
+    """Asks another stop signal in a thread, so that whatever it waits for holds no step up; hears SIGTERM by itself.
+
+    A context manager: the thread begins and ends with it.
+    """
+
+    def __init__(self, source: StopSignal) -> None:
+        self.source = source
+        self._answer: StopReason = ""  # written by the thread, read by the loop
+        self._answered, self._ended = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._poll, name="stop-reasons", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self._answered.wait(_FIRST_ANSWERS_S)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()  # not joined: the thread may be waiting for a store that does not answer
+
+    def stop_reason(self) -> StopReason:
+        """Return the last answer, or `preempted` after SIGTERM, whichever comes first in `REASONS`. Waits for nothing."""
+        found = {self._answer, "preempted" if _terminated.is_set() else ""}
+        return next((reason for reason in REASONS if reason in found), "")
+
+    def _poll(self) -> None:
+        while not self._ended.is_set():
+            try:
+                self._answer = self.source.stop_reason()
+            except Exception as error:  # noqa: BLE001 - a thread that died would leave later requests unheard
+                log.warning("cannot see whether this worker should stop: %s", error)
+            self._answered.set()
+            self._ended.wait(_TICK_S)
+
+
+def stop_signal_of(attempt: Attempt, world: World) -> PolledStopSignal:
     """Return the stop signal of this worker. Rank 0 alone polls the store and the cluster, for all."""
-    checks: list[tuple[Callable[[], bool], StopReason]] = [(_terminated.is_set, "preempted")]
+    checks: list[tuple[Callable[[], bool], StopReason]] = []
     if attempt.executor == "ray":
         checks.append((DebouncedCheck(cluster.this_node_is_draining, every_s=DRAIN_POLL_S, length=1), "preempted"))
         _, most = attempt.resources.worker_range
@@ -124,4 +172,4 @@ def stop_signal_of(attempt: Attempt, world: World) -> CombinedStopSignal:
                 lambda: cluster.worker_capacity(need, of="free") > 0, every_s=ROOM_POLL_S, length=2
             )
             checks.append((has_room, "resized"))
-    return CombinedStopSignal(StoreStopSignal(attempt) if world.is_first else None, checks)
+    return PolledStopSignal(CombinedStopSignal(StoreStopSignal(attempt) if world.is_first else None, checks))

@@ -5,7 +5,9 @@ for it in a collective, so every rank's deadline passes, and a rank that could n
 one whose phase does not wait for others. After twice the limit, a worker that would be restarted (by Ray Train, `max_failures`
 times) ends itself, as the waiting ones would at the collective's own timeout. Where nothing restarts workers, the decision is
 left to a person.
-Nothing is watched between phases. A Python thread needs the interpreter lock, so a C call that holds it is not seen.
+Nothing is watched between phases. A Python thread needs the interpreter lock, so a C call that holds it is not seen; torch
+releases it while it waits for a GPU or for other ranks. A kernel that hangs is seen in phase `check`, where the host reads
+what the passes have computed, or in an earlier one if the GPU's queue is full.
 Units: seconds."""
 
 import faulthandler
@@ -16,19 +18,25 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal, NamedTuple, Self
 
 from pipeline.errors import StorageError
 from pipeline.storage import Store
+from pipeline.training.meters.step_clocks import Phase
 from pipeline.training.world import World
 
 FOLDER = "stacks/"
 EXIT_CODE = 75
 """Of a worker that ended itself because it hung."""
 
-Phase = Literal["profile", "data", "agree", "forward", "backward", "check", "step", "log", "save"]
+MEANINGS: Mapping[Phase, str] = {
+    "data": "waiting for its feed",
+    "agree": "waiting for the other ranks",
+    "check": "waiting for its GPU to finish the passes; a kernel that hangs, or a reduction that another rank has not joined",
+}
+"""Of the phases in which a rank waits for something outside its own thread."""
 
 log = logging.getLogger(__name__)
 
@@ -97,9 +105,10 @@ class Watchdog:
 
     def _report(self, phase: Phase, waited: float) -> None:
         """Write every stack of this rank to the attempt's directory, or to the log if the store refuses."""
+        meaning = f" ({MEANINGS[phase]})" if phase in MEANINGS else ""
         head = (
             f"rank {self.world.rank} of {self.world.size} on {socket.gethostname()}, process {os.getpid()}: in phase {phase} of "
-            f"step {self.step} for {waited:.1f} s, resources.watchdog_s={self.limit_s:g}"
+            f"step {self.step} for {waited:.1f} s, resources.watchdog_s={self.limit_s:g}{meaning}"
         )
         with tempfile.TemporaryFile("w+") as file:  # faulthandler writes to a file descriptor, not to a stream
             faulthandler.dump_traceback(file, all_threads=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.training.checkpoints.position import Position
-from pipeline.training.health.watchdog import Phase
+from pipeline.training.meters.step_clocks import Phase
 
 Moment = Literal["before_step", "after_step"]
 

@@ -36,6 +36,8 @@ from pipeline.training.loop.restore import roll_back, start
 from pipeline.training.loop.scoring import evaluate
 from pipeline.training.loop.step_log import StepLog
 from pipeline.training.meters.profiler import Profiler
+from pipeline.training.meters.slowness import SpeedWatch
+from pipeline.training.meters.step_clocks import GpuClock, PhaseClock
 from pipeline.training.meters.telemetry import TrainingMeter, as_points
 from pipeline.training.spec.train_spec import TrainSpec
 from pipeline.training.world import ELSEWHERE, World
@@ -76,9 +78,11 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(closing(engine))
         watchdog = stack.enter_context(_watchdog(spec, attempt, world))
-        engine.phase = watchdog.phase
+        phases, gpu = PhaseClock(watchdog.phase), GpuClock(world.device)
+        engine.phase = phases
         saver = stack.enter_context(saving(_saver(spec, attempt, world, engine)))
-        meter = stack.enter_context(closing(TrainingMeter(spec, loader, engine.module, world, position.global_step)))
+        meter = TrainingMeter(spec, loader, engine.module, world, position.global_step, phases=phases, gpu=gpu)
+        stack.enter_context(closing(meter))
         feed = stack.enter_context(closing(Feed(loader, total_steps)))
         # One rank's trace shows where a step's time goes, waits for the others included.
         window = spec.resources.profile_steps if world.is_first else None
@@ -92,6 +96,7 @@ def train(
             meter=meter,
             total_steps=total_steps,
             samples_per_epoch=samples_per_epoch,
+            speed=SpeedWatch(spec.resources, "cuda" if world.device.type == "cuda" else "cpu"),
         )
         return _Training(
             spec=spec,
@@ -102,6 +107,8 @@ def train(
             loader=loader,
             engine=engine,
             watchdog=watchdog,
+            phase=phases,
+            gpu=gpu,
             saver=saver,
             meter=meter,
             feed=feed,
@@ -141,6 +148,8 @@ class _Training:
     loader: Loader
     engine: Engine
     watchdog: Watchdog
+    phase: PhaseClock
+    gpu: GpuClock
     saver: Saver
     meter: TrainingMeter
     feed: Feed
@@ -188,7 +197,7 @@ class _Training:
 
     def _steps(self) -> StopReason:
         """Take step after step; return why they stopped early, or an empty string if they did not."""
-        phase = self.watchdog.phase
+        phase = self.phase
         while self.position.global_step < self.total_steps:
             self.watchdog.step = self.position.global_step
             self._run_due("before_step")
@@ -209,7 +218,7 @@ class _Training:
         return ""
 
     def _run_due(self, moment: Moment) -> None:
-        run_due(self.actions, moment, self.position, total_steps=self.total_steps, phase=self.watchdog.phase)
+        run_due(self.actions, moment, self.position, total_steps=self.total_steps, phase=self.phase)
 
     def _next(self) -> tuple[Batch | None, PipelineError | None]:
         """Return this rank's part of the next global batch, or the error that prevents it."""
@@ -253,23 +262,32 @@ class _Training:
 
     def _step(self, batch: Batch) -> Judgement:
         """Take one global batch: move the position, and the weights too unless the guard objects."""
-        position, engine, recipe = self.position, self.engine, self.spec.recipe
+        position, engine, recipe, phase = self.position, self.engine, self.spec.recipe, self.phase
         lr = recipe.learning_rate(position.global_step, self.loader.order.samples_per_epoch)
         # The first touch of the device in a step: until here all is host memory, read ahead by the loader.
-        micro_batches = split(self.spec.task.inputs(batch), engine.settings, self.world.device)
+        self.gpu.mark("begin")
+        with phase("copy"):
+            micro_batches = split(self.spec.task.inputs(batch), engine.settings, self.world.device)
+        self.gpu.mark("copied")
         engine.accumulate(micro_batches, global_batch=recipe.global_batch)
-        # Reduced before the optimiser moves, so that every rank judges the same two numbers and decides alike.
-        with self.watchdog.phase("check"):  # here the thread waits until the GPU has caught up
-            loss_sum, squared_norm = self.world.total(engine.measured())
+        self.gpu.mark("passed")
+        with phase("check"):  # here the thread waits until the GPU has caught up
+            measured = engine.measured()
+        # Reduced before the optimiser moves, so that every rank judges the same two numbers and decides alike. A phase of its
+        # own, so that the rank whose GPU hangs is told from those that wait for it.
+        with phase("agree"):
+            loss_sum, squared_norm = self.world.total(measured)
         # Padding weighs 0, so the sum over B real samples divided by B is the exact global mean.
         stats = StepStats(position.global_step, loss_sum / recipe.global_batch, math.sqrt(squared_norm))
         judgement = judge(recipe.guard, position.guard, stats, self.total_steps)
-        with self.watchdog.phase("step"):
+        self.gpu.mark("judged")
+        with phase("step"):
             if judgement.verdict == "go":
                 engine.apply(lr, grad_norm=stats.grad_norm)
                 position.loss, position.grad_norm = stats.loss, stats.grad_norm  # rows stay finite: accepted steps only
             else:
                 engine.discard()
+        self.gpu.mark("end")
         # The position moves even if the weights do not: skipped samples count as seen and are not drawn again.
         position.guard = judgement.state_after
         position.global_step = judgement.state_after.next_step(stats.step + 1)  # jumps a skipped range ahead

@@ -1,13 +1,17 @@
 """The log action: one row for the history, the tracker and the progress line."""
 
+import logging
 from dataclasses import dataclass
 
 from pipeline.graph.step import Attempt
 from pipeline.tracking import Tracker
 from pipeline.training.checkpoints.position import Position
+from pipeline.training.meters.slowness import SpeedWatch
 from pipeline.training.meters.telemetry import TrainingMeter, as_metrics, progress_fields
 from pipeline.training.spec.recipe import Recipe
 from pipeline.training.world import World
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +25,7 @@ class StepLog:
     meter: TrainingMeter
     total_steps: int
     samples_per_epoch: int
+    speed: SpeedWatch
 
     def begin(self, position: Position) -> None:
         """Report, from rank 0, where the steps begin: from here on, a stop has something to save."""
@@ -38,3 +43,5 @@ class StepLog:
             images = self.total_steps * self.recipe.global_batch
             # From the row, not the position, so that the line agrees with MLflow.
             self.attempt.progress.update(int(row["images"]), images, unit="images", **progress_fields(row))
+            if remark := self.speed.remark(row):
+                log.warning("%s: %s", self.attempt.step_name, remark)

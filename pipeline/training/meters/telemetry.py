@@ -2,7 +2,8 @@
 
 MFU (model FLOPs utilisation) is the FLOPs that the model needs for the images trained on, without recomputation, divided by
 what all workers could have done: their number times the matrix-product peak of the slowest one, measured at the start in the
-compute precision. A row costs collectives at logged steps and none in between. Units: seconds, GiB; shares in [0, 1]."""
+compute precision. A row costs collectives at logged steps and none in between, and never waits for a GPU: events of its steps
+are read when it has passed them. Units: seconds, GiB; shares in [0, 1]."""
 
 import functools
 import math
@@ -10,7 +11,8 @@ import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from statistics import median
+from statistics import fmean, median
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +22,8 @@ from pipeline.data.feed.loader import Loader
 from pipeline.tracking import Point
 from pipeline.training.checkpoints.position import Position
 from pipeline.training.meters.data_meter import DATA_METRICS, DataMeter
-from pipeline.training.meters.matmul_peak import matmul_peak, synchronise
+from pipeline.training.meters.matmul_peak import matmul_peak
+from pipeline.training.meters.step_clocks import GpuClock, GpuTimes, Phase, PhaseClock, compile_seconds
 from pipeline.training.spec.train_spec import TrainSpec
 from pipeline.training.world import World
 
@@ -35,6 +38,12 @@ METRICS = {
     "images_per_s": "throughput/images_per_s",
     "mfu": "throughput/mfu",
     "checkpoint_wait": "throughput/checkpoint_wait_share",  # share of the time since the last row, mean over workers
+    "agree_wait": "throughput/agree_wait_share",  # of the loop's thread, in collectives on the CPU; mean over workers
+    "gpu_busy": "throughput/gpu_busy_share",  # passes and optimiser, by events; gaps between kernels count as busy; GPUs only
+    "host_bound": "throughput/host_bound_share",  # the GPU has nothing queued; on a CPU, the loop's thread is in no phase
+    "copy_wait": "throughput/copy_wait_share",  # the GPU waits for micro-batches to be copied; GPUs only
+    "exchange": "throughput/exchange_share",  # by which passes exceed what a forward pass foretells; several workers only
+    "compiling": "throughput/compile_share",  # torch.compile, mean over workers; absent where nothing compiles
     "slowest_rank": "throughput/slowest_rank",  # by forward passes, which wait for no other rank (except for weights at ZeRO-3)
     "slowest_excess": "throughput/slowest_rank_excess",  # how much longer its passes took than the median, as a share of that
     "process_gib": "memory/process_gib",  # peak resident memory of the largest worker
@@ -53,15 +62,31 @@ class WorkerReading(NamedTuple):
     checkpoint_s: float
     process_bytes: float
     device_bytes: float
+    phases: Mapping[Phase, float] = MappingProxyType({})
+    compile_s: float = 0.0
+    gpu: GpuTimes | None = None
 
 
 class TrainingMeter:
     """Measures between one row and the next. Close it before the module is used for anything but training."""
 
-    def __init__(self, spec: TrainSpec, loader: Loader, module: nn.Module, world: World, global_step: int) -> None:
+    def __init__(
+        self,
+        spec: TrainSpec,
+        loader: Loader,
+        module: nn.Module,
+        world: World,
+        global_step: int,
+        *,
+        phases: PhaseClock,
+        gpu: GpuClock,
+    ) -> None:
         self.global_batch, self.samples = spec.recipe.global_batch, loader.order.samples_per_epoch
         self.world, self.data = world, DataMeter(loader)
-        self.forward = ForwardClock(module, world.device)
+        self.forward, self.phases, self.gpu = ForwardClock(module, world.device), phases, gpu
+        # Forward passes that a step's passes take: a backward pass costs two, and recomputation one more.
+        self.passes = 4 if spec.resources.activation_checkpointing else 3
+        self.compiled_s = compile_seconds()
         self.flops = spec.task.training_flops()
         # The slowest device counts for all, because every step waits for it.
         self.peak = world.size * min(world.all_gather(_peak(world.device, DTYPES[spec.recipe.precision])))
@@ -70,6 +95,7 @@ class TrainingMeter:
     def begin(self, global_step: int) -> None:
         """Start the interval of the next row here: at the start, and after a rollback."""
         self.step, self.time, self.checkpoint_s = global_step, time.monotonic(), 0.0
+        self.phases.take()
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -94,9 +120,7 @@ class TrainingMeter:
                 (first * self.global_batch, last * self.global_batch) for first, last in guard.stepped_over
             ],
         )
-        everyone = self.world.all_gather(
-            WorkerReading(self.forward.take(), self.checkpoint_s, *memory(self.world.device))
-        )
+        everyone = self.world.all_gather(self._reading())
         self.begin(position.global_step)
         images_per_s = steps * self.global_batch / elapsed
         return {
@@ -113,7 +137,19 @@ class TrainingMeter:
             "mfu": images_per_s * self.flops / self.peak,
             **data,
             **over_workers(everyone, elapsed=elapsed),
+            **time_shares(everyone, elapsed=elapsed, passes=self.passes),
         }
+
+    def _reading(self) -> WorkerReading:
+        before, self.compiled_s = self.compiled_s, compile_seconds()
+        return WorkerReading(
+            self.forward.take(),
+            self.checkpoint_s,
+            *memory(self.world.device),
+            self.phases.take(),
+            self.compiled_s - before,
+            self.gpu.take(),
+        )
 
     def close(self) -> None:
         """Remove the clock from the module."""
@@ -134,6 +170,31 @@ def over_workers(everyone: Sequence[WorkerReading], *, elapsed: float) -> dict[s
         rank = max(range(len(seconds)), key=seconds.__getitem__)
         row |= {"slowest_rank": rank, "slowest_excess": seconds[rank] / middle - 1}
     return row
+
+
+def time_shares(everyone: Sequence[WorkerReading], *, elapsed: float, passes: int) -> dict[str, float]:
+    """Return what the workers' time went into, as shares of a row: means over workers. What was not measured is absent.
+
+    `passes`: how many forward passes' time a step's forward and backward passes take on a worker that is alone.
+    """
+    row = {"agree_wait": fmean(own.phases.get("agree", 0.0) for own in everyone) / elapsed}
+    if any(own.compile_s for own in everyone):
+        row["compiling"] = fmean(own.compile_s for own in everyone) / elapsed
+    if gpus := [own.gpu for own in everyone if own.gpu]:
+        row["gpu_busy"] = fmean(gpu.busy for gpu in gpus)
+        row["copy_wait"] = fmean(gpu.copies_s / gpu.all_s for gpu in gpus)
+        row["host_bound"] = fmean(gpu.host_bound for gpu in gpus)
+    elif everyone[0].phases:
+        row["host_bound"] = fmean(max(0.0, 1 - sum(own.phases.values()) / elapsed) for own in everyone)
+    if len(everyone) > 1:
+        taken = ((own.gpu.passes_s, own.gpu.all_s) if own.gpu else (_passes_s(own), elapsed) for own in everyone)
+        excesses = [(all_s, took - passes * own.forward_s) for own, (took, all_s) in zip(everyone, taken, strict=True)]
+        row["exchange"] = fmean(max(0.0, excess) / all_s for all_s, excess in excesses)
+    return row
+
+
+def _passes_s(own: WorkerReading) -> float:
+    return own.phases.get("forward", 0.0) + own.phases.get("backward", 0.0)
 
 
 def as_metrics(row: Mapping[str, float]) -> dict[str, float]:
@@ -157,6 +218,16 @@ def progress_fields(row: Mapping[str, float]) -> dict[str, float]:
     if lost := row["skipped_steps"] + row["stepped_over"]:
         line["lost steps"] = lost
     line |= {"wait": round(row["data_wait"], 2), "mfu": round(row["mfu"], 3)}
+    if "gpu_busy" in row:
+        line["gpu busy"] = round(row["gpu_busy"], 2)
+    for name, key in {
+        "host": "host_bound",
+        "copies": "copy_wait",
+        "agree": "agree_wait",
+        "compiling": "compiling",
+    }.items():
+        if row.get(key, 0) >= 0.1:
+            line[name] = round(row[key], 2)
     if row["checkpoint_wait"] >= 0.01:
         line["saving"] = round(row["checkpoint_wait"], 2)
     if row.get("slowest_excess", 0) >= 0.1:
@@ -189,11 +260,12 @@ class ForwardClock:
 
     def take(self) -> float:
         """Return the seconds since the last call."""
-        # Events can be read only once the device has passed them: the one wait per row.
-        synchronise(self.device)
         spans, self._spans = self._spans, []
         if self.device.type == "cuda":
-            return math.fsum(began.elapsed_time(ended) for began, ended in spans) / 1000  # milliseconds
+            # Events can be read only once the device has passed them. Those of the last step it has: `Engine.measured` waited.
+            self._spans = [span for span in spans if not span[1].query()]
+            ready = [span for span in spans if span not in self._spans]
+            return math.fsum(began.elapsed_time(ended) for began, ended in ready) / 1000  # milliseconds
         return math.fsum(ended - began for began, ended in spans)
 
     def close(self) -> None:

@@ -92,3 +92,46 @@ def test_a_wait_for_workers_that_do_not_come_is_said_and_hears_signals():
     finally:
         worker.kill()
         worker.communicate()
+
+
+WAITING = """
+import sys, time
+from pipeline.training.world import Unanswered, enter_world
+world = enter_world(timeout_s=2)
+assert world.total([1.0]) == [2.0]
+if world.rank:
+    time.sleep(6)
+else:
+    began = time.monotonic()
+    try:
+        world.all_gather("here")
+    except Unanswered as error:
+        print(error, time.monotonic() - began < 5)
+"""
+
+
+def test_a_worker_that_does_not_come_is_missed_after_the_timeout():
+    port = free_port()
+    command = [sys.executable, "-c", WAITING]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    workers = [subprocess.Popen(command, env=launched(rank, 2, port), **pipes) for rank in range(2)]
+    output, errors = workers[0].communicate(timeout=120)
+    workers[1].communicate(timeout=120)
+    assert output.startswith(
+        "rank 0 of 2 waited 2 s in a gathering over all workers, and another one did not come. "
+    ), errors
+    assert output.endswith("raise resources.collective_timeout_s True\n")
+
+
+LEFT = """
+import atexit
+import torch.distributed as dist
+atexit.register(lambda: print(dist.is_initialized()))  # the last to be called
+from pipeline.training.world import enter_world
+enter_world()
+"""
+
+
+def test_a_group_that_was_made_here_ends_with_the_process():
+    done = subprocess.run([sys.executable, "-c", LEFT], capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout == "False\n", done.stderr

@@ -3,18 +3,21 @@
 import json
 import logging
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from feed_kit import DistantStore
 from safetensors import safe_open
 from training_kit import attempt_at
 
 from pipeline.errors import CheckpointError
-from pipeline.storage import FileStore, S3Store, Store
+from pipeline.storage import FileStore, S3Store, Store, open_store
 from pipeline.training.checkpoints import format as checkpoints
+from pipeline.training.checkpoints import position
 from pipeline.training.checkpoints.format import (
     CheckpointManifest,
     check_cursor,
@@ -23,11 +26,12 @@ from pipeline.training.checkpoints.format import (
     resume_point,
 )
 from pipeline.training.checkpoints.host_copy import HostCopy
+from pipeline.training.checkpoints.position import opened_on_all_ranks
 from pipeline.training.checkpoints.retention import Pruner, Retention
 from pipeline.training.checkpoints.saver import write_part
 from pipeline.training.engine.deepspeed_engine import KINDS, Fragment
 from pipeline.training.guard import FRESH
-from pipeline.training.world import World
+from pipeline.training.world import World, enter_world
 
 SHAPES = {"encoder.weight": [5, 7], "encoder.bias": [11]}
 CURSOR = {"dataset": "d" * 8, "global_batch": 13, "seed": 5}
@@ -370,3 +374,65 @@ def test_a_bucket_serves_checkpoints_and_leaves_nothing_on_the_local_disk(s3_buc
     with pytest.raises(CheckpointError, match=r"rank-0002-of-0003.safetensors is missing"):
         open_checkpoint(store, folder)
     assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranks of one node
+
+
+def opened_by_rank(folder: Path, key: str, *, local_rank_of_rank_1: int) -> tuple[int, int, float, int]:
+    """Open a bucket's checkpoint on all ranks; return downloads, hashes, the sum of its weights, and its rows."""
+    world = enter_world()
+    local_rank = local_rank_of_rank_1 if world.rank else 0
+    store, hashed, plain = CountingStore(folder), [], checkpoints._size_and_hash
+    position.open_store = lambda uri: store
+    checkpoints._size_and_hash = lambda path: hashed.append(path) or plain(path)
+    try:
+        with opened_on_all_ranks(
+            replace(world, local_rank=local_rank), lambda: open_checkpoint(store, key)
+        ) as checkpoint:
+            if world.rank:
+                world.all_gather("rank 0 has closed its checkpoint")
+            weights = sum(float(tensor.sum()) for tensor in checkpoint.weights().values())
+            rows = len(checkpoint.history())
+        if not world.rank:
+            world.all_gather("rank 0 has closed its checkpoint")
+    finally:
+        position.open_store, checkpoints._size_and_hash = open_store, plain
+    return len(store.downloads), len(hashed), weights, rows
+
+
+@dataclass(frozen=True)
+class CountingStore(DistantStore):
+    """A bucket that counts downloads."""
+
+    downloads: list[str] = field(default_factory=list)
+
+    def download(self, key, path):
+        self.downloads.append(key)
+        super().download(key, path)
+
+
+@pytest.mark.parametrize(("local_rank_of_rank_1", "fetched"), [(1, 0), (0, 4)])
+def test_ranks_of_a_node_share_one_download_and_one_hash(teams, tmp_path, local_rank_of_rank_1, fetched):
+    """Rank 1 still reads the files after rank 0, on the same node, has removed them."""
+    key = save(FileStore(tmp_path), 3)
+    first, second = teams(2).run(partial(opened_by_rank, local_rank_of_rank_1=local_rank_of_rank_1), tmp_path, key)
+    weights = sum(float(value("weight", name, 3).sum()) for name in SHAPES)
+    assert first == (4, 4, weights, 2)
+    assert second == (fetched, fetched, weights, 2)
+
+
+def test_a_verified_file_that_is_not_here_or_has_another_size_is_fetched(tmp_path):
+    store = CountingStore(tmp_path)
+    key = save(store, 3)
+    with open_checkpoint(store, key) as checkpoint:
+        elsewhere = dict(checkpoint.paths)
+        elsewhere["history.jsonl"] = tmp_path / "of another node"
+        store.downloads.clear()
+        truncate(elsewhere["rank-0002-of-0003.safetensors"])
+        with open_checkpoint(store, key, verified=elsewhere) as again:
+            assert again.history() == checkpoint.history()
+    names = {name.rpartition("/")[2] for name in store.downloads}
+    assert {"history.jsonl", "rank-0002-of-0003.safetensors"} <= names
+    assert "rank-0001-of-0003.safetensors" not in names

@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import load
 from training_kit import Raised, attempt_at, checkpoint_state
 
-from pipeline.errors import StorageError
+from pipeline.errors import PipelineError, StorageError
 from pipeline.graph.step import Attempt
 from pipeline.storage import FileStore, S3Store
 from pipeline.training.checkpoints.format import CheckpointManifest, newest_checkpoint, read_manifest
 from pipeline.training.checkpoints.host_copy import HostCopy, joined, on_disk
 from pipeline.training.checkpoints.retention import Retention
-from pipeline.training.checkpoints.saver import Saver, mean_loss
+from pipeline.training.checkpoints.saver import Saver, mean_loss, saving
 from pipeline.training.engine.deepspeed_engine import KINDS, Fragment
-from pipeline.training.world import ELSEWHERE, enter_world
+from pipeline.training.world import ELSEWHERE, Unanswered, enter_world
 
 COUNT = 7001
 HISTORY = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
@@ -257,3 +257,26 @@ def test_pieces_of_one_flat_buffer_are_copied_together_and_never_more_than_they_
 )
 def test_a_checkpoint_is_ranked_by_its_last_losses(losses, mean):
     assert mean_loss([{"loss": loss} for loss in losses]) == mean
+
+
+class Finishing:
+    """A saver that writes down what it is asked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def finish(self):
+        self.asked.append("finish")
+
+    def close(self):
+        self.asked.append("close")
+
+
+@pytest.mark.parametrize(
+    ("error", "asked"), [(PipelineError, ["finish", "close"]), (Unanswered, ["close"]), (KeyError, ["close"])]
+)
+def test_a_pending_save_is_completed_only_if_all_workers_can_agree(error, asked):
+    saver = Finishing()
+    with pytest.raises(error), saving(saver):
+        raise error("one worker")
+    assert saver.asked == asked

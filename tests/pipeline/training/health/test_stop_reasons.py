@@ -3,11 +3,13 @@
 import json
 import os
 import signal
+import threading
+import time
 from dataclasses import asdict
 
 import pytest
 import torch
-from training_kit import Team, attempt_at, mae_spec, resources, spoiled
+from training_kit import TOTAL_STEPS, Team, attempt_at, mae_spec, napping, resources, spoiled
 
 from pipeline.cluster.resources import Resources
 from pipeline.graph.receipts import claim
@@ -15,11 +17,18 @@ from pipeline.graph.runner import stop_request_key
 from pipeline.tracking import NullTracker
 from pipeline.training import launch
 from pipeline.training.checkpoints import format as checkpoints
+from pipeline.training.health import stop_reasons
 from pipeline.training.health.failures import FailureStreak, classify, reason_to_give_up
-from pipeline.training.health.stop_reasons import CombinedStopSignal, DebouncedCheck, StoreStopSignal
+from pipeline.training.health.stop_reasons import (
+    REASONS,
+    CombinedStopSignal,
+    DebouncedCheck,
+    PolledStopSignal,
+    StoreStopSignal,
+)
 from pipeline.training.launch import RESULT
 from pipeline.training.loop.loop import train
-from pipeline.training.world import enter_world
+from pipeline.training.world import Unanswered, enter_world
 
 # --- reasons -----------------------------------------------------------------------------------------------------------------
 
@@ -56,6 +65,80 @@ def test_a_higher_generation_and_a_request_come_before_a_notice(tmp_path):
     claim(attempt.root, continues="")
     clock.now += 1
     assert stop_signal.stop_reason() == "fenced"
+
+
+class Answers:
+    """Answers one after the other, then the last one for ever; an exception is raised, and an event is waited for."""
+
+    def __init__(self, *answers):
+        self.answers = list(answers)
+
+    def stop_reason(self):
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if isinstance(answer, threading.Event):
+            answer.wait(60)
+            return ""
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def eventually(question, expected):
+    for _ in range(200):
+        if question() == expected:
+            return
+        time.sleep(0.05)
+    assert question() == expected
+
+
+def test_the_thread_s_last_answer_is_read_without_asking(monkeypatch, caplog):
+    monkeypatch.setattr(stop_reasons, "_TICK_S", 0.01)
+    hangs = threading.Event()
+    with PolledStopSignal(Answers("resized", KeyError("no such actor"), "asked", hangs)) as stop_signal:
+        eventually(stop_signal.stop_reason, "asked")
+        began = time.monotonic()
+        assert [stop_signal.stop_reason() for _ in range(3)] == ["asked"] * 3  # the source hangs by now
+        assert time.monotonic() - began < 1
+    assert "cannot see whether this worker should stop: 'no such actor'" in caplog.text
+    hangs.set()
+
+
+@pytest.mark.parametrize(("answer", "reason"), [("", "preempted"), ("resized", "preempted"), ("asked", "asked")])
+def test_sigterm_is_heard_at_once_and_takes_its_place_among_the_reasons(monkeypatch, answer, reason):
+    terminated = threading.Event()
+    monkeypatch.setattr(stop_reasons, "_terminated", terminated)
+    with PolledStopSignal(Answers(answer)) as stop_signal:
+        assert stop_signal.stop_reason() == answer
+        terminated.set()
+        assert stop_signal.stop_reason() == reason
+    assert REASONS.index("asked") < REASONS.index("preempted") < REASONS.index("resized")
+
+
+def train_while_the_store_hangs(spec, attempt):
+    """Run a worker whose second question about its generation is never answered; return how many were asked."""
+    asked, over, check_fence = [], threading.Event(), stop_reasons.check_fence
+
+    def hang(root, generation):
+        asked.append(generation)
+        if len(asked) > 1:
+            over.wait(120)
+        check_fence(root, generation)
+
+    stop_reasons.check_fence, stop_reasons.STORE_POLL_S = hang, 0.0
+    try:
+        launch.run_worker(spec, attempt)
+    finally:
+        stop_reasons.check_fence, stop_reasons.STORE_POLL_S = check_fence, 1.0
+        over.set()
+    return len(asked)
+
+
+def test_steps_go_on_while_the_store_does_not_answer(teams, shards, tmp_path):
+    attempt = attempt_at(tmp_path)
+    spec = napping(mae_spec(shards, attempt), 0.05)  # time for the question that hangs
+    assert teams(1).run(train_while_the_store_hangs, spec, attempt, timeout_s=100) == [2]
+    answer = json.loads(attempt.store.read(RESULT))
+    assert (answer["global_step"], answer["stopped"]) == (TOTAL_STEPS, "")
 
 
 class ReasonAt:
@@ -122,6 +205,7 @@ class WorkerDied(Exception):
     [
         ([RuntimeError("Connection closed by peer")], "infrastructure"),
         ([ConnectionResetError()], "infrastructure"),
+        ([Unanswered("rank 0 of 2 waited"), RuntimeError()], "infrastructure"),
         ([WorkerDied(preempted=False), RuntimeError()], "infrastructure"),
         ([RuntimeError(), WorkerDied(preempted=True)], "preempted"),
         ([RuntimeError(), torch.OutOfMemoryError()], "memory"),

@@ -9,6 +9,7 @@ from training_kit import StopAfter, attempt_at, mae_spec, spoiled
 
 from pipeline.data.feed.loader import Batch
 from pipeline.tracking import NullTracker
+from pipeline.training.engine.deepspeed_engine import Engine
 from pipeline.training.health.watchdog import EXIT_CODE, stack_dump_hint
 from pipeline.training.loop.loop import train
 from pipeline.training.world import enter_world
@@ -41,9 +42,37 @@ def test_every_rank_leaves_its_stacks_and_the_sleeper_is_the_one_in_the_data_pha
     assert stack_dump_hint(attempt.store).endswith("/step/g0001/stacks/. ")
 
 
+def train_with_a_kernel_that_hangs(spec, attempt):
+    """Train; at its fourth step, rank 1 waits for what its GPU has computed."""
+    plain, calls = Engine.measured, []
+
+    def measured(engine):
+        calls.append(engine)
+        if (engine.world.rank, len(calls)) == (1, 4):
+            time.sleep(3.5 * LIMIT_S)
+        return plain(engine)
+
+    Engine.measured = measured
+    try:
+        return train_slowly(spec, attempt)
+    finally:
+        Engine.measured = plain
+
+
+def test_a_kernel_that_hangs_is_told_from_ranks_that_wait_for_it(teams, shards, tmp_path):
+    attempt = attempt_at(tmp_path / "step")
+    assert teams(2).run(train_with_a_kernel_that_hangs, mae_spec(shards, attempt), attempt) == [6, 6]
+    waiting, hanging = (attempt.store.read(f"stacks/rank-{rank:04d}.txt").decode() for rank in (0, 1))
+    assert "in phase check of step 3 for 1." in hanging
+    assert "waiting for its GPU to finish the passes" in hanging.splitlines()[0]
+    assert "in phase agree of step 3 for 1." in waiting
+    assert "waiting for the other ranks" in waiting.splitlines()[0]
+
+
 ALONE = """
 import sys, time, torch
 from pipeline.storage import open_store
+from pipeline.training.engine.deepspeed_engine import Engine
 from pipeline.training.health.watchdog import Watchdog
 from pipeline.training.world import World
 with Watchdog(open_store(sys.argv[1]), World(0, 1, torch.device("cpu"), None), limit_s=0.3, on_timeout="exit") as watchdog:

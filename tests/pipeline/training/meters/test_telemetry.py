@@ -18,6 +18,7 @@ from pipeline.training.loop.loop import train
 from pipeline.training.meters import profiler as profiling
 from pipeline.training.meters.matmul_peak import matmul_peak
 from pipeline.training.meters.profiler import Profiler
+from pipeline.training.meters.step_clocks import GpuTimes
 from pipeline.training.meters.telemetry import (
     ForwardClock,
     WorkerReading,
@@ -25,6 +26,7 @@ from pipeline.training.meters.telemetry import (
     as_points,
     over_workers,
     progress_fields,
+    time_shares,
 )
 from pipeline.training.spec.train_spec import TrainSpec
 from pipeline.training.world import enter_world
@@ -98,6 +100,11 @@ def test_the_slow_worker_is_named_and_waits_are_shares_of_the_time(teams, shards
         assert row["memory/process_gib"] > 0.1
         assert "memory/device_gib" not in row  # no GPU is in use
         assert 0 < row["throughput/mfu"] < 1
+        assert "throughput/gpu_busy_share" not in row  # never 0 where there is no GPU
+        assert "throughput/copy_wait_share" not in row
+        assert 0 <= row["throughput/host_bound_share"] < 0.5
+        assert 0 < row["throughput/agree_wait_share"] < 1
+        assert 0 <= row["throughput/exchange_share"] < 1
     # the checkpoint at 4 is waited for between the rows at 4 and 6
     waits = {row["step"]: row["throughput/checkpoint_wait_share"] for row in metrics}
     assert waits[4] == 0.0
@@ -171,6 +178,28 @@ def test_the_progress_line_shows_trouble_only_when_there_is_any():
         "slow rank": 7,
         "by": 0.25,
     }
+
+
+def test_the_progress_line_of_a_gpu_always_says_how_busy_it_is():
+    line = progress_fields(ROW | {"gpu_busy": 0.913, "host_bound": 0.05, "copy_wait": 0.12, "agree_wait": 0.0})
+    assert (line["gpu busy"], line["copies"]) == (0.91, 0.12)
+    assert not {"host", "agree", "compiling"} & line.keys()
+
+
+def test_shares_of_time_are_means_over_workers_and_hold_only_what_was_measured():
+    phases = {"agree": 0.5, "forward": 1.0, "backward": 4.0, "data": 2.5}
+    alone = [WorkerReading(1.0, 0.0, 1.0, 0.0, phases)]
+    assert time_shares(alone, elapsed=10.0, passes=3) == {"agree_wait": 0.05, "host_bound": pytest.approx(0.2)}
+    # backward takes 4 s, of which a forward pass of 1 s explains 2
+    pair = time_shares([*alone, WorkerReading(1.0, 0.0, 1.0, 0.0, {"agree": 1.5}, 2.0)], elapsed=10.0, passes=3)
+    assert pair == pytest.approx(
+        {"agree_wait": 0.1, "host_bound": 0.5 * (0.2 + 0.85), "compiling": 0.1, "exchange": 0.1}
+    )
+    recomputed = time_shares([*alone, *alone], elapsed=10.0, passes=4)
+    assert recomputed["exchange"] == pytest.approx(0.1)
+    gpu = GpuTimes(passes_s=6.0, copies_s=1.0, optimizer_s=1.0, idle_s=2.0, starved_s=3.0)
+    (row,) = [time_shares([alone[0]._replace(gpu=gpu, forward_s=2.0)], elapsed=10.0, passes=3)]
+    assert row == pytest.approx({"agree_wait": 0.05, "gpu_busy": 0.7, "copy_wait": 0.1, "host_bound": 0.5})
 
 
 def test_a_history_becomes_points_with_their_own_times():
