@@ -13,7 +13,8 @@ from safetensors import safe_open
 from training_kit import attempt_at
 
 from pipeline.errors import CheckpointError
-from pipeline.storage import FileStore, S3Store, Store
+from pipeline.storage import FileStore, Store
+from pipeline.storage.s3 import S3Store
 from pipeline.training.checkpoints import format as checkpoints
 from pipeline.training.checkpoints.format import (
     CheckpointManifest,
