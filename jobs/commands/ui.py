@@ -18,6 +18,7 @@ def ui(
 ) -> None:
     """Open MLflow on 127.0.0.1 with the runs of a configuration. Ctrl-C ends it."""
     from pipeline.config import RunConfig, absolute_address, load_config
+    from pipeline.errors import ConfigError
     from pipeline.tracking import resolve_tracking_uri, serve
 
     read = load_config(config, overrides) if config else None
@@ -26,4 +27,10 @@ def ui(
         typer.echo(f"mae: {own} does not exist, so this shows the demo's runs in {DEMO_STORE}", err=True)
         own = DEMO_STORE
     store = read.store if read else absolute_address(own)
-    serve(resolve_tracking_uri(read.tracking.uri if read else None, store_uri=store), port=port)
+    uri = resolve_tracking_uri(read.tracking.uri if read else None, store_uri=store)
+    if not uri:
+        raise ConfigError(
+            f"{'tracking.uri' if read and read.tracking.uri else 'MLFLOW_TRACKING_URI'} is none, so there are no runs in MLflow to "
+            "show. The store's report page has the scores and curves"
+        )
+    serve(uri, port=port)

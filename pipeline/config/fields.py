@@ -231,7 +231,8 @@ class TrackingConfig(Section):
     """MLflow."""
 
     uri: Annotated[str, AfterValidator(expand_address)] | None = None
-    """If left out: MLFLOW_TRACKING_URI, or else an SQLite file in the store (in ./.mae/ if the store is remote)."""
+    """If left out: MLFLOW_TRACKING_URI, or else an SQLite file in the store (in ./.mae/ if the store is remote). With `none`, no
+    runs are kept in MLflow; the curves are in the store and the report."""
     experiment: str = Field("mae", min_length=1)
     """The MLflow experiment that the runs belong to."""
 

@@ -15,6 +15,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
@@ -156,8 +157,14 @@ def _kind_before_it_was_recorded(step_name: str) -> StepKind:
 
 
 def installed_versions() -> dict[str, str]:
-    """Return the installed version of every package on which results depend."""
-    return {name: metadata.version(name) for name in PACKAGES}
+    """Return the version of every package on which results depend. Those that are not installed are left out.
+
+    A run in one process does without Ray, and a checkout is not installed as `mae-pipeline`."""
+    versions = {}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def _output_file(store: Store, key: str) -> OutputFile:

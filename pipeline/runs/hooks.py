@@ -56,7 +56,8 @@ class Display(Protocol):
 class RunHooks:
     """`pipeline.graph.runner.Hooks` for a real run: a parent run in MLflow with one child per step, and a display.
 
-    Opening the parent is the one call that may fail the run, since it comes before the first step."""
+    Opening the parent is the one call that may fail the run, since it comes before the first step. With an empty address,
+    nothing is recorded."""
 
     def __init__(self, uri: str, config: RunConfig, display: Display, steps: Sequence[Step] = ()) -> None:
         self.tracking_uri, self.config, self.display, self.steps = uri, config, display, steps
@@ -66,23 +67,16 @@ class RunHooks:
         self.open_children: dict[str, str] = {}
         self.unreported: list[Outcome] = []
         """Outcomes that MLflow refused when they happened; `close` tries them again."""
-        self.run_id = tracking.open_parent(
-            uri,
-            experiment=config.tracking.experiment,
-            name=config.name,
-            tags={
-                "git.revision": _git_revision(),
-                **{f"version.{name}": v for name, v in installed_versions().items()},
-            },
-            params=config.model_dump(),
-        )
+        self.run_id = self._open_parent() if uri else ""
 
     def begin(self, step: Step) -> str:
-        """Open the step's child run and return its id, or an empty string if MLflow refused."""
+        """Open the step's child run and return its id, or an empty string if MLflow refused or nothing is recorded."""
         known = beginning_of(step, open_store(self.config.store), self.executor)
         self.display.step_state(step.name, "running", detail=known.text)
         if known.images and known.seconds:
             self.display.update(step.name, known.images_done, known.images, "images", {"eta_s": known.seconds})
+        if not self.tracking_uri:
+            return ""
         with failures_as_warnings(f"tracking of {step.name}"):
             # if it fails, the step has no run yet; `_record` opens one when it ends
             self.open_children[step.name] = self._open(step)
@@ -126,6 +120,8 @@ class RunHooks:
 
     def close(self, summary: RunSummary, store: Store) -> None:
         """Close the parent run, with scores, report page and pictures. Outcomes that MLflow refused before are tried again."""
+        if not self.tracking_uri:
+            return
         for outcome in self.unreported:
             with failures_as_warnings(f"tracking of {outcome.step.name}"):
                 self._record(outcome)
@@ -143,9 +139,21 @@ class RunHooks:
 
     def abandon(self, status: tracking.RunStatus) -> None:
         """Close the runs that are still open after the run broke off, so that none says RUNNING forever."""
-        for run_id in (*self.open_children.values(), self.run_id):
+        for run_id in (*self.open_children.values(), *([self.run_id] if self.run_id else [])):
             with failures_as_warnings("tracking of the run"):
                 tracking.close_run(self.tracking_uri, run_id, status)
+
+    def _open_parent(self) -> str:
+        return tracking.open_parent(
+            self.tracking_uri,
+            experiment=self.config.tracking.experiment,
+            name=self.config.name,
+            tags={
+                "git.revision": _git_revision(),
+                **{f"version.{name}": v for name, v in installed_versions().items()},
+            },
+            params=self.config.model_dump(),
+        )
 
     def _open(self, step: Step) -> str:
         return tracking.open_child(
@@ -163,7 +171,8 @@ class RunHooks:
 
         A cached step can lack some, too: it may have been made while MLflow was down, or for another server."""
         step, receipt = outcome.step, outcome.receipt
-        if not receipt and not outcome.mlflow_run_id:  # it never began
+        # either there is no tracking, or the step never began
+        if not self.tracking_uri or (not receipt and not outcome.mlflow_run_id):
             return
         # looked up, because a rollback closes the run that the attempt began with and opens another
         run_id = tracking.find_child(

@@ -74,7 +74,8 @@ def _run(config: RunConfig, executor: Executor, display: Display, stop: StopSign
         raise KeyboardInterrupt
     mlflow = f"MLflow at {tracking.redact_text(uri)}"
     with stop.during("waiting for MLflow to be set up, which takes up to 20 s; no step has begun", setting_up=mlflow):
-        tracking.check_tracking(uri)
+        if uri:
+            tracking.check_tracking(uri)
         # a store under a wrong path would otherwise start everything again unnoticed
         # only the first key is asked for: a bucket's history may be long
         if next(iter(store.list(HISTORY)), None) is None:
@@ -119,6 +120,7 @@ def _run(config: RunConfig, executor: Executor, display: Display, stop: StopSign
             with stop.during("waiting for Ray to end, which takes up to 10 s; what was made is saved"):
                 cluster.disconnect()
     with stop.during("waiting for MLflow to note how the run ended; what was made is saved"):
-        summary = summarise(config, outcomes, run_id=hooks.run_id, addresses={"store": store.uri, "tracking": uri})
+        addresses = {"store": store.uri, "tracking": uri or tracking.NO_TRACKING}
+        summary = summarise(config, outcomes, run_id=hooks.run_id, addresses=addresses)
         hooks.close(summary, store)
     return summary

@@ -29,7 +29,7 @@ from botocore.exceptions import (
 
 from pipeline.errors import WrongStoreAddress
 from pipeline.storage.error_messages import one_line
-from pipeline.storage.store import Traffic
+from pipeline.storage.traffic import traffic_meter
 
 log = logging.getLogger(__name__)
 _MAX_ATTEMPTS = 8
@@ -72,7 +72,7 @@ def _new_client() -> Any:
         options = client_options(os.environ, profile, own_endpoint=endpoint is not None)
         client = boto3.session.Session(botocore_session=core).client("s3", config=Config(**options))
     except _CREDENTIAL_ERRORS:
-        raise  # error_messages.py explains these
+        raise  # s3_error_messages.py explains these
     except (ValueError, BotoCoreError) as error:
         raise WrongStoreAddress(refusal_of_settings(str(error), os.environ, profile)) from error
     client.meta.events.register("before-send.s3", _count_request)
@@ -210,33 +210,6 @@ class _Backoff:
                 "object store %s %s; retrying (attempt %d of %d)", address, problem, attempts + 1, self._max_attempts
             )
         return pause
-
-
-class TrafficMeter:
-    """Traffic counters that many threads may add to."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._total = Traffic(0, 0, 0)
-
-    def add(self, *, requests: int = 0, bytes_received: int = 0, retries: int = 0) -> None:
-        """Add to the totals."""
-        with self._lock:
-            more = Traffic(requests, bytes_received, retries)
-            # field by field: Traffic is a tuple, and + would join two of them
-            self._total = Traffic(*(a + b for a, b in zip(self._total, more, strict=True)))
-
-    def read(self) -> Traffic:
-        """Return the totals so far."""
-        return self._total
-
-
-traffic_meter = TrafficMeter()
-
-
-def count_traffic(*, requests: int, bytes_received: int, retries: int) -> None:
-    """Add the traffic of a process that works for this one."""
-    traffic_meter.add(requests=requests, bytes_received=bytes_received, retries=retries)
 
 
 def _count_request(request: Any, **_: Any) -> None:

@@ -16,7 +16,6 @@ from urllib.parse import unquote
 
 from pipeline.errors import ConfigError, StorageError, WrongStoreAddress
 from pipeline.storage.folder import FileStore
-from pipeline.storage.s3 import S3Store
 from pipeline.storage.store import Store, checked_key
 
 _PROBE_CREATES = 8
@@ -62,6 +61,8 @@ def open_store(uri: str) -> Store:
         bucket, _, prefix = rest.partition("/")
         prefix = prefix.strip("/")
         if re.fullmatch(_BUCKET, bucket):
+            from pipeline.storage.s3 import S3Store  # boto3 takes time to import, and a run on folders does without it
+
             return S3Store(bucket, checked_key(uri, prefix) if prefix else "")
         problem = f"{bucket!r} is not the name of a bucket (letters, digits, dots, _ and -); " if bucket else ""
     raise ConfigError(

@@ -15,10 +15,11 @@ from boto3.exceptions import Boto3Error
 from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import BotoCoreError, ClientError
 
-from pipeline.storage.connection import client, count_received, traffic_meter
-from pipeline.storage.error_messages import attempts_of, is_lost_upload, status_of, translate_errors
+from pipeline.storage.connection import client, count_received
 from pipeline.storage.files import MemoryFile
+from pipeline.storage.s3_error_messages import attempts_of, is_lost_upload, status_of, translate_errors
 from pipeline.storage.store import ObjectInfo, Traffic, checked_key, checked_length, temporary_beside
+from pipeline.storage.traffic import traffic_meter
 
 _CONFLICT_TRIES = 5
 _READ_TRIES = 4

@@ -3,6 +3,7 @@
 A failure of MLflow never fails a training run. This is the only package that imports mlflow."""
 
 from pipeline.errors import TrackingError as TrackingError
+from pipeline.tracking.connection import NO_TRACKING as NO_TRACKING
 from pipeline.tracking.connection import check_tracking as check_tracking
 from pipeline.tracking.connection import client_of as client_of
 from pipeline.tracking.connection import resolve_tracking_uri as resolve_tracking_uri

@@ -23,6 +23,8 @@ from pipeline.tracking.mlflow_format import redact_text
 
 log = logging.getLogger(__name__)
 _ANSWER_TRIES, _ANSWER_S, _ANSWER_PAUSE_S = 2, 20.0, 1.0
+NO_TRACKING = "none"
+"""The word in place of an address with which a run keeps no runs in MLflow, and does not import it."""
 MLFLOW_SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # with the default of 7, four minutes pass before a dead server is reported
@@ -32,7 +34,7 @@ MLFLOW_SETTINGS = {
 
 
 def resolve_tracking_uri(configured: str | None, *, store_uri: str) -> str:
-    """Return MLflow's address: the configured one, or MLFLOW_TRACKING_URI, or a SQLite file.
+    """Return MLflow's address: the configured one, or MLFLOW_TRACKING_URI, or a SQLite file. Empty for the word `none`.
 
     The file lies in the store if that is a local folder, otherwise under `./.mae/`. Relative SQLite paths become absolute,
     because workers and `mae ui` start in other directories."""
@@ -45,6 +47,8 @@ def resolve_tracking_uri(configured: str | None, *, store_uri: str) -> str:
                 "the store is a bucket and tracking.uri is not set: MLflow's runs are kept here, in %s", database
             )
         return sqlite_address(database)
+    if chosen == NO_TRACKING:
+        return ""
     file = sqlite_file(chosen)
     if file is None:
         return chosen

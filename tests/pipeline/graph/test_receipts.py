@@ -11,7 +11,8 @@ from graph_stages import Work, write
 from pipeline.errors import DataError, Fenced, StorageError
 from pipeline.graph.receipts import RECEIPT, check_fence, claim, claims, read_claim, read_receipt, write_receipt
 from pipeline.graph.step import StageResult, Step
-from pipeline.storage import FileStore, S3Store
+from pipeline.storage import FileStore
+from pipeline.storage.s3 import S3Store
 
 STEP = Step(kind="shard", name="listing", function=write, config=Work(1))
 

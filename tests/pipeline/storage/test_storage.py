@@ -23,13 +23,13 @@ from pipeline.storage import (
     FileStore,
     MissingObject,
     ObjectInfo,
-    S3Store,
     Traffic,
     connection,
     expand_address,
     open_store,
     probe,
 )
+from pipeline.storage.s3 import S3Store
 
 
 @pytest.fixture(params=["file", "moto", "swift"])

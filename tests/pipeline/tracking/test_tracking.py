@@ -63,6 +63,10 @@ def test_the_configured_address_wins_then_the_environment_then_the_store(monkeyp
     monkeypatch.chdir(tmp_path)
     assert tracking.resolve_tracking_uri(None, store_uri="s3://b/p") == f"sqlite:///{tmp_path}/.mae/mlflow.db"
     assert tracking.resolve_tracking_uri("sqlite:///my.db", store_uri="s3://b/p") == f"sqlite:///{tmp_path}/my.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://env:5000")
+    assert tracking.resolve_tracking_uri("none", store_uri=str(tmp_path)) == ""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
+    assert tracking.resolve_tracking_uri(None, store_uri=str(tmp_path)) == ""
 
 
 def test_an_unusable_address_fails_early_and_clearly(tmp_path):

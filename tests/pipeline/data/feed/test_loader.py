@@ -31,7 +31,8 @@ from pipeline.data.feed.order import OrderConfig, SampleOrder, ids_digest, steps
 from pipeline.data.feed.selection import Selection, balanced_sequence
 from pipeline.data.images.pictures import AugmentConfig, decode
 from pipeline.errors import ConfigError, DataError
-from pipeline.storage import FileStore, S3Store
+from pipeline.storage import FileStore
+from pipeline.storage.s3 import S3Store
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ from training_kit import Raised, attempt_at, checkpoint_state
 
 from pipeline.errors import PipelineError, StorageError
 from pipeline.graph.step import Attempt
-from pipeline.storage import FileStore, S3Store
+from pipeline.storage import FileStore
+from pipeline.storage.s3 import S3Store
 from pipeline.training.checkpoints.format import CheckpointManifest, newest_checkpoint, read_manifest
 from pipeline.training.checkpoints.host_copy import HostCopy, joined, on_disk
 from pipeline.training.checkpoints.retention import Retention

@@ -38,7 +38,8 @@ from pipeline.errors import DataError, Fenced
 from pipeline.graph.receipts import claim
 from pipeline.graph.runner import stop_request_key
 from pipeline.graph.step import Attempt, StageInput
-from pipeline.storage import FileStore, S3Store
+from pipeline.storage import FileStore
+from pipeline.storage.s3 import S3Store
 from pipeline.tracking import NullTracker
 from pipeline.training.checkpoints.format import open_checkpoint, read_manifest
 from pipeline.training.health.stop_reasons import StoreStopSignal
