@@ -15,12 +15,8 @@ from safetensors import safe_open
 from training_kit import attempt_at
 
 from pipeline.errors import CheckpointError
-<<<<<<< HEAD
-from pipeline.storage import FileStore, S3Store, Store, open_store
-=======
-from pipeline.storage import FileStore, Store
+from pipeline.storage import FileStore, Store, open_store
 from pipeline.storage.s3 import S3Store
->>>>>>> h-k
 from pipeline.training.checkpoints import format as checkpoints
 from pipeline.training.checkpoints import position
 from pipeline.training.checkpoints.format import (
