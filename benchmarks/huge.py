@@ -50,7 +50,7 @@ _HAND_BACK = "glibc.malloc.mmap_threshold=1048576:glibc.malloc.hugetlb=1"
 
 
 @dataclass
-class _StopAfter:
+class StopAfter:
     """A stop signal that asks the loop to stop after `steps` steps."""
 
     steps: int
@@ -96,7 +96,7 @@ def _worker(rank: int, workers: int, port: int, spec: TrainSpec, attempt: Attemp
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers)}
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
-    train(spec, attempt, world=enter_world(), tracker=NullTracker(), stop_signal=_StopAfter(steps))
+    train(spec, attempt, world=enter_world(), tracker=NullTracker(), stop_signal=StopAfter(steps))
 
 
 class _Memory:

@@ -62,6 +62,8 @@ class Plan:
     precision: timing.Precision
     compiled: bool
     """Measure compiled variants too, ours and theirs."""
+    whole: bool
+    """Among them those that compile the model as a whole, which takes a minute for a large one."""
     ablations: bool
     """Measure our model with each of its savings undone."""
 
@@ -87,7 +89,9 @@ def our_ways(model: MaskedAutoencoder, plan: Plan) -> list[Way]:
         twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
         for block in (*twin.encoder.blocks, *twin.decoder.blocks):
             block.compile()
-        ways += [Way(BY_BLOCK, loss_of(twin), fused), Way(WHOLE, loss_of(torch.compile(model)), fused)]
+        ways.append(Way(BY_BLOCK, loss_of(twin), fused))
+    if plan.compiled and plan.whole:
+        ways.append(Way(WHOLE, loss_of(torch.compile(model)), fused))
     if plan.ablations:
 
         def unfused_attention(pixels: Tensor, noise: Tensor) -> Tensor:
@@ -117,7 +121,7 @@ def their_ways(model: MaskedAutoencoder, pixels: Tensor, noise: Tensor, plan: Pl
         optimizer = timing.adamw(peer.parameters())
         ways.append(Way(HUGGING_FACE, peers.hugging_face_loss(peer), optimizer))
         check_equal(HUGGING_FACE, model, ways[-1].loss, pixels, noise)
-        if plan.compiled:
+        if plan.compiled and plan.whole:
             ways.append(Way(HUGGING_FACE_COMPILED, peers.hugging_face_loss(torch.compile(peer)), optimizer))
     if peers.installed("timm"):
         timm: nn.Module = peers.TimmAutoencoder(plan.config, weights).to(plan.device)
@@ -234,6 +238,7 @@ def plans(arguments: Sequence[str] | None = None) -> list[Plan]:
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--precision", choices=timing.DTYPES, help="default: bfloat16 autocast on CUDA, float32 on CPU")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compiled variants, ours and theirs")
+    parser.add_argument("--whole", action=argparse.BooleanOptionalAction, default=True, help="compile whole models too")
     parser.add_argument("--ablations", action=argparse.BooleanOptionalAction, default=True, help="undo each saving")
     options = parser.parse_args(arguments)
 
@@ -254,6 +259,7 @@ def plans(arguments: Sequence[str] | None = None) -> list[Plan]:
             device=device,
             precision=options.precision or ("bfloat16" if on_gpu else "float32"),
             compiled=not options.quick if options.compile is None else options.compile,
+            whole=options.whole,
             ablations=options.ablations,
         )
         for name, config in configs.items()

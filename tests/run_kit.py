@@ -73,6 +73,31 @@ def environment(**more: str) -> dict[str, str]:
     return kept | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"} | more
 
 
+MISSING = ("ray", "mlflow", "boto3", "botocore", "s3transfer")
+BARE_SITE = f"""
+import importlib.metadata, sys
+
+sys.modules.update(dict.fromkeys({MISSING}))  # None: an import raises ModuleNotFoundError
+version = importlib.metadata.version
+
+def of_what_is_installed(name):
+    if name in {(*MISSING, "mae-pipeline")}:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+
+importlib.metadata.version = of_what_is_installed
+"""
+"""Python runs sitecustomize.py at the start of every process, so workers of the run lack the packages too."""
+
+
+def bare_site(folder: Path) -> Path:
+    """Return a folder that, first on PYTHONPATH, makes a machine without Ray, MLflow and boto3 of this one."""
+    site = folder / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(BARE_SITE)
+    return site
+
+
 PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 

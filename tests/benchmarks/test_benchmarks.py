@@ -89,6 +89,13 @@ def test_last_line_has_the_promised_keys(benchmark, monkeypatch, capsys):
     assert all(line[key] is not None for key in KEYS[name].split() if "_vs_" not in key)
 
 
+@pytest.mark.parametrize(("option", "compiled"), [("--whole", 2), ("--no-whole", 1)])
+def test_whole_models_are_compiled_if_asked_for(batch, option, compiled):
+    (plan,) = train_step.plans(["--quick", "--compile", "--no-ablations", "--device", "cpu", option])
+    names = [way.name for way in train_step.our_ways(batch[0], plan)]
+    assert names == [train_step.OURS, train_step.BY_BLOCK, train_step.WHOLE][: 1 + compiled]
+
+
 def test_a_ratio_is_the_median_of_the_ratios_per_round():
     # the machine is ten times slower in the second round, which must not matter
     seconds = {"ours": [1.0, 10.0, 1.0], "theirs": [2.0, 20.0, 3.0]}

@@ -2,33 +2,16 @@
 
 import json
 
-from run_kit import document, mae, write_config, write_images
-
-MISSING = ("ray", "mlflow", "boto3", "botocore", "s3transfer")
-SITE = f"""
-import importlib.metadata, sys
-
-sys.modules.update(dict.fromkeys({MISSING}))  # None: an import raises ModuleNotFoundError
-version = importlib.metadata.version
-
-def of_what_is_installed(name):
-    if name in {(*MISSING, "mae-pipeline")}:
-        raise importlib.metadata.PackageNotFoundError(name)
-    return version(name)
-
-importlib.metadata.version = of_what_is_installed
-"""
-"""Python runs sitecustomize.py at the start of every process, so workers of the run lack the packages too."""
+from run_kit import ROOT, bare_site, document, mae, write_config, write_images
 
 
 def test_a_run_in_one_process_takes_every_step_and_finds_all_of_them_done(tmp_path):
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(SITE)
+    site = bare_site(tmp_path)
     content = document(tmp_path / "store", write_images(tmp_path / "images", 60)) | {"tracking": {"uri": "none"}}
     config = write_config(tmp_path / "run.yaml", content)
 
     def steps() -> dict[str, str]:
-        ran = mae("run", config, "--in-process", "--json", PYTHONPATH=f"{tmp_path / 'site'}:.")
+        ran = mae("run", config, "--in-process", "--json", PYTHONPATH=f"{site}:{ROOT}")
         assert ran.returncode == 0, ran.stderr
         line = json.loads(ran.stdout)
         assert (line["run"], line["addresses"]["tracking"]) == ("", "none")
