@@ -33,6 +33,7 @@ class Case:
     max_grad_norm: float | None = None
     offload: str = "none"
     activation_checkpointing: bool = False
+    compile: str = "off"
 
 
 def make_engine(case: Case, module: nn.Module, groups: Any) -> Engine:
@@ -48,6 +49,7 @@ def make_engine(case: Case, module: nn.Module, groups: Any) -> Engine:
         max_grad_norm=case.max_grad_norm,
         offload=case.offload,
         activation_checkpointing=case.activation_checkpointing,
+        compile=case.compile,
     )
     return Engine(module, groups, settings, world)
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 Offload = Literal["none", "optimizer"]
 """What lives on the CPU beside a GPU: nothing, or AdamW's state and its update."""
 ZeroStage = Literal[1, 2, 3]
+Compile = Literal["auto", "on", "off"]
 CheckpointCopy = Literal["memory", "disk"]
 ProfileSteps = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1, le=20)]]
 MOST_DECODE_WORKERS = 32
@@ -42,6 +43,9 @@ class Resources(BaseModel):
     effect on CPU workers."""
     activation_checkpointing: bool = False
     """Keep only each block's input and recompute the rest in the backward pass: a third more work, far less memory."""
+    compile: Compile = "auto"
+    """Whether torch.compile fuses the operations of each Transformer block in training. `auto`: on GPUs, if the node has Triton
+    and a C compiler. `on` compiles on a CPU too, and fails where that is impossible."""
     checkpoint_every_steps: int = Field(500, ge=1)
     """Updates of the weights between checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)
@@ -111,6 +115,12 @@ class Resources(BaseModel):
         if not 1 <= low <= high:
             raise ValueError(f"workers={value}: {WORKERS_HINT}")
         return value
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _compile(cls, value: object) -> object:
+        # YAML reads a bare `on` or `off` as a boolean.
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _time_to_save(self) -> "Resources":

@@ -18,19 +18,21 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mae_core.optimisation.parameter_groups import ParameterGroup
 from mae_core.vit import Block
 from pipeline.errors import ConfigError
+from pipeline.training.engine.blocks import compile_blocks, recompute_blocks, why_not_compiled
 from pipeline.training.engine.settings import EPS, EngineSettings, check_effective, deepspeed_config
 from pipeline.training.world import World
 
+log = logging.getLogger(__name__)
+
+Pass = Literal["compile", "forward", "backward"]
 Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
 KINDS: tuple[Kind, ...] = ("weight", "exp_avg", "exp_avg_sq")
 Lookup = Callable[[str, Kind, int, int], Tensor]
@@ -60,11 +62,18 @@ class Engine:
         self, module: nn.Module, groups: Sequence[ParameterGroup], settings: EngineSettings, world: World
     ) -> None:
         deepspeed = _deepspeed()
+        reason = why_not_compiled(settings.compile, world.device)
+        if reason is None:
+            compile_blocks(module)
+        elif settings.compile == "auto" and world.device.type == "cuda":
+            log.warning("rank %d: blocks are not compiled, which makes steps slower: %s", world.rank, reason)
         if settings.activation_checkpointing:
-            _recompute_blocks(module)
+            recompute_blocks(module)
         self.settings, self.world = settings, world
-        self.phase: Callable[[Literal["forward", "backward"]], AbstractContextManager[None]] = lambda _: nullcontext()
-        """Entered around each pass; the loop sets it to the watchdog's phase."""
+        self._compiles = reason is None
+        self._compiled_sizes: set[int] = set()  # of micro-batches
+        self.phase: Callable[[Pass], AbstractContextManager[None]] = lambda _: nullcontext()
+        """Entered around each pass, as "compile" if that may compile the blocks; the loop sets it to watch and time them."""
         # lr=0: a step that DeepSpeed took of its own accord would not move a weight. `apply` sets the rates at every step.
         parameter_groups = [
             {"params": list(group["params"]), "weight_decay": group["weight_decay"], "lr": 0.0} for group in groups
@@ -72,6 +81,10 @@ class Engine:
         optimizer = torch.optim.AdamW(parameter_groups, lr=0.0, betas=settings.betas, eps=EPS, fused=True)
         # Kept here, in the order of the groups: `apply` writes lr times scale into DeepSpeed's groups at every step.
         self._scales = [float(group["lr_scale"]) for group in groups]
+        if settings.zero_stage == 3:
+            # A block's weights are gathered and released together. DeepSpeed's hooks on the layers inside would gather one matrix
+            # at a time and, traced with a compiled block, make it compile again and again.
+            deepspeed.utils.set_z3_leaf_modules(module, [Block], raise_if_not_found=False)
         # In bf16 DeepSpeed converts the module first and takes its float32 weights from the result.
         # Biases, norms and tokens: gathering one costs a collective that takes as long as that of a small matrix.
         largest_vector = max((p.numel() for p in module.parameters() if p.numel() in p.shape), default=0)
@@ -124,17 +137,23 @@ class Engine:
             )
         self._losses = []
         for index, (inputs, weights) in enumerate(micro_batches, 1):
-            with self.phase("forward"):
+            compiles = self._compiles and len(weights) not in self._compiled_sizes
+            if compiles and self.world.is_first:
+                log.warning(
+                    "compiling the blocks for micro-batches of %d samples: this step takes longer", len(weights)
+                )
+            with self.phase("compile" if compiles else "forward"):
                 # [b], float32
                 per_sample = self._engine(*inputs)
                 # Padding repeats a real sample or is all zeros, so 0 * NaN arises only where that sample is bad itself.
                 local_sum = (per_sample * weights).sum()
-            with self.phase("backward"):
+            with self.phase("compile" if compiles else "backward"):
                 # scale_wrt_gas: DeepSpeed would divide by the number of micro-batches, which global_batch already covers.
                 self._engine.backward(local_sum * (self.world.size / global_batch), scale_wrt_gas=False)
             if index < len(micro_batches):
                 # Only counts the micro-batch. After the last one `step` would move the weights, which `apply` does.
                 self._engine.step()
+            self._compiled_sizes.add(len(weights))
             self._losses.append(local_sum.detach())
 
     def measured(self) -> tuple[float, float]:
@@ -310,18 +329,6 @@ class Engine:
             not sharded
         ):  # ZeRO-3 looks the state up each time; ZeRO 1 and 2 link it to the parameters once, in their first step
             self._zero._lazy_init_hp_params_optimizer_state()
-
-
-def _recompute_blocks(module: nn.Module) -> None:
-    """Make every Transformer block recompute its activations in the backward pass.
-
-    The method is replaced on the instances, so the model's code and its parameter names stay as they are. A block draws no
-    random numbers (drop path's noise is an argument), so there is no generator state to preserve.
-    """
-    for part in module.modules():
-        if isinstance(part, Block):
-            recomputing = partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)
-            part.forward = recomputing  # type: ignore[method-assign]
 
 
 def initial_state(module: nn.Module) -> Lookup:

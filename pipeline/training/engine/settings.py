@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from pipeline.cluster.resources import Offload, ZeroStage
+from pipeline.cluster.resources import Compile, Offload, ZeroStage
 from pipeline.errors import ConfigError
 from pipeline.training.world import World
 
@@ -39,6 +39,8 @@ class EngineSettings:
     offload: Offload = "none"
     activation_checkpointing: bool = False
     """Blocks keep only their input and are recomputed in the backward pass."""
+    compile: Compile = "auto"
+    """Whether blocks run compiled. `auto`: on CUDA, if the node has what that takes."""
 
 
 def deepspeed_config(settings: EngineSettings, *, persistent_elements: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ One thread per rank watches how long the rank's own phase lasts. No rank asks an
 for it in a collective, so every rank's deadline passes, and a rank that could not answer need not. The rank that hangs is the
 one whose phase does not wait for others. After twice the limit, a worker that would be restarted (by Ray Train, `max_failures`
 times) ends itself, as the waiting ones would at the collective's own timeout. Where nothing restarts workers, the decision is
-left to a person.
+left to a person. A phase that may compile gets `COMPILE_ALLOWANCE_S` more.
 Nothing is watched between phases. A Python thread needs the interpreter lock, so a C call that holds it is not seen; torch
 releases it while it waits for a GPU or for other ranks. A kernel that hangs is seen in phase `check`, where the host reads
 what the passes have computed, or in an earlier one if the GPU's queue is full.
@@ -30,6 +30,9 @@ from pipeline.training.world import World
 FOLDER = "stacks/"
 EXIT_CODE = 75
 """Of a worker that ended itself because it hung."""
+
+COMPILE_ALLOWANCE_S = 600.0
+"""What compiling may take: some 15 s for the blocks of a model on an idle machine, many times that on a crowded one."""
 
 MEANINGS: Mapping[Phase, str] = {
     "data": "waiting for its feed",
@@ -85,14 +88,17 @@ class Watchdog:
         reported: _CurrentPhase | None = None
         while not self._ended.wait(min(1.0, self.limit_s / 4)):
             current = self._current
-            waited = time.monotonic() - current.entered_at if current else 0.0
-            if current is None or waited < self.limit_s:
+            if current is None:
+                continue
+            waited = time.monotonic() - current.entered_at
+            allowance = COMPILE_ALLOWANCE_S if current.name == "compile" else 0.0
+            if waited < self.limit_s + allowance:
                 continue
             # By identity: each entry into a phase makes a new tuple and is reported once.
             if reported is not current:
                 reported = current
                 self._report(current.name, waited)
-            if waited >= 2 * self.limit_s and self.on_timeout == "exit":
+            if waited >= 2 * self.limit_s + allowance and self.on_timeout == "exit":
                 log.critical(
                     "rank %d: still in phase %s after %.0f s: this worker ends itself",
                     self.world.rank,

@@ -7,9 +7,10 @@ Errors: an error on one worker is agreed on at a step boundary and ends all work
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from pipeline.cluster.resources import Resources
@@ -24,7 +25,7 @@ from pipeline.training.checkpoints.host_copy import allocator_for
 from pipeline.training.checkpoints.position import Position
 from pipeline.training.checkpoints.retention import Retention
 from pipeline.training.checkpoints.saver import Saver, saving
-from pipeline.training.engine.deepspeed_engine import Engine
+from pipeline.training.engine.deepspeed_engine import Engine, Pass
 from pipeline.training.engine.micro_batches import split
 from pipeline.training.guard import Judgement, StepStats, judge
 from pipeline.training.health.incidents import Incidents
@@ -79,10 +80,10 @@ def train(
         stack.enter_context(closing(engine))
         watchdog = stack.enter_context(_watchdog(spec, attempt, world))
         phases, gpu = PhaseClock(watchdog.phase), GpuClock(world.device)
-        engine.phase = phases
         saver = stack.enter_context(saving(_saver(spec, attempt, world, engine)))
         meter = TrainingMeter(spec, loader, engine.module, world, position.global_step, phases=phases, gpu=gpu)
         stack.enter_context(closing(meter))
+        engine.phase = partial(_pass_of_engine, phases, meter)
         feed = stack.enter_context(closing(Feed(loader, total_steps)))
         # One rank's trace shows where a step's time goes, waits for the others included.
         window = spec.resources.profile_steps if world.is_first else None
@@ -303,6 +304,13 @@ class _Training:
         self.position = roll_back(self.spec, self.attempt, self.world, self.engine, judgement)
         self.meter.begin(self.position.global_step)  # or the next row's rate would span a negative number of steps
         self.tracker.rolled_back(self.position.global_step)  # MLflow cannot take back points: a child run follows
+
+
+@contextmanager
+def _pass_of_engine(phases: PhaseClock, meter: TrainingMeter, name: Pass) -> Iterator[None]:
+    """Watch and time a pass. One that compiles does not tell how fast a rank is."""
+    with phases(name), meter.forward.paused() if name == "compile" else nullcontext():
+        yield
 
 
 def _watchdog(spec: TrainSpec, attempt: Attempt, world: World) -> Watchdog:

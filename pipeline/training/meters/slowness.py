@@ -62,7 +62,7 @@ def advice(cause: Cause, resources: Resources) -> str:
         )
         return f"It waits for other workers and the network: {way_out}"
     if cause == "recompilation":
-        return "It compiles the model again and again: TORCH_COMPILE_DISABLE=1 in the environment turns that off"
+        return "It compiles the model again and again: resources.compile=off turns that off"
     if cause == "checkpoints":
         return (
             f"It waits for checkpoints: raise resources.checkpoint_every_steps (now {resources.checkpoint_every_steps})"

@@ -22,7 +22,7 @@ import torch
 
 _CAUGHT_UP = 0.02
 """A GPU that is behind its host by less than this share of the passes has been waiting for it."""
-Phase = Literal["profile", "data", "agree", "copy", "forward", "backward", "check", "step", "log", "save"]
+Phase = Literal["profile", "data", "agree", "copy", "compile", "forward", "backward", "check", "step", "log", "save"]
 """What the loop's thread is doing."""
 Mark = Literal["begin", "copied", "passed", "judged", "end"]
 

@@ -243,6 +243,7 @@ class ForwardClock:
         self.device = device
         self._spans: list[tuple[Any, Any]] = []
         self._began: Any = None
+        self._paused = False
         self._hooks = [module.register_forward_pre_hook(self._begin), module.register_forward_hook(self._end)]
 
     def _now(self) -> Any:
@@ -256,7 +257,17 @@ class ForwardClock:
         self._began = self._now()
 
     def _end(self, *_: object) -> None:
-        self._spans.append((self._began, self._now()))
+        if not self._paused:
+            self._spans.append((self._began, self._now()))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the passes in the body."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def take(self) -> float:
         """Return the seconds since the last call."""

@@ -98,6 +98,7 @@ def engine_settings(recipe: Recipe, resources: Resources, *, workers: int) -> En
         max_grad_norm=recipe.max_grad_norm,
         offload=resources.offload,
         activation_checkpointing=resources.activation_checkpointing,
+        compile=resources.compile,
     )
 
 

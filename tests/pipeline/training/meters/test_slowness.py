@@ -49,7 +49,7 @@ def test_the_advice_names_a_word_of_the_configuration(cause):
     text = advice(cause, resources(decode_workers=4))
     words = re.findall(r"resources\.(\w+)", text)
     if cause == "recompilation":
-        assert "TORCH_COMPILE_DISABLE=1" in text
+        assert "resources.compile=off" in text
     else:
         assert words
         assert set(words) <= Resources.model_fields.keys()
