@@ -14,6 +14,7 @@ Source: man 5 proc (RssAnon)."""
 
 import argparse
 import json
+import math
 import os
 import socket
 import threading
@@ -32,6 +33,7 @@ from benchmarks import _timing as timing
 from mae_core import SIZES, MAEConfig, parameter_count
 from pipeline.cluster.resources import Resources
 from pipeline.data.dataset.address import dataset_address
+from pipeline.data.dataset.facts import DatasetFacts
 from pipeline.data.feed.order import OrderConfig
 from pipeline.graph.receipts import claim
 from pipeline.graph.step import Attempt
@@ -129,7 +131,6 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     """Measure, print the table and return the JSON line."""
     model = MAEConfig(encoder=SIZES["tiny" if options.quick else "huge"]())
     total = options.steps + 1
-    recipe = Recipe(global_batch=options.batch, epochs=1, warmup_epochs=0.0, precision=options.precision)
     resources = Resources(
         zero_stage=3,
         micro_batch=options.micro_batch,
@@ -140,14 +141,16 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     found = _data.chosen_photos(options, count=min(64, total * options.batch))
     with TemporaryDirectory(prefix="mae-benchmark-") as name:
         root = Path(name)
-        copies = -(-total * options.batch // len(found.files))
-        source = _data.write_files(found.files, root / "images", copies=copies)
+        dataset = _data.dataset(_data.write_files(found.files, root / "images"), root, shards=1)
+        # As many epochs as the steps take. Copies would not do: duplicates are not served.
+        epochs = math.ceil(total * options.batch / DatasetFacts.read(dataset.facts).counts.total.served)
+        recipe = Recipe(global_batch=options.batch, epochs=epochs, warmup_epochs=0.0, precision=options.precision)
         spec = TrainSpec(
             task=MAETask(model=model, weight_decay=recipe.weight_decay, seed=0),
             recipe=recipe,
             order=OrderConfig(seed=0),
             image_size=model.encoder.image_size,
-            dataset=dataset_address(_data.dataset(source, root, shards=1)),
+            dataset=dataset_address(dataset),
             train_samples="all",
             evaluation_split="",
             resources=resources.model_copy(update={"cache_directory": str(root / "cache")}),

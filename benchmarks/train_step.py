@@ -5,8 +5,9 @@
     python -m benchmarks.train_step --quick                            # a small model, nothing compiled
 
 Every variant has the same weights, batch, optimiser (fused AdamW) and precision (bf16 autocast on CUDA, float32
-on CPU). Their losses are checked to be equal, before and during the timing. Variants take turns and times are
-medians over rounds (benchmarks/_timing.py). Prints one table and one JSON line per model, the largest last.
+on CPU). In bfloat16 ours is also timed as the engine trains it: bf16 weights without autocast, while AdamW moves
+float32 copies of them. Losses are checked to be equal, before and during the timing. Variants take turns and times are medians over
+rounds (benchmarks/_timing.py). Prints one table and one JSON line per model, the largest last.
 
 Units:  images per second; mfu = FLOPs that the model needs (mae_core.training_flops) x images per second / peak
         of the matrix product in the same precision, measured in the same run. ratio_vs_x: our speed / that of
@@ -31,6 +32,7 @@ from benchmarks import _peers as peers
 from benchmarks import _timing as timing
 from benchmarks._variants import mean_loss
 from mae_core import SIZES, MAEConfig, MAEOutput, MaskedAutoencoder, ViTConfig, reference_forward, training_flops
+from pipeline.training.engine.blocks import compile_blocks
 
 BATCHES = {"cuda": {"tiny": 512, "small": 512, "base": 256, "large": 256, "huge": 128}, "cpu": {}}
 CPU_BATCH = 4
@@ -39,6 +41,7 @@ LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}
 """Relative. Other orders of summation differ by 1e-6 in float32; bfloat16 numbers are 4e-3 apart, averaged over many patches."""
 
 OURS, BY_BLOCK, WHOLE = "ours", "ours, compiled by block", "ours, compiled whole"
+BF16_WEIGHTS, BF16_BY_BLOCK = "ours, bf16 weights", "ours, bf16 weights, by block"
 HUGGING_FACE, HUGGING_FACE_COMPILED = "hugging face", "hugging face, compiled"
 TIMM = "timm blocks"
 
@@ -85,11 +88,10 @@ def our_ways(model: MaskedAutoencoder, plan: Plan) -> list[Way]:
     """Return our model as it is and, if asked for, compiled and with one saving undone at a time; all share their weights."""
     fused = timing.adamw(model.parameters())
     ways = [Way(OURS, loss_of(model), fused)]
+    if plan.precision == "bfloat16":
+        ways += bf16_ways(model, plan)
     if plan.compiled:
-        twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-        for block in (*twin.encoder.blocks, *twin.decoder.blocks):
-            block.compile()
-        ways.append(Way(BY_BLOCK, loss_of(twin), fused))
+        ways.append(Way(BY_BLOCK, loss_of(by_block(model)), fused))
     if plan.compiled and plan.whole:
         ways.append(Way(WHOLE, loss_of(torch.compile(model)), fused))
     if plan.ablations:
@@ -107,6 +109,42 @@ def our_ways(model: MaskedAutoencoder, plan: Plan) -> list[Way]:
             Way("ours, head on every patch", partial(mean_loss, model, head="all"), fused),
             Way("ours, these three at once", loss_of(partial(reference_forward, model)), fused),
         ]
+    return ways
+
+
+def by_block(model: MaskedAutoencoder) -> MaskedAutoencoder:
+    """Return a twin with the same weights whose blocks run compiled, as the engine compiles them."""
+    twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    compile_blocks(twin)
+    return twin
+
+
+def bf16_ways(model: MaskedAutoencoder, plan: Plan) -> list[Way]:
+    """Return our model with weights in bf16, of which AdamW moves float32 copies, as in the engine but without DeepSpeed."""
+    twin = copy.deepcopy(model).bfloat16()
+    weights = list(twin.parameters())
+    masters = [nn.Parameter(parameter.detach().float()) for parameter in weights]
+    optimizer = timing.adamw(masters)
+
+    def take_gradients(*_: object) -> None:
+        for weight, master in zip(weights, masters, strict=True):
+            assert weight.grad is not None
+            master.grad, weight.grad = weight.grad.float(), None
+
+    def put_weights(*_: object) -> None:
+        with torch.no_grad():
+            torch._foreach_copy_([*weights], [*masters])
+
+    optimizer.register_step_pre_hook(take_gradients)
+    optimizer.register_step_post_hook(put_weights)
+
+    def loss(model: MaskedAutoencoder, pixels: Tensor, noise: Tensor) -> Tensor:
+        with torch.autocast(plan.device.type, enabled=False):
+            return loss_of(model)(pixels, noise)
+
+    ways = [Way(BF16_WEIGHTS, partial(loss, twin), optimizer)]
+    if plan.compiled:
+        ways.append(Way(BF16_BY_BLOCK, partial(loss, by_block(twin)), optimizer))
     return ways
 
 
