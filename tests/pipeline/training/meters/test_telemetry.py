@@ -146,11 +146,21 @@ def test_a_cpu_s_peak_in_bfloat16_is_that_of_what_it_computes_with(monkeypatch, 
 
 def test_numbers_of_all_workers_together():
     row = over_workers(
-        [WorkerReading(2.0, 1.0, 2**30, 0.0), WorkerReading(3.0, 0.0, 2**31, 0.0), WorkerReading(2.0, 0.5, 1.0, 0.0)],
+        [
+            WorkerReading(2.0, 1.0, 0.5, 2**30, 0.0),
+            WorkerReading(3.0, 0.0, 0.0, 2**31, 0.0),
+            WorkerReading(2.0, 0.5, 0.25, 1.0, 0.0),
+        ],
         elapsed=2.0,
     )
-    assert row == {"checkpoint_wait": 0.25, "process_gib": 2.0, "slowest_rank": 1, "slowest_excess": 0.5}
-    alone = over_workers([WorkerReading(2.0, 0.0, 2**30, 2**32)], elapsed=1.0)
+    assert row == {
+        "checkpoint_wait": 0.25,
+        "compiling": 0.125,
+        "process_gib": 2.0,
+        "slowest_rank": 1,
+        "slowest_excess": 0.5,
+    }
+    alone = over_workers([WorkerReading(2.0, 0.0, 0.0, 2**30, 2**32)], elapsed=1.0)
     assert alone == {"checkpoint_wait": 0.0, "process_gib": 1.0, "device_gib": 4.0}
 
 
@@ -166,6 +176,7 @@ def test_the_progress_line_shows_trouble_only_when_there_is_any():
             "skipped_steps": 1,
             "stepped_over": 3,
             "checkpoint_wait": 0.1,
+            "compiling": 0.4,
             "slowest_rank": 7,
             "slowest_excess": 0.25,
         }
@@ -175,6 +186,7 @@ def test_the_progress_line_shows_trouble_only_when_there_is_any():
         "decoders restarted": 1,
         "lost steps": 4,
         "saving": 0.1,
+        "compiling": 0.4,
         "slow rank": 7,
         "by": 0.25,
     }
@@ -216,6 +228,9 @@ def test_the_clock_counts_forward_passes_and_nothing_else():
         module(torch.ones(1))
         time.sleep(NAP_S)
     assert 3 * NAP_S <= clock.take() < 5 * NAP_S
+    assert clock.take() == 0.0
+    with clock.paused():  # a pass that compiles
+        module(torch.ones(1))
     assert clock.take() == 0.0
     clock.close()
     module(torch.ones(1))
