@@ -49,7 +49,7 @@ def test_the_advice_names_a_word_of_the_configuration(cause):
     text = advice(cause, resources(decode_workers=4))
     words = re.findall(r"resources\.(\w+)", text)
     assert words
-        assert set(words) <= Resources.model_fields.keys()
+    assert set(words) <= Resources.model_fields.keys()
 
 
 def test_ranks_that_exchange_weights_are_told_of_the_stage_and_others_of_their_number():

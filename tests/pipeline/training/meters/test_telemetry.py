@@ -105,6 +105,7 @@ def test_the_slow_worker_is_named_and_waits_are_shares_of_the_time(teams, shards
         assert 0 <= row["throughput/host_bound_share"] < 0.5
         assert 0 < row["throughput/agree_wait_share"] < 1
         assert 0 <= row["throughput/exchange_share"] < 1
+        assert "throughput/compile_share" not in row
     # the checkpoint at 4 is waited for between the rows at 4 and 6
     waits = {row["step"]: row["throughput/checkpoint_wait_share"] for row in metrics}
     assert waits[4] == 0.0
@@ -144,23 +145,27 @@ def test_a_cpu_s_peak_in_bfloat16_is_that_of_what_it_computes_with(monkeypatch, 
     assert peaks[torch.float32] == peaks[torch.bfloat16] / (1 if faster == torch.float32 else 2)
 
 
+def compiled(spec: TrainSpec, attempt: Attempt) -> Any:
+    """Return what the loop sends to its tracker when blocks are compiled, without generated code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.training.engine.blocks.BACKEND", "aot_eager")
+        return watched(spec, attempt)[0]
+
+
+def test_rows_name_the_time_to_compile_and_the_loop_compiles_once(teams, shards, tmp_path):
+    attempt = attempt_at(tmp_path / "step", log_every_steps=2, checkpoint_every_steps=100, compile="on")
+    metrics, _ = teams(2).run(compiled, mae_spec(shards, attempt), attempt)
+    assert [row["step"] for row in metrics if "throughput/compile_share" in row] == [2]
+    assert 0 < metrics[0]["throughput/compile_share"] < 1
+
+
 def test_numbers_of_all_workers_together():
     row = over_workers(
-        [
-            WorkerReading(2.0, 1.0, 0.5, 2**30, 0.0),
-            WorkerReading(3.0, 0.0, 0.0, 2**31, 0.0),
-            WorkerReading(2.0, 0.5, 0.25, 1.0, 0.0),
-        ],
+        [WorkerReading(2.0, 1.0, 2**30, 0.0), WorkerReading(3.0, 0.0, 2**31, 0.0), WorkerReading(2.0, 0.5, 1.0, 0.0)],
         elapsed=2.0,
     )
-    assert row == {
-        "checkpoint_wait": 0.25,
-        "compiling": 0.125,
-        "process_gib": 2.0,
-        "slowest_rank": 1,
-        "slowest_excess": 0.5,
-    }
-    alone = over_workers([WorkerReading(2.0, 0.0, 0.0, 2**30, 2**32)], elapsed=1.0)
+    assert row == {"checkpoint_wait": 0.25, "process_gib": 2.0, "slowest_rank": 1, "slowest_excess": 0.5}
+    alone = over_workers([WorkerReading(2.0, 0.0, 2**30, 2**32)], elapsed=1.0)
     assert alone == {"checkpoint_wait": 0.0, "process_gib": 1.0, "device_gib": 4.0}
 
 
