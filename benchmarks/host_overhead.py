@@ -9,7 +9,7 @@ for the interpreter.
 Launches: operations in a step of the engine that are no views and no mere allocations, less those of a plain step (forward,
 backward, fused AdamW) of the same model on the same batch. Counted by a TorchDispatchMode; a `_foreach` call counts once.
 Loop: CPU time of the loop's thread per step, around a model that does nothing, with real batches of a real loader.
-Feed: how much longer a loop in pure Python takes while a loader runs at full speed in the same process.
+Feed: how much longer a loop in pure Python takes while this process reads from a loader at full speed.
 
 Units:  launches per step; milliseconds of CPU time; a slowdown of 0.03 is 3 % longer. Medians over steps or rounds.
 Errors: SystemExit for a folder without usable JPEGs."""
@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -223,19 +223,25 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
         attempt = _data.attempt(root / "pretrain")
         claim(attempt.root, continues="")
         loop_ms = _alone(loop_milliseconds, spec, attempt, steps)
-        slower = _alone(slowdown, spec, rounds)
+        # one process, so that even two cores have one for each
+        processes = spec.resources.model_copy(update={"decode_workers": 1})
+        slower = _alone(slowdown, replace(spec, resources=processes), rounds)
+        slower_by_threads = _alone(slowdown, spec, rounds)
     rows = [
         (case, str(one.added), str(one.allowed), f"{one.added / one.parameters:.2f}") for case, one in counted.items()
     ]
     print(timing.table(("launches that a step adds", "", "allowed", "per parameter"), rows))
     print(f"the loop's thread: {loop_ms:.1f} ms of CPU time per step of {_BATCH} images")
-    print(f"pure Python beside a loader at full speed: {100 * slower:+.0f} %")
+    print(
+        f"pure Python beside a decode worker: {100 * slower:+.0f} %, beside a decode thread: {100 * slower_by_threads:+.0f} %"
+    )
     return {
         "benchmark": "host_overhead",
         "launches": {case: one.added for case, one in counted.items()},
         "launches_allowed": {case: one.allowed for case, one in counted.items()},
         "loop_ms": round(loop_ms, 2),
         "feed_slowdown": round(slower, 3),
+        "feed_slowdown_by_threads": round(slower_by_threads, 3),
     }
 
 
