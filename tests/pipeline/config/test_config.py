@@ -423,6 +423,7 @@ def another(field: str, value: Any) -> Any:
         "spikes": "skip",
         "checkpoint_copy": "disk",
         "decode_workers": 3,
+        "compile": "off",
     }
     return choices.get(field.rpartition(".")[2], f"{value}2")
 
