@@ -9,7 +9,9 @@ for the interpreter.
 Launches: operations in a step of the engine that are no views and no mere allocations, less those of a plain step (forward,
 backward, fused AdamW) of the same model on the same batch. Counted by a TorchDispatchMode; a `_foreach` call counts once.
 Loop: CPU time of the loop's thread per step, around a model that does nothing, with real batches of a real loader.
-Feed: how much longer a loop in pure Python takes while this process reads from a loader at full speed.
+Feed: how much longer a loop in pure Python takes than its own CPU time while this process reads from a loader at full speed.
+The difference is time in which it waits for the interpreter or for a core.
+Copies: bytes of pictures written between decoding and the micro-batch, over the bytes of the pictures.
 
 Units:  launches per step; milliseconds of CPU time; a slowdown of 0.03 is 3 % longer. Medians over steps or rounds.
 Errors: SystemExit for a folder without usable JPEGs."""
@@ -78,6 +80,20 @@ class _Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += func._schema.name.partition("::")[2] not in _VIEWS | _ALLOCATIONS
         return func(*args, **(kwargs or {}))
+
+
+class _Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the bytes that this thread copies."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func._schema.name in {"aten::copy_", "aten::clone", "aten::_to_copy"}:
+            self.bytes += result.nbytes
+        return result
 
 
 class Launches(NamedTuple):
@@ -174,18 +190,29 @@ def slowdown(spec: TrainSpec, rounds: int) -> float:
     """Return how much longer a loop in pure Python takes beside a loader at full speed. Runs in a process of its own."""
     alone = World(0, 1, torch.device("cpu"), None)
     loader = spec.loader(spec.dataset.open(), "train", alone)
-    ratios = []
-    for _ in range(rounds):
-        before = _count_up()
-        ended = threading.Event()
-        with closing(loader.from_step(0, 10**6)) as batches:
-            next(batches)
-            consumer = threading.Thread(target=_drain, args=(batches, ended))
-            consumer.start()
-            ratios.append(_count_up() / before - 1)
-            ended.set()
-            consumer.join()
+    ended = threading.Event()
+    with closing(loader.from_step(0, 10**6)) as batches:
+        next(batches)
+        consumer = threading.Thread(target=_drain, args=(batches, ended))
+        consumer.start()
+        ratios = [_count_up() for _ in range(rounds)]
+        ended.set()
+        consumer.join()
     return median(ratios)
+
+
+def copies_per_picture(spec: TrainSpec) -> float:
+    """Return how often a picture's bytes are written from its decoding in a worker to its micro-batch."""
+    alone = World(0, 1, torch.device("cpu"), None)
+    loader = spec.loader(spec.dataset.open(), "train", alone)
+    settings = EngineSettings(
+        precision="fp32", zero_stage=1, micro_batch=_BATCH // 4, accumulation=4, betas=(0.9, 0.95)
+    )
+    copied = _Copies()
+    with closing(loader.from_step(0, 1)) as batches, copied:
+        batch = next(batches)
+        split(spec.task.inputs(batch), settings, alone.device)
+    return 1 + copied.bytes / batch.images.nbytes  # 1: the worker's own write into the batch
 
 
 def _drain(batches: Iterator[Batch], ended: threading.Event) -> None:
@@ -194,20 +221,21 @@ def _drain(batches: Iterator[Batch], ended: threading.Event) -> None:
 
 
 def _count_up() -> float:
-    began, count = time.perf_counter(), 0
-    while count < 5_000_000:
+    """Count for a fifth of a second; return how much longer that took than the CPU time of this thread."""
+    began, cpu, count = time.perf_counter(), time.thread_time(), 0
+    while count < 10_000_000:
         count += 1
-    return time.perf_counter() - began
+    return (time.perf_counter() - began) / (time.thread_time() - cpu) - 1
 
 
 def measure(options: argparse.Namespace) -> dict[str, object]:
     """Measure, print the table and return the JSON line."""
     counted = {f"{precision}, ZeRO-{stage}": _alone(launches, precision, stage) for precision, stage in _CASES}
-    steps, rounds = (6, 3) if options.quick else (20, 9)
+    steps, rounds = (6, 9) if options.quick else (20, 31)
     found = _data.chosen_photos(options, count=64)
     with TemporaryDirectory(prefix="mae-benchmark-") as name:
         root = Path(name)
-        source = _data.write_files(found.files, root / "images")
+        source = _data.write_files(found.files, root / "images", copies=16)  # an epoch of two batches
         dataset = dataset_address(_data.dataset(source, root, shards=1))
         model = MAEConfig(encoder=SIZES["base"]())
         spec = TrainSpec(
@@ -227,6 +255,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
         processes = spec.resources.model_copy(update={"decode_workers": 1})
         slower = _alone(slowdown, replace(spec, resources=processes), rounds)
         slower_by_threads = _alone(slowdown, spec, rounds)
+        copies = _alone(copies_per_picture, replace(spec, resources=processes))
     rows = [
         (case, str(one.added), str(one.allowed), f"{one.added / one.parameters:.2f}") for case, one in counted.items()
     ]
@@ -235,6 +264,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     print(
         f"pure Python beside a decode worker: {100 * slower:+.0f} %, beside a decode thread: {100 * slower_by_threads:+.0f} %"
     )
+    print(f"a picture's bytes are copied {copies:.2f} times from its decoding to its micro-batch")
     return {
         "benchmark": "host_overhead",
         "launches": {case: one.added for case, one in counted.items()},
@@ -242,6 +272,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
         "loop_ms": round(loop_ms, 2),
         "feed_slowdown": round(slower, 3),
         "feed_slowdown_by_threads": round(slower_by_threads, 3),
+        "copies_per_picture": round(copies, 3),
     }
 
 

@@ -124,8 +124,10 @@ def with_checkpoint_copy(held: Footprint, model: ModelSize, *, workers: int, dev
 def with_feed(held: Footprint, *, processes: int, batch_bytes: int, device: Device) -> Footprint:
     """Add decode workers and the batches that are read ahead. `batch_bytes`: a worker's part of a global batch.
 
-    Nothing is added for decoding in a thread: its batches are within the margin.
+    Nothing is added on the host for decoding in a thread: its batches are within the margin.
     """
+    if device == "cuda":  # the batch in use and the next one, which is copied meanwhile
+        held = held._replace(overhead=held.overhead + 2 * batch_bytes)
     if not processes:
         return held
     # those ahead, the one that is due and the one in use; on a GPU node the last two are also pinned

@@ -10,7 +10,6 @@ Errors: DataError naming shard, sample and remedy: in evaluation for every sampl
 shard that cannot be opened or of which no sample can be read; those of the decoders."""
 
 import logging
-import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -94,8 +93,6 @@ class Loader:
         self.decode_threads, self.decode_workers = decode_threads, decode_workers
         self.prefetch_batches, self.pin_memory, self.answer_s = prefetch_batches, pin_memory, answer_s
         self.fetch_bytes = cache.max_bytes if fetch_bytes is None else fetch_bytes
-        self.wait_seconds = 0.0
-        """Time that the consumer has spent waiting for batches so far."""
         self.restarts = 0
         """How often decode workers that died or hung were replaced so far."""
         self._reported: set[int] = set()
@@ -107,7 +104,7 @@ class Loader:
     def from_step(self, start: int, stop: int) -> Generator[Batch]:
         """Yield this rank's part of the global batches of steps start..stop-1. Closing the generator ends what it has started."""
         steps = (self.order.rank_slice(t, self.global_batch, self.rank, self.world_size) for t in range(start, stop))
-        return self._batches(steps, self.maker, unreadable="substitute")
+        return self._made(steps, self.maker, unreadable="substitute")
 
     def evaluation_batches(self, batch_size: int, *, unreadable: Unreadables = "stop") -> Generator[Batch]:
         """Yield this rank's samples in plain order, cropped from the centre; over all ranks each sample comes once.
@@ -119,7 +116,7 @@ class Loader:
         starts = range(part.start, part.stop, batch_size)
         positions = (np.arange(start, min(start + batch_size, part.stop)) for start in starts)
         steps = (plain_slots(self.selection.counts, p) for p in positions)
-        return self._batches(steps, replace(self.maker, augment=centre, noise=None), unreadable=unreadable)
+        return self._made(steps, replace(self.maker, augment=centre, noise=None), unreadable=unreadable)
 
     def bytes_at_once(self, ranks_here: int) -> int:
         """Return the size of the remote shards that the ranks of one node read in turns: a window per lane, and one shard more.
@@ -133,19 +130,6 @@ class Loader:
         lanes = min(order.lanes, -(-order.lanes * ranks_here // self.world_size) + 1)
         sizes = [shard.bytes for shard in self.selection.shards]
         return min(len(sizes), lanes * (order.window_shards + 1)) * sum(sizes) // len(sizes)
-
-    def _batches(self, steps: Iterable[Slots], maker: PictureMaker, *, unreadable: Unreadables) -> Generator[Batch]:
-        made = self._made(steps, maker, unreadable=unreadable)
-        if self.pin_memory and self.decode_workers:
-            made = _one_ahead(made)
-        with closing(made):
-            while True:
-                began = time.perf_counter()
-                batch = next(made, None)
-                self.wait_seconds += time.perf_counter() - began
-                if batch is None:
-                    return
-                yield batch
 
     def _made(self, steps: Iterable[Slots], maker: PictureMaker, *, unreadable: Unreadables) -> Generator[Batch]:
         under_way: deque[Slots] = deque()
@@ -295,16 +279,6 @@ class Loader:
         _, key, size, sha256 = self.selection.shards[shard]
         self.selection.rows(shard)  # before the loop's thread needs them
         self.cache.path(key, sha256=sha256, bytes=size)
-
-
-def _one_ahead(batches: Generator[Batch]) -> Generator[Batch]:
-    """Yield the batches, each of which a thread takes while the one before is used: pinning is a copy of the whole batch."""
-    device = torch.cuda.current_device()
-    with closing(batches), ThreadPoolExecutor(1, "pin", lambda: torch.cuda.set_device(device)) as thread:
-        following = thread.submit(next, batches, None)
-        while (batch := following.result()) is not None:
-            following = thread.submit(next, batches, None)
-            yield batch
 
 
 class _Lookahead:

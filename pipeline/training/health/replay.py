@@ -19,7 +19,7 @@ from pipeline.errors import DataError
 from pipeline.storage import Store
 from pipeline.training.checkpoints.format import Checkpoint, check_cursor, committed, open_checkpoint, step_of
 from pipeline.training.engine.deepspeed_engine import Engine
-from pipeline.training.engine.micro_batches import split
+from pipeline.training.engine.micro_batches import Copier
 from pipeline.training.guard import GuardState
 from pipeline.training.health.incidents import Bundle, Inputs
 from pipeline.training.spec.train_spec import TrainSpec, engine_settings
@@ -110,10 +110,13 @@ class _Step(NamedTuple):
 def _train_again(engine: Engine, loader: Loader, spec: TrainSpec, bundle: Bundle, began_at: int) -> _Step:
     """Train up to the bundle's step, and take its losses with the weights that it met."""
     device, global_batch = engine.world.device, spec.recipe.global_batch
-    with closing(Feed(loader, bundle.step + 1)) as feed:  # reads ahead no further than the step itself
+    copier = Copier(spec.task.inputs, engine.settings, device)
+    with closing(
+        Feed(loader, bundle.step + 1, copier.begin, device=device)
+    ) as feed:  # reads no further than the step itself
         for step in _trained_steps(bundle.state_before, began_at, bundle.step):
-            batch = feed.batch(step)
-            micro_batches = split(spec.task.inputs(batch), engine.settings, device)
+            batch, copying = feed.batch(step)
+            micro_batches = copying.ready()
             engine.accumulate(micro_batches, global_batch=global_batch)
             loss_sum, squared_norm = engine.measured()
             norm = math.sqrt(squared_norm)

@@ -26,7 +26,7 @@ from pipeline.training.checkpoints.position import Position
 from pipeline.training.checkpoints.retention import Retention
 from pipeline.training.checkpoints.saver import Saver, saving
 from pipeline.training.engine.deepspeed_engine import Engine, Pass
-from pipeline.training.engine.micro_batches import split
+from pipeline.training.engine.micro_batches import Copier, Copying
 from pipeline.training.guard import Judgement, StepStats, judge
 from pipeline.training.health.incidents import Incidents
 from pipeline.training.health.stop_reasons import REASONS, StopReason, StopSignal
@@ -81,10 +81,12 @@ def train(
         watchdog = stack.enter_context(_watchdog(spec, attempt, world))
         phases, gpu = PhaseClock(watchdog.phase), GpuClock(world.device)
         saver = stack.enter_context(saving(_saver(spec, attempt, world, engine)))
-        meter = TrainingMeter(spec, loader, engine.module, world, position.global_step, phases=phases, gpu=gpu)
+        copier = Copier(spec.task.inputs, engine.settings, world.device)
+        feed = Feed(loader, total_steps, copier.begin, device=world.device)
+        stack.enter_context(closing(feed))
+        meter = TrainingMeter(spec, feed, engine.module, world, position.global_step, phases=phases, gpu=gpu)
         stack.enter_context(closing(meter))
         engine.phase = partial(_pass_of_engine, phases, meter)
-        feed = stack.enter_context(closing(Feed(loader, total_steps)))
         # One rank's trace shows where a step's time goes, waits for the others included.
         window = spec.resources.profile_steps if world.is_first else None
         profiler = Profiler(window, attempt.store, tracker)
@@ -153,7 +155,7 @@ class _Training:
     gpu: GpuClock
     saver: Saver
     meter: TrainingMeter
-    feed: Feed
+    feed: Feed[Copying]
     profiler: Profiler
     incidents: Incidents
     checkpointer: Checkpointer
@@ -204,14 +206,14 @@ class _Training:
             self._run_due("before_step")
             # Before `agree`: a rank without a batch says so there, before the others enter a pass that waits for it.
             with phase("data"):
-                batch, problem = self._next()
+                prepared, problem = self._next()
             with phase("agree"):
                 # A pending save needs its collective at the same point on all ranks; this one comes anyway.
                 self.saver.advance()
-                stopped = self._agree(batch, problem)
-            if stopped or batch is None:  # `_agree` has raised if there is no batch; the test tells the type checker
+                stopped = self._agree(prepared and prepared[0], problem)
+            if stopped or prepared is None:  # `_agree` has raised if there is no batch; the test tells the type checker
                 return stopped
-            judgement = self._step(batch)
+            judgement = self._step(*prepared)
             if judgement.verdict == "roll_back":
                 self._roll_back(judgement)
             else:
@@ -221,8 +223,8 @@ class _Training:
     def _run_due(self, moment: Moment) -> None:
         run_due(self.actions, moment, self.position, total_steps=self.total_steps, phase=self.phase)
 
-    def _next(self) -> tuple[Batch | None, PipelineError | None]:
-        """Return this rank's part of the next global batch, or the error that prevents it."""
+    def _next(self) -> tuple[tuple[Batch, Copying] | None, PipelineError | None]:
+        """Return this rank's part of the next global batch, on its way to the device, or the error that prevents it."""
         try:
             return self.feed.batch(self.position.global_step), None
         except PipelineError as error:  # anything else is a bug: it ends this worker at once, and Ray Train its group
@@ -261,14 +263,13 @@ class _Training:
             self.loader.selection.manifest.root.uri,
         )
 
-    def _step(self, batch: Batch) -> Judgement:
+    def _step(self, batch: Batch, copying: Copying) -> Judgement:
         """Take one global batch: move the position, and the weights too unless the guard objects."""
         position, engine, recipe, phase = self.position, self.engine, self.spec.recipe, self.phase
         lr = recipe.learning_rate(position.global_step, self.loader.order.samples_per_epoch)
-        # The first touch of the device in a step: until here all is host memory, read ahead by the loader.
+        # The step's first touch of this stream. The feed has begun to copy the batch in another, usually during the step before.
         self.gpu.mark("begin")
-        with phase("copy"):
-            micro_batches = split(self.spec.task.inputs(batch), engine.settings, self.world.device)
+        micro_batches = copying.ready()
         self.gpu.mark("copied")
         engine.accumulate(micro_batches, global_batch=recipe.global_batch)
         self.gpu.mark("passed")

@@ -9,6 +9,7 @@ from torch import nn
 
 from pipeline.data.feed.loader import Batch
 from pipeline.data.feed.order import plain_slice
+from pipeline.data.feed.step_feed import one_ahead
 from pipeline.training.health.stop_reasons import REASONS, StopReason, StopSignal
 from pipeline.training.spec.train_spec import TrainSpec
 from pipeline.training.world import World
@@ -32,7 +33,9 @@ def evaluate(
     # `plain_slice` rounds down at each boundary, so the last rank's part is never smaller than another's.
     largest_part = len(plain_slice(total, world.size - 1, world.size))
     most_batches = math.ceil(largest_part / EVALUATION_BATCH)
-    with closing(loader.evaluation_batches(EVALUATION_BATCH)) as batches:
+    read = loader.evaluation_batches(EVALUATION_BATCH)
+    with closing(one_ahead(read, lambda batch: batch, device=world.device)) as pairs:
+        batches = (batch for batch, _ in pairs)
         same_count = _same_count(batches, most_batches, spec.image_size, world)
         try:
             return spec.task.evaluate(module, _until_stopped(same_count, world, stop_signal), world), ""

@@ -4,9 +4,9 @@ Each worker has its own counters. A row covers all workers, summed in one reduct
 and none in between. Units: seconds, bytes; shares in [0, 1]."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from pipeline.data.feed.loader import Loader
+from pipeline.data.feed.step_feed import Feed
 from pipeline.data.feed.substitution import Substitution
 from pipeline.training.world import World
 
@@ -42,18 +42,19 @@ class Counters(NamedTuple):
         return Counters(*(now - then for now, then in zip(self, before, strict=True)))
 
 
-def read_counters(loader: Loader) -> Counters:
+def read_counters(feed: Feed[Any]) -> Counters:
     """Read this worker's counters."""
+    loader = feed.loader
     cache, traffic = loader.cache.counts, loader.cache.store.traffic
-    return Counters(loader.wait_seconds, cache.hits, cache.misses, cache.downloads, *traffic, loader.restarts)
+    return Counters(feed.wait_seconds, cache.hits, cache.misses, cache.downloads, *traffic, loader.restarts)
 
 
 class DataMeter:
     """Computes the data columns of an attempt's rows."""
 
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
-        self.first = self.last = read_counters(loader)
+    def __init__(self, feed: Feed[Any]) -> None:
+        self.feed = feed
+        self.first = self.last = read_counters(feed)
         self.images = 0  # since this attempt began
 
     def row(
@@ -72,13 +73,14 @@ class DataMeter:
         `images` counts from the first step of the training; `skipped_images` are ranges of them, [first, one past the last),
         that were skipped and never reached a device.
         """
-        now = read_counters(self.loader)
+        now = read_counters(self.feed)
         sums = world.total([*now.since(self.last), *now.since(self.first), 1 / world.local_size])
         self.last, self.images = now, self.images + new_images
         # Each worker adds one over the number of workers on its node, so the last sum is the number of nodes.
         length = len(Counters._fields)
         grown, whole, nodes = Counters(*sums[:length]), Counters(*sums[length:-1]), sums[-1]
-        samples, shards = self.loader.order.samples_per_epoch, len(self.loader.selection.shards)
+        loader = self.feed.loader
+        samples, shards = loader.order.samples_per_epoch, len(loader.selection.shards)
         row = {
             "data_wait": grown.wait_seconds / world.size / elapsed,
             "data_wait_seconds": grown.wait_seconds / world.size / max(1, steps),

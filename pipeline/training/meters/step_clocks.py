@@ -2,8 +2,8 @@
 
 A GPU's step has five marks; the kernels between two of them need not follow each other without gaps, which no mark shows.
 
-    begin    copies of the micro-batches are about to be queued
-    copied   the passes are
+    begin    the passes may begin, once the copy of their micro-batches in another stream has ended
+    copied   the passes are about to be queued
     passed   the reads of losses and norms are; the host then waits for the GPU and for the other ranks
     judged   the optimiser is
     end
@@ -22,7 +22,7 @@ import torch
 
 _CAUGHT_UP = 0.02
 """A GPU that is behind its host by less than this share of the passes has been waiting for it."""
-Phase = Literal["profile", "data", "agree", "copy", "compile", "forward", "backward", "check", "step", "log", "save"]
+Phase = Literal["profile", "data", "agree", "compile", "forward", "backward", "check", "step", "log", "save"]
 """What the loop's thread is doing."""
 Mark = Literal["begin", "copied", "passed", "judged", "end"]
 

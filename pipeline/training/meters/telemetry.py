@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from pipeline.data.feed.loader import Loader
+from pipeline.data.feed.step_feed import Feed
 from pipeline.tracking import Point
 from pipeline.training.checkpoints.position import Position
 from pipeline.training.meters.data_meter import DATA_METRICS, DataMeter
@@ -73,7 +73,7 @@ class TrainingMeter:
     def __init__(
         self,
         spec: TrainSpec,
-        loader: Loader,
+        feed: Feed[Any],
         module: nn.Module,
         world: World,
         global_step: int,
@@ -81,8 +81,8 @@ class TrainingMeter:
         phases: PhaseClock,
         gpu: GpuClock,
     ) -> None:
-        self.global_batch, self.samples = spec.recipe.global_batch, loader.order.samples_per_epoch
-        self.world, self.data = world, DataMeter(loader)
+        self.global_batch, self.samples = spec.recipe.global_batch, feed.loader.order.samples_per_epoch
+        self.world, self.data = world, DataMeter(feed)
         self.forward, self.phases, self.gpu = ForwardClock(module, world.device), phases, gpu
         # Forward passes that a step's passes take: a backward pass costs two, and recomputation one more.
         self.passes = 4 if spec.resources.activation_checkpointing else 3

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -42,32 +43,28 @@ from pipeline.storage import FileStore
 from pipeline.storage.s3 import S3Store
 from pipeline.tracking import NullTracker
 from pipeline.training.checkpoints.format import open_checkpoint, read_manifest
+from pipeline.training.engine.micro_batches import Copying
+from pipeline.training.guard import Judgement
 from pipeline.training.health.stop_reasons import StoreStopSignal
 from pipeline.training.launch import RESULT, run_training, run_worker
-from pipeline.training.loop.loop import _warn_of_small_cache, train
+from pipeline.training.loop.loop import _Training, _warn_of_small_cache, train
 from pipeline.training.spec.tasks import MAETask
 from pipeline.training.spec.train_spec import TrainSpec
 from pipeline.training.world import ELSEWHERE, World, enter_world
 
-SEEN: list[tuple[list[int], list[int]]] = []
-
-
-@dataclass(frozen=True, kw_only=True)
-class WatchedMAETask(MAETask):
-    """Records which (epoch, sample) reach the module."""
-
-    def inputs(self, batch: Batch) -> tuple[torch.Tensor, ...]:
-        SEEN.append((batch.epochs.tolist(), batch.sample_ids.tolist()))
-        return super().inputs(batch)
-
 
 def train_here(spec: TrainSpec, attempt: Attempt, stop_signal: StopAfter) -> dict[str, Any]:
-    """Run the loop as one worker of a team; return its result and the samples that it saw."""
-    SEEN.clear()
-    if isinstance(spec.task, MAETask):
-        spec = replace(spec, task=WatchedMAETask(**asdict(spec.task) | {"model": spec.task.model}))
-    trained = train(spec, attempt, world=enter_world(), tracker=NullTracker(), stop_signal=stop_signal)
-    return asdict(trained) | {"seen": list(SEEN)}
+    """Run the loop as one worker of a team; return its result and the (epoch, sample) of the batches that it trained on."""
+    seen: list[tuple[list[int], list[int]]] = []
+    step = _Training._step
+
+    def watched(self: _Training, batch: Batch, copying: Copying) -> Judgement:
+        seen.append((batch.epochs.tolist(), batch.sample_ids.tolist()))
+        return step(self, batch, copying)
+
+    with patch.object(_Training, "_step", watched):
+        trained = train(spec, attempt, world=enter_world(), tracker=NullTracker(), stop_signal=stop_signal)
+    return asdict(trained) | {"seen": seen}
 
 
 def run(team, shards: StageInput, attempt: Attempt, *, stop_after: int = 99, **recipe: Any) -> list[dict[str, Any]]:

@@ -25,22 +25,22 @@ class Part:
 
 
 def distant(**store):
-    return Part(
-        wait_seconds=0.0,
+    loader = Part(
         restarts=0,
         cache=Part(counts=CacheCounts(), store=Part(traffic=Traffic(0, 0, 0), **store)),
         order=Part(samples_per_epoch=1000),
         selection=Part(shards=[None] * 10),
     )
+    return Part(wait_seconds=0.0, loader=loader)
 
 
 def test_a_row_is_what_grew_since_the_last_one_over_all_workers():
     world = Together(0, 4, torch.device("cpu"), None, local_size=2)
-    loader = distant()
-    meter = DataMeter(loader)
+    feed = distant()
+    loader, meter = feed.loader, DataMeter(feed)
     rows = []
     for images in (500, 2000):
-        loader.wait_seconds += 0.5
+        feed.wait_seconds += 0.5
         loader.restarts += 1
         counts = loader.cache.counts
         loader.cache.counts = counts._replace(
