@@ -7,7 +7,7 @@ own noise.
 Shapes: noise [B, L] -> ids_visible [B, K], ids_hidden [B, L - K], mask [B, L]. K = visible_count(L, mask_ratio) is the
 same for every image and every strategy; grid is (rows, columns) with L = rows * columns; R rectangles in block masking.
 
-Units: mask_ratio is a fraction, rounded to whole patches. The caller draws the noise, uniform in [0, 1).
+Units: mask_ratio is a fraction; the number of visible patches is rounded down. The caller draws the noise, uniform in [0, 1).
 
 Source: He et al. 2022, arXiv 2111.06377, section 3 ("Simple implementation") and figure 6 (block, grid). Blocks follow
 Bao et al. 2022, arXiv 2106.08254, algorithm 1; cells follow Hu et al. 2022, arXiv 2210.07224 (2 x 2), and Pixio (4 x 4)."""
@@ -44,13 +44,15 @@ class Masked(NamedTuple):
 
 
 def visible_count(num_patches: int, mask_ratio: float) -> int:
-    """Return K, the number of visible patches: L * (1 - mask_ratio), rounded half up.
+    """Return K, the number of visible patches: L * (1 - mask_ratio), cut to a whole number.
+
+    The official code and Hugging Face's ViTMAE compute it by the same expression, so losses can be compared at any ratio.
 
     Raises:
         ConfigError: The count would leave no patch visible or none hidden.
     """
-    # 1e-9 absorbs the error of binary fractions: 400 * (1 - 0.8) is 79.99... and means 80
-    count = math.floor(num_patches * (1.0 - mask_ratio) + 0.5 + 1e-9) if math.isfinite(mask_ratio) else -1
+    # Binary fractions included: 400 * (1 - 0.8) is 79.99..., so 79 patches are visible there and here.
+    count = int(num_patches * (1 - mask_ratio)) if math.isfinite(mask_ratio) else -1
     if not 1 <= count < num_patches:
         raise ConfigError(
             f"mask_ratio={mask_ratio} of {num_patches} patches leaves {count} visible: at least one patch must be "

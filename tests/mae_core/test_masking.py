@@ -4,16 +4,29 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import ViTMAEConfig
+from transformers.models.vit_mae.modeling_vit_mae import ViTMAEEmbeddings
 
 from mae_core import ConfigError, mask_patches, random_mask, visible_count
 
 
 @pytest.mark.parametrize(
     ("patches", "ratio", "count"),
-    [(196, 0.75, 49), (256, 0.75, 64), (400, 0.8, 80), (400, 0.9, 40), (1600, 0.8, 320), (9, 0.75, 2), (10, 0.85, 2)],
+    [(196, 0.75, 49), (196, 0.7, 58), (196, 0.9, 19), (256, 0.75, 64), (400, 0.8, 79), (9, 0.75, 2), (10, 0.85, 1)],
 )
-def test_counts_are_rounded_not_cut(patches, ratio, count):
+def test_counts_are_cut_not_rounded(patches, ratio, count):
     assert visible_count(patches, ratio) == count
+
+
+@pytest.mark.parametrize("side", [32, 112])
+def test_counts_are_those_of_hugging_face_at_every_ratio(side):
+    config = ViTMAEConfig(image_size=side, patch_size=8, hidden_size=8, num_attention_heads=1)
+    embeddings = ViTMAEEmbeddings(config)
+    tokens = torch.zeros(1, (side // 8) ** 2, 8)
+    for percent in range(5, 94):
+        config.mask_ratio = percent / 100
+        kept, _, _ = embeddings.random_masking(tokens)
+        assert visible_count(tokens.shape[1], percent / 100) == kept.shape[1], percent
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.5, 1.5, float("nan")])

@@ -31,6 +31,15 @@ class PretrainConfig:
     seed: int
     start: StartPoint | None = field(default=None, metadata=ADDED_LATER)
     """The checkpoint that a fork starts from; None for initial weights."""
+    visible_patches_rounded_down: int | None = field(default=None, init=False, metadata=ADDED_LATER)
+    """The number of visible patches, if versions that rounded it to the nearest kept one more; else None, so that what they
+    trained still counts as done."""
+
+    def __post_init__(self) -> None:
+        patches, count = self.model.encoder.num_patches, self.model.visible_patches
+        nearest = math.floor(patches * (1 - self.model.mask_ratio) + 0.5 + 1e-9)
+        if count != nearest:
+            object.__setattr__(self, "visible_patches_rounded_down", count)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from mae_core.config import SIZES
 from pipeline.cluster.resources import Resources
 from pipeline.config import RunConfig, load_config, read_document
 from pipeline.errors import ConfigError
+from pipeline.graph.plan import nearest_difference
 from pipeline.graph.step import canonical
 from pipeline.runs.workflow import build
 
@@ -482,6 +483,19 @@ def test_another_mask_ratio_keeps_the_shards_and_the_random_encoders(path):
         "finetune-toy-pretrained-s0",
         "report",
     }
+
+
+def test_visible_patches_enter_the_identity_only_where_older_versions_kept_one_more(path):
+    """Toy images have 16 patches: half and three quarters divide them, and 0.7 leaves 4.8, which was 5 and is 4."""
+
+    def trained(ratio: float) -> dict[str, Any]:
+        (step,) = (one for one in build(load_config(path, [f"model.mask_ratio={ratio}"])) if one.kind == "pretrain")
+        return step.identity()["config"]
+
+    field = "visible_patches_rounded_down"
+    assert [trained(ratio).get(field) for ratio in (0.5, 0.75, 0.8, 0.7)] == [None, None, None, 4]
+    old = {key: value for key, value in trained(0.7).items() if key != field}
+    assert nearest_difference({"config": trained(0.7)}, [{"config": old}]) == (f"config.{field}: absent -> 4",)
 
 
 @pytest.mark.parametrize(("threads", "workers"), [(1, "auto"), (6, 6)])
