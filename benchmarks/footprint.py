@@ -48,6 +48,7 @@ class Layout:
     micro_batch: int = 2
     accumulation: int = 1
     activation_checkpointing: bool = False
+    gradient_precision: Literal["bf16", "fp32"] | None = None
 
     def settings(self) -> EngineSettings:
         """Return the settings for the engine."""
@@ -58,13 +59,16 @@ class Layout:
             accumulation=self.accumulation,
             betas=(0.9, 0.95),
             activation_checkpointing=self.activation_checkpointing,
+            gradient_precision=self.gradient_precision,
         )
 
     @property
     def name(self) -> str:
         """The layout in words, for the table."""
         recomputed = ", blocks recomputed" if self.activation_checkpointing else ""
-        return f"{self.precision}, ZeRO-{self.zero_stage}, {self.workers} x {self.accumulation} x {self.micro_batch}{recomputed}"
+        summed = f" summed in {self.gradient_precision}" if self.gradient_precision else ""
+        batches = f"{self.workers} x {self.accumulation} x {self.micro_batch}"
+        return f"{self.precision}{summed}, ZeRO-{self.zero_stage}, {batches}{recomputed}"
 
 
 LAYOUTS = (
@@ -82,6 +86,9 @@ LAYOUTS = (
     Layout(precision="fp32", zero_stage=2, workers=2, micro_batch=24, activation_checkpointing=True),
     Layout(precision="fp32", zero_stage=3, workers=2, micro_batch=16),
     Layout(precision="bf16", zero_stage=1, micro_batch=4),
+    Layout(precision="bf16", zero_stage=1, gradient_precision="fp32"),
+    Layout(precision="bf16", zero_stage=2, workers=2, accumulation=2, gradient_precision="fp32"),
+    Layout(precision="bf16", zero_stage=3, workers=2, gradient_precision="fp32"),
 )
 QUICK = (0, 1, 2)
 

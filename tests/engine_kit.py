@@ -34,6 +34,8 @@ class Case:
     offload: str = "none"
     activation_checkpointing: bool = False
     compile: str = "off"
+    gradient_precision: str | None = None
+    overlap_comm: bool = False
 
 
 def make_engine(case: Case, module: nn.Module, groups: Any) -> Engine:
@@ -50,6 +52,8 @@ def make_engine(case: Case, module: nn.Module, groups: Any) -> Engine:
         offload=case.offload,
         activation_checkpointing=case.activation_checkpointing,
         compile=case.compile,
+        gradient_precision=case.gradient_precision,
+        overlap_comm=case.overlap_comm,
     )
     return Engine(module, groups, settings, world)
 
@@ -135,9 +139,9 @@ def train_mae_with_ddp(case: Case) -> dict[str, Any]:
     """Do the same with nothing but torch: DistributedDataParallel, clip_grad_norm_, AdamW on float32 weights."""
     world, built = enter_world(), built_mae()
     weights = [parameter for group in built.groups for parameter in group["params"]]
+    masters = [nn.Parameter(weight.detach().clone()) for weight in weights]
     if case.precision == "bf16":
-        built.module.bfloat16()  # before the float32 copies are taken, as in DeepSpeed
-    masters = [nn.Parameter(weight.detach().float().clone()) for weight in weights]
+        built.module.bfloat16()
     of = dict(zip(weights, masters, strict=True))
     groups = [
         {"params": [of[p] for p in group["params"]], "weight_decay": group["weight_decay"]} for group in built.groups

@@ -38,6 +38,9 @@ class Resources(BaseModel):
     """What DeepSpeed spreads over the workers: optimiser state (1), also gradients (2), also weights (3)."""
     micro_batch: int = Field(64, ge=1)
     """Maximum number of samples in one forward pass of a worker. The number of accumulated passes follows from global_batch."""
+    overlap_comm: bool = False
+    """Reduce gradients over the workers while the backward pass goes on. Of use with several GPUs; takes a second buffer for them,
+    and more work on the host."""
     offload: Offload = "none"
     """`optimizer` keeps AdamW's state on the CPU and updates it there, which frees 12 bytes per weight, spread over the GPUs. No
     effect on CPU workers."""

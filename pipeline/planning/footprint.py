@@ -138,12 +138,15 @@ def with_feed(held: Footprint, *, processes: int, batch_bytes: int, device: Devi
 
 def _moments(model: ModelSize, settings: EngineSettings, *, workers: int, device: Device) -> tuple[Footprint, ...]:
     """The four candidates: after the forward pass, after the last layers' backward, after all of it, and in AdamW's step."""
-    width, stage, images = _width(settings), settings.zero_stage, settings.micro_batch
+    width, sums = _width(settings), _sum_width(settings)
+    stage, images = settings.deepspeed_stage, settings.micro_batch
     # `math.ceil`: partitions are padded to equal size.
     whole, own = width * model.weights, width * math.ceil(model.weights / workers)
-    bucket = min(width * REDUCE_BUCKET_ELEMENTS, whole)
+    elements = min(REDUCE_BUCKET_ELEMENTS, model.weights)
+    bucket = width * elements
     constant = _constant(own // width, whole, settings, device=device)
-    kept = 0 if stage == 3 or constant.host else own  # the partition's gradients once more, until AdamW takes them
+    wide = sums > width  # DeepSpeed keeps the sums of bf16 gradients on the device, even for an offloaded optimiser
+    kept = 0 if stage == 3 or (constant.host and not wide) else sums * (own // width)  # until AdamW takes them
     unreduced = whole if stage == 1 else bucket  # ZeRO-1 reduces only after the whole backward pass
     earlier = (
         0 if settings.accumulation == 1 or stage == 3 else whole if stage == 1 else kept
@@ -153,14 +156,15 @@ def _moments(model: ModelSize, settings: EngineSettings, *, workers: int, device
     backward = constant._replace(
         weights=constant.weights + gathered,
         gradients=constant.gradients + earlier,
-        workspace=_buckets(stage, device) * bucket,
+        # Sums in float32 are reduced from a float32 copy of the bucket.
+        workspace=_buckets(settings, device) * bucket + (sums * elements if wide else 0),
     )
     # At ZeRO-1 with accumulation the memory of all gradients is held already, and new ones are added in place.
     first = min(unreduced, width * model.last_weights) if stage > 1 or settings.accumulation == 1 else 0
     moments = (
         backward._replace(activations=images * model.activations),
         backward._replace(activations=images * model.first_activations, gradients=backward.gradients + first),
-        backward._replace(gradients=constant.gradients + unreduced + kept + (earlier if stage == 2 else 0)),
+        backward._replace(gradients=constant.gradients + _all_gradients(settings, unreduced, kept, earlier)),
         _optimizer_step(constant, math.ceil(model.largest_group / workers), settings, kept=kept),
     )
     # Small blocks (activations, gradients) fill the heap's holes first, and only what is left of the holes is overhead.
@@ -174,9 +178,22 @@ def _moments(model: ModelSize, settings: EngineSettings, *, workers: int, device
     )
 
 
-def _buckets(stage: int, device: Device) -> int:
-    """Buckets held at once: the one being filled, from ZeRO-2 on a flat copy of it and, at ZeRO-3 on CPUs, gloo's own copy."""
-    return stage if device == "cpu" else min(stage, 2)
+def _all_gradients(settings: EngineSettings, unreduced: int, kept: int, earlier: int) -> int:
+    """Gradients when all have arrived. `kept`: the partition's, reduced; `earlier`: those of earlier micro-batches."""
+    # ZeRO-1 reduces in place and needs no room for `kept`, but a CPU's heap keeps about as much: without it, two of the measured
+    # layouts are foreseen 17 and 19 % too low. Float32 sums of all micro-batches are one buffer.
+    separate = settings.deepspeed_stage == 2 and settings.sums_in == settings.precision
+    return unreduced + kept + (earlier if separate else 0)
+
+
+def _buckets(settings: EngineSettings, device: Device) -> int:
+    """Buckets held at once: a flat copy, from ZeRO-2 on its gradients and, at ZeRO-3 on CPUs, gloo's own copy.
+
+    With `overlap_comm` there are also the buffers that they are copied into, two in turns at ZeRO 1 and 2.
+    """
+    stage = settings.deepspeed_stage
+    buffers = (1 if stage == 3 else 2) if settings.overlap_comm else 0
+    return buffers + (stage if device == "cpu" else min(stage, 2))
 
 
 def _heap_holes(model: ModelSize, settings: EngineSettings, *, device: Device) -> int:
@@ -189,25 +206,27 @@ def _heap_holes(model: ModelSize, settings: EngineSettings, *, device: Device) -
 
 def _constant(own: int, whole: int, settings: EngineSettings, *, device: Device) -> Footprint:
     """What is held throughout. `own`: weights of the partition; `whole`: bytes of all weights."""
-    width, sharded = _width(settings), settings.zero_stage == 3
+    width, sums, sharded = _width(settings), _sum_width(settings), settings.zero_stage == 3
     state = STATE_BYTES * own  # in float32, too, the weights that AdamW updates are a second copy
     offloaded = settings.offload == "optimizer" and device == "cuda"
     first_shards = width * own if sharded and device == "cpu" else 0  # freed at the start, kept by the C library
     return Footprint(
         weights=width * own if sharded else whole,
-        gradients=width * own if sharded and not offloaded else 0,
+        gradients=sums * own if sharded and not offloaded else 0,
         optimizer=0 if offloaded else state,
         activations=0,
         workspace=0,
         overhead=OVERHEAD[device] + first_shards,
-        host=state + (4 + width) * own if offloaded else 0,
+        host=state + (4 + (sums if sharded else width)) * own if offloaded else 0,
     )
 
 
 def _optimizer_step(constant: Footprint, group: int, settings: EngineSettings, *, kept: int) -> Footprint:
     """AdamW's step, for which a group's gradients are copied, flat and in float32, from the kept ones."""
-    # 4 bytes for the float32 copy; in bf16 2 more, for the flat one that it is cast from.
-    copies = 0 if constant.host else (4 if settings.precision == "fp32" else 6) * group
+    # 4 bytes for the flat float32 copy, and 2 more for the flat one that it is cast from if sums are bf16.
+    per_weight = 6 if settings.sums_in == "bf16" else 4
+    in_place = settings.sums_in != settings.precision and settings.zero_stage < 3  # sums that are flat float32 already
+    copies = 0 if constant.host or in_place else per_weight * group
     return constant._replace(gradients=constant.gradients + kept, workspace=copies)
 
 
@@ -218,6 +237,11 @@ _weights = cache(parameter_count)
 def _width(settings: EngineSettings) -> int:
     """Bytes per value in the compute precision."""
     return 2 if settings.precision == "bf16" else 4
+
+
+def _sum_width(settings: EngineSettings) -> int:
+    """Bytes per value of summed gradients."""
+    return 2 if settings.sums_in == "bf16" else 4
 
 
 def _recompute(settings: EngineSettings) -> Recompute:

@@ -27,6 +27,7 @@ from mae_core.optimisation.parameter_groups import ParameterGroup
 from mae_core.vit import Block
 from pipeline.errors import ConfigError
 from pipeline.training.engine.blocks import compile_blocks, recompute_blocks, why_not_compiled
+from pipeline.training.engine.gradients import copy_by_bucket, use_known_norm
 from pipeline.training.engine.settings import EPS, EngineSettings, check_effective, deepspeed_config
 from pipeline.training.world import World
 
@@ -85,9 +86,9 @@ class Engine:
             # A block's weights are gathered and released together. DeepSpeed's hooks on the layers inside would gather one matrix
             # at a time and, traced with a compiled block, make it compile again and again.
             deepspeed.utils.set_z3_leaf_modules(module, [Block], raise_if_not_found=False)
-        # In bf16 DeepSpeed converts the module first and takes its float32 weights from the result.
         # Biases, norms and tokens: gathering one costs a collective that takes as long as that of a small matrix.
         largest_vector = max((p.numel() for p in module.parameters() if p.numel() in p.shape), default=0)
+        initial = initial_state(module)
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=module.to(world.device),
             optimizer=optimizer,
@@ -95,10 +96,16 @@ class Engine:
         )
         check_effective(self._engine, settings, world, persistent_elements=largest_vector)
         # After the check, which proves that the attributes read below belong to the stage that was asked for.
+        if settings.precision == "bf16":
+            # DeepSpeed converts the module first and takes its float32 weights from the result.
+            self._load(initial, ("weight",))
+        del initial  # the float32 weights, before Adam's moments need the memory
         self._create_adam_state()
         self._losses: list[Tensor] = []
         self._grad_norm = torch.zeros(())  # on the CPU, where reading it waits for nothing
-        self._replace_norms()
+        use_known_norm(self._zero, self._grad_norm, zero_stage=settings.zero_stage)
+        if settings.copies_by_bucket:
+            copy_by_bucket(self._zero, zero_stage=settings.zero_stage)
 
     @property
     def module(self) -> nn.Module:
@@ -176,10 +183,9 @@ class Engine:
 
         `grad_norm`: their global norm, by which DeepSpeed clips them. If it is not finite, they are dropped.
         """
-        self._grad_norm.fill_(grad_norm)
         for group, scale in zip(self._zero.param_groups, self._scales, strict=True):
             group["lr"] = lr * scale
-        self._engine.step()
+        self._step(grad_norm)
 
     def losses(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Return the losses [b] of this rank's samples, in their order, without gradients. Collective under ZeRO-3."""
@@ -194,25 +200,21 @@ class Engine:
         DeepSpeed has no call for this. It is told that their norm is infinite, so it skips the step and clears every buffer
         that it holds, in whatever stage.
         """
-        self._grad_norm.fill_(math.inf)
-        self._engine.step()
-        if self._engine.was_step_applied():
+        if self._step(math.inf):
             raise ConfigError(
                 "DeepSpeed applied gradients that are not finite: its overflow check has changed. Install the version "
                 "in constraints.txt"
             )
 
-    def _replace_norms(self) -> None:
-        """Give DeepSpeed the norm that `apply` was told, in place of its own norm and its own search for overflows.
-
-        Both go through the gradients parameter by parameter, with 13 kernels for each in bf16, and wait for the GPU.
-        """
-        known = self._grad_norm  # not `self`: DeepSpeed would keep this engine alive
-        if self.settings.zero_stage == 3:
-            self._zero._get_norm_groups = lambda: [known]
-            return
-        self._zero.scaled_global_norm = lambda: known
-        self._zero.has_overflow = lambda partition_gradients=True: not math.isfinite(known)
+    def _step(self, grad_norm: float) -> bool:
+        """Let DeepSpeed step with this norm; return whether it moved the weights."""
+        self._grad_norm.fill_(grad_norm)
+        self._engine.step()
+        moved = bool(self._engine.was_step_applied())
+        if not moved and self.settings.zero_stage < 3:
+            # Offloaded, DeepSpeed forgets to drop float32 sums of bf16 gradients: the next step would add to them.
+            self._zero.averaged_gradients.update(dict.fromkeys(self._zero.averaged_gradients))
+        return moved
 
     def _gradients(self) -> Iterator[Tensor]:
         """Yield the reduced gradients that this rank holds, before the optimiser has taken them."""
@@ -260,16 +262,19 @@ class Engine:
         The module must have been built with the same weights already, or `sync_module_weights` must follow: DeepSpeed keeps a
         copy in the compute precision that this does not touch.
         """
+        self._load(lookup, KINDS)
+        for state in self._zero.optimizer.state.values():
+            state["step"].fill_(optimizer_steps)  # Adam's bias correction goes on from here
+
+    def _load(self, lookup: Lookup, kinds: Sequence[Kind]) -> None:
         for name, parameter in self._engine.module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            for kind in KINDS:
+            for kind in kinds:
                 local = self._local_values(parameter, kind)
                 if local is not None:
                     start, values = local
                     self._set_local_values(parameter, kind, lookup(name, kind, start, values.numel()))
-        for state in self._zero.optimizer.state.values():
-            state["step"].fill_(optimizer_steps)  # Adam's bias correction goes on from here
 
     def sync_module_weights(self) -> None:
         """Copy the float32 weights into the module, in its compute precision. Collective.
@@ -332,14 +337,15 @@ class Engine:
 
 
 def initial_state(module: nn.Module) -> Lookup:
-    """Return a lookup for `load` that starts training again: the module's weights, and moments of zero."""
-    # Names must be those of the engine's module, which DeepSpeed leaves as they are.
-    weights = dict(module.named_parameters())
+    """Return a lookup for `load` that starts training again: the module's weights as they are now, and moments of zero."""
+    # Names must be those of the engine's module, which DeepSpeed leaves as they are. Detached, so that they keep their memory
+    # when the module is converted: without a copy, these are the weights before that.
+    weights = {name: parameter.detach() for name, parameter in module.named_parameters()}
 
     def lookup(parameter: str, kind: Kind, start: int, count: int) -> Tensor:
         if kind != "weight":
             return torch.zeros(count)
-        return weights[parameter].detach().float().reshape(-1)[start : start + count]
+        return weights[parameter].float().reshape(-1)[start : start + count]
 
     return lookup
 

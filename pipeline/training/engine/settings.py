@@ -14,6 +14,7 @@ from pipeline.cluster.resources import Compile, Offload, ZeroStage
 from pipeline.errors import ConfigError
 from pipeline.training.world import World
 
+GradientPrecision = Literal["bf16", "fp32"]
 EPS = 1e-8  # torch's default, named so that it can be read back
 REDUCE_BUCKET_ELEMENTS = 50_000_000
 """Gradients that are reduced together. DeepSpeed's default of 5e8 is a buffer of 1 GiB and larger than most models, so nothing
@@ -41,6 +42,33 @@ class EngineSettings:
     """Blocks keep only their input and are recomputed in the backward pass."""
     compile: Compile = "auto"
     """Whether blocks run compiled. `auto`: on CUDA, if the node has what that takes."""
+    gradient_precision: GradientPrecision | None = None
+    """What gradients are summed in; None for the compute precision."""
+    overlap_comm: bool = False
+    """Gradients are reduced while the backward pass goes on, on a stream of their own."""
+
+    @property
+    def sums_in(self) -> GradientPrecision:
+        """What gradients are summed in, over micro-batches and over workers."""
+        return self.gradient_precision or self.precision
+
+    @property
+    def deepspeed_stage(self) -> ZeroStage:
+        """The stage that DeepSpeed is told.
+
+        At stage 1 it sums bf16 gradients in float32 with another optimiser, which keeps every rank's float32 sums of all gradients
+        and has none of the attributes that the engine reads. Stage 2 has the same results and keeps a rank's own sums alone,
+        but reduces after every micro-batch.
+        """
+        return 2 if self.zero_stage == 1 and self.sums_in != self.precision else self.zero_stage
+
+    @property
+    def copies_by_bucket(self) -> bool:
+        """Whether gradients stay where autograd puts them until their bucket is reduced, and are then copied all at once.
+
+        Otherwise DeepSpeed copies each one into a buffer and out again, which it knows how to do beside the backward pass.
+        """
+        return not self.overlap_comm and self.offload == "none"
 
 
 def deepspeed_config(settings: EngineSettings, *, persistent_elements: int) -> dict[str, Any]:
@@ -56,16 +84,16 @@ def deepspeed_config(settings: EngineSettings, *, persistent_elements: int) -> d
         # `Engine.accumulate` multiplies by W / B and counts on DeepSpeed dividing by W exactly once.
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,
-        # Sums of gradients keep the compute precision: 2 bytes per weight in bf16, at the price of its rounding.
-        "communication_data_type": settings.precision,
-        "data_types": {"grad_accum_dtype": settings.precision},
+        # Over workers and over micro-batches.
+        "communication_data_type": settings.sums_in,
+        "data_types": {"grad_accum_dtype": settings.sums_in},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW runs on the CPU too
         "zero_optimization": {
-            "stage": settings.zero_stage,
-            "contiguous_gradients": True,  # one buffer per bucket; loose gradients would fragment memory
-            # The default depends on the stage (on for 3 only), so it is fixed for all.
-            "overlap_comm": False,
+            "stage": settings.deepspeed_stage,
+            # False saves a copy per gradient, into a buffer from which it is copied into another one to be reduced.
+            "contiguous_gradients": not settings.copies_by_bucket,
+            "overlap_comm": settings.overlap_comm,  # the default depends on the stage: on for 3 only
             # True would deal parameters out to ranks in turns: many short fragments in a checkpoint, not one long run.
             "round_robin_gradients": False,
             "use_multi_rank_bucket_allreduce": True,
@@ -101,9 +129,9 @@ def _in_force_and_asked(
     """Yield (key, in force, asked for). The live optimiser comes last: which attributes it has follows from the rest."""
     config, zero = engine._config, engine._config.zero_config
     clipping = settings.max_grad_norm or 0.0
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if settings.sums_in == "bf16" else torch.float32
     yield "data parallel size", engine.dp_world_size, world.size
-    yield "zero_optimization.stage", engine.zero_optimization_stage(), settings.zero_stage
+    yield "zero_optimization.stage", engine.zero_optimization_stage(), settings.deepspeed_stage
     yield "bf16.enabled", engine.bfloat16_enabled(), settings.precision == "bf16"
     yield "bf16.check_grad_overflow", config.bfloat16_config.check_grad_overflow, True
     yield "fp16.enabled", engine.fp16_enabled(), False
@@ -114,7 +142,7 @@ def _in_force_and_asked(
     yield "gradient_clipping", engine.gradient_clipping(), clipping
     yield "prescale_gradients", config.prescale_gradients, False
     yield "gradient_predivide_factor", engine.gradient_predivide_factor(), 1.0
-    yield "zero_optimization.overlap_comm", zero.overlap_comm, False
+    yield "zero_optimization.overlap_comm", zero.overlap_comm, settings.overlap_comm
     yield "zero_optimization.round_robin_gradients", zero.round_robin_gradients, False
     yield "zero_optimization.zero_quantized_weights", zero.zero_quantized_weights, False
     yield "zero_optimization.zero_quantized_gradients", zero.zero_quantized_gradients, False
@@ -128,6 +156,7 @@ def _in_force_and_asked(
         ("stage3_prefetch_bucket_size", zero.prefetch_bucket_size, PREFETCH_ELEMENTS),
     ):
         yield f"zero_optimization.{key}", in_force, asked
+    yield "zero_optimization.contiguous_gradients", zero.contiguous_gradients, not settings.copies_by_bucket
     live = engine.optimizer
     # What the optimiser holds, in case a value in the config above is accepted but not handed on.
     yield "the live clipping", live.clip_grad, clipping

@@ -42,6 +42,9 @@ class Recipe:
     """Gradients whose norm over all parameters exceeds this are scaled down to it; null, as in the paper, for no clipping."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """What the model computes in. Targets, softmax and loss are float32 either way."""
+    gradient_precision: Literal["bf16", "fp32"] | None = field(default=None, metadata=ADDED_LATER)
+    """What gradients are summed in, over micro-batches and over workers: null for the same as `precision`. fp32 beside
+    `precision: bf16` does not round the sums; it takes 2 bytes more per weight, spread over the workers, and twice the traffic."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """How a training picture is cut out of a stored image."""
     guard: GuardConfig = field(default=GuardConfig(), metadata=ADDED_LATER)
@@ -53,6 +56,10 @@ class Recipe:
                 raise ConfigError(f"{name}={getattr(self, name)} is not positive: write a number above 0")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ConfigError(f"max_grad_norm={self.max_grad_norm} is not positive: write 1.0, or null for no clipping")
+        if self.gradient_precision == "bf16" and self.precision == "fp32":
+            raise ConfigError(
+                "gradient_precision=bf16 is coarser than precision=fp32: leave it out, or write precision: bf16 as well"
+            )
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ConfigError(f"warmup_epochs={self.warmup_epochs} is not in [0, epochs={self.epochs}): write fewer")
         for name in ("weight_decay", "min_lr"):

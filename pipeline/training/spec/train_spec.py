@@ -100,6 +100,7 @@ def engine_settings(recipe: Recipe, resources: Resources, *, workers: int) -> En
     micro_batch = min(resources.micro_batch, largest_part)
     return EngineSettings(
         precision=recipe.precision,
+        gradient_precision=recipe.gradient_precision,
         zero_stage=resources.zero_stage,
         micro_batch=micro_batch,
         accumulation=math.ceil(largest_part / micro_batch),
@@ -108,6 +109,7 @@ def engine_settings(recipe: Recipe, resources: Resources, *, workers: int) -> En
         offload=resources.offload,
         activation_checkpointing=resources.activation_checkpointing,
         compile=resources.compile,
+        overlap_comm=resources.overlap_comm,
     )
 
 

@@ -385,6 +385,8 @@ OTHER: dict[str, Any] = {
     "resources.offload": "optimizer",
     "pretrain.max_grad_norm": 1.0,
     "evaluation.finetune.max_grad_norm": 1.0,
+    "pretrain.gradient_precision": "fp32",
+    "evaluation.finetune.gradient_precision": "fp32",
     "store": "/data/other",
 }
 FIXED = ("model.masking", "model.encoder.in_channels")

@@ -42,6 +42,35 @@ def test_when_adamw_steps_it_has_gradients_twice_and_in_float32():
     assert one.total - one.overhead == pytest.approx(22 * WEIGHTS, rel=1e-6)
 
 
+def test_sums_in_float32_take_two_bytes_more_of_a_weight_and_no_copy_when_adamw_steps():
+    wide = replace(SETTINGS, gradient_precision="fp32")
+    # 2 + 12 held throughout, and 4 kept, which AdamW takes as they are
+    one = held(wide, workers=1)
+    assert one.total - one.overhead >= 18 * WEIGHTS
+    for stage in (1, 2, 3):
+        of_stage = replace(wide, zero_stage=stage)
+        several = replace(of_stage, micro_batch=256, accumulation=2)
+        if stage == 3:
+            assert held(of_stage).gradients - held(
+                replace(of_stage, gradient_precision=None)
+            ).gradients == pytest.approx(2 * WEIGHTS / 8, rel=1e-6)
+        else:
+            assert held(several).gradients == pytest.approx(4 * WEIGHTS / 8, rel=1e-6)
+        assert (
+            held(replace(several, gradient_precision="bf16")).total
+            == held(replace(several, gradient_precision=None)).total
+        )
+    moved = held(replace(wide, offload="optimizer", zero_stage=2), workers=1)
+    assert moved.gradients >= 4 * WEIGHTS  # the sums stay on the GPU
+
+
+@pytest.mark.parametrize(("stage", "buffers"), [(1, 2), (2, 2), (3, 1)])
+def test_overlap_takes_buffers_of_fifty_million_gradients(stage, buffers):
+    plain = replace(SETTINGS, zero_stage=stage, micro_batch=256)
+    more = held(replace(plain, overlap_comm=True)).total - held(plain).total
+    assert more == buffers * 2 * 50_000_000
+
+
 def test_many_images_are_activations():
     many = held(replace(SETTINGS, micro_batch=256))
     assert many.activations >= 256 * activation_bytes(HUGE)

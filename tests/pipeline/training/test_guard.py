@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
 import pytest
@@ -124,6 +124,7 @@ class Case:
     zero_stage: int
     precision: str
     offload: str = "none"
+    gradient_precision: str | None = None
 
 
 def held(engine: Engine) -> list[tuple[str, str, int, bytes]]:
@@ -142,6 +143,7 @@ def steps_with_one_bad(case: Case) -> dict[str, Any]:
         accumulation=2,
         betas=(0.9, 0.95),
         offload=case.offload,
+        gradient_precision=case.gradient_precision,
     )
     task = SpoiltTask(model=mae_config(), weight_decay=0.05, seed=0, factors=())
     noise = torch.as_tensor(mask_noise(0, [0] * batch, list(range(batch)), mae_config().encoder.num_patches))
@@ -181,10 +183,11 @@ CASES = [
     Case(2, "fp32", "optimizer"),
     Case(3, "bf16"),
     Case(3, "bf16", "optimizer"),
+    *(Case(stage, "bf16", offload, "fp32") for stage in (1, 3) for offload in ("none", "optimizer")),
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.zero_stage}-{case.precision}-{case.offload}")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, astuple(case))))
 def test_gradient_norms_are_known_before_the_step_and_gradients_are_dropped_without_a_trace(teams, case):
     """A NaN from one sample on one rank, and finite gradients that are dropped: no bit of weights and moments changes on any
     rank, and the steps that follow are those of a training that never met them."""

@@ -389,6 +389,7 @@ def tampered(change: dict[str, Any]) -> str:
         ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor = 2.0, 1.0"),
         ({"bf16": {"check_grad_overflow": False}}, "bf16.check_grad_overflow = False, True"),
         ({"zero_optimization": {"overlap_comm": True}}, "zero_optimization.overlap_comm = True, False"),
+        ({"zero_optimization": {"contiguous_gradients": True}}, "zero_optimization.contiguous_gradients = True, False"),
         ({"zero_optimization": {"round_robin_gradients": True}}, "round_robin_gradients = True, False"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "offload_optimizer = True, False"),
     ],

@@ -90,18 +90,19 @@ def seen_by_step(results: list[dict[str, Any]]) -> list[list[tuple[int, int]]]:
 # Stopping and going on
 
 
+@pytest.mark.parametrize("precisions", [{}, {"precision": "bf16", "gradient_precision": "fp32"}], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_a_stop_and_a_resume_change_no_bit(teams, shards, tmp_path, zero_stage):
-    """In one layout and fp32, a run that is stopped twice ends with the weights, moments, losses and digest of one that is not."""
+def test_a_stop_and_a_resume_change_no_bit(teams, shards, tmp_path, zero_stage, precisions):
+    """In one layout, a run that is stopped twice ends with the weights, moments, losses and digest of one that is not."""
     straight = attempt_at(tmp_path / "straight", zero_stage=zero_stage)
-    whole = run(teams(2), shards, straight)[0]
+    whole = run(teams(2), shards, straight, **precisions)[0]
     for stop_after in (4, 3):  # at 4 and at 7, both between two checkpoints
         stopped = attempt_at(tmp_path / "broken", zero_stage=zero_stage)
-        assert run(teams(2), shards, stopped, stop_after=stop_after)[0]["stopped"]
+        assert run(teams(2), shards, stopped, stop_after=stop_after, **precisions)[0]["stopped"]
     last = attempt_at(tmp_path / "broken", zero_stage=zero_stage)
     assert last.generation == 3
     assert last.continues.endswith("step-00000007")
-    resumed = run(teams(2), shards, last)[0]
+    resumed = run(teams(2), shards, last, **precisions)[0]
 
     assert (whole["global_step"], whole["stopped"]) == (TOTAL_STEPS, "")
     for field in ("global_step", "total_steps", "stopped", "ids_digest", "loss"):

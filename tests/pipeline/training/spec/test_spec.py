@@ -38,6 +38,12 @@ def test_a_decay_that_does_not_fit_is_answered():
         Recipe(epochs=100, warmup_epochs=10, schedule="warmup_stable_decay", decay_share=0.95)
 
 
+def test_sums_coarser_than_the_gradients_are_answered():
+    assert Recipe(precision="fp32", gradient_precision="fp32").gradient_precision == "fp32"
+    with pytest.raises(ConfigError, match="gradient_precision=bf16 is coarser than precision=fp32: leave it out"):
+        Recipe(precision="fp32", gradient_precision="bf16")
+
+
 @pytest.mark.parametrize("norm", [0.0, -1.0, float("nan")])
 def test_clipping_to_nothing_is_answered(norm):
     with pytest.raises(ConfigError, match=f"max_grad_norm={norm} is not positive: write 1.0, or null for no clipping"):
