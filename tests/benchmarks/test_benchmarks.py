@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import _peers, _timing, asymmetry, train_step
+from benchmarks import _peers, _timing, asymmetry, step_traffic, train_step
 from benchmarks._variants import mean_loss
 from mae_core import MAEConfig, MaskedAutoencoder, ViTConfig, reference_forward
 
@@ -94,6 +94,16 @@ def test_whole_models_are_compiled_if_asked_for(batch, option, compiled):
     (plan,) = train_step.plans(["--quick", "--compile", "--no-ablations", "--device", "cpu", option])
     names = [way.name for way in train_step.our_ways(batch[0], plan)]
     assert names == [train_step.OURS, train_step.BY_BLOCK, train_step.WHOLE][: 1 + compiled]
+
+
+def test_a_block_copies_nothing_but_the_three_gradients_of_its_attention():
+    counted = step_traffic.count(TINY, batch=2, dtype=torch.float32)
+    blocks = TINY.encoder.depth + TINY.decoder_depth
+    assert counted.launches["stack"] == blocks
+    assert counted.launches["clone"] < blocks
+    # [2, 3, 16 + 1, 8] read and written by each of the decoder's blocks, with fewer tokens and twice the width in the encoder's
+    assert counted.moved["stack"] == sum(2 * 2 * 3 * tokens * width * 4 * 2 for tokens, width in ((17, 8), (5, 16)))
+    assert step_traffic.kind_of("_scaled_dot_product_flash_attention_for_cpu") == "attention"
 
 
 def test_a_ratio_is_the_median_of_the_ratios_per_round():
