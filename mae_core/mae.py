@@ -13,6 +13,8 @@ computes in.
 
 Source: He et al. 2022, arXiv 2111.06377, section 3."""
 
+# ruff: noqa: N806 (sizes carry the letters of the legend above)
+
 import math
 from typing import NamedTuple, cast
 
@@ -120,14 +122,23 @@ class MaskedAutoencoder(nn.Module):
         tokens = self.encoder(pixels, masked.ids_visible, None, mask_tokens)  # [B, n + K (+ L - K), D]
         # the targets are cut from the float32 pixels below, never from what the encoder cast to its own dtype
         prediction = self.decoder(tokens, masked).float()  # [B, M, T]
+        loss = self.losses(prediction, pixels, masked)
+        return MAEOutput(loss, prediction[:, -masked.ids_hidden.shape[1] :], masked)
+
+    def losses(self, prediction: Tensor, pixels: Tensor, masked: Masked) -> Tensor:
+        """Return the loss of every sample, over the patches that `loss_on` names.
+
+        Shapes: prediction [B, M, T], pixels float32 [B, C, H, W] -> float32 [B].
+        """
+        config = self.config
         ids = (
             masked.ids_hidden
             if config.loss_on == "hidden"
             else torch.cat([masked.ids_visible, masked.ids_hidden], dim=1)
         )
         patches = cut_patches(pixels, config.encoder.patch_size, ids)  # [B, M, N]
-        loss = mse_per_sample(prediction, target_of(patches, target=config.target, basis=self.basis_on(pixels.device)))
-        return MAEOutput(loss, prediction[:, -masked.ids_hidden.shape[1] :], masked)
+        target = target_of(patches, target=config.target, basis=self.basis_on(pixels.device))
+        return mse_per_sample(prediction, target)
 
     def mask(self, pixels: Tensor, noise: Tensor) -> Masked:
         """Return the mask that `forward` applies for this noise. Only the batch size of `pixels` is used.

@@ -44,9 +44,10 @@ def cut_patches(images: Tensor, patch_size: int, ids: Tensor) -> Tensor:
     return squares[image, ids // columns, ids % columns].flatten(2)  # [B, K, N]
 
 
-def _squares(images: Tensor, P: int) -> Tensor:
+def _squares(images: Tensor, patch_size: int) -> Tensor:
     """View images [B, C, H, W] as the patches of a grid, [B, h, w, P, P, C]."""
     B, C, H, W = images.shape
+    P = patch_size
     if H % P or W % P:
         raise ConfigError(
             f"patch_size={P} does not divide an image of {H} x {W}: crop or resize it to multiples of {P}"
