@@ -81,7 +81,8 @@ def count(config: MAEConfig, *, batch: int, dtype: torch.dtype) -> Traffic:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (batch, *config.encoder.image_size, 3), dtype=torch.uint8, generator=generator)
     noise = torch.rand(batch, config.encoder.num_patches, generator=generator)
-    with Traffic() as counted:
+    counted = Traffic()
+    with counted:
         module(images, noise).sum().backward()
     return counted
 
