@@ -12,9 +12,12 @@ from typing import NamedTuple
 
 import torch
 
+from mae_core import MAEConfig
 from pipeline.cluster.resources import Resources
 from pipeline.cluster.tasks import Executor
+from pipeline.data.dataset.address import dataset_address
 from pipeline.data.dataset.manifest import Manifest
+from pipeline.data.feed.order import OrderConfig
 from pipeline.data.images.photos import Photos, photos
 from pipeline.data.snapshots.config import SnapshotConfig
 from pipeline.errors import ConfigError
@@ -22,6 +25,9 @@ from pipeline.graph.step import Attempt, StageInput
 from pipeline.stages.shard import ShardStageConfig, shard
 from pipeline.stages.snapshot import snapshot
 from pipeline.storage import open_store
+from pipeline.training.spec.recipe import Recipe
+from pipeline.training.spec.tasks import MAETask
+from pipeline.training.spec.train_spec import TrainSpec
 
 _CLASSES = 8
 _OPTIONS = {"bad_share_stop": 0.05, "bad_share_warn": 0.01}
@@ -114,6 +120,20 @@ def dataset(source: Path, root: Path, *, shards: int) -> StageInput:
     config = ShardStageConfig(source=str(source), seed=0, shard_max_bytes=128 * 2**20, min_shards=shards)
     result = shard(config, {"snapshot": listed(source, root / "snapshot")}, handed)
     return StageInput(handed.root_uri, handed.generation, handed.fingerprint, result.facts)
+
+
+def pretraining(model: MAEConfig, recipe: Recipe, resources: Resources, made: StageInput, *, cache: Path) -> TrainSpec:
+    """Return the pretraining of a model on `dataset(...)`, as the pretrain stage would hand it to the loop."""
+    return TrainSpec(
+        task=MAETask(model=model, weight_decay=recipe.weight_decay, seed=0),
+        recipe=recipe,
+        order=OrderConfig(seed=0),
+        image_size=model.encoder.image_size,
+        dataset=dataset_address(made),
+        train_samples="all",
+        evaluation_split="",
+        resources=resources.model_copy(update={"cache_directory": str(cache)}),
+    )
 
 
 def sharded(source: Path, root: Path, *, shards: int) -> Manifest:

@@ -70,6 +70,11 @@ _VIEWS = frozenset(
 _ALLOCATIONS = frozenset({"empty", "empty_like", "empty_strided", "new_empty"})
 
 
+def is_launch(operation: Any) -> bool:
+    """Return whether an operation, as a TorchDispatchMode gets it, is neither a view nor a mere allocation."""
+    return operation._schema.name.partition("::")[2] not in _VIEWS | _ALLOCATIONS
+
+
 class _Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts operations that launch a kernel."""
 
@@ -78,7 +83,7 @@ class _Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func._schema.name.partition("::")[2] not in _VIEWS | _ALLOCATIONS
+        self.count += is_launch(func)
         return func(*args, **(kwargs or {}))
 
 

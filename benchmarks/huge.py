@@ -32,9 +32,7 @@ from benchmarks import _data
 from benchmarks import _timing as timing
 from mae_core import SIZES, MAEConfig, parameter_count
 from pipeline.cluster.resources import Resources
-from pipeline.data.dataset.address import dataset_address
 from pipeline.data.dataset.facts import DatasetFacts
-from pipeline.data.feed.order import OrderConfig
 from pipeline.graph.receipts import claim
 from pipeline.graph.step import Attempt
 from pipeline.tracking import NullTracker
@@ -42,7 +40,6 @@ from pipeline.training.checkpoints.format import open_checkpoint, resume_point
 from pipeline.training.health.stop_reasons import StopReason
 from pipeline.training.loop.loop import train
 from pipeline.training.spec.recipe import Recipe
-from pipeline.training.spec.tasks import MAETask
 from pipeline.training.spec.train_spec import TrainSpec
 from pipeline.training.world import enter_world
 
@@ -145,16 +142,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
         # As many epochs as the steps take. Copies would not do: duplicates are not served.
         epochs = math.ceil(total * options.batch / DatasetFacts.read(dataset.facts).counts.total.served)
         recipe = Recipe(global_batch=options.batch, epochs=epochs, warmup_epochs=0.0, precision=options.precision)
-        spec = TrainSpec(
-            task=MAETask(model=model, weight_decay=recipe.weight_decay, seed=0),
-            recipe=recipe,
-            order=OrderConfig(seed=0),
-            image_size=model.encoder.image_size,
-            dataset=dataset_address(dataset),
-            train_samples="all",
-            evaluation_split="",
-            resources=resources.model_copy(update={"cache_directory": str(root / "cache")}),
-        )
+        spec = _data.pretraining(model, recipe, resources, dataset, cache=root / "cache")
         attempt = _data.attempt(root / "pretrain-huge")
         claim(attempt.root, continues="")
         first = part(spec, attempt, workers=options.workers, steps=options.steps)

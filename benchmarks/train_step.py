@@ -112,15 +112,15 @@ def our_ways(model: MaskedAutoencoder, plan: Plan) -> list[Way]:
     return ways
 
 
-def by_block(model: MaskedAutoencoder) -> MaskedAutoencoder:
-    """Return a twin with the same weights whose blocks run compiled, as the engine compiles them."""
+def by_block(model: MaskedAutoencoder, *, mode: str | None = None) -> MaskedAutoencoder:
+    """Return a twin with the same weights whose blocks run compiled, as the engine compiles them unless `mode` differs."""
     twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-    compile_blocks(twin)
+    compile_blocks(twin, mode=mode)
     return twin
 
 
-def bf16_ways(model: MaskedAutoencoder, plan: Plan) -> list[Way]:
-    """Return our model with weights in bf16, of which AdamW moves float32 copies, as in the engine but without DeepSpeed."""
+def bf16_twin(model: MaskedAutoencoder) -> tuple[MaskedAutoencoder, torch.optim.AdamW]:
+    """Return a twin with weights in bf16, and AdamW that moves float32 copies of them: the engine without DeepSpeed."""
     twin = copy.deepcopy(model).bfloat16()
     weights = list(twin.parameters())
     masters = [nn.Parameter(parameter.detach().float()) for parameter in weights]
@@ -137,6 +137,12 @@ def bf16_ways(model: MaskedAutoencoder, plan: Plan) -> list[Way]:
 
     optimizer.register_step_pre_hook(take_gradients)
     optimizer.register_step_post_hook(put_weights)
+    return twin, optimizer
+
+
+def bf16_ways(model: MaskedAutoencoder, plan: Plan) -> list[Way]:
+    """Return our model with weights in bf16 as the engine trains it, eager and, if asked for, compiled."""
+    twin, optimizer = bf16_twin(model)
 
     def loss(model: MaskedAutoencoder, pixels: Tensor, noise: Tensor) -> Tensor:
         with torch.autocast(plan.device.type, enabled=False):

@@ -13,6 +13,8 @@ computes in.
 
 Source: He et al. 2022, arXiv 2111.06377, section 3."""
 
+# ruff: noqa: N806 (sizes carry the letters of the legend above)
+
 import math
 from typing import NamedTuple, cast
 
@@ -24,8 +26,8 @@ from mae_core.constants import Constants
 from mae_core.errors import ConfigError
 from mae_core.losses import mse_per_sample
 from mae_core.masking import Masked, mask_patches
-from mae_core.patches import gather_patches, patchify, unpatchify
-from mae_core.positions import sine_cosine_2d
+from mae_core.patches import cut_patches, gather_patches, patchify, unpatchify
+from mae_core.positions import positions_of, sine_cosine_2d
 from mae_core.targets import PatchBasis, patches_of, target_of
 from mae_core.vit import Block, Linear, MaskTokens, ViTEncoder, initialise
 
@@ -74,14 +76,15 @@ class Decoder(nn.Module):
         Shapes: tokens [B, n + K, D], or [B, n + L, D] when the encoder saw mask tokens -> [B, M, T].
         """
         x = self.embed(tokens)  # [B, n + K, Dd] or [B, n + L, Dd]
-        classes, patches = x[:, : self.cls_tokens], x[:, self.cls_tokens :]
-        positions = self.positions.to(x.dtype).expand(len(x), -1, -1)  # [B, L, Dd]
-        ids = torch.cat([masked.ids_visible, masked.ids_hidden], dim=1)  # [B, L]
-        if len(ids[0]) > patches.shape[1]:
-            hidden = self.mask_token.to(x.dtype).expand(len(x), masked.ids_hidden.shape[1], -1)  # [B, L - K, Dd]
-            patches = torch.cat([patches, hidden], dim=1)  # [B, L, Dd]
+        n, K = self.cls_tokens, masked.ids_visible.shape[1]
+        classes, visible, hidden = x.split([n, K, x.shape[1] - n - K], dim=1)  # [B, n], [B, K], [B, L - K or 0]
+        if hidden.shape[1] == 0:
+            hidden = self.mask_token.to(x.dtype)  # [1, 1, Dd]
+        table = self.positions.to(x.dtype)
+        visible = visible + positions_of(table, masked.ids_visible)  # [B, K, Dd]
+        hidden = hidden + positions_of(table, masked.ids_hidden)  # [B, L - K, Dd]
         # class tokens get no position: theirs is zero
-        x = torch.cat([classes, patches + gather_patches(positions, ids)], dim=1)  # [B, n + L, Dd]
+        x = torch.cat([classes, visible, hidden], dim=1)  # [B, n + L, Dd]
         for block in self.blocks:
             x = block(x)
         return cast("Tensor", self.head(self.norm(x[:, -self.predicted :])))  # [B, M, T]
@@ -119,14 +122,23 @@ class MaskedAutoencoder(nn.Module):
         tokens = self.encoder(pixels, masked.ids_visible, None, mask_tokens)  # [B, n + K (+ L - K), D]
         # the targets are cut from the float32 pixels below, never from what the encoder cast to its own dtype
         prediction = self.decoder(tokens, masked).float()  # [B, M, T]
+        loss = self.losses(prediction, pixels, masked)
+        return MAEOutput(loss, prediction[:, -masked.ids_hidden.shape[1] :], masked)
+
+    def losses(self, prediction: Tensor, pixels: Tensor, masked: Masked) -> Tensor:
+        """Return the loss of every sample, over the patches that `loss_on` names.
+
+        Shapes: prediction [B, M, T], pixels float32 [B, C, H, W] -> float32 [B].
+        """
+        config = self.config
         ids = (
             masked.ids_hidden
             if config.loss_on == "hidden"
             else torch.cat([masked.ids_visible, masked.ids_hidden], dim=1)
         )
-        patches = gather_patches(patchify(pixels, config.encoder.patch_size), ids)  # [B, M, N]
-        loss = mse_per_sample(prediction, target_of(patches, target=config.target, basis=self.basis_on(pixels.device)))
-        return MAEOutput(loss, prediction[:, -masked.ids_hidden.shape[1] :], masked)
+        patches = cut_patches(pixels, config.encoder.patch_size, ids)  # [B, M, N]
+        target = target_of(patches, target=config.target, basis=self.basis_on(pixels.device))
+        return mse_per_sample(prediction, target)
 
     def mask(self, pixels: Tensor, noise: Tensor) -> Masked:
         """Return the mask that `forward` applies for this noise. Only the batch size of `pixels` is used.

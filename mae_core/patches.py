@@ -27,6 +27,25 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     Raises:
         ConfigError: patch_size does not divide the height and the width.
     """
+    return _squares(images, patch_size).flatten(3).flatten(1, 2)  # [B, L, N]
+
+
+def cut_patches(images: Tensor, patch_size: int, ids: Tensor) -> Tensor:
+    """Cut some patches out of every image: `gather_patches(patchify(images, patch_size), ids)`, copying only those.
+
+    Shapes: images [B, C, H, W], ids int64 [B, K] in 0..L-1 -> [B, K, P * P * C], any dtype.
+
+    Raises:
+        ConfigError: patch_size does not divide the height and the width.
+    """
+    squares = _squares(images, patch_size)
+    columns = squares.shape[2]
+    image = torch.arange(len(ids), device=ids.device)[:, None]  # [B, 1]
+    return squares[image, ids // columns, ids % columns].flatten(2)  # [B, K, N]
+
+
+def _squares(images: Tensor, patch_size: int) -> Tensor:
+    """View images [B, C, H, W] as the patches of a grid, [B, h, w, P, P, C]."""
     B, C, H, W = images.shape
     P = patch_size
     if H % P or W % P:
@@ -34,8 +53,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
             f"patch_size={P} does not divide an image of {H} x {W}: crop or resize it to multiples of {P}"
         )
     x = images.reshape(B, C, H // P, P, W // P, P)  # [B, C, h, p, w, q]
-    x = x.permute(0, 2, 4, 3, 5, 1)  # [B, h, w, p, q, C]
-    return x.reshape(B, -1, P * P * C)  # [B, L, N]
+    return x.permute(0, 2, 4, 3, 5, 1)  # [B, h, w, p, q, C]
 
 
 def unpatchify(patches: Tensor, *, grid: tuple[int, int], patch_size: int) -> Tensor:
@@ -90,7 +108,7 @@ def normalise_pixels(images: Tensor, *, mean: Sequence[float] | Tensor, std: Seq
     if images.dtype != torch.uint8:
         raise TypeError(f"images are {images.dtype}, not uint8: normalise_pixels takes bytes 0..255, channels last")
     # scaled to 0..1 first and then normalised, the order of torchvision's ToTensor and Normalize
-    x = images.permute(0, 3, 1, 2).to(torch.float32).div(255.0)  # [B, C, H, W]
+    x = images.permute(0, 3, 1, 2).div(255.0)  # [B, C, H, W], float32: bytes are cast as they are divided
     return x.sub(_by_channel(mean, x)).div(_by_channel(std, x))
 
 

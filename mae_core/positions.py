@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mae_core.config import ViTConfig
 from mae_core.errors import ConfigError
+from mae_core.patches import gather_patches
 
 
 def sine_cosine_2d(grid: tuple[int, int], embed_dim: int) -> Tensor:
@@ -41,6 +42,17 @@ def sine_cosine_2d(grid: tuple[int, int], embed_dim: int) -> Tensor:
     # columns first, as in the official code (its meshgrid puts the width first): imported weights expect it
     table = torch.cat([along_column.repeat(rows, 1), along_row.repeat_interleave(columns, dim=0)], dim=1)
     return table.to(torch.float32)  # [L, D]
+
+
+def positions_of(table: Tensor, ids: Tensor) -> Tensor:
+    """Return the table's rows of some patches of every image.
+
+    Shapes: table [L, D], ids int64 [B, K] in 0..L-1 -> [B, K, D].
+    """
+    if table.requires_grad:
+        # a row's gradients are added image by image and then over the batch: no two of them meet in an unordered sum
+        return gather_patches(table.expand(len(ids), -1, -1), ids)
+    return table[ids]  # whole rows; a gather would look up every value
 
 
 def interpolate_positions(table: Tensor, *, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:

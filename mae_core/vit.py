@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from mae_core.config import ViTConfig
 from mae_core.errors import ConfigError
-from mae_core.patches import gather_patches, patchify
-from mae_core.positions import sine_cosine_2d
+from mae_core.patches import cut_patches, patchify
+from mae_core.positions import positions_of, sine_cosine_2d
 
 
 class Linear(nn.Linear):
@@ -50,7 +50,8 @@ class Attention(nn.Module):
         """Let every token attend to all tokens of its image: [B, T, D] -> [B, T, D]."""
         B, T, D = x.shape
         qkv = self.qkv(x).reshape(B, T, 3, self.num_heads, D // self.num_heads)  # [B, T, 3, h, D/h]
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, h, T, D/h]
+        # unbound in place and then transposed: the backward pass stacks the three gradients where they belong, in one copy
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each [B, h, T, D/h]
         # fused: the [T, T] scores never reach memory, so autograd need not keep them
         x = nn.functional.scaled_dot_product_attention(q, k, v)  # [B, h, T, D/h]
         return cast("Tensor", self.proj(x.transpose(1, 2).reshape(B, T, D)))  # [B, T, D]
@@ -163,17 +164,19 @@ class ViTEncoder(nn.Module):
                 f"pixels of shape {tuple(pixels.shape)} do not fit in_channels={self.config.in_channels}, "
                 f"image_size={self.config.image_size}: resize the images or build the encoder with their size"
             )
-        patches = patchify(pixels, self.config.patch_size)  # [B, L, N]
         # an engine may have cast the parameters; the pixels stay float32 for the target
         dtype = self.cls_token.dtype
-        positions = self.positions.to(dtype).expand(len(patches), -1, -1)  # [B, L, D]
+        positions = self.positions.to(dtype)  # [L, D]
         if ids_visible is None:
+            patches = patchify(pixels, self.config.patch_size)  # [B, L, N]
             return cast("Tensor", self.patch_embed(patches.to(dtype)) + positions)  # [B, L, D]
-        patches = gather_patches(patches, ids_visible)  # [B, K, N], gathered first: hidden patches are never embedded
-        x = self.patch_embed(patches.to(dtype)) + gather_patches(positions, ids_visible)  # [B, K, D]
+        patches = cut_patches(
+            pixels, self.config.patch_size, ids_visible
+        )  # [B, K, N]: hidden patches are never embedded
+        x = self.patch_embed(patches.to(dtype)) + positions_of(positions, ids_visible)  # [B, K, D]
         if mask_tokens is None:
             return cast("Tensor", x)
-        hidden = mask_tokens.token.to(x.dtype) + gather_patches(positions, mask_tokens.ids)  # [B, M, D]
+        hidden = mask_tokens.token.to(x.dtype) + positions_of(positions, mask_tokens.ids)  # [B, M, D]
         return torch.cat([x, hidden], dim=1)
 
     def tokens(

@@ -28,8 +28,6 @@ from benchmarks.huge import StopAfter, part
 from mae_core import MAEConfig, ViTConfig
 from mae_core.randomness import mask_noise, uniform_rows
 from pipeline.cluster.resources import Resources, ZeroStage
-from pipeline.data.dataset.address import dataset_address
-from pipeline.data.feed.order import OrderConfig
 from pipeline.graph.receipts import claim
 from pipeline.tracking import NullTracker
 from pipeline.training.checkpoints.format import open_checkpoint, resume_point
@@ -37,7 +35,7 @@ from pipeline.training.engine.deepspeed_engine import Engine, MicroBatch
 from pipeline.training.loop.loop import train
 from pipeline.training.spec.recipe import Recipe
 from pipeline.training.spec.tasks import MAETask
-from pipeline.training.spec.train_spec import TrainSpec, engine_settings
+from pipeline.training.spec.train_spec import engine_settings
 from pipeline.training.world import World, enter_world
 
 Precision = Literal["fp32", "bf16"]
@@ -139,15 +137,12 @@ def checkpoint_check(world: World, options: argparse.Namespace) -> dict[str, Any
     with TemporaryDirectory(prefix="mae-acceptance-") as name:
         root = Path(name)
         source = _data.write_files(found.files, root / "images")
-        spec = TrainSpec(
-            task=MAETask(model=MODEL, weight_decay=recipe.weight_decay, seed=0),
-            recipe=recipe,
-            order=OrderConfig(seed=0),
-            image_size=MODEL.encoder.image_size,
-            dataset=dataset_address(_data.dataset(source, root, shards=1)),
-            train_samples="all",
-            evaluation_split="",
-            resources=Resources(micro_batch=MICRO_BATCH, log_every_steps=1, cache_directory=str(root / "cache")),
+        spec = _data.pretraining(
+            MODEL,
+            recipe,
+            Resources(micro_batch=MICRO_BATCH, log_every_steps=1),
+            _data.dataset(source, root, shards=1),
+            cache=root / "cache",
         )
         straight, moved = (_data.attempt(root / folder) for folder in ("straight", "moved"))
         for attempt, steps in ((straight, CONTINUED_TO), (moved, SAVED_AT)):

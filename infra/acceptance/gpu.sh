@@ -8,11 +8,11 @@
 # photographs as JPEGs; generated ones are used without it. --quick: a small model, on a machine without a GPU as well.
 #
 # Output: a JSON line per measurement, then a table. Messages and the parts' own tables go to standard error.
-# Exit code 1 if a part or a check failed. On a GPU machine it ends within 8 minutes: a part that takes too long is cut off.
+# Exit code 1 if a part or a check failed. On a GPU machine it ends within 10 minutes: a part that takes too long is cut off.
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 python=${PYTHON:-python3}
-wheels='' quick='' images=() limit=475
+wheels='' quick='' images=() limit=565
 while [ $# -gt 0 ]; do
   case $1 in
     --wheels) wheels=${2:?--wheels needs a folder}; shift 2 ;;
@@ -53,6 +53,7 @@ part() {
 part correctness 120 infra.acceptance.correctness "${images[@]}"
 if [ -n "$quick" ]; then
   part train_step 300 benchmarks.train_step --quick --no-ablations --rounds 1
+  part step_variants 300 benchmarks.step_variants --quick
   part loader 300 benchmarks.loader --quick --rounds 1 "${images[@]}"
   part loop 300 infra.acceptance.loop --quick "${images[@]}"
   part usual 300 infra.acceptance.usual --quick "${images[@]}"
@@ -68,5 +69,6 @@ else
   for size in "${sizes[@]}"; do
     part usual 45 infra.acceptance.usual --model "${size%:*}" --batch "${size#*:}" "${images[@]}"
   done
+  part step_variants 90 benchmarks.step_variants --model large --batch 256 --budget 50
 fi
 "$python" -m infra.acceptance.table < "$work/lines"

@@ -25,8 +25,6 @@ from benchmarks import _timing as timing
 from benchmarks.train_step import QUICK_BATCH, quick_config
 from mae_core import SIZES, MAEConfig, training_flops
 from pipeline.cluster.resources import Resources
-from pipeline.data.dataset.address import dataset_address
-from pipeline.data.feed.order import OrderConfig
 from pipeline.data.images.decode_speed import cores
 from pipeline.graph.receipts import claim
 from pipeline.planning.footprint import autoencoder_size, footprint
@@ -35,8 +33,7 @@ from pipeline.training.health.stop_reasons import StopReason
 from pipeline.training.loop.loop import train
 from pipeline.training.meters.matmul_peak import matmul_peak
 from pipeline.training.spec.recipe import Recipe
-from pipeline.training.spec.tasks import MAETask
-from pipeline.training.spec.train_spec import TrainSpec, engine_settings
+from pipeline.training.spec.train_spec import engine_settings
 from pipeline.training.world import enter_world
 
 MOST_PHOTOS = 300
@@ -132,16 +129,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
         root = Path(name)
         found = _data.chosen_photos(options, count=32 if options.quick else MOST_PHOTOS)
         dataset = _data.dataset(_data.write_files(found.files, root / "images"), root, shards=8)
-        spec = TrainSpec(
-            task=MAETask(model=model, weight_decay=recipe.weight_decay, seed=0),
-            recipe=recipe,
-            order=OrderConfig(seed=0),
-            image_size=model.encoder.image_size,
-            dataset=dataset_address(dataset),
-            train_samples="all",
-            evaluation_split="",
-            resources=resources.model_copy(update={"cache_directory": str(root / "cache")}),
-        )
+        spec = _data.pretraining(model, recipe, resources, dataset, cache=root / "cache")
         attempt = _data.attempt(root / "pretrain")
         claim(attempt.root, continues="")
         with suppress(_Timed):

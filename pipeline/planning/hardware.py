@@ -21,8 +21,8 @@ from pipeline.training.meters.matmul_peak import matmul_peak
 from pipeline.training.meters.slowness import FORESEEN_MFU
 
 CPU = "CPU"
-Precision = Literal["bf16", "fp32"]
-DTYPES: Mapping[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+Precision = Literal["bf16", "fp32", "tf32"]
+DTYPES: Mapping[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ def accelerators() -> Mapping[str, Hardware]:
             name=name,
             kind="cuda",
             memory_bytes=int(row["memory_gb"] * 1e9),  # makers count decimal gigabytes
-            peaks={"bf16": row["bf16_tflops"] * 1e12, "fp32": row["fp32_tflops"] * 1e12},
+            peaks={name: row[f"{name}_tflops"] * 1e12 for name in DTYPES},
             mfu=tuple(row["mfu"]),
             source=row["source"],
         )

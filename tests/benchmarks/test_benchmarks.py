@@ -1,11 +1,12 @@
 """Benchmarks of a training step: what is compared computes the same, and the JSON line has its keys. Times are not tested."""
 
 import json
+import time
 
 import pytest
 import torch
 
-from benchmarks import _peers, _timing, asymmetry, train_step
+from benchmarks import _peers, _timing, asymmetry, step_traffic, step_variants, train_step
 from benchmarks._variants import mean_loss
 from mae_core import MAEConfig, MaskedAutoencoder, ViTConfig, reference_forward
 
@@ -94,6 +95,44 @@ def test_whole_models_are_compiled_if_asked_for(batch, option, compiled):
     (plan,) = train_step.plans(["--quick", "--compile", "--no-ablations", "--device", "cpu", option])
     names = [way.name for way in train_step.our_ways(batch[0], plan)]
     assert names == [train_step.OURS, train_step.BY_BLOCK, train_step.WHOLE][: 1 + compiled]
+
+
+def test_a_block_copies_nothing_but_the_three_gradients_of_its_attention():
+    counted = step_traffic.count(TINY, batch=2, dtype=torch.float32)
+    blocks = TINY.encoder.depth + TINY.decoder_depth
+    assert counted.launches["stack"] == blocks
+    assert counted.launches["clone"] < blocks
+    # [2, 3, 16 + 1, 8] read and written by each of the decoder's blocks, with fewer tokens and twice the width in the encoder's
+    assert counted.moved["stack"] == sum(2 * 2 * 3 * tokens * width * 4 * 2 for tokens, width in ((17, 8), (5, 16)))
+    assert step_traffic.kind_of("_scaled_dot_product_flash_attention_for_cpu") == "attention"
+
+
+def test_ways_that_cannot_run_or_begin_in_time_are_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(step_variants, "quick_config", lambda: TINY)
+    for budget, timed in (("inf", {"eager", "attention by flash", "tf32", "fp32"}), ("0", {"eager"})):
+        step_variants.main(["--quick", "--batch", "2", "--budget", budget])
+        line = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert line["benchmark"] == "step_variants"
+        assert set(line["images_per_s"]) >= timed
+        assert line["left_out"].keys() | line["images_per_s"].keys() == {
+            "eager",
+            *step_variants.ATTENTION,
+            "tf32",
+            "fp32",
+        }
+    assert line["left_out"]["fp32"].endswith("no time was left to begin it")
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_first_step_that_takes_too_long_is_cut_off_even_where_exceptions_are_caught():
+    def compiles() -> None:
+        try:
+            time.sleep(60)
+        except Exception:  # noqa: BLE001 - as autotuning does
+            time.sleep(60)
+
+    with pytest.raises(RuntimeError, match="cut off"), step_variants._cut_off(time.monotonic() + 0.05):
+        compiles()
 
 
 def test_a_ratio_is_the_median_of_the_ratios_per_round():

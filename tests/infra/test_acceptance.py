@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from run_kit import ROOT, environment
 
-from benchmarks import train_step
+from benchmarks import step_variants, train_step
 from infra.acceptance import correctness, table
 from infra.acceptance.correctness import BOUNDS, Step, compared
 from infra.acceptance.loop import Stopwatch, command_line
@@ -53,12 +53,16 @@ def test_every_part_runs_in_its_order_with_options_that_its_module_knows(tmp_pat
     done, commands = script(tmp_path)
     assert done.returncode == 0, done.stderr
     names = [command[0].rpartition(".")[2] for command in commands]
-    assert names == ["correctness", *["train_step"] * 3, "loader", *["loop"] * 3, *["usual"] * 3]
+    assert names == ["correctness", *["train_step"] * 3, "loader", *["loop"] * 3, *["usual"] * 3, "step_variants"]
     of_loop = {}
     for module, *options in commands:
         if module == "benchmarks.train_step":
             (plan,) = train_step.plans([*options, "--device", "cpu"])
             assert (plan.whole, plan.ablations) == (False, False)
+        elif module == "benchmarks.step_variants":
+            read = step_variants.command_line(options)
+            assert (read.model, read.quick) == ("large", False)
+            assert read.budget < 90
         elif module.endswith(("loop", "usual")):
             read = command_line("loop", options)
             of_loop.setdefault(read.model, []).append(read.batch)
@@ -72,7 +76,7 @@ def test_standard_output_is_json_lines_and_then_a_table(tmp_path):
     assert "a table" in done.stderr
     (row,) = (line.split() for line in done.stdout.splitlines() if line.startswith("huge"))
     assert row == ["huge", "100.0", "50.0", "%", "100.0", "50.0", "%", "1.00", "100.0", "1.00", "–", "–"]
-    assert all(command[-2:] == ["--images", str(tmp_path)] for command in commands if "train_step" not in command[0])
+    assert all(command[-2:] == ["--images", str(tmp_path)] for command in commands if "step" not in command[0])
 
 
 def test_a_part_that_fails_is_named_and_the_others_still_run(tmp_path):
@@ -80,6 +84,7 @@ def test_a_part_that_fails_is_named_and_the_others_still_run(tmp_path):
     assert [command[0].rpartition(".")[2] for command in commands] == [
         "correctness",
         "train_step",
+        "step_variants",
         "loader",
         "loop",
         "usual",
@@ -101,7 +106,7 @@ def test_wheels_are_installed_without_an_index_and_beside_the_checkout(tmp_path)
     target = Path(install[install.index("--target") + 1])
     assert not target.is_relative_to(ROOT)
     assert not target.parent.exists()
-    assert len(parts) == 5
+    assert len(parts) == 6
 
 
 def test_an_unknown_option_shows_the_usage(tmp_path):

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mae_core import ConfigError, denormalise_pixels, normalise_pixels, patchify, unpatchify
+from mae_core.patches import cut_patches, gather_patches
 
 
 @settings(max_examples=25, deadline=None)
@@ -23,6 +24,14 @@ def test_patch_order_is_row_column_channel():
     images = torch.arange(2 * 4 * 6).reshape(1, 2, 4, 6)
     second = patchify(images, 2)[0, 1]
     assert second.tolist() == [images[0, c, r, q].item() for r in (0, 1) for q in (2, 3) for c in (0, 1)]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_patches_cut_out_are_those_gathered_from_all(channels_last, generator):
+    images = torch.randn(3, 2, 8, 12, generator=generator)  # 2 rows of 3 patches
+    images = images.to(memory_format=torch.channels_last) if channels_last else images
+    ids = torch.rand(3, 6, generator=generator).argsort(dim=1)[:, :4]
+    assert torch.equal(cut_patches(images, 4, ids), gather_patches(patchify(images, 4), ids))
 
 
 def test_patch_embedding_equals_strided_convolution(generator):
@@ -50,5 +59,7 @@ def test_pixel_scales_are_inverse():
 def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError, match="patch_size=4 does not divide an image of 8 x 6"):
         patchify(torch.zeros(1, 3, 8, 6), 4)
+    with pytest.raises(ConfigError, match="patch_size=4 does not divide"):
+        cut_patches(torch.zeros(1, 3, 8, 6), 4, torch.zeros(1, 1, dtype=torch.int64))
     with pytest.raises(ConfigError, match=r"grid=\(2, 2\)"):
         unpatchify(torch.zeros(1, 6, 48), grid=(2, 2), patch_size=4)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mae_core import ConfigError, MAEConfig, ViTConfig, interpolate_positions, resized_encoder, sine_cosine_2d
+from mae_core.positions import positions_of
 
 
 def test_equals_hugging_face_table(hugging_face_peer):
@@ -30,6 +31,16 @@ def test_first_half_is_the_column_and_second_the_row():
 def test_a_larger_grid_holds_the_smaller():
     large, small = sine_cosine_2d((4, 6), 8).reshape(4, 6, 8), sine_cosine_2d((2, 3), 8).reshape(2, 3, 8)
     assert torch.equal(large[:2, :3], small)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_patch_has_its_row_of_the_table_and_the_row_gets_its_gradient(learned):
+    table, ids = torch.randn(6, 4).requires_grad_(learned), torch.tensor([[5, 0], [5, 3]])
+    rows = positions_of(table, ids)
+    assert torch.equal(rows, torch.stack([table[[5, 0]], table[[5, 3]]]))
+    if learned:
+        rows.sum().backward()
+        assert table.grad[:, 0].tolist() == [1.0, 0.0, 0.0, 1.0, 0.0, 2.0]
 
 
 def test_odd_widths_are_refused():

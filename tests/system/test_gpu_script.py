@@ -24,7 +24,7 @@ def test_the_quick_script_checks_and_measures_everything(tmp_path):
     assert set(checks) >= {*(f"{precision} ZeRO-{stage}" for precision in ("fp32", "bf16") for stage in (1, 2, 3))}
     assert all(checks.values())
     speeds = {line["benchmark"]: line for line in lines if line["benchmark"] != "correctness"}
-    assert set(speeds) == {"train_step", "loader", "loop", "usual"}
+    assert set(speeds) == {"train_step", "step_variants", "loader", "loop", "usual"}
     assert all(
         speeds[name]["images_per_s"] > 0 and speeds[name]["model"] == "quick"
         for name in ("train_step", "loop", "usual")

@@ -23,9 +23,10 @@ from pipeline.cluster.resources import Compile
 BACKEND = "inductor"
 
 
-def compile_blocks(module: nn.Module) -> None:
+def compile_blocks(module: nn.Module, *, mode: str | None = None) -> None:
     """Make every block run compiled in passes that need gradients, and as it is in all others.
 
+    `mode` is torch.compile's; no other than its default has been measured (benchmarks/step_variants.py does).
     Call it before `recompute_blocks`, so that what is recomputed is compiled too, and before the first pass.
     """
     # Dynamo counts compilations per code object, and every block of every model shares one. A process that trains one model
@@ -34,7 +35,7 @@ def compile_blocks(module: nn.Module) -> None:
     # Static shapes. A rank meets the full micro-batch, one that is cut short and possibly padding of one sample: three sizes
     # for each of two kinds of blocks, within that limit. With dynamic shapes there would be as many compilations, and the
     # kernels of the decoder, compiled second, would take any number of tokens.
-    compiled = torch.compile(Block.forward, backend=BACKEND, dynamic=False)
+    compiled = torch.compile(Block.forward, backend=BACKEND, mode=mode, dynamic=False)
     for block in _blocks(module):
         block.forward = partial(_run, partial(compiled, block), block.forward)  # type: ignore[method-assign]
 

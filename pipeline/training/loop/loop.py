@@ -40,7 +40,7 @@ from pipeline.training.meters.profiler import Profiler
 from pipeline.training.meters.slowness import SpeedWatch
 from pipeline.training.meters.step_clocks import GpuClock, PhaseClock
 from pipeline.training.meters.telemetry import TrainingMeter, as_points
-from pipeline.training.spec.train_spec import TrainSpec
+from pipeline.training.spec.train_spec import TrainSpec, float32_products
 from pipeline.training.world import ELSEWHERE, World
 
 log = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ def train(
     engine, position = start(spec, attempt, world, cursor)
     # Closed in reverse order: the saver finishes before the watchdog ends, and both before the engine lets its memory go.
     with ExitStack() as stack:
+        stack.enter_context(float32_products(spec.recipe.precision, world.device))
         stack.enter_context(closing(engine))
         watchdog = stack.enter_context(_watchdog(spec, attempt, world))
         phases, gpu = PhaseClock(watchdog.phase), GpuClock(world.device)

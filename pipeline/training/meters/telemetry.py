@@ -52,7 +52,7 @@ METRICS = {
 }
 """Names in the history and in MLflow."""
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
 
 
 class WorkerReading(NamedTuple):
@@ -89,7 +89,7 @@ class TrainingMeter:
         self.compiled_s = compile_seconds()
         self.flops = spec.task.training_flops()
         # The slowest device counts for all, because every step waits for it.
-        self.peak = world.size * min(world.all_gather(_peak(world.device, DTYPES[spec.recipe.precision])))
+        self.peak = world.size * min(world.all_gather(_peak(world.device, spec.recipe.precision)))
         self.begin(global_step)
 
     def begin(self, global_step: int) -> None:
@@ -292,6 +292,9 @@ def memory(device: torch.device) -> tuple[float, float]:
 
 
 @functools.cache
-def _peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the device's peak; measured once per process, because it takes about a second."""
-    return matmul_peak(device, dtype)
+def _peak(device: torch.device, precision: str) -> float:
+    """Return the device's peak; measured once per process and precision, because it takes about a second.
+
+    `float32_products` has set what float32 products are.
+    """
+    return matmul_peak(device, DTYPES[precision])

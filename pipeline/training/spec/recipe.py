@@ -40,8 +40,9 @@ class Recipe:
     """AdamW's decay rates of its two moments."""
     max_grad_norm: float | None = field(default=None, metadata=ADDED_LATER)
     """Gradients whose norm over all parameters exceeds this are scaled down to it; null, as in the paper, for no clipping."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """What the model computes in. Targets, softmax and loss are float32 either way."""
+    precision: Literal["bf16", "fp32", "tf32"] = "bf16"
+    """What the model computes in; targets, softmax and loss are always float32. `tf32` is `fp32` whose matrix products a GPU rounds
+    to 10 bits of mantissa before it multiplies, for several times the speed; on a CPU it is `fp32`."""
     gradient_precision: Literal["bf16", "fp32"] | None = field(default=None, metadata=ADDED_LATER)
     """What gradients are summed in, over micro-batches and over workers: null for the same as `precision`. fp32 beside
     `precision: bf16` does not round the sums; it takes 2 bytes more per weight, spread over the workers, and twice the traffic."""

@@ -3,8 +3,12 @@
 Small frozen values that travel from the stage to the workers. Units are in the field names."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
 
 from mae_core.config import ADDED_LATER, MAEConfig
 from pipeline.cluster.resources import Resources
@@ -99,7 +103,7 @@ def engine_settings(recipe: Recipe, resources: Resources, *, workers: int) -> En
     largest_part = math.ceil(recipe.global_batch / workers)  # parts differ by one sample at most
     micro_batch = min(resources.micro_batch, largest_part)
     return EngineSettings(
-        precision=recipe.precision,
+        precision="bf16" if recipe.precision == "bf16" else "fp32",  # to DeepSpeed, tf32 is fp32
         gradient_precision=recipe.gradient_precision,
         zero_stage=resources.zero_stage,
         micro_batch=micro_batch,
@@ -111,6 +115,20 @@ def engine_settings(recipe: Recipe, resources: Resources, *, workers: int) -> En
         compile=resources.compile,
         overlap_comm=resources.overlap_comm,
     )
+
+
+@contextmanager
+def float32_products(precision: str, device: torch.device) -> Iterator[None]:
+    """Let float32 matrix products be those of `Recipe.precision` inside, and what they were before afterwards.
+
+    torch keeps this per process, and a process may train several models. Not on a CPU: some round with this setting too.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" and device.type == "cuda" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def node_cache(dataset: DatasetAddress, resources: Resources) -> ShardCache:

@@ -102,7 +102,7 @@ def complaint_of(tmp_path: Path, text: str) -> str:
         ),
         ("resources.workers=[4, 2]", "resources.workers = (4, 2): write a number from 1, or [min, max]"),
         ("resources.zero_stage=4", "resources.zero_stage = 4 is unknown: write 1, 2 or 3"),
-        ("pretrain.precision=fp16", "pretrain.precision = 'fp16' is unknown: write 'bf16' or 'fp32'"),
+        ("pretrain.precision=fp16", "pretrain.precision = 'fp16' is unknown: write 'bf16', 'fp32' or 'tf32'"),
         (
             "evaluation.datasets.0.protocols=[knn]",
             "evaluation.datasets.0.protocols.0 = 'knn' is unknown: write 'linear'",

@@ -40,7 +40,7 @@ def test_defaults_and_types_read_as_a_user_writes_them():
     assert shown["model.encoder.embed_dim"] == ("whole number", "from model.size")
     assert shown["model.encoder.image_size"] == ("[whole number, whole number]", "[224, 224]")
     assert shown["pretrain.base_lr"] == ("number", "0.00015")
-    assert shown["pretrain.precision"] == ("bf16 | fp32", "bf16")
+    assert shown["pretrain.precision"] == ("bf16 | fp32 | tf32", "bf16")
     assert shown["evaluation.finetune.epochs"] == ("whole number", "100")  # a subclass's default
     assert shown["evaluation.datasets"] == ("list of section", "[{name: data}]")
     assert shown["resources.use_gpu"] == ("true or false or null", "null")

@@ -123,7 +123,7 @@ def test_mfu_is_what_the_model_needs_over_what_the_workers_could_do(teams, shard
 def watched_with_peaks(spec: TrainSpec, attempt: Attempt) -> Any:
     from pipeline.training.meters.telemetry import _peak
 
-    return watched(spec, attempt)[0], _peak(torch.device("cpu"), torch.float32)
+    return watched(spec, attempt)[0], _peak(torch.device("cpu"), "fp32")
 
 
 @pytest.mark.parametrize("faster", [torch.bfloat16, torch.float32])
