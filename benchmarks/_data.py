@@ -101,6 +101,9 @@ class _Silent:
     def update(self, done: int, total: int, *, unit: str, **fields: float) -> None:
         """Do nothing."""
 
+    def say(self, text: str) -> None:
+        """Do nothing."""
+
 
 def attempt(root: Path, *, executor: Executor = "in_process") -> Attempt:
     """Return an attempt that lets a stage write below `root`."""

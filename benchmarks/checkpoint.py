@@ -39,6 +39,7 @@ from pipeline.training.checkpoints.format import CheckpointManifest
 from pipeline.training.checkpoints.host_copy import in_memory, pinned
 from pipeline.training.checkpoints.retention import Retention
 from pipeline.training.checkpoints.saver import Saver
+from pipeline.training.device import local_gpu_count
 from pipeline.training.engine.deepspeed_engine import Engine, MicroBatch
 from pipeline.training.engine.settings import EngineSettings
 from pipeline.training.spec.tasks import MAETask
@@ -64,12 +65,15 @@ class Silent:
     def update(self, done: int, total: int, *, unit: str, **fields: float) -> None:
         """Do nothing."""
 
+    def say(self, text: str) -> None:
+        """Do nothing."""
+
 
 class Training:
     """An engine that trains on random pixels, and its saver."""
 
     def __init__(self, model: MAEConfig, store_uri: str) -> None:
-        world = enter_world()
+        world = enter_world(use_gpu=local_gpu_count() > 0)
         built = MAETask(model=model, weight_decay=0.05, seed=0).build()
         settings = EngineSettings(precision="fp32", zero_stage=1, micro_batch=BATCH, accumulation=1, betas=(0.9, 0.95))
         self.engine = Engine(built.module, built.groups, settings, world)

@@ -28,6 +28,7 @@ import torch
 from benchmarks import _timing as timing
 from mae_core import SIZES, MAEConfig
 from pipeline.planning.footprint import autoencoder_size, footprint
+from pipeline.training.device import local_gpu_count
 from pipeline.training.engine.deepspeed_engine import Engine, MicroBatch
 from pipeline.training.engine.settings import EngineSettings
 from pipeline.training.spec.tasks import MAETask
@@ -111,7 +112,7 @@ def _worker(rank: int, port: int, layout: Layout, model: MAEConfig) -> int:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(layout.workers)}
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // layout.workers))
-    world = enter_world()
+    world = enter_world(use_gpu=local_gpu_count() > 0)
     import deepspeed  # noqa: F401 - belongs to what every worker holds before it trains
 
     memory = _Memory(world)

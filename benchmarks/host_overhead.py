@@ -46,6 +46,7 @@ from pipeline.data.feed.order import OrderConfig
 from pipeline.graph.receipts import claim
 from pipeline.graph.step import Attempt
 from pipeline.tracking import NullTracker
+from pipeline.training.device import local_gpu_count
 from pipeline.training.engine.deepspeed_engine import Engine
 from pipeline.training.engine.micro_batches import split
 from pipeline.training.engine.settings import EngineSettings
@@ -136,7 +137,7 @@ def launches(precision: Literal["bf16", "fp32"], zero_stage: Literal[1, 3]) -> L
     settings = EngineSettings(
         precision=precision, zero_stage=zero_stage, micro_batch=4, accumulation=1, betas=(0.9, 0.95)
     )
-    with closing(Engine(*task.build(), settings, enter_world())) as engine:
+    with closing(Engine(*task.build(), settings, enter_world(use_gpu=local_gpu_count() > 0))) as engine:
 
         def step() -> None:
             engine.train_step(split(inputs, settings, engine.world.device), global_batch=4, lr=0.0)
@@ -186,7 +187,7 @@ class _Clock:
 def loop_milliseconds(spec: TrainSpec, attempt: Attempt, steps: int) -> float:
     """Return the CPU time that the loop's thread needs per step. Runs in a process of its own."""
     clock = _Clock(steps)
-    train(spec, attempt, world=enter_world(), tracker=NullTracker(), stop_signal=clock)
+    train(spec, attempt, world=enter_world(use_gpu=local_gpu_count() > 0), tracker=NullTracker(), stop_signal=clock)
     passed = [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
     return 1000 * median(passed[2:])  # the first steps also create state
 

@@ -37,6 +37,7 @@ from pipeline.graph.receipts import claim
 from pipeline.graph.step import Attempt
 from pipeline.tracking import NullTracker
 from pipeline.training.checkpoints.format import open_checkpoint, resume_point
+from pipeline.training.device import local_gpu_count
 from pipeline.training.health.stop_reasons import StopReason
 from pipeline.training.loop.loop import train
 from pipeline.training.spec.recipe import Recipe
@@ -95,7 +96,13 @@ def _worker(rank: int, workers: int, port: int, spec: TrainSpec, attempt: Attemp
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers)}
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
-    train(spec, attempt, world=enter_world(), tracker=NullTracker(), stop_signal=StopAfter(steps))
+    train(
+        spec,
+        attempt,
+        world=enter_world(use_gpu=local_gpu_count() > 0),
+        tracker=NullTracker(),
+        stop_signal=StopAfter(steps),
+    )
 
 
 class _Memory:

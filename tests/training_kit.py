@@ -62,6 +62,9 @@ class Silent:
     def update(self, done, total, *, unit, **fields):
         pass
 
+    def say(self, text):
+        pass
+
 
 def encoder_config() -> ViTConfig:
     return ViTConfig(image_size=(SIDE, SIDE), patch_size=4, embed_dim=16, depth=2, num_heads=2)

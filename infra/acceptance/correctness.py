@@ -31,6 +31,7 @@ from pipeline.cluster.resources import Resources, ZeroStage
 from pipeline.graph.receipts import claim
 from pipeline.tracking import NullTracker
 from pipeline.training.checkpoints.format import open_checkpoint, resume_point
+from pipeline.training.device import local_gpu_count
 from pipeline.training.engine.deepspeed_engine import Engine, MicroBatch
 from pipeline.training.loop.loop import train
 from pipeline.training.spec.recipe import Recipe
@@ -174,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--write", action="store_true", help=f"write {STORED.name}, on a CPU")
     parser.add_argument("--images", type=Path, metavar="DIR", help="JPEGs for the checkpoint; default: generated ones")
     options = parser.parse_args(arguments)
-    world = enter_world()
+    world = enter_world(use_gpu=local_gpu_count() > 0)
     if options.write:
         if world.device.type == "cuda":
             raise SystemExit("--write stores a CPU's steps: set CUDA_VISIBLE_DEVICES= to hide the GPU")

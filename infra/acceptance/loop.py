@@ -29,6 +29,7 @@ from pipeline.data.images.decode_speed import cores
 from pipeline.graph.receipts import claim
 from pipeline.planning.footprint import autoencoder_size, footprint
 from pipeline.tracking import NullTracker
+from pipeline.training.device import local_gpu_count
 from pipeline.training.health.stop_reasons import StopReason
 from pipeline.training.loop.loop import train
 from pipeline.training.meters.matmul_peak import matmul_peak
@@ -108,7 +109,7 @@ def speed(options: argparse.Namespace, device: torch.device, *, steps: int, elap
 
 def measure(options: argparse.Namespace) -> dict[str, object]:
     """Train, and return the JSON line."""
-    world = enter_world()
+    world = enter_world(use_gpu=local_gpu_count() > 0)
     on_gpu = world.device.type == "cuda"
     model = config_of(options.model)
     recipe = Recipe(

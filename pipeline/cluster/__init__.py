@@ -2,11 +2,12 @@
 
 Ray is imported inside the functions that need it: it takes seconds, and a run with executor `in_process` never does."""
 
+from pipeline.cluster.autoscaler import may_grow as may_grow
+from pipeline.cluster.autoscaler import room_asked_for as room_asked_for
 from pipeline.cluster.connection import connect as connect
 from pipeline.cluster.connection import cpus_per_gpu as cpus_per_gpu
 from pipeline.cluster.connection import disconnect as disconnect
 from pipeline.cluster.connection import gpu_inventory as gpu_inventory
-from pipeline.cluster.connection import may_grow as may_grow
 from pipeline.cluster.connection import node_count as node_count
 from pipeline.cluster.connection import this_node_is_draining as this_node_is_draining
 from pipeline.cluster.connection import worker_capacity as worker_capacity

@@ -2,7 +2,6 @@
 
 Errors: PipelineError if the cluster cannot be reached."""
 
-import json
 import os
 import secrets
 import signal
@@ -31,7 +30,6 @@ _HTTP2_SETTINGS = b"\x04"
 _HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + _HTTP2_SETTINGS + b"\0" * 5
 """What a client of gRPC says first: the preface, and a frame of no settings. The server answers with its own settings."""
 FORWARDED_VARIABLES = (
-    "DS_ACCELERATOR",
     "OMP_NUM_THREADS",
     "MLFLOW_TRACKING_URI",
     "AWS_ENDPOINT_URL",
@@ -209,19 +207,6 @@ def worker_capacity(need: Mapping[str, float], *, of: Literal["all", "free"]) ->
     staying = (held for node, held in nodes.items() if node not in draining)
     # 1e-6: amounts are floats, and 0.3 / 0.1 is a little less than 3
     return sum(min(int(held.get(kind, 0.0) / amount + 1e-6) for kind, amount in need.items()) for held in staying)
-
-
-def may_grow() -> bool:
-    """Return whether an autoscaler may add nodes, so that what the cluster holds now says little about what it can hold."""
-    from ray.autoscaler.v2.utils import is_autoscaler_v2
-    from ray.experimental.internal_kv import _internal_kv_get
-
-    if is_autoscaler_v2():
-        return True
-    status = json.loads(_internal_kv_get("__autoscaling_status") or "{}")
-    types = (status.get("autoscaler_report") or {}).get("node_type_mapping") or {}
-    # without a configuration to take nodes from, the monitor invents a type per node and names it after the node
-    return any(kind != f"node_{node}" for node, kind in types.items())
 
 
 def cpus_per_gpu(*, workers: int) -> float:

@@ -4,7 +4,7 @@ An actor beside the driver keeps the newest update of each step; the driver poll
 never fails a step: progress is for the eye, results are in the store."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from pipeline.cluster.connection import on_this_node
@@ -17,6 +17,10 @@ class Progress(Protocol):
         """Report `done` of `total` units. `fields` are shown beside the bar (loss=0.61, images_per_s=512)."""
         ...
 
+    def say(self, text: str) -> None:
+        """Show a line about the step, for something that is worth one."""
+        ...
+
 
 class Update(NamedTuple):
     """How far a step is."""
@@ -27,19 +31,32 @@ class Update(NamedTuple):
     fields: Mapping[str, float]
 
 
+class Reports(NamedTuple):
+    """What steps have reported since it was last asked."""
+
+    updates: Mapping[str, Update]
+    """The newest of each step."""
+    lines: Sequence[tuple[str, str]]
+    """(step, text), in the order in which they were said."""
+
+
 class _Board:
-    """The actor that keeps the newest update of every running step."""
+    """The actor that keeps the newest update of every running step, and every line."""
 
     def __init__(self) -> None:
         self.updates: dict[str, Update] = {}
+        self.lines: list[tuple[str, str]] = []
 
     def put(self, step: str, update: Update) -> None:
         self.updates[step] = update
 
-    def take(self) -> dict[str, Update]:
-        # swapped in one go; an actor runs one call at a time, so no update is lost in between
-        updates, self.updates = self.updates, {}
-        return updates
+    def say(self, step: str, text: str) -> None:
+        self.lines.append((step, text))
+
+    def take(self) -> Reports:
+        # swapped in one go; an actor runs one call at a time, so nothing is lost in between
+        reports, self.updates, self.lines = Reports(self.updates, self.lines), {}, []
+        return reports
 
 
 class ProgressBoard:
@@ -55,15 +72,15 @@ class ProgressBoard:
         """Return the `Progress` to hand to the stage of a step; it can be pickled."""
         return _BoardWriter(self.actor, step_name)
 
-    def take(self) -> dict[str, Update]:
-        """Return the newest update of each step that reported since the last call; none if the actor does not answer."""
+    def take(self) -> Reports:
+        """Return what steps have reported since the last call; nothing if the actor does not answer."""
         import ray
 
         try:
             # a lost actor must not hold the driver up
-            return dict(ray.get(self.actor.take.remote(), timeout=10))
+            return Reports(*ray.get(self.actor.take.remote(), timeout=10))
         except ray.exceptions.RayError:
-            return {}
+            return Reports({}, [])
 
 
 class _BoardWriter:
@@ -78,3 +95,6 @@ class _BoardWriter:
             self.sent_at = now
             # not awaited: the next update replaces a lost one
             self.actor.put.remote(self.step_name, Update(done, total, unit, fields))
+
+    def say(self, text: str) -> None:
+        self.actor.say.remote(self.step_name, text)

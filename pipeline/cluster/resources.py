@@ -32,8 +32,9 @@ class Resources(BaseModel):
     """Training workers, or [min, max] for an elastic range."""
     cpus_per_worker: float = Field(1.0, gt=0)
     """CPUs that Ray reserves for each worker."""
-    use_gpu: bool | None = None
-    """Whether each worker gets a GPU. If left out: yes, if the cluster has enough GPUs."""
+    use_gpu: Literal["auto"] | bool = "auto"
+    """Whether each worker trains on a GPU of its own. `auto`: if this machine or the cluster has enough of them, or its autoscaler
+    adds them within `node_wait_s`; else on the CPU. `true` waits for them too, but never trains on the CPU."""
     zero_stage: ZeroStage = 1
     """What DeepSpeed spreads over the workers: optimiser state (1), also gradients (2), also weights (3)."""
     micro_batch: int = Field(64, ge=1)
@@ -79,8 +80,8 @@ class Resources(BaseModel):
     max_preemptions: int = Field(100, ge=0)
     """The same for workers whose nodes were taken away."""
     node_wait_s: float = Field(1800.0, ge=0)
-    """How long training waits, after nodes were taken away, until the minimum number of workers fits again. Then the run stops with
-    exit code 3."""
+    """How long training waits, after nodes were taken away, until the minimum number of workers fits again, and for GPU nodes that
+    an autoscaler starts. Then the run stops with exit code 3."""
     wall_clock_s: float | None = Field(None, gt=0)
     """Time limit of the run. It is asked to stop `grace_s` before that. If left out: no limit."""
     grace_s: float = Field(120.0, ge=0)
@@ -109,6 +110,15 @@ class Resources(BaseModel):
     def _decode_workers(cls, value: Any) -> Any:
         if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
             raise ValueError(f"decode_workers={value!r}: write auto, or a number from 0")
+        return value
+
+    @field_validator("use_gpu", mode="before")
+    @classmethod
+    def _use_gpu(cls, value: Any) -> Any:
+        if value is None:  # how `auto` was written before it had a name
+            return "auto"
+        if value != "auto" and not isinstance(value, bool):
+            raise ValueError(f"use_gpu={value!r}: write auto, true or false")
         return value
 
     @field_validator("workers")
@@ -155,5 +165,5 @@ class Resources(BaseModel):
 
     @property
     def per_worker(self) -> dict[str, float]:
-        """What one worker reserves on its node, in Ray's terms. A `use_gpu` of None counts as no, `auto` decode workers as none."""
-        return {"CPU": self.cpus_per_worker + self.decode_processes, **({"GPU": 1.0} if self.use_gpu else {})}
+        """What one worker reserves on its node, in Ray's terms. While `auto` is not decided: no GPU, no decode workers."""
+        return {"CPU": self.cpus_per_worker + self.decode_processes, **({"GPU": 1.0} if self.use_gpu is True else {})}

@@ -54,6 +54,10 @@ class Hooks(Protocol):
         """Note how far a running step is."""
         ...
 
+    def say(self, step_name: str, text: str) -> None:
+        """Show a line that a running step has to say."""
+        ...
+
     def end(self, outcome: Outcome) -> None:
         """Note that a step ended, was found finished, or cannot run."""
         ...
@@ -68,6 +72,9 @@ class _InProcessProgress:
 
     def update(self, done: int, total: int, *, unit: str, **fields: float) -> None:
         self.walk.note_progress(self.step_name, done, total, unit, fields)
+
+    def say(self, text: str) -> None:
+        self.walk.hooks.say(self.step_name, text)
 
 
 @dataclass
@@ -276,7 +283,10 @@ class GraphRun:
 
     def _forward_progress(self) -> None:
         if self.board:
-            for name, (done, total, unit, fields) in self.board.take().items():
+            updates, lines = self.board.take()
+            for name, text in lines:
+                self.hooks.say(name, text)
+            for name, (done, total, unit, fields) in updates.items():
                 self.note_progress(name, done, total, unit, fields)
 
     def _finished(self, work: _RunningStep, receipt: Receipt) -> Outcome:

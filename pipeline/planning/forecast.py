@@ -65,11 +65,7 @@ def assumed_hardware(configs: Iterable[TrainingConfig], resources: Resources, as
     """Return the device to plan for, with its peak in every precision that the training steps use.
 
     A CPU's peak is in no table, so it is measured here: about a second per precision."""
-    device = (
-        hardware_named(assumptions.hardware)
-        if assumptions.hardware
-        else local_hardware(workers=resources.worker_range[0], use_gpu=resources.use_gpu)
-    )
+    device = hardware_named(assumptions.hardware) if assumptions.hardware else local_hardware(resources)
     # Before measuring: a peak that the user gave is not measured again.
     device = device.with_overrides(tflops=assumptions.tflops, mfu=assumptions.mfu)
     for precision in {config.recipe.precision for config in configs}:

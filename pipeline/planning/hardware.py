@@ -16,7 +16,9 @@ from typing import Any, Literal
 import torch
 import yaml
 
+from pipeline.cluster.resources import Resources
 from pipeline.errors import ConfigError
+from pipeline.training.device import choose_device_here, local_gpu_count
 from pipeline.training.meters.matmul_peak import matmul_peak
 from pipeline.training.meters.slowness import FORESEEN_MFU
 
@@ -99,7 +101,7 @@ def with_measured_peak(device: Hardware, precision: Precision) -> Hardware:
 
 def local_gpu() -> Hardware | None:
     """Return this machine's first GPU, or None. Its memory is asked for; its peak is that of a table entry of the same family."""
-    if not torch.cuda.is_available():
+    if not local_gpu_count():
         return None
     properties = torch.cuda.get_device_properties(0)
     # By family, because drivers report names such as "NVIDIA H100 80GB HBM3".
@@ -114,11 +116,9 @@ def local_gpu() -> Hardware | None:
     )
 
 
-def local_hardware(*, workers: int, use_gpu: bool | None) -> Hardware:
-    """Return what training would run on here: GPUs if `use_gpu` says so or, by default, if every worker can have one."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    wanted = gpus >= workers if use_gpu is None else use_gpu
-    return (wanted and local_gpu()) or local_cpu()
+def local_hardware(resources: Resources) -> Hardware:
+    """Return what training would run on here. Without the GPUs that are asked for, it is planned for the CPU."""
+    return (choose_device_here(resources).use_gpu and local_gpu()) or local_cpu()
 
 
 def cluster_hardware(gpu_types: Iterable[str]) -> Hardware | None:

@@ -205,3 +205,7 @@ class StepProgress:
     def update(self, done: int, total: int, *, unit: str, **fields: float) -> None:
         """Pass an update on under the step's name."""
         self._display.update(self._step_name, done, total, unit, fields)
+
+    def say(self, text: str) -> None:
+        """Print a line above the live lines, under the step's name."""
+        self._display.show(Text(f"{self._step_name}: {text}"))

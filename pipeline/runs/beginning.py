@@ -71,7 +71,7 @@ def _resumed_step(step: Step, store: Store) -> int:
 
 @cache  # the peak of a CPU takes a second to measure
 def _hardware(precision: Precision, resources: Resources) -> Hardware:
-    return with_measured_peak(local_hardware(workers=resources.worker_range[0], use_gpu=resources.use_gpu), precision)
+    return with_measured_peak(local_hardware(resources), precision)
 
 
 def _foreseen(step: Step, store: Store, resumed: int) -> Beginning:

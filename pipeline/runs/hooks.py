@@ -86,6 +86,10 @@ class RunHooks:
         """Show how far a running step is."""
         self.display.update(step_name, done, total, unit, fields)
 
+    def say(self, step_name: str, text: str) -> None:
+        """Show a line that a running step has to say."""
+        self.display.show(Text(f"{step_name}: {text}"))
+
     def end(self, outcome: Outcome) -> None:
         """Show and record how a step ended."""
         # first of all: what has ended must not be closed again by `abandon`

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-import torch
 import yaml
 from PIL import Image
 
 from pipeline.data.sources.listing import IMAGE_SUFFIXES
 from pipeline.errors import ConfigError
 from pipeline.planning.hardware import cpu_computes_bf16
+from pipeline.training.device import local_gpu_count
 
 PRETRAIN_IMAGES = 20_000
 FINETUNE_IMAGES = 3_000
@@ -81,7 +81,7 @@ def starter_config(source: str, *, file: str = "mae.yaml") -> str:
     train = round(0.9 * len(images)) or 1000
     epochs = _epochs(PRETRAIN_IMAGES, train, most=300)
     finetune_epochs = _epochs(FINETUNE_IMAGES, train, most=30)
-    on_gpu, bf16 = torch.cuda.is_available(), cpu_computes_bf16()
+    on_gpu, bf16 = local_gpu_count() > 0, cpu_computes_bf16()
     return TEMPLATE.format(
         file=file,
         name=_name(source),

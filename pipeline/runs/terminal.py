@@ -9,6 +9,7 @@ from contextlib import redirect_stdout
 
 import numpy as np
 from rich.console import Console
+from rich.text import Text
 
 from pipeline.cluster.tasks import Executor
 from pipeline.config import RunConfig
@@ -55,6 +56,10 @@ class TerminalHooks:
     def progress(self, step_name: str, done: int, total: int, unit: str, fields: Mapping[str, float]) -> None:
         """Show how far a step is."""
         self.display.update(step_name, done, total, unit, fields)
+
+    def say(self, step_name: str, text: str) -> None:
+        """Show a line that a running step has to say."""
+        self.display.show(Text(f"{step_name}: {text}"))
 
     def end(self, outcome: Outcome) -> None:
         """Show how a step ended."""

@@ -8,13 +8,14 @@ PipelineError when the training is given up. Unanswered, a PipelineError that is
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from pipeline import errors
 from pipeline.errors import ConfigError, PipelineError, Stopped
 from pipeline.graph.step import Attempt
 from pipeline.tracking import NullTracker, open_tracker
+from pipeline.training.device import choose_device_here
 from pipeline.training.health.failures import FailureStreak, reason_to_give_up
 from pipeline.training.health.stop_reasons import stop_on_sigterm_if_unhandled, stop_signal_of
 from pipeline.training.loop.loop import TrainingResult, train
@@ -27,10 +28,7 @@ RESULT = "trained.json"
 
 def run_training(spec: TrainSpec, attempt: Attempt) -> TrainingResult:
     """Train to the end. This is the one call that a stage makes."""
-    if attempt.executor == "ray":
-        from pipeline.training import ray_train
-
-        attempt = ray_train.with_hardware_decided(attempt)
+    attempt = _with_device_decided(attempt)
     # Counted here, because to Ray Train each of these groups has finished cleanly.
     preemptions = FailureStreak()
     # `fenced` never comes back here: the loop raises Fenced for it.
@@ -45,6 +43,18 @@ def run_training(spec: TrainSpec, attempt: Attempt) -> TrainingResult:
         if reason := reason or _reason_not_to_restart(attempt):
             raise Stopped(f"{where}: {reason}; {saved}")
     return result
+
+
+def _with_device_decided(attempt: Attempt) -> Attempt:
+    """Return the attempt with `use_gpu` decided, once for all groups of workers, and say what was decided."""
+    if attempt.executor == "ray":
+        from pipeline.training import ray_train
+
+        return ray_train.with_hardware_decided(attempt)
+    resources = attempt.resources.model_copy(update={"workers": 1})  # this process
+    choice = choose_device_here(resources).or_refuse()
+    attempt.progress.say(choice.text)
+    return replace(attempt, resources=attempt.resources.model_copy(update={"use_gpu": choice.use_gpu}))
 
 
 def _run_workers(spec: TrainSpec, attempt: Attempt) -> TrainingResult:
@@ -76,7 +86,8 @@ def _reason_not_to_restart(attempt: Attempt) -> str:
 def run_worker(spec: TrainSpec, attempt: Attempt) -> None:
     """Run the loop as one worker of the world; rank 0 writes the answer to the store."""
     stop_on_sigterm_if_unhandled()
-    world = enter_world(attempt.resources.collective_timeout_s)
+    resources = attempt.resources
+    world = enter_world(use_gpu=resources.use_gpu is True, timeout_s=resources.collective_timeout_s)
     tracker = (
         open_tracker(attempt.tracking_uri, attempt.mlflow_run_id, attempt.store) if world.is_first else NullTracker()
     )

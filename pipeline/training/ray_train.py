@@ -13,15 +13,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import ray
 import torch
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipeline import cluster
-from pipeline.errors import PipelineError, StorageError
+from pipeline.errors import PipelineError, Stopped, StorageError
 from pipeline.graph.step import Attempt
 from pipeline.training.checkpoints.format import committed
+from pipeline.training.device import choose_device
 from pipeline.training.health.failures import FailureStreak, classify, reason_to_give_up
 from pipeline.training.health.stop_reasons import StoreStopSignal, stop_on_sigterm
 from pipeline.training.health.watchdog import stack_dump_hint
@@ -30,6 +30,9 @@ from pipeline.training.spec.train_spec import TrainSpec
 log = logging.getLogger(__name__)
 WorkerFunction = Callable[[TrainSpec, Attempt], None]
 GOES_ON = "The same command goes on from the last checkpoint"
+STOPPED_BY = {"asked": "asked to stop", "fenced": "another run has claimed a higher generation"}
+_ANSWER_S = 45.0
+"""Within which an autoscaler that can start a GPU node has begun to. It looks for demand every 5 s."""
 
 
 def fit(run_worker: WorkerFunction, spec: TrainSpec, attempt: Attempt) -> None:
@@ -49,16 +52,51 @@ def fit(run_worker: WorkerFunction, spec: TrainSpec, attempt: Attempt) -> None:
 
 
 def with_hardware_decided(attempt: Attempt) -> Attempt:
-    """Return the attempt with `use_gpu` and `decode_workers` decided, once for all groups of workers.
+    """Return the attempt with `use_gpu` and `decode_workers` decided, once for all groups of workers, and say what was decided.
 
     A group whose GPU nodes are taken away must not go on without GPUs.
     """
-    resources = attempt.resources
-    use_gpu = resources.use_gpu
-    if use_gpu is None:
-        use_gpu = ray.cluster_resources().get("GPU", 0) >= resources.worker_range[0]
-    cpus = cluster.cpus_per_gpu(workers=resources.worker_range[1]) if use_gpu else 0.0
-    return replace(attempt, resources=resources.model_copy(update={"use_gpu": use_gpu}).decided_for(cpus))
+    resources, others = attempt.resources, ""
+    wanted = resources.use_gpu is not False
+    if wanted and _gpu_count() < resources.worker_range[0] and cluster.may_grow():
+        others = _ask_for_gpus(attempt)
+    choice = choose_device(resources, gpus=_gpu_count(), where="this cluster", others=others).or_refuse()
+    attempt.progress.say(choice.text)
+    cpus = cluster.cpus_per_gpu(workers=resources.worker_range[1]) if choice.use_gpu else 0.0
+    return replace(attempt, resources=resources.model_copy(update={"use_gpu": choice.use_gpu}).decided_for(cpus))
+
+
+def _gpu_count() -> int:
+    return int(cluster.gpu_inventory()[0])
+
+
+def _ask_for_gpus(attempt: Attempt) -> str:
+    """Wait until an autoscaler has added the GPUs of the fewest workers; return why it has not, or an empty string.
+
+    Stopped if `use_gpu` is true and nodes were on their way at the end of `node_wait_s`: then the same command may help.
+    """
+    resources, least = attempt.resources, attempt.resources.worker_range[0]
+    need = resources.model_copy(update={"use_gpu": True}).per_worker
+    attempt.progress.say(
+        f"asking the autoscaler for GPUs for {least} worker{'s' if least > 1 else ''}, and waiting for up to "
+        f"{resources.node_wait_s:g} s (resources.node_wait_s)"
+    )
+    stop_signal, began, coming = StoreStopSignal(attempt), time.monotonic(), False
+    with cluster.room_asked_for(need, workers=least) as room:
+        while not room.granted(timeout_s=1.0):
+            if reason := stop_signal.stop_reason():
+                raise Stopped(f"{attempt.step_name}: {STOPPED_BY[reason]}, while it waited for GPUs. {GOES_ON}")
+            answer = room.gpus_are_coming()
+            coming = coming if answer is None else answer
+            waited = time.monotonic() - began
+            if answer is False or (waited > _ANSWER_S and not coming):
+                return "and its autoscaler starts no nodes that have what a worker needs"
+            if waited > resources.node_wait_s:
+                late = f"the autoscaler's nodes with GPUs did not come within {resources.node_wait_s:g} s"
+                if resources.use_gpu is True:
+                    raise Stopped(f"{attempt.step_name}: {late}. {GOES_ON}")
+                return late
+    return ""
 
 
 def wait_for_room(attempt: Attempt) -> str:
@@ -67,7 +105,7 @@ def wait_for_room(attempt: Attempt) -> str:
     stop_signal, deadline = StoreStopSignal(attempt), time.monotonic() + attempt.resources.node_wait_s
     while cluster.worker_capacity(need, of="all") < least:
         if reason := stop_signal.stop_reason():
-            return "asked to stop" if reason == "asked" else "another run has claimed a higher generation"
+            return STOPPED_BY[reason]
         if time.monotonic() >= deadline:
             return f"the nodes that stay have no room for {least} workers, after {attempt.resources.node_wait_s:g} s"
         time.sleep(1.0)
@@ -77,7 +115,7 @@ def wait_for_room(attempt: Attempt) -> str:
 def _trainer(run_worker: WorkerFunction, spec: TrainSpec, attempt: Attempt, scratch: str) -> TorchTrainer:
     """Return the trainer; `scratch` is a folder for Ray Train's own notes."""
     resources = attempt.resources
-    use_gpu, need = resources.use_gpu, resources.per_worker
+    use_gpu, need = resources.use_gpu is True, resources.per_worker
     least, most = resources.worker_range
     # Ray Train counts a draining node as room until it is dead, and would wait for it. So its maximum is what fits on the nodes
     # that stay. When there is more room, the loop stops with a checkpoint (`resized`); Ray Train would cut the workers off.
@@ -88,7 +126,9 @@ def _trainer(run_worker: WorkerFunction, spec: TrainSpec, attempt: Attempt, scra
             "run_worker": run_worker,
             "spec": spec,
             "attempt": attempt,
-            "cpus": resources.cpus_per_worker,
+            # The worker's own share: workers on a node that each started a thread per core would crowd each other out. A worker
+            # with a GPU is mostly waiting for it.
+            "threads": None if use_gpu else max(1, int(resources.cpus_per_worker)),
         },
         torch_config=_Config(backend="nccl" if use_gpu else "gloo", timeout_s=resources.collective_timeout_s),
         scaling_config=ScalingConfig(
@@ -111,9 +151,8 @@ def _trainer(run_worker: WorkerFunction, spec: TrainSpec, attempt: Attempt, scra
 
 def _on_worker(settings: Mapping[str, Any]) -> None:
     logging.getLogger().setLevel(logging.WARNING)
-    # The worker's own share: workers on a node that each started a thread per core would crowd each other out.
-    if not torch.cuda.is_available():
-        torch.set_num_threads(max(1, int(settings["cpus"])))
+    if settings["threads"]:
+        torch.set_num_threads(settings["threads"])
     settings["run_worker"](settings["spec"], settings["attempt"])
 
 

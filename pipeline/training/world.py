@@ -168,15 +168,17 @@ def _join_launched(backend: str, timeout: timedelta) -> None:
         raise failure[0]
 
 
-def enter_world(timeout_s: float = COLLECTIVE_TIMEOUT_S) -> World:
+def enter_world(*, use_gpu: bool = False, timeout_s: float = COLLECTIVE_TIMEOUT_S) -> World:
     """Return this process's world; join the launcher's process group, or make a group with a single member.
+
+    `use_gpu` is what `pipeline.training.device` decided; a GPU that is there is not used without it.
 
     The group is the one that is initialised already (Ray Train), or the one that torchrun's variables describe. A group that
     is made here ends with the process. `timeout_s`: how long workers wait for one another to agree.
     """
     timeout = timedelta(seconds=timeout_s)
     if not dist.is_initialized():
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        backend = "nccl" if use_gpu else "gloo"
         if os.environ.keys() >= set(JOINED_BY):
             _join_launched(backend, timeout)
         else:  # neither a port nor variables: child processes would take them for their own
@@ -184,7 +186,7 @@ def enter_world(timeout_s: float = COLLECTIVE_TIMEOUT_S) -> World:
         # Not at the end of a training: the next one in this process needs it again, and DeepSpeed keeps groups made from it.
         atexit.register(_leave)
     device = torch.device("cpu")
-    if torch.cuda.is_available():
+    if use_gpu:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         # NCCL and DeepSpeed use the current device, which would be 0 in every process of a node.
         torch.cuda.set_device(device)

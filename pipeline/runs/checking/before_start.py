@@ -18,6 +18,7 @@ from pipeline.planning.estimate import check_memory, training_configs
 from pipeline.planning.hardware import cluster_hardware, cpu_computes_bf16, local_hardware
 from pipeline.runs.checking.findings import check_reading, examine, finished_in, problem_of
 from pipeline.storage import Store, open_store, probe
+from pipeline.training.device import choose_device, choose_device_here
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,9 @@ def check_before_start(config: RunConfig, steps: Sequence[Step], store: Store, e
         )
     if executor == "in_process" or "RAY_ADDRESS" not in os.environ:
         local = config.resources.model_copy(update={"workers": 1}) if executor == "in_process" else config.resources
-        check_memory(waiting, local, local_hardware(workers=local.worker_range[0], use_gpu=local.use_gpu))
+        if training_configs(waiting):
+            choose_device_here(local).or_refuse()
+        check_memory(waiting, local, local_hardware(local))
     probe(store)  # last, because it writes an object
 
 
@@ -60,7 +63,7 @@ def slow_precision(steps: Sequence[Step], resources: Resources) -> str:
     """Return advice if steps would compute in bf16 on this machine's CPU and it has no such arithmetic, or an empty string."""
     if "RAY_ADDRESS" in os.environ or cpu_computes_bf16():
         return ""
-    if local_hardware(workers=resources.worker_range[0], use_gpu=resources.use_gpu).kind != "cpu":
+    if local_hardware(resources).kind != "cpu":
         return ""
     in_bf16 = {name for name, config in training_configs(steps).items() if config.recipe.precision == "bf16"}
     sections = {step.name: "pretrain" if step.kind == "pretrain" else "evaluation.finetune" for step in steps}
@@ -82,16 +85,21 @@ def check_fits_cluster(config: RunConfig, waiting: Sequence[Step]) -> None:
         return
     resources, least = config.resources, config.resources.worker_range[0]
     gpus, gpu_types = cluster.gpu_inventory()
-    use_gpu = gpus >= least if resources.use_gpu is None else resources.use_gpu
-    need = resources.model_copy(update={"use_gpu": use_gpu}).per_worker
-    room = cluster.worker_capacity(need, of="all")
+    choice = choose_device(resources, gpus=int(gpus), where="this cluster")
+    need = resources.model_copy(update={"use_gpu": choice.use_gpu}).per_worker
+    room, unclaimed = (
+        cluster.worker_capacity(need, of="all"),
+        "Nothing was claimed: a run that is at work in this store goes on",
+    )
     if room < least and not cluster.may_grow():
+        if choice.problem:
+            raise ConfigError(f"{choice.problem}. {unclaimed}")
         each = " and ".join(f"{amount:g} {kind}" for kind, amount in need.items())
         raise ConfigError(
             f"resources.workers={least}: the cluster has room for {room} of {least}, each of which reserves {each}. Write fewer "
-            "workers, reserve less, or add nodes. Nothing was claimed: a run that is at work in this store goes on"
+            f"workers, reserve less, or add nodes. {unclaimed}"
         )
-    if use_gpu and (device := cluster_hardware(gpu_types)):
+    if choice.use_gpu and (device := cluster_hardware(gpu_types)):
         check_memory(waiting, resources, device)
 
 

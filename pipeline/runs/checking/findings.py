@@ -199,6 +199,9 @@ class Unseen:
     def update(self, done: int, total: int, *, unit: str, **fields: float) -> None:
         """Do nothing."""
 
+    def say(self, text: str) -> None:
+        """Do nothing."""
+
 
 def check_reading(step: Step, finished: Finished, *, mark: bool) -> None:
     """Raise ConfigError if an older version read a pinned listing otherwise than this one reads the same paths.

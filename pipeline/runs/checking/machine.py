@@ -17,6 +17,7 @@ import torch
 from pipeline import cluster
 from pipeline.errors import PipelineError
 from pipeline.planning.hardware import cpu_computes_bf16, host_memory_bytes
+from pipeline.training.device import local_gpu_count
 
 GIB = 2**30
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Ray keeps its objects
@@ -47,7 +48,7 @@ def _python() -> Finding:
 
 
 def _torch() -> Finding:
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = local_gpu_count()
     names = ", ".join(sorted({torch.cuda.get_device_name(index) for index in range(gpus)}))
     text = f"{torch.__version__}, {f'{gpus} GPUs: {names}' if gpus else 'no GPU: training runs on the CPU'}"
     return Finding(name="torch", state="ok", text=text)
@@ -61,7 +62,7 @@ def _cores() -> Finding:
 
 
 def _bf16() -> Finding:
-    if torch.cuda.is_available():
+    if local_gpu_count():
         fits = torch.cuda.is_bf16_supported()
         text = "computed by the GPU" if fits else "not computed by this GPU"
     else:

@@ -62,7 +62,7 @@ class Engine:
     def __init__(
         self, module: nn.Module, groups: Sequence[ParameterGroup], settings: EngineSettings, world: World
     ) -> None:
-        deepspeed = _deepspeed()
+        deepspeed = _deepspeed(world.device)
         reason = why_not_compiled(settings.compile, world.device)
         if reason is None:
             compile_blocks(module)
@@ -350,11 +350,11 @@ def initial_state(module: nn.Module) -> Lookup:
     return lookup
 
 
-def _deepspeed() -> Any:
-    """Import DeepSpeed for the accelerator that there is, set to compile nothing. Imported here because that takes seconds."""
+def _deepspeed(device: torch.device) -> Any:
+    """Import DeepSpeed for this device, set to compile nothing. Imported here because that takes seconds."""
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on a launcher's variable even without a launcher
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # It would take a GPU wherever there is one. It looks once per process, so this is without effect on a second engine.
+    os.environ["DS_ACCELERATOR"] = device.type
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # after the import, which sets its own level

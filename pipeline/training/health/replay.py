@@ -18,6 +18,7 @@ from pipeline.data.feed.step_feed import Feed
 from pipeline.errors import DataError
 from pipeline.storage import Store
 from pipeline.training.checkpoints.format import Checkpoint, check_cursor, committed, open_checkpoint, step_of
+from pipeline.training.device import choose_device_here
 from pipeline.training.engine.deepspeed_engine import Engine
 from pipeline.training.engine.micro_batches import Copier
 from pipeline.training.guard import GuardState
@@ -69,10 +70,11 @@ def replay(bundle: Bundle, root: Store, spec: TrainSpec, *, most_steps: int, tel
     `tell` gets a line about where the replay starts.
     """
     # One process has nothing to shard, and no other rank to gather weights from. It may be on a smaller machine.
-    alone = {"zero_stage": 1, "offload": "none", "decode_workers": 0}
+    use_gpu = "auto" if spec.resources.use_gpu else False
+    alone = {"workers": 1, "use_gpu": use_gpu, "zero_stage": 1, "offload": "none", "decode_workers": 0}
     spec = replace(spec, resources=spec.resources.model_copy(update=alone))
     leave_launcher()  # or variables of a batch system would make it wait for workers
-    world = enter_world()
+    world = enter_world(use_gpu=choose_device_here(spec.resources).use_gpu)
     if world.size > 1:
         raise DataError(
             f"{bundle.uri}: replay is for one process, {world.size} were started. Run it without a launcher"

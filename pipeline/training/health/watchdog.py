@@ -4,7 +4,8 @@ One thread per rank watches how long the rank's own phase lasts. No rank asks an
 for it in a collective, so every rank's deadline passes, and a rank that could not answer need not. The rank that hangs is the
 one whose phase does not wait for others. After twice the limit, a worker that would be restarted (by Ray Train, `max_failures`
 times) ends itself, as the waiting ones would at the collective's own timeout. Where nothing restarts workers, the decision is
-left to a person. A phase that may compile gets `COMPILE_ALLOWANCE_S` more.
+left to a person. A phase that may compile gets `COMPILE_ALLOWANCE_S` more, and so do the rest of that step's phases, in which this
+rank may wait for others that compile.
 Nothing is watched between phases. A Python thread needs the interpreter lock, so a C call that holds it is not seen; torch
 releases it while it waits for a GPU or for other ranks. A kernel that hangs is seen in phase `check`, where the host reads
 what the passes have computed, or in an earlier one if the GPU's queue is full.
@@ -64,6 +65,9 @@ class Watchdog:
         self.step = 0  # written by the loop, for the report
         # Written by the loop, read by the thread. One reference is swapped at a time, which needs no lock in Python.
         self._current: _CurrentPhase | None = None
+        # A rank's share of the global batch is always the same, so all ranks compile in the same step, their first; all meet at
+        # its end. But one may be done, or have one size fewer, while another still compiles.
+        self._compiled_in: int | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -78,6 +82,8 @@ class Watchdog:
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
         """Watch the body: it must not last longer than the limit. Phases do not nest."""
+        if name == "compile":
+            self._compiled_in = self.step
         self._current = _CurrentPhase(name, time.monotonic())
         try:
             yield
@@ -91,7 +97,7 @@ class Watchdog:
             if current is None:
                 continue
             waited = time.monotonic() - current.entered_at
-            allowance = COMPILE_ALLOWANCE_S if current.name == "compile" else 0.0
+            allowance = COMPILE_ALLOWANCE_S if self.step == self._compiled_in else 0.0
             if waited < self.limit_s + allowance:
                 continue
             # By identity: each entry into a phase makes a new tuple and is reported once.

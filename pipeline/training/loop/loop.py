@@ -90,7 +90,7 @@ def train(
         engine.phase = partial(_pass_of_engine, phases, meter)
         # One rank's trace shows where a step's time goes, waits for the others included.
         window = spec.resources.profile_steps if world.is_first else None
-        profiler = Profiler(window, attempt.store, tracker)
+        profiler = Profiler(window, attempt.store, tracker, device=world.device)
         checkpointer = Checkpointer(world=world, engine=engine, saver=saver, meter=meter, cursor=cursor)
         step_log = StepLog(
             recipe=spec.recipe,

@@ -28,10 +28,10 @@ log = logging.getLogger(__name__)
 class Profiler:
     """Profiles the steps of a window: (first, count), steps counted from 1. None profiles nothing."""
 
-    def __init__(self, window: tuple[int, int] | None, store: Store, tracker: Tracker) -> None:
+    def __init__(self, window: tuple[int, int] | None, store: Store, tracker: Tracker, *, device: torch.device) -> None:
         """`store` is the generation's directory."""
         self.steps = range(window[0], sum(window)) if window else range(0)
-        self.store, self.tracker = store, tracker
+        self.store, self.tracker, self._on_gpu = store, tracker, device.type == "cuda"
         self._profile: Any = None
         self._first = self._last = 0
 
@@ -44,7 +44,8 @@ class Profiler:
             self._last = step
             if not self._profile:
                 self._first = step
-                self._profile = profile(activities=_activities())
+                gpu = [ProfilerActivity.CUDA] if self._on_gpu else []
+                self._profile = profile(activities=[ProfilerActivity.CPU, *gpu])
                 self._profile.start()
 
     def close(self) -> None:
@@ -59,7 +60,7 @@ class Profiler:
             log.warning("the profile of steps %d to %d is lost: %s", self._first, self._last, error)
 
     def _store_profile(self, finished: Any, name: str) -> None:
-        order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        order = "self_cuda_time_total" if self._on_gpu else "self_cpu_time_total"
         table = finished.key_averages().table(sort_by=order, row_limit=TABLE_ROWS, max_name_column_width=60)
         self.store.write(f"{FOLDER}/{name}.txt", table.encode())
         self.tracker.keep(self._last, f"{FOLDER}/{name}.txt")
@@ -76,8 +77,3 @@ class Profiler:
                 return
             self.store.upload(f"{FOLDER}/{name}.json.gz", trace)
         self.tracker.keep(self._last, f"{FOLDER}/{name}.json.gz")
-
-
-def _activities() -> list[ProfilerActivity]:
-    cuda = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
-    return [ProfilerActivity.CPU, *cuda]

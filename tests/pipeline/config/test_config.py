@@ -68,7 +68,7 @@ def complaint_of(tmp_path: Path, text: str) -> str:
         ("pretrain.base_lr=.inf", "pretrain.base_lr = inf is not a finite number"),
         ("data.test_share=.nan", "data.test_share = nan is not a finite number"),
         ("store=5", "store = 5 is not text: write it in quotes"),
-        ("resources.use_gpu=maybe", "resources.use_gpu = 'maybe' is not true or false"),
+        ("resources.use_gpu=maybe", "resources.use_gpu = 'maybe': write auto, true or false"),
         ("model.encoder.image_size=wide", "model.encoder.image_size = 'wide' is not a list: write [a, b]"),
         ("model.encoder.image_size=yes", "model.encoder.image_size = True is not a list: write [a, b]"),
         (
@@ -505,6 +505,13 @@ def test_decode_threads_is_understood_and_its_new_name_said(path, caplog, thread
     config = load_config(path, [f"resources.decode_threads={threads}"])
     assert config.resources.decode_workers == workers
     assert "resources.decode_threads is now decode_workers" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("written", "read"), [("", "auto"), ("null", "auto"), ("auto", "auto"), ("true", True), ("no", False)]
+)
+def test_use_gpu_is_auto_true_or_false(path, written, read):
+    assert load_config(path, [f"resources.use_gpu={written}"]).resources.use_gpu == read
 
 
 def test_auto_decode_workers_are_the_cores_that_a_gpu_s_worker_has_left():

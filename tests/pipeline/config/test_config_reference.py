@@ -43,6 +43,6 @@ def test_defaults_and_types_read_as_a_user_writes_them():
     assert shown["pretrain.precision"] == ("bf16 | fp32 | tf32", "bf16")
     assert shown["evaluation.finetune.epochs"] == ("whole number", "100")  # a subclass's default
     assert shown["evaluation.datasets"] == ("list of section", "[{name: data}]")
-    assert shown["resources.use_gpu"] == ("true or false or null", "null")
+    assert shown["resources.use_gpu"] == ("auto or true or false", "auto")
     assert shown["fork"] == ("section or null", "null")
     assert FIELDS["evaluation.finetune.betas"].meaning == FIELDS["pretrain.betas"].meaning  # inherited

@@ -3,6 +3,7 @@
 import pytest
 from run_kit import ROOT
 
+from pipeline.cluster.resources import Resources
 from pipeline.errors import ConfigError
 from pipeline.planning.hardware import (
     accelerators,
@@ -24,7 +25,7 @@ def test_every_device_of_the_table_says_where_it_is_from():
 
 
 def test_this_machine():
-    device = local_hardware(workers=1, use_gpu=False)
+    device = local_hardware(Resources(use_gpu=False))
     assert (device.name, device.kind) == ("CPU", "cpu")
     assert 2**30 < device.memory_bytes < 2**45
     assert device.peaks == {}

@@ -58,7 +58,7 @@ def test_a_resumed_training_says_where_and_how_long(steps, tmp_path, monkeypatch
 @pytest.mark.parametrize("computes", [True, False])
 def test_bf16_on_a_cpu_without_its_arithmetic_is_answered_with_the_options(steps, monkeypatch, computes):
     monkeypatch.setattr(checks, "cpu_computes_bf16", lambda: computes)
-    monkeypatch.setattr(checks, "local_hardware", lambda **_: SimpleNamespace(kind="cpu"))
+    monkeypatch.setattr(checks, "local_hardware", lambda _: SimpleNamespace(kind="cpu"))
     pretrain, finetune = steps["pretrain"], steps["finetune-toy-random-s0"]
     resources = pretrain.resources
     assert slow_precision(list(steps.values()), resources) == ""  # fp32

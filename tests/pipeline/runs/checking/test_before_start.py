@@ -8,8 +8,11 @@ from run_kit import document
 from pipeline import cluster
 from pipeline.config import RunConfig
 from pipeline.errors import ConfigError
-from pipeline.runs.checking.before_start import check_fits_cluster
+from pipeline.runs.checking import before_start
+from pipeline.runs.checking.before_start import check_before_start, check_fits_cluster
 from pipeline.runs.workflow import build
+from pipeline.storage import open_store
+from pipeline.training import device
 
 
 def on_a_cluster(monkeypatch: Any, *, cpus: int, gpus: int, grows: bool) -> None:
@@ -33,7 +36,10 @@ def configured(tmp_path: Any, **resources: Any) -> Any:
         ({"workers": 64}, "room for 3 of 64, each of which reserves 1 CPU[.]"),
         ({"workers": (4, 8)}, "resources.workers=4: "),
         ({"cpus_per_worker": 4}, "room for 0 of 1, each of which reserves 4 CPU and 1 GPU"),
-        ({"workers": 2, "use_gpu": True}, "room for 1 of 2, each of which reserves 1 CPU and 1 GPU"),
+        (
+            {"workers": 2, "use_gpu": True},
+            "use_gpu=true needs 2 GPUs for resources.workers=2, but this cluster has 1 GPU[.] .* Nothing was claimed",
+        ),
     ],
 )
 def test_a_cluster_without_room_is_refused_before_anything_is_claimed(tmp_path, monkeypatch, resources, words):
@@ -44,6 +50,18 @@ def test_a_cluster_without_room_is_refused_before_anything_is_claimed(tmp_path, 
     check_fits_cluster(config, [])  # all is finished
     on_a_cluster(monkeypatch, cpus=3, gpus=1, grows=True)
     check_fits_cluster(config, build(config))
+
+
+def test_gpus_that_this_machine_lacks_are_refused_before_anything_starts(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(device, "local_gpu_count", lambda: 0)
+    monkeypatch.setattr(before_start, "source_problem", lambda step: None)
+    config = configured(tmp_path, use_gpu=True)
+    steps, store = build(config), open_store(config.store)
+    for executor in ("in_process", "ray"):
+        with pytest.raises(ConfigError, match=r"resources.use_gpu=true needs 1 GPU .* but this machine has no GPU"):
+            check_before_start(config, steps, store, executor)
+    check_before_start(configured(tmp_path, use_gpu=False), steps, store, "in_process")
 
 
 def test_a_cluster_with_room_for_the_fewest_workers_is_taken(tmp_path, monkeypatch):

@@ -81,7 +81,10 @@ with Watchdog(open_store(sys.argv[1]), World(0, 1, torch.device("cpu"), None), l
             time.sleep(0.2)
     with watchdog.phase("compile"):  # past twice the limit, within the allowance
         time.sleep(1)
+    with watchdog.phase("agree"):  # another rank compiles still
+        time.sleep(1)
     print("forward is over", flush=True)
+    watchdog.step = 1
     with watchdog.phase("backward"):
         time.sleep(60)
 """
@@ -96,5 +99,5 @@ def test_a_worker_that_is_restarted_ends_itself_and_phases_are_timed_one_by_one(
     assert time.monotonic() - began < 50
     assert "still in phase backward after 1 s: this worker ends itself" in done.stderr
     stacks = (tmp_path / "stacks/rank-0000.txt").read_text()
-    assert "in phase backward of step 0 for 0." in stacks
+    assert "in phase backward of step 1 for 0." in stacks
     assert "<module>" in stacks

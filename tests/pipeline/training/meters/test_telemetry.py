@@ -281,14 +281,14 @@ def test_a_resumed_training_profiles_what_is_left_of_the_window_and_resends_its_
 def test_a_trace_that_is_too_large_and_a_store_that_refuses_are_warnings(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(profiling, "TRACE_MAX_BYTES", 10)
     tracker = Watching()
-    profiler = Profiler((1, 1), FileStore(tmp_path / "g"), tracker)
+    profiler = Profiler((1, 1), FileStore(tmp_path / "g"), tracker, device=torch.device("cpu"))
     profiler.before_step(0)
     torch.ones(8, 8) @ torch.ones(8, 8)
     profiler.before_step(1)
     assert tracker.kept == [(1, "profile/steps-00000001-00000001.txt")]
     assert "profile fewer steps" in caplog.text
     (tmp_path / "full").write_text("no folder")
-    profiler = Profiler((1, 1), FileStore(tmp_path / "full"), tracker)
+    profiler = Profiler((1, 1), FileStore(tmp_path / "full"), tracker, device=torch.device("cpu"))
     profiler.before_step(0)
     profiler.close()
     assert "the profile of steps 1 to 1 is lost" in caplog.text
