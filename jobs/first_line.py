@@ -16,6 +16,9 @@ MEANINGS = {
     "shard": "packs the images",
     "linear": "probes the frozen encoder",
     "finetune": "trains it on the labels",
+    "knn": "lets the neighbours vote",
+    "ridge": "fits a few labels per class",
+    "rankme": "measures the features' rank",
 }
 """What steps do whose names are words of the field."""
 

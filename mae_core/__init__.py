@@ -10,9 +10,17 @@ per patch, D the width of a token, n class tokens."""
 from mae_core.classification.heads import Classifier as Classifier
 from mae_core.classification.heads import drop_path_scales as drop_path_scales
 from mae_core.classification.metrics import TopK as TopK
+from mae_core.classification.metrics import best_classes as best_classes
 from mae_core.classification.metrics import topk_counts as topk_counts
+from mae_core.classification.neighbours import Neighbours as Neighbours
+from mae_core.classification.neighbours import nearest as nearest
+from mae_core.classification.neighbours import votes as votes
 from mae_core.classification.probes import AttentiveProbe as AttentiveProbe
 from mae_core.classification.probes import LinearProbe as LinearProbe
+from mae_core.classification.rankme import rankme as rankme
+from mae_core.classification.ridge import Ridge as Ridge
+from mae_core.classification.ridge import fit_ridge as fit_ridge
+from mae_core.classification.ridge import ridge_scores as ridge_scores
 from mae_core.config import ADDED_LATER as ADDED_LATER
 from mae_core.config import SIZES as SIZES
 from mae_core.config import MAEConfig as MAEConfig

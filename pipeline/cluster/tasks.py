@@ -1,11 +1,12 @@
 """Plain functions as Ray tasks, or one after the other in this process.
 
-`map_tasks` does the work, with one CPU per task. `submit` starts what coordinates such work; it reserves no CPU, so that two
-training workers still fit on two cores.
+`map_tasks` does the work, with one CPU per task unless told otherwise. `submit` starts what coordinates such work; it reserves no
+CPU, so that two training workers still fit on two cores.
 Errors: a task's own error comes out as itself, without Ray's wrapping; PipelineError if a submitted function's process dies."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 from pipeline.cluster.connection import on_this_node
@@ -15,6 +16,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 Executor = Literal["ray", "in_process"]
 """`ray`: stages, tasks and workers run on Ray. `in_process`: everything in this process, one worker, so that a debugger works."""
+ONE_CPU: Mapping[str, float] = MappingProxyType({"CPU": 1.0})
 IN_FLIGHT = 64
 """Tasks handed to Ray at a time: enough to keep a cluster busy, few enough to be cancelled quickly after an error."""
 
@@ -30,21 +32,25 @@ def map_tasks(
     items: Sequence[T],
     *,
     executor: Executor,
+    need: Mapping[str, float] = ONE_CPU,
     on_done: Callable[[int, R], None] | None = None,
 ) -> list[R]:
     """Call `function` on every item and return the results in the order of the items.
 
     `on_done(index, result)` is called in the caller's process as each task ends. The function must be safe to run twice, because
-    Ray repeats a task whose node dies. The first error cancels the rest and is raised as the function raised it."""
+    Ray repeats a task whose node dies. The first error cancels the rest and is raised as the function raised it. `need` is what a
+    task reserves, in Ray's terms (CPU, GPU); a process with a GPU ends with its task."""
     results: dict[int, R] = {}
-    for index, result in _completed(function, items, executor):
+    for index, result in _completed(function, items, executor, need):
         results[index] = result
         if on_done is not None:
             on_done(index, result)
     return [results[index] for index in range(len(items))]
 
 
-def _completed(function: Callable[[T], R], items: Sequence[T], executor: Executor) -> Iterator[tuple[int, R]]:
+def _completed(
+    function: Callable[[T], R], items: Sequence[T], executor: Executor, need: Mapping[str, float]
+) -> Iterator[tuple[int, R]]:
     if executor == "in_process":
         for index, item in enumerate(items):
             yield index, function(item)
@@ -54,7 +60,7 @@ def _completed(function: Callable[[T], R], items: Sequence[T], executor: Executo
     def call(item: T) -> R:  # ray.remote takes functions only, not partials
         return function(item)
 
-    task = ray.remote(num_cpus=1, max_retries=3)(call)
+    task = ray.remote(num_cpus=need.get("CPU", 0), num_gpus=need.get("GPU", 0), max_retries=3)(call)
     waiting = iter(enumerate(items))
     running: dict[Any, int] = {}
     try:

@@ -59,6 +59,10 @@ PATTERN_MEANINGS = {
 """The patterns above, as error messages describe them."""
 
 
+MOST_SEEDS = 1000
+"""More is more likely one seed than a number of seeds."""
+
+
 class Section(BaseModel):
     """Base of the configuration's sections: frozen, and unknown fields are refused."""
 
@@ -174,6 +178,15 @@ class DatasetConfig(SourceConfig):
         return value
 
 
+def _seeds(value: Any) -> Any:
+    """Return the seeds that a number of them means."""
+    if type(value) is not int:  # not isinstance: `true` is an int too, and refused later
+        return value
+    if not 1 <= value <= MOST_SEEDS:
+        raise ValueError(f"seeds={value}: write how many, from 1 to {MOST_SEEDS}, or a list of seeds such as [{value}]")
+    return tuple(range(value))
+
+
 def _with_fitting_warmup(value: Any, defaults: Any) -> Any:
     """Shorten a default warmup that is not shorter than the epochs, to the share of the epochs that it has by default.
 
@@ -200,8 +213,8 @@ class EvaluationConfig(Section):
 
     datasets: tuple[DatasetConfig, ...] = (DatasetConfig(name="data"),)
     """A dataset without labels is skipped, and the tables say so."""
-    seeds: tuple[Seed, ...] = (0,)
-    """Every protocol runs once per seed; tables show mean and standard deviation."""
+    seeds: Annotated[tuple[Seed, ...], BeforeValidator(_seeds)] = (0,)
+    """Every protocol runs once per seed; tables show mean and sample standard deviation. A number n means the seeds 0 to n - 1."""
     split: ScoredSplit = "test"
     """The split that is scored: test, or val where there is no test split with labels."""
     train_labels: int | None = Field(None, ge=1)

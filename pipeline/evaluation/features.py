@@ -1,21 +1,28 @@
 """Features of a frozen encoder, computed once and shared by every protocol, seed and run of a store.
 
     <store>/features/<key>/part-0000-of-0012.safetensors    values float32 [n, D], labels int64 [n], sample_ids int64 [n]
+    <store>/features/<key>/computed_from.json               what `mae store gc` asks: whether these still exist
 
-    <store>/features/<key>/computed_from.json                      what `mae store gc` asks: whether these still exist
-
-The key covers the encoder (shape and weights), the dataset, the split, the chosen samples and the pooling. Features are a cache,
-not an input of a step: they change no fingerprint, and deleting the folder costs only time. Each part is written by the task
-that computed it, so that an interrupted evaluation continues where it was.
+The key covers the encoder (shape and weights), the dataset, the split, the chosen samples and the pooling, but neither the device
+nor the number of tasks: both compute in float32, so that values differ by rounding only. Features are a cache, not an input of a
+step: they change no fingerprint, and deleting the folder costs only time. Each part is written by the task that computed it, so
+that an interrupted evaluation continues where it was.
+Two steps that need the same features at the same time: one computes, and the other waits and reads. On different machines both
+may compute a part, and the later write replaces the earlier one with the same values.
 Images are read as in any evaluation: each once, centre crop, no augmentation.
 Errors: DataError for a sample or a part that cannot be read."""
 
+import fcntl
+import hashlib
 import json
+import os
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -23,9 +30,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from mae_core.config import ViTConfig
 from mae_core.patches import normalise_pixels
+from mae_core.vit import ViTEncoder
 from pipeline.cluster.resources import Resources
-from pipeline.cluster.tasks import map_tasks
+from pipeline.cluster.tasks import ONE_CPU, map_tasks
 from pipeline.data.dataset.address import DatasetAddress, dataset_address
 from pipeline.data.dataset.digests import json_digest
 from pipeline.data.dataset.manifest import MANIFEST_FILES
@@ -48,7 +57,8 @@ COMPUTED_FROM = "computed_from.json"
 """In a folder of features: the time, and the files of the store, the encoder's and the dataset's, from which they were computed."""
 IMAGES_PER_TASK = 2048
 """Size of a part: 10 MiB at ViT-H's width, and little work to repeat if a task is lost."""
-
+PARTS_PER_GPU_TASK = 16
+"""Most parts of a task with a GPU. Its process ends with the task and takes seconds to start, longer than a part takes."""
 
 Pool = Literal["cls", "mean"]
 """The feature of an image: its class token, or the mean of its patch tokens."""
@@ -73,9 +83,13 @@ class FeatureRequest:
     seed: int
     """Decides which samples are chosen if `samples` is a number."""
     pool: Pool
+    at_most: int | None = None
+    """If given, of `all` samples only this many, drawn by the seed."""
 
     def selection(self) -> Selection:
         """Open the chosen samples."""
+        if self.at_most is not None and self.samples == "all":
+            return Selection.drawn(self.dataset.open(), self.split, count=self.at_most, seed=self.seed)
         return select(self.dataset.open(), self.split, self.samples, seed=self.seed)
 
 
@@ -106,12 +120,38 @@ def extract_features(request: FeatureRequest, attempt: Attempt) -> Features:
     parts = max(1, -(-total // IMAGES_PER_TASK))  # rounded up; one empty part for an empty split
     run_store = open_store(attempt.root_uri.rpartition("/")[0])
     store = run_store.at(f"{FOLDER}{_key(request, selection)}")
-    # One listing instead of a request per part. Writes are atomic, so a part that is there is whole.
-    present = {info.key for info in store.list()}
-    if COMPUTED_FROM not in present:
-        body = {"files": _computed_from(request, run_store), "time": time.time()}
-        store.write(COMPUTED_FROM, json.dumps(body).encode())
-    missing = [index for index in range(parts) if _part_name(index, parts) not in present]
+    with _alone(store.uri):
+        # One listing instead of a request per part. Writes are atomic, so a part that is there is whole.
+        present = {info.key for info in store.list()}
+        if COMPUTED_FROM not in present:
+            body = {"files": _computed_from(request, run_store), "time": time.time()}
+            store.write(COMPUTED_FROM, json.dumps(body).encode())
+        missing = [index for index in range(parts) if _part_name(index, parts) not in present]
+        _compute_parts(request, attempt, store, missing, parts=parts, total=total)
+    return _read_parts(store, parts=parts, total=total)
+
+
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """Keep other processes of this machine from computing the same features meanwhile.
+
+    The kernel releases the lock of a process that is killed, so that nothing waits for a holder that is gone. Steps of one run
+    are coordinated on one machine; beyond it, computing a part twice costs time only."""
+    folder = Path(tempfile.gettempdir()) / f"mae-features-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    descriptor = os.open(folder / hashlib.sha256(uri.encode()).hexdigest(), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)  # releases the lock
+
+
+def _compute_parts(
+    request: FeatureRequest, attempt: Attempt, store: Store, missing: Sequence[int], *, parts: int, total: int
+) -> None:
+    resources = attempt.resources
+    on_gpu = resources.use_gpu is True
     done = total - sum(len(plain_slice(total, index, parts)) for index in missing)
 
     def on_done(_: int, images: int) -> None:
@@ -119,11 +159,30 @@ def extract_features(request: FeatureRequest, attempt: Attempt) -> Features:
         done += images
         attempt.progress.update(done, total, unit=f"{request.split} images")
 
-    task = partial(_write_part, request, parts, store.uri, attempt.resources)
-    # Only the keys of parts come back: features go through the store, not through Ray's object memory.
-    map_tasks(task, missing, executor=attempt.executor, on_done=on_done)
-    read = [_read_part(store, _part_name(index, parts)) for index in range(parts)]
-    return Features(*(torch.cat(columns) for columns in zip(*read, strict=True)))
+    # on GPUs a task for each worker, so that all GPUs are busy; on CPUs one for each part
+    size = min(PARTS_PER_GPU_TASK, -(-len(missing) // resources.worker_range[1])) if on_gpu else 1
+    tasks = [tuple(missing[start : start + size]) for start in range(0, len(missing), size or 1)]
+    # Only numbers of images come back: features go through the store, not through Ray's object memory.
+    map_tasks(
+        partial(_write_parts, request, parts, store.uri, resources),
+        tasks,
+        executor=attempt.executor,
+        need=resources.per_worker if on_gpu else ONE_CPU,
+        on_done=on_done,
+    )
+
+
+def _read_parts(store: Store, *, parts: int, total: int) -> Features:
+    """Return all parts as one, without a moment at which both are in memory."""
+    first = _read_part(store, _part_name(0, parts))
+    whole = Features(*(column.new_empty(total, *column.shape[1:]) for column in first))
+    start = 0
+    for index in range(parts):
+        part = _read_part(store, _part_name(index, parts)) if index else first
+        for column, values in zip(whole, part, strict=True):
+            column[start : start + len(values)] = values
+        start += len(part.labels)
+    return whole
 
 
 def _computed_from(request: FeatureRequest, store: Store) -> list[str]:
@@ -152,18 +211,37 @@ def _key(request: FeatureRequest, selection: Selection) -> str:
     )
 
 
-def _write_part(request: FeatureRequest, parts: int, store_uri: str, resources: Resources, index: int) -> int:
-    """Compute and write one part. Returns its number of images."""
-    features = _compute(request, resources, index=index, parts=parts)
-    content = save({key: value.contiguous() for key, value in features._asdict().items()})
-    open_store(store_uri).write(_part_name(index, parts), content)
-    return len(features.labels)
+def _write_parts(
+    request: FeatureRequest, parts: int, store_uri: str, resources: Resources, indices: Sequence[int]
+) -> int:
+    """Compute and write some parts. Returns their number of images."""
+    encoder, selection, store = request.encoder.load(), request.selection(), open_store(store_uri)
+    # not by what is visible: a run on the CPU leaves a GPU alone that others may be using
+    device = torch.device("cuda" if resources.use_gpu is True and torch.cuda.is_available() else "cpu")
+    module, total, images = encoder.build().to(device), int(selection.counts.sum()), 0
+    for index in indices:
+        images += len(plain_slice(total, index, parts))
+        if store.exists(_part_name(index, parts)):  # another machine was quicker, or this task is being repeated
+            continue
+        loader = _loader(request, selection, encoder.config, resources, index=index, parts=parts, device=device)
+        features = _compute(module, loader, encoder.config, request.pool, batch=resources.micro_batch, device=device)
+        content = save({key: value.contiguous() for key, value in features._asdict().items()})
+        store.write(_part_name(index, parts), content)
+    return images
 
 
-def _compute(request: FeatureRequest, resources: Resources, *, index: int, parts: int) -> Features:
-    encoder, selection = request.encoder.load(), request.selection()
-    module, config = encoder.build(), encoder.config
-    loader = Loader(
+def _loader(
+    request: FeatureRequest,
+    selection: Selection,
+    config: ViTConfig,
+    resources: Resources,
+    *,
+    index: int,
+    parts: int,
+    device: torch.device,
+) -> Loader:
+    on_gpu = device.type == "cuda"
+    return Loader(
         selection,
         SampleOrder(selection.counts, OrderConfig(seed=request.seed)),
         global_batch=1,  # of no effect on evaluation_batches, which splits the plain order among the ranks
@@ -174,13 +252,23 @@ def _compute(request: FeatureRequest, resources: Resources, *, index: int, parts
         image_size=config.image_size,
         seed=request.seed,
         cache=node_cache(request.dataset, resources),
+        decode_workers=resources.decode_processes if on_gpu else 0,  # a task on CPUs has one
+        pin_memory=on_gpu,
     )
 
+
+def _compute(
+    module: ViTEncoder, loader: Loader, config: ViTConfig, pool: Pool, *, batch: int, device: torch.device
+) -> Features:
     def batches() -> Iterator[Features]:
-        with closing(loader.evaluation_batches(resources.micro_batch)) as read:
-            for batch in read:
-                pixels = normalise_pixels(batch.images, mean=config.pixel_mean, std=config.pixel_std)
-                yield Features(module.encode(pixels, pool=request.pool), batch.labels.clone(), batch.sample_ids.clone())
+        with closing(loader.evaluation_batches(batch)) as read:
+            for one in read:
+                images = one.images.to(device, non_blocking=True)
+                pixels = normalise_pixels(images, mean=config.pixel_mean, std=config.pixel_std)
+                values = module.encode(
+                    pixels, pool=pool
+                ).cpu()  # waits, so that the loader may use the batch's memory again
+                yield Features(values, one.labels.clone(), one.sample_ids.clone())
 
     # Gives the columns their types and shapes where a part has no images.
     nothing = Features(torch.empty(0, config.embed_dim), *(torch.empty(0, dtype=torch.int64) for _ in range(2)))

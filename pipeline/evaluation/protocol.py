@@ -50,11 +50,16 @@ class EvaluationProtocol:
     """The stage. Its inputs are `shards` and, for a pretrained encoder, `pretrain`; its facts are ScoreFacts."""
     resume_point: Callable[[Store], str] | None = None
     """As in `Step`, for protocols that train with checkpoints."""
+    needs_labels: bool = True
+    """Whether it scores labelled images. One that does not is evaluated on every dataset."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreFacts(Facts):
-    """Scores on the test split (or val, if the configuration says so), or the reason why there are none."""
+    """Scores on the test split (or val, if the configuration says so), or the reason why there are none.
+
+    A score is an accuracy, `top1`, or something else, `measure` and `value`. The score is fixed by the configuration and never
+    picked among settings afterwards, which would choose on the scored split; what the other settings reach stands beside it."""
 
     skipped: str | None = None
     """Why nothing was evaluated, such as `no labels`."""
@@ -68,8 +73,21 @@ class ScoreFacts(Facts):
     """Mean cross entropy in nats."""
     images: int | None = None
     """Images that the scores are means over."""
-    split: ScoredSplit | None = None
+    split: ScoredSplit | Literal["train"] | None = None
     """The split that was scored, if it is not test."""
+    measure: str | None = None
+    """What `value` is, for a score that is no accuracy: `effective rank`."""
+    value: float | None = None
+    """The score, where it is no accuracy."""
+    setting: str | None = None
+    """The setting that top1 and top5 are of, where a protocol has several: `k20`."""
+    top1_by_setting: Mapping[str, float] | None = None
+    """Setting -> top1, of all settings."""
+
+    @property
+    def score(self) -> float | None:
+        """The score, whatever its measure; None if nothing was evaluated."""
+        return self.top1 if self.measure is None else self.value
 
 
 def skipped(shards: StageInput, split: ScoredSplit = "test") -> StageResult | None:

@@ -92,9 +92,10 @@ def curve_png(curves: Curves, *, loss_name: str = "Loss on hidden patches") -> b
 
 
 def scores_png(scores: Sequence[Score]) -> bytes:
-    """Return bars of pretrained beside random for every protocol, one panel per dataset.
+    """Return bars of the accuracies of pretrained beside random for every protocol, one panel per dataset.
 
     Whiskers are one standard deviation over the seeds."""
+    scores = [score for score in scores if not score.measure]
     datasets = list(dict.fromkeys(score.dataset for score in scores))
     protocols = list(dict.fromkeys(score.protocol for score in scores))
     encoders = list(dict.fromkeys(score.encoder for score in scores))
@@ -108,7 +109,9 @@ def scores_png(scores: Sequence[Score]) -> bytes:
             panel.set_ylim(0, min(top * 1.12 + 2, 112))
             # the axis goes beyond 100 to leave room for the numbers on the bars
             panel.set_yticks([tick for tick in panel.get_yticks() if tick <= 100])
-            panel.set_title(f"{dataset}: top-1 accuracy, %", pad=10)
+            seeds = max(len(score.values) for score in shown)
+            spread = f", mean ± sd of {seeds} seeds" if seeds > 1 else ""
+            panel.set_title(f"{dataset}: top-1 accuracy, %{spread}", pad=10)
         if panels:
             handles, labels = panels[0].get_legend_handles_labels()
             figure.legend(

@@ -13,7 +13,7 @@ import jinja2
 import yaml
 
 from pipeline.reporting.format import clock, count
-from pipeline.reporting.summaries import Score, StepRow, pairs, remarks_on_scores
+from pipeline.reporting.summaries import Score, StepRow, pairs, remarks_on_scores, settings_of_scores
 from pipeline.tracking import redact, redact_text
 
 
@@ -99,8 +99,7 @@ class _ScoreCard:
 
     @property
     def difference(self) -> str:
-        points = 100 * (self.score.mean - (self.random.mean if self.random else 0.0))
-        return f"{points:+.1f}".replace("-", "−")
+        return self.score.above(self.random) if self.random else ""
 
 
 def render_page(report: ReportData) -> str:
@@ -113,9 +112,10 @@ def render_page(report: ReportData) -> str:
     environment.filters |= {"clock": clock, "count": count, "picture": _picture, "hidden": redact_text}
     config = yaml.safe_dump(redact(report.config), sort_keys=False, allow_unicode=True) if report.config else ""
     groups = pairs(report.scores)
+    remarks = settings_of_scores(report.scores) | remarks_on_scores(report.scores)
     headline = [_ScoreCard(g["pretrained"], g.get("random")) for g in groups.values() if "pretrained" in g]
     return environment.get_template("page.html").render(
-        report=report, headline=headline, groups=groups, remarks=remarks_on_scores(report.scores), config=config
+        report=report, headline=headline, groups=groups, remarks=remarks, config=config
     )
 
 

@@ -1,11 +1,11 @@
 """Scores and step rows as plain values: what the terminal, the page, the figures and MLflow all show.
 
-Nothing is rendered here. Units: scores are top-1 accuracies as fractions in [0, 1]; seconds are
-wall-clock time."""
+Nothing is rendered here. Units: scores are top-1 accuracies as fractions in [0, 1], unless they have a `measure` of their own;
+seconds are wall-clock time."""
 
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 StepState = Literal["done", "cached", "running", "failed", "stopped", "blocked", "waiting"]
@@ -17,16 +17,22 @@ class Score:
     """The score of one protocol on one dataset with one encoder, over all seeds."""
 
     protocol: str
-    """`knn`, `linear`, `attentive`, `partial`, `finetune`."""
+    """`knn`, `linear`, `rankme`, `finetune`."""
     dataset: str
     encoder: str
     """`pretrained`, or `random` for the same architecture without pretraining."""
     values: tuple[float, ...]
-    """Top-1 accuracy in [0, 1], one per seed."""
+    """Top-1 accuracy in [0, 1], or the measure, one per seed."""
     images: int | None = None
     """Test images that the accuracy is a mean over; None in receipts of older versions, as `labels`."""
     labels: int | None = None
     """Labelled training images that were learnt from."""
+    measure: str = ""
+    """What the values are if they are no accuracies, such as `effective rank`."""
+    setting: str = ""
+    """The setting that the values are of, for a protocol with several: `k20`."""
+    others: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Other setting -> top-1 accuracies, one per seed. They are shown beside the score and never replace it."""
 
     @property
     def mean(self) -> float:
@@ -40,8 +46,23 @@ class Score:
 
     @property
     def text(self) -> str:
-        """`97.1 ± 0.3 %`, without the spread for a single seed."""
-        return f"{100 * self.mean:.1f} %" if self.sd is None else f"{100 * self.mean:.1f} ± {100 * self.sd:.1f} %"
+        """`97.1 ± 0.3 %`, without the spread for a single seed, and without the unit for a measure."""
+        spread = "" if self.sd is None else f" ± {self.shown(self.sd)}"
+        return f"{self.shown(self.mean)}{spread}{self.unit}"
+
+    @property
+    def unit(self) -> str:
+        """` %` behind an accuracy, nothing behind a measure."""
+        return "" if self.measure else " %"
+
+    def shown(self, value: float) -> str:
+        """Return a value as it is shown, without its unit: an accuracy in per cent."""
+        return f"{value if self.measure else 100 * value:.1f}"
+
+    def above(self, other: "Score") -> str:
+        """Return by how much it is above another score, `+4.2`, in percentage points for an accuracy."""
+        difference = float(self.shown(self.mean - other.mean))
+        return f"{difference:+.1f}".replace("-", "−")  # as wide as +
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +105,21 @@ def remarks_on_scores(scores: Sequence[Score]) -> dict[str, str]:
         score.dataset: f"only {score.images} test image{'s' if score.images > 1 else ''}: one of them more or less is "
         f"{100 / score.images:.3g} percentage points"
         for score in scores
-        if score.images is not None and 0 < score.images < FEW_IMAGES
+        if not score.measure and score.images is not None and 0 < score.images < FEW_IMAGES
     }
+
+
+def settings_of_scores(scores: Sequence[Score]) -> dict[str, str]:
+    """Return what a score is that the tables do not say, by protocol and dataset: its measure, its setting and the other ones."""
+    found = {}
+    for score in scores:
+        name = f"{score.protocol} {score.dataset}"
+        if score.measure:
+            found[name] = f"{score.measure} of the features, no accuracy"
+        elif score.others:
+            others = ", ".join(f"{key} {100 * statistics.fmean(of):.1f} %" for key, of in score.others.items())
+            found[f"{name} {score.encoder}"] = f"the score is {score.setting}; beside it {others}"
+    return found
 
 
 def pairs(scores: Sequence[Score]) -> dict[tuple[str, str], dict[str, Score]]:
@@ -97,11 +131,13 @@ def pairs(scores: Sequence[Score]) -> dict[tuple[str, str], dict[str, Score]]:
 
 
 def as_metrics(scores: Sequence[Score]) -> dict[str, float]:
-    """Name scores as MLflow compares them: `score/<protocol>/<dataset>/<encoder>`, `.../sd` and `.../seeds`."""
+    """Name scores as MLflow compares them: `score/<protocol>/<dataset>/<encoder>`, `.../sd`, `.../seeds`, and `.../k100` for
+    another setting."""
     metrics: dict[str, float] = {}
     for score in scores:
         key = f"score/{score.protocol}/{score.dataset}/{score.encoder}"
         metrics |= {key: score.mean, f"{key}/seeds": len(score.values)}
         if score.sd is not None:
             metrics[f"{key}/sd"] = score.sd
+        metrics |= {f"{key}/{setting}": statistics.fmean(values) for setting, values in score.others.items()}
     return metrics

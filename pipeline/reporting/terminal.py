@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.reporting.format import clock, count
-from pipeline.reporting.summaries import PlanRow, Score, StepRow, pairs, remarks_on_scores
+from pipeline.reporting.summaries import PlanRow, Score, StepRow, pairs, remarks_on_scores, settings_of_scores
 
 SYMBOLS: Mapping[str, tuple[str, str]] = {
     "done": ("✓", "green"),
@@ -36,7 +36,7 @@ def closing_table(
         parts += [_lines(details), ""]
     if scores:
         parts += [_scores_table(scores), ""]
-    if remarks := remarks_on_scores(scores):
+    if remarks := settings_of_scores(scores) | remarks_on_scores(scores):
         parts += [_lines(remarks), ""]
     return Group(*parts, _lines(addresses))
 
@@ -60,7 +60,7 @@ def _lines(texts: Mapping[str, str]) -> RenderableType:
 
 def _scores_table(scores: Sequence[Score]) -> Table:
     encoders = list(dict.fromkeys(score.encoder for score in scores))
-    table = plain_table(["dataset", "protocol"], numbers=[*encoders, "difference", "seeds", "test", "labels"])
+    table = plain_table(["dataset", "protocol"], numbers=[*encoders, "difference", "seeds", "images", "labels"])
     for (dataset, protocol), group in pairs(scores).items():
         cells = [_score(group.get(encoder)) for encoder in encoders]
         seeds = max(len(score.values) for score in group.values())
@@ -77,8 +77,8 @@ def _score(score: Score | None) -> Text:
 def _difference(group: Mapping[str, Score]) -> Text:
     if "pretrained" not in group or "random" not in group:
         return Text("")
-    points = 100 * (group["pretrained"].mean - group["random"].mean)
-    return Text(f"{points:+.1f}".replace("-", "−"), style="green" if points > 0 else "red")  # as wide as +
+    better = group["pretrained"].mean > group["random"].mean
+    return Text(group["pretrained"].above(group["random"]), style="green" if better else "red")
 
 
 def plan_table(rows: Sequence[PlanRow]) -> RenderableType:

@@ -42,7 +42,7 @@ def beginning_of(step: Step, store: Store, executor: Executor) -> Beginning:
         return Beginning(text=_DOING[step.kind])
     if step.kind == "evaluate" and not training_configs([step]):
         return Beginning(
-            text=f"a classifier on the frozen {_ENCODERS[step.config.weights]} encoder, seed {step.config.seed}"
+            text=f"on features of the frozen {_ENCODERS[step.config.weights]} encoder, seed {step.config.seed}"
         )
     if step.name not in training_configs([step]) or step.resources is None:
         return Beginning()

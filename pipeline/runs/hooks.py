@@ -202,6 +202,8 @@ class RunHooks:
             return
         step, facts = outcome.step, outcome.receipt.facts
         numbers = {f"result/{key}": float(value) for key, value in facts.items() if isinstance(value, int | float)}
+        settings = facts.get("top1_by_setting", {})
+        numbers |= {f"result/top1/{setting}": float(value) for setting, value in settings.items()}
         tracking.log_scores(self.tracking_uri, run_id, numbers)
         dataset = next((s for s in (step, *step.inputs.values()) if s.kind in {"shard", "join"}), None)
         digest = _dataset_digest(outcome.receipt)

@@ -86,8 +86,17 @@ def as_json(summary: RunSummary) -> dict[str, Any]:
     """Return the JSON line that ends `mae run --json`."""
     scores: dict[str, Any] = {}
     for score in summary.scores:
-        entry: dict[str, Any] = {"mean": score.mean, "sd": score.sd, "values": list(score.values)}
+        entry: dict[str, Any] = {
+            "mean": score.mean,
+            "sd": score.sd,
+            "n": len(score.values),
+            "values": list(score.values),
+        }
         entry |= {"images": score.images, "labels": score.labels}
+        if score.measure:
+            entry["measure"] = score.measure
+        if score.others:
+            entry |= {"setting": score.setting, "others": {key: list(values) for key, values in score.others.items()}}
         scores.setdefault(score.dataset, {}).setdefault(score.protocol, {})[score.encoder] = entry
     return {
         "run": summary.run_id,

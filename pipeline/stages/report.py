@@ -67,7 +67,7 @@ def report(config: ReportConfig, inputs: Mapping[str, StageInput], attempt: Atte
         "reconstructions.png": reconstruction_grid_png(panel, statistics="true" if normalised else "predicted"),
         "curves.png": curve_png(_curves(rows)),
     }
-    if scores:
+    if any(not score.measure for score in scores):
         pictures["scores.png"] = scores_png(scores)
     for name, png in pictures.items():
         attempt.store.write(name, png)
@@ -108,23 +108,31 @@ def report(config: ReportConfig, inputs: Mapping[str, StageInput], attempt: Atte
 
 
 def collect_scores(scored: tuple[Scored, ...], inputs: Mapping[str, StageInput]) -> list[Score]:
-    """Collect top-1 scores over seeds, in order of first appearance. Skipped evaluations have none."""
+    """Collect the scores over seeds, in order of first appearance. Skipped evaluations have none."""
     found: dict[tuple[str, str, str], list[ScoreFacts]] = {}
     for one in scored:
         facts = ScoreFacts.read(inputs[one.input].facts)
-        if facts.top1 is not None:
+        if facts.score is not None:
             found.setdefault((one.protocol, one.dataset, one.encoder), []).append(facts)
     return [
         Score(
             protocol=protocol,
             dataset=dataset,
             encoder=encoder,
-            values=tuple(facts.top1 for facts in seeds if facts.top1 is not None),
+            values=tuple(facts.score for facts in seeds if facts.score is not None),
             images=seeds[0].images,
             labels=seeds[0].labels,
+            measure=seeds[0].measure or "",
+            setting=seeds[0].setting or "",
+            others=_other_settings(seeds),
         )
         for (protocol, dataset, encoder), seeds in found.items()
     ]
+
+
+def _other_settings(seeds: Sequence[ScoreFacts]) -> dict[str, tuple[float, ...]]:
+    settings = dict.fromkeys(key for facts in seeds for key in facts.top1_by_setting or {} if key != facts.setting)
+    return {key: tuple((facts.top1_by_setting or {})[key] for facts in seeds) for key in settings}
 
 
 def _speed(rows: Sequence[Mapping[str, float]]) -> Card:

@@ -83,6 +83,18 @@ class Selection:
         per_shard = np.split(selected, np.cumsum(everything.counts)[:-1])
         return cls(manifest, split, tuple(np.flatnonzero(part) for part in per_shard))
 
+    @classmethod
+    def drawn(cls, manifest: Manifest, split: str, *, count: int, seed: int) -> "Selection":
+        """Select `count` samples, labelled or not, or all if there are fewer. A smaller selection is part of a larger one."""
+        everything = cls(manifest, split)
+        if count >= everything.counts.sum():
+            return everything
+        ids = np.concatenate([everything._read_rows(index).sample_ids for index in range(len(everything.shards))])
+        selected = np.zeros(len(ids), dtype=bool)
+        selected[np.argsort(hash64(ids, key64("subset/drawn", seed)), kind="stable")[:count]] = True
+        per_shard = np.split(selected, np.cumsum(everything.counts)[:-1])
+        return cls(manifest, split, tuple(np.flatnonzero(part) for part in per_shard))
+
     def rows_at(self, slots: Slots) -> Rows:
         """Return [n] rows, those of the samples at these slots."""
         columns = np.empty((len(Rows._fields), len(slots.indices)), dtype=np.int64)

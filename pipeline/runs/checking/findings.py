@@ -5,13 +5,14 @@ lists one. Errors: those of the store."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 from rich.console import RenderableType
 
 from pipeline.cluster.progress import Progress
 from pipeline.config import RunConfig
-from pipeline.data.dataset.address import labels_of
+from pipeline.data.dataset.address import dataset_address, labels_of
 from pipeline.data.dataset.facts import (
     DatasetFacts,
     ScoredSplit,
@@ -24,6 +25,7 @@ from pipeline.data.snapshots.config import where_it_is
 from pipeline.data.snapshots.rereading import not_compared, reread
 from pipeline.data.snapshots.writer import preview
 from pipeline.errors import ConfigError, DataError, PipelineError
+from pipeline.evaluation.protocols import protocol_named
 from pipeline.graph.receipts import read_receipt
 from pipeline.graph.step import StageInput, Step
 from pipeline.reporting.data_table import data_table
@@ -84,14 +86,17 @@ def examine(
         for step in steps
         if step.kind == "report"
         for one in step.config.scored
+        if protocol_named(one.protocol).needs_labels
     }
     # by name: one finding for a dataset, however many steps read it
     for dataset in {step.inputs["shards"].name: step.inputs["shards"] for step in _readers(steps)}.values():
         waiting = [step for step in _readers(steps) if step.inputs["shards"] is dataset and finished(step) is None]
         known = _known_labels(dataset, finished, previews or {})
         if waiting and known:
-            evaluated = {scored[step.name] for step in waiting if step.kind == "evaluate"}
-            found.append(_judge(config, dataset, waiting, known, sorted(evaluated)))
+            # of the protocols that need labels; the others are evaluated on every dataset
+            evaluated = {scored[step.name] for step in waiting if step.name in scored}
+            judged = _judge(config, dataset, waiting, known, sorted(evaluated))
+            found.append(_with_small_images(judged, config.model.encoder.patch_size, finished(dataset)))
     return found
 
 
@@ -318,8 +323,39 @@ def _judge(
                 f"{lacking}, so its score would mean nothing. Give the labels of its images in data.labels, move them into the "
                 "class folders of train, or set evaluation.datasets: [] to pretrain only"
             )
+    few = config.evaluation.train_labels
+    if evaluated and not reason and few is not None and few < train.classes:
+        problem = problem or (
+            f"evaluation.train_labels={few} is fewer than the {train.classes} classes of {source}, so that some would have no "
+            f"image to learn from. Write {train.classes} or more"
+        )
     skipped = {} if problem else skipped
     return DatasetFindings(dataset, waiting, skipped, problem, tuple(warnings))
+
+
+def _with_small_images(judged: DatasetFindings, patch_size: int, done: StageInput | None) -> DatasetFindings:
+    """Add, as a problem, that most images of a finished dataset are smaller than a patch of the encoder.
+
+    They would be enlarged to its image_size, and a patch would show a part of a pixel or two. A few small images among larger ones
+    are no problem. The sizes are those of the first shard, whose images are a random part of the training split."""
+    if judged.problem or done is None:
+        return judged
+    manifest = dataset_address(done).open()
+    shards = manifest.shards("train").column("shard").to_pylist()
+    samples = manifest.samples(shards[0]) if shards else None
+    if samples is None or not len(samples):
+        return judged
+    side = int(np.median(np.minimum(samples.column("height").to_numpy(), samples.column("width").to_numpy())))
+    if not 0 < side < patch_size:
+        return judged
+    source = _listings(judged.step)[0].config.source
+    return replace(
+        judged,
+        skipped={},
+        problem=f"{source}: half of the images have a short side of {side} pixels or fewer, less than a patch of "
+        f"{patch_size} x {patch_size} (model.encoder.patch_size). Write a patch_size of at most {side}, with an image_size that it "
+        "divides, or give larger images",
+    )
 
 
 def _way_out(known: _Known, split: ScoredSplit) -> str:

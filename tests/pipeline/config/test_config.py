@@ -104,8 +104,8 @@ def complaint_of(tmp_path: Path, text: str) -> str:
         ("resources.zero_stage=4", "resources.zero_stage = 4 is unknown: write 1, 2 or 3"),
         ("pretrain.precision=fp16", "pretrain.precision = 'fp16' is unknown: write 'bf16', 'fp32' or 'tf32'"),
         (
-            "evaluation.datasets.0.protocols=[knn]",
-            "evaluation.datasets.0.protocols.0 = 'knn' is unknown: write 'linear'",
+            "evaluation.datasets.0.protocols=[nearest]",
+            "evaluation.datasets.0.protocols.0 = 'nearest' is unknown: write 'linear'",
         ),
         ("evaluation.datasets.0.protocols=[linear, linear]", "protocols = ['linear', 'linear']: write each only once"),
         ("evaluation.datasets=[{name: a}, {name: a}]", "evaluation.datasets = ['a', 'a'] has a name twice"),

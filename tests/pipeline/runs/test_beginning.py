@@ -35,7 +35,7 @@ def test_a_listing_names_its_source_and_a_first_training_its_workers(steps, tmp_
     assert beginning_of(steps["report"], store, "ray").text == ""
     assert beginning_of(steps["shard"], store, "ray").text.startswith("packing the images")
     probe = beginning_of(steps["linear-toy-random-s0"], store, "ray")
-    assert probe.text == "a classifier on the frozen untrained encoder, seed 0"
+    assert probe.text == "on features of the frozen untrained encoder, seed 0"
     assert (
         beginning_of(steps["pretrain"], store, "ray").text == "starting 1 worker on Ray"
     )  # images are not counted yet
