@@ -59,7 +59,7 @@ class Recipe:
             raise ConfigError(f"max_grad_norm={self.max_grad_norm} is not positive: write 1.0, or null for no clipping")
         if self.gradient_precision == "bf16" and self.precision != "bf16":
             raise ConfigError(
-                f"gradient_precision=bf16 is coarser than precision={self.precision}: leave it out, or write precision: bf16 as well"
+                f"gradient_precision=bf16 is coarser than precision={self.precision}: leave it out, or write precision: bf16"
             )
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ConfigError(f"warmup_epochs={self.warmup_epochs} is not in [0, epochs={self.epochs}): write fewer")
