@@ -14,6 +14,7 @@ Offload = Literal["none", "optimizer"]
 ZeroStage = Literal[1, 2, 3]
 Compile = Literal["auto", "on", "off"]
 CheckpointCopy = Literal["memory", "disk"]
+KeepBestBy = Literal["loss", "held_out_loss", "knn", "ridge", "rankme"]
 ProfileSteps = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1, le=20)]]
 MOST_DECODE_WORKERS = 32
 """What `auto` stops at: twice what an H200 needs for ViT-L, so more would only take memory."""
@@ -57,7 +58,10 @@ class Resources(BaseModel):
     keep_every_steps: int | None = Field(None, ge=1)
     """Also keep each checkpoint whose step is a multiple of this. If left out: none."""
     keep_best: int = Field(1, ge=0)
-    """Also keep this many of the checkpoints with the lowest loss."""
+    """Also keep this many of the best checkpoints, by keep_best_by."""
+    keep_best_by: KeepBestBy = "loss"
+    """What makes a checkpoint one of the best: the lowest training `loss`, or a score of evaluation.milestone_images: the lowest
+    `held_out_loss`, or the highest `knn`, `ridge` or `rankme`. A checkpoint that was not scored is not among them."""
     checkpoint_copy: CheckpointCopy = "memory"
     """Where a worker's state is copied to before it is written; training waits for the copy. `memory` takes 12 bytes per weight,
     spread over the workers. `disk`, a file in cache_directory, takes no memory but is as slow as the disk."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
-from pipeline.cluster.connection import on_this_node
+from pipeline.cluster.connection import on_this_node, worker_capacity
 from pipeline.errors import PipelineError
 
 T = TypeVar("T")
@@ -116,6 +116,19 @@ class Handle:
         import ray
 
         ray.cancel(self.reference, force=True)
+
+
+def start_if_free(function: Callable[..., Any], *arguments: Any, need: Mapping[str, float]) -> Handle | None:
+    """Start a function on a node where what it needs (CPU, GPU) is free; return None if there is none. Ray does not repeat it."""
+    if worker_capacity(need, of="free") < 1:
+        return None
+    import ray
+
+    def call(*given: Any) -> Any:  # ray.remote takes functions only
+        return function(*given)
+
+    task = ray.remote(num_cpus=need.get("CPU", 0), num_gpus=need.get("GPU", 0), max_retries=0)(call)
+    return Handle(task.remote(*arguments))
 
 
 def submit(function: Callable[..., Any], *arguments: Any) -> Handle:

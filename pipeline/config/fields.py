@@ -219,6 +219,9 @@ class EvaluationConfig(Section):
     """The split that is scored: test, or val where there is no test split with labels."""
     train_labels: int | None = Field(None, ge=1)
     """Learn from only this many labelled images, equally many per class. If left out, from all."""
+    milestone_images: int = Field(10_000, ge=0)
+    """Most images on which checkpoints are scored while pretraining runs, where a CPU or GPU is free; 0: none are. Changes no
+    result."""
 
     # check_fields: the decorator adds these fields once the class is made
     @field_validator(*PROTOCOL_NAMES, mode="before", check_fields=False)

@@ -7,8 +7,8 @@ Units: learning rate as given (absolute, not base); images/s over all workers; s
 as per cent."""
 
 import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from matplotlib import rc_context
@@ -54,7 +54,7 @@ STYLE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Curves:
-    """What a training run measured; all sequences have the same length."""
+    """What a training run measured; all sequences but `milestones` have the same length."""
 
     steps: Sequence[int]
     """`global_step` of each point, increasing."""
@@ -62,20 +62,23 @@ class Curves:
     loss: Sequence[float]
     learning_rate: Sequence[float]
     images_per_s: Sequence[float]
+    milestones: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
+    """Accuracy in [0, 1] of checkpoints along the way, by protocol: (global step, accuracy)."""
 
 
 def curve_png(curves: Curves, *, loss_name: str = "Loss on hidden patches") -> bytes:
     """Return loss, learning rate and speed, one below the other: global steps along the bottom, images seen along the top."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(10, 8.2), layout="constrained")
-        panels: Sequence[Axes] = figure.subplots(3, 1, sharex=True, height_ratios=[2.4, 1, 1])
+        heights = [2.4, 1, 1, *([1.4] if curves.milestones else [])]
+        figure = Figure(figsize=(10, 8.2 * sum(heights) / 4.4), layout="constrained")
+        panels: Sequence[Axes] = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
         steps = np.asarray(curves.steps, dtype=float)
         rows = [
             (loss_name, curves.loss, BLUE),
             ("Learning rate", curves.learning_rate, PURPLE),
             ("Images per second", curves.images_per_s, GREEN),
         ]
-        for panel, (name, values, colour) in zip(panels, rows, strict=True):
+        for panel, (name, values, colour) in zip(panels, rows, strict=False):
             _draw_line(panel, steps, np.asarray(values, dtype=float), colour)
             panel.set_title(name, pad=8)
             panel.yaxis.set_major_locator(MaxNLocator(5, min_n_ticks=3))
@@ -84,8 +87,10 @@ def curve_png(curves: Curves, *, loss_name: str = "Loss on hidden patches") -> b
         panels[1].set_ylim(bottom=0)
         panels[2].set_ylim(bottom=0)
         panels[2].yaxis.set_major_formatter(EngFormatter(sep=""))
-        panels[2].set_xlabel("global step")
-        panels[2].xaxis.set_major_locator(MaxNLocator(7, integer=True))
+        if curves.milestones:
+            _draw_milestones(panels[3], curves.milestones)
+        panels[-1].set_xlabel("global step")
+        panels[-1].xaxis.set_major_locator(MaxNLocator(7, integer=True))
         _mark_last(panels[0], steps, np.asarray(curves.loss, dtype=float))
         _images_seen_on_top(panels[0], steps, np.asarray(curves.images_seen, dtype=float))
         return as_png(figure)
@@ -156,6 +161,15 @@ def _draw_line(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str) -
         axes.plot(steps, values, color=colour, alpha=0.28, linewidth=1)
         values = _running_median(values, window)
     axes.plot(steps, values, color=colour, marker="o" if len(values) == 1 else "")
+
+
+def _draw_milestones(axes: Axes, milestones: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    """Draw the accuracy of checkpoints that were scored while training went on."""
+    for (name, points), colour in zip(milestones.items(), (BLUE, GREEN), strict=False):
+        steps, accuracies = zip(*points, strict=True)
+        axes.plot(steps, 100 * np.asarray(accuracies), color=colour, marker="o", markersize=4, label=name)
+    axes.set_title("Held-out accuracy along the way, per cent", pad=8)
+    axes.legend(loc="lower right", fontsize=11)
 
 
 def _running_median(values: np.ndarray, window: int) -> np.ndarray:

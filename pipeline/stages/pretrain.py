@@ -23,6 +23,7 @@ from mae_core.targets import PatchBasis, patch_basis
 from pipeline.data.dataset.address import dataset_address
 from pipeline.data.dataset.facts import DatasetFacts
 from pipeline.data.feed.order import OrderConfig
+from pipeline.evaluation.milestones import MilestoneScores
 from pipeline.graph.step import Attempt, StageInput, StageResult
 from pipeline.training.checkpoints.format import open_checkpoint
 from pipeline.training.facts import PretrainFacts, incident_fields
@@ -37,6 +38,8 @@ PANEL_IMAGES = 8
 """Images in reconstructions.npz."""
 BASIS_IMAGES = 512
 """Images from whose patches target `pca` takes its components: at 224 px, 100,352 patches of 768 values each."""
+MILESTONE_IMAGES = "milestone_images"
+"""Option of the step: the most images on which checkpoints are scored along the way."""
 HISTORY = "history.jsonl"
 RECONSTRUCTIONS = "reconstructions.npz"
 
@@ -59,6 +62,11 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, StageInput], attempt: 
     if config.model.target == "pca":
         task = replace(task, basis=_basis(spec, config.model, attempt))
         spec = replace(spec, task=task)
+    if images := attempt.options.get(MILESTONE_IMAGES, 0):
+        scores = MilestoneScores(
+            model=config.model, basis=task.basis, dataset=dataset, images=images, resources=attempt.resources
+        )
+        spec = replace(spec, milestones=scores)
     trained = run_training(spec, attempt)
     with open_checkpoint(attempt.root, trained.checkpoint_key) as checkpoint:
         weights = {name.removeprefix("model."): value for name, value in checkpoint.weights().items()}

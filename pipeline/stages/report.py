@@ -152,7 +152,20 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> Curves:
         loss=[row["loss"] for row in rows],
         learning_rate=[row["lr"] for row in rows],
         images_per_s=[row["images_per_s"] for row in rows],
+        milestones=_milestones(rows),
     )
+
+
+def _milestones(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """Return (global step, accuracy) of the checkpoints that were scored along the way, by protocol."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        for protocol in ("knn", "ridge"):
+            if f"milestone_{protocol}" in row:
+                # The row is that of the step at which the score became known.
+                step = row["milestone_images"] * row["step"] / row["images"]
+                found.setdefault(protocol, []).append((step, row[f"milestone_{protocol}"]))
+    return found
 
 
 def _summary(config: ReportConfig, inputs: Mapping[str, StageInput]) -> str:

@@ -1,4 +1,4 @@
-"""Which checkpoints of a generation are kept: the last n, every k steps, those of the lowest loss, and those that are referenced.
+"""Which checkpoints of a generation are kept: the last n, every k steps, the best, and those that are referenced.
 
 References come from the receipt, from claims of later generations (what each continues from), and from pins: `pins/*.json` in
 the step's directory, written when another training needs a checkpoint (a fork). Units: steps are global batches consumed."""
@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pipeline.cluster.resources import Resources
+from pipeline.cluster.resources import KeepBestBy, Resources
 from pipeline.errors import CheckpointError, PipelineError
 from pipeline.graph.receipts import claims, read_claim, read_receipt
 from pipeline.graph.step import generation_key
@@ -19,6 +19,8 @@ from pipeline.storage import Store
 from pipeline.training.checkpoints.format import MANIFEST, committed_in, read_manifest, step_of
 
 PINS = "pins/"
+MILESTONES = "milestones/"
+"""Scores of checkpoints, in the step's directory."""
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +34,19 @@ class Retention:
     every_steps: int | None
     """Keep those whose step this divides; None for no such rule."""
     best: int
-    """Number of those with the lowest loss to keep."""
+    """Number of the best to keep."""
+    by: KeepBestBy = "loss"
+    """What makes one of the best."""
 
     @classmethod
     def of(cls, resources: Resources) -> "Retention":
         """Return what `resources` asks to keep."""
-        return cls(last=resources.keep_checkpoints, every_steps=resources.keep_every_steps, best=resources.keep_best)
+        return cls(
+            last=resources.keep_checkpoints,
+            every_steps=resources.keep_every_steps,
+            best=resources.keep_best,
+            by=resources.keep_best_by,
+        )
 
 
 class StoredCheckpoint(NamedTuple):
@@ -46,7 +55,7 @@ class StoredCheckpoint(NamedTuple):
     key: str
     step: int
     loss: float
-    """NaN if it is not known; such a checkpoint is never among the best."""
+    """The lower, the better: a loss, or the negative of a score. NaN if it is not known; then it is never among the best."""
 
 
 def keys_to_keep(stored: Sequence[StoredCheckpoint], retention: Retention, *, referenced: Collection[str]) -> set[str]:
@@ -98,7 +107,11 @@ class Pruner:
         if not self.retention.best:
             return math.nan
         if key not in self._losses:
-            self._losses[key] = _loss_of(self.root, key)
+            by = self.retention.by
+            loss = _loss_of(self.root, key) if by == "loss" else _milestone_loss(self.root, key, by)
+            if by != "loss" and math.isnan(loss):
+                return loss  # its score may still come
+            self._losses[key] = loss
         return self._losses[key]
 
 
@@ -108,6 +121,15 @@ def _loss_of(root: Store, key: str) -> float:
     except CheckpointError:  # a damaged checkpoint is no use as the best one
         return math.nan
     return math.nan if loss is None else loss
+
+
+def _milestone_loss(root: Store, key: str, by: KeepBestBy) -> float:
+    """Return a score of a checkpoint as something to be low; NaN if there is none."""
+    path = f"{MILESTONES}step-{step_of(key):08d}.json"
+    if not root.exists(path):
+        return math.nan
+    score = float(json.loads(root.read(path))["scores"].get(by, math.nan))
+    return score if by == "held_out_loss" else -score
 
 
 def remove(root: Store, key: str) -> None:

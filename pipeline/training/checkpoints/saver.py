@@ -58,9 +58,10 @@ class Saver:
         attempt: Attempt,
         retention: Retention,
         allocate: Allocator = in_memory,
+        on_commit: Callable[[str], None] = lambda key: None,
     ) -> None:
         self.fragments, self.world, self.generation = fragments, world, attempt.generation
-        self.store = attempt.store
+        self.store, self.on_commit = attempt.store, on_commit
         self._pruner = Pruner(attempt.root, attempt.generation, retention)
         with world.fail_together():
             self._copy = HostCopy(fragments(), allocate)
@@ -132,6 +133,7 @@ class Saver:
     def _commit(self, folder: str, manifest: CheckpointManifest, history: Sequence[Mapping[str, float]]) -> None:
         rows = write_history(self.store, folder, history)
         commit(self.store, folder, replace(manifest, files=(*manifest.files, rows), loss=mean_loss(history)))
+        self.on_commit(f"{generation_key(self.generation)}/{folder}")
         self._pruner.prune()  # only now: the new checkpoint may replace an old one
 
 

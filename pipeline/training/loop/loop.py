@@ -36,6 +36,7 @@ from pipeline.training.loop.checkpointer import Checkpointer
 from pipeline.training.loop.restore import roll_back, start
 from pipeline.training.loop.scoring import evaluate
 from pipeline.training.loop.step_log import StepLog
+from pipeline.training.meters.milestones import Milestones
 from pipeline.training.meters.profiler import Profiler
 from pipeline.training.meters.slowness import SpeedWatch
 from pipeline.training.meters.step_clocks import GpuClock, PhaseClock
@@ -81,7 +82,8 @@ def train(
         stack.enter_context(closing(engine))
         watchdog = stack.enter_context(_watchdog(spec, attempt, world))
         phases, gpu = PhaseClock(watchdog.phase), GpuClock(world.device)
-        saver = stack.enter_context(saving(_saver(spec, attempt, world, engine)))
+        milestones = stack.enter_context(closing(_milestones(spec, attempt, world)))
+        saver = stack.enter_context(saving(_saver(spec, attempt, world, engine, milestones)))
         copier = Copier(spec.task.inputs, engine.settings, world.device)
         feed = Feed(loader, total_steps, copier.begin, device=world.device)
         stack.enter_context(closing(feed))
@@ -100,6 +102,7 @@ def train(
             meter=meter,
             total_steps=total_steps,
             samples_per_epoch=samples_per_epoch,
+            milestones=milestones,
             speed=SpeedWatch(spec.resources, "cuda" if world.device.type == "cuda" else "cpu"),
         )
         return _Training(
@@ -322,9 +325,14 @@ def _watchdog(spec: TrainSpec, attempt: Attempt, world: World) -> Watchdog:
     return Watchdog(attempt.store, world, limit_s=spec.resources.watchdog_s, on_timeout=on_timeout)
 
 
-def _saver(spec: TrainSpec, attempt: Attempt, world: World, engine: Engine) -> Saver:
+def _milestones(spec: TrainSpec, attempt: Attempt, world: World) -> Milestones:
+    """Return what scores checkpoints along the way; outside Ray there is nobody to do it but the loop itself."""
+    return Milestones(spec.milestones if world.is_first and attempt.executor == "ray" else None, attempt)
+
+
+def _saver(spec: TrainSpec, attempt: Attempt, world: World, engine: Engine, milestones: Milestones) -> Saver:
     retention, allocate = Retention.of(spec.resources), allocator_for(spec.resources, world.device)
-    return Saver(engine.fragments, world, attempt, retention, allocate)
+    return Saver(engine.fragments, world, attempt, retention, allocate, on_commit=milestones.committed)
 
 
 def _warn_of_small_cache(loader: Loader, world: World) -> None:

@@ -49,6 +49,12 @@ METRICS = {
     "process_gib": "memory/process_gib",  # peak resident memory of the largest worker
     "device_gib": "memory/device_gib",  # peak that torch allocated on a worker's GPU
     **DATA_METRICS,
+    "milestone_images": "milestone/images_seen",  # of the checkpoint that the other milestone scores belong to
+    "milestone_held_out_loss": "milestone/held_out_loss",
+    "milestone_knn": "milestone/knn_top1",
+    "milestone_ridge": "milestone/ridge_top1",
+    "milestone_rankme": "milestone/rankme",
+    "milestones_dropped": "milestone/dropped",  # checkpoints that were overtaken before they could be scored
 }
 """Names in the history and in MLflow."""
 
@@ -197,6 +203,16 @@ def _passes_s(own: WorkerReading) -> float:
     return own.phases.get("forward", 0.0) + own.phases.get("backward", 0.0)
 
 
+def milestone_columns(scores: Mapping[str, float], *, global_batch: int) -> dict[str, float]:
+    """Return the columns of what milestones made known, at the images seen by the checkpoint that was scored."""
+    columns = {f"milestone_{name}": value for name, value in scores.items() if name not in ("step", "dropped")}
+    if "step" in scores:
+        columns["milestone_images"] = scores["step"] * global_batch
+    if "dropped" in scores:
+        columns["milestones_dropped"] = scores["dropped"]
+    return columns
+
+
 def as_metrics(row: Mapping[str, float]) -> dict[str, float]:
     """Return a row under its names in MLflow."""
     return {METRICS[key]: value for key, value in row.items() if key in METRICS}
@@ -217,6 +233,9 @@ def progress_fields(row: Mapping[str, float]) -> dict[str, float]:
         line["decoders restarted"] = row["decode_restarts"]
     if lost := row["skipped_steps"] + row["stepped_over"]:
         line["lost steps"] = lost
+    for name in ("knn", "held_out_loss"):
+        if f"milestone_{name}" in row:
+            line[name.replace("_", " ")] = round(row[f"milestone_{name}"], 3)
     line |= {"wait": round(row["data_wait"], 2), "mfu": round(row["mfu"], 3)}
     if "gpu_busy" in row:
         line["gpu busy"] = round(row["gpu_busy"], 2)

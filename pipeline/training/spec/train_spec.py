@@ -3,10 +3,11 @@
 Small frozen values that travel from the stage to the workers. Units are in the field names."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, Protocol
 
 import torch
 
@@ -46,6 +47,14 @@ class PretrainConfig:
             object.__setattr__(self, "visible_patches_rounded_down", count)
 
 
+class CheckpointScorer(Protocol):
+    """Scores a checkpoint; small enough to be sent to a task."""
+
+    def __call__(self, root_uri: str, key: str, device: Literal["cuda", "cpu"]) -> Mapping[str, float]:
+        """Return the scores of the checkpoint `key` in a step's directory."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainSpec:
     """Everything a worker needs to train a task."""
@@ -62,6 +71,8 @@ class TrainSpec:
     resources: Resources
     start: StartPoint | None = None
     """The checkpoint that a fork starts from; None for initial weights."""
+    milestones: CheckpointScorer | None = None
+    """Scores checkpoints while training goes on; None for no scores."""
 
     def cursor(self, order: SampleOrder) -> dict[str, object]:
         """Return what a position is bound to: under another of these values the same step means other samples."""

@@ -1,5 +1,6 @@
 """Pictures decode, have the expected size, and show what was given in its place."""
 
+from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
@@ -43,6 +44,14 @@ def test_curves_decode_at_any_length_on_a_transparent_ground(points):
     picture = decode(curve_png(curves(points)))
     assert picture.shape == (1312, 1600, 4)
     assert picture[0, -1, 3] == 0
+
+
+def test_scores_along_the_way_get_a_panel_of_their_own():
+    plain = curves(30)
+    scored = replace(plain, milestones={"knn": [(10, 0.2), (20, 0.4)], "ridge": [(10, 0.3), (20, 0.5)]})
+    below = decode(curve_png(scored))
+    assert below.shape[0] > 1.2 * decode(curve_png(plain)).shape[0]
+    assert len(pixels_of(below[-400:], BLUE)) > 100
 
 
 def test_a_falling_loss_falls_in_the_picture():

@@ -1,5 +1,6 @@
 """The pretraining stage on Ray Train: killing a worker in the middle does not change the result."""
 
+import json
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from training_kit import (
 
 from pipeline import cluster
 from pipeline.errors import ConfigError, Stopped
+from pipeline.stages.pretrain import MILESTONE_IMAGES
 from pipeline.training import ray_train
 from pipeline.training.launch import run_worker
 
@@ -74,6 +76,25 @@ def decide(folder, monkeypatch, *, gpus, cpus=16.0, grows=False, **resources):
     heard = Heard()
     attempt = replace(attempt_at(folder, executor="ray", **resources), progress=heard)
     return ray_train.with_hardware_decided(attempt).resources, heard.lines
+
+
+@pytest.mark.system
+def test_checkpoints_are_scored_beside_the_training(shards, tmp_path):
+    """One CPU trains, the other scores; what is scored changes nothing about what is trained."""
+    changes = {"checkpoint_every_steps": 40, "log_every_steps": 20, "keep_best_by": "knn"}
+    attempt = replace(attempt_at(tmp_path / "ray", executor="ray", **changes), options={MILESTONE_IMAGES: 60})
+    config = pretrain_config(epochs=20 * EPOCHS)
+    scored = in_a_process(pretrain_on_ray, shards, attempt, config, ())
+    assert scored.left == []
+    rows = [json.loads(line) for line in attempt.store.read("history.jsonl").splitlines()]
+    known = [row for row in rows if "milestone_images" in row]
+    assert known
+    for row in known:
+        assert row["milestone_images"] % (40 * 13) == 0
+        assert row["milestone_images"] <= row["images"]
+        assert {"milestone_knn", "milestone_ridge", "milestone_rankme", "milestone_held_out_loss"} <= row.keys()
+    assert not list(attempt.root.list("pins/"))
+    assert len(list(attempt.root.list("milestones/"))) >= len(known)
 
 
 @pytest.mark.parametrize(("gpus", "cpus", "use_gpu", "decode_workers"), [(4, 16.0, True, 15), (0, 0.0, False, 0)])

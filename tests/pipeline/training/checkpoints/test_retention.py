@@ -17,6 +17,7 @@ from pipeline.training.checkpoints.format import (
     write_history,
 )
 from pipeline.training.checkpoints.retention import (
+    MILESTONES,
     Pruner,
     Retention,
     StoredCheckpoint,
@@ -108,3 +109,18 @@ def test_receipt_claims_and_pins_keep_checkpoints(tmp_path):
     Pruner(attempt.root, 1, BARE).prune()
     assert steps_left(attempt) == [1, 2, 3, 5]
     assert resume_point(attempt.root) == "g0001/checkpoints/step-00000002"
+
+
+def test_the_best_by_a_score_of_milestones_are_kept_once_it_is_known(tmp_path):
+    attempt = attempt_at(tmp_path)
+    pruner = Pruner(attempt.root, 1, replace(BARE, best=1, by="knn"))
+    for step, loss in ((1, 0.1), (2, 0.3), (3, 0.2), (4, 0.9)):
+        put(attempt, step, loss)
+    for step, scores in ((1, {"knn": 0.2}), (2, {"knn": 0.7, "held_out_loss": 0.1}), (3, {"rankme": 9.0})):
+        attempt.root.write(f"{MILESTONES}step-{step:08d}.json", json.dumps({"step": step, "scores": scores}).encode())
+    pruner.prune()
+    assert steps_left(attempt) == [2, 4]
+    attempt.root.write(f"{MILESTONES}step-00000004.json", json.dumps({"step": 4, "scores": {"knn": 0.8}}).encode())
+    put(attempt, 5)
+    pruner.prune()
+    assert steps_left(attempt) == [4, 5]

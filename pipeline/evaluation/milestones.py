@@ -1,0 +1,138 @@
+"""Scores of an encoder while its pretraining runs: quick ones, on a fixed sample, that show whether it still gets better.
+
+    held_out_loss   the MAE loss of held-out images under fixed masks, which no crop and no luck of a batch moves
+    knn, ridge      accuracy of a vote of neighbours and of ridge classification, from labelled training images to held-out ones
+    rankme          how many dimensions the features of the held-out images use; needs no labels
+
+The sample is the same for every checkpoint and every run of a dataset: at most `images` in all, half of them to learn from if there
+are labels. Without a held-out split, loss and rankme are of training images.
+Errors: DataError for a sample that cannot be read."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mae_core.classification.neighbours import nearest, votes
+from mae_core.classification.rankme import rankme
+from mae_core.classification.ridge import fit_ridge, ridge_scores
+from mae_core.config import MAEConfig
+from mae_core.mae import MaskedAutoencoder
+from mae_core.patches import normalise_pixels
+from mae_core.randomness import hash64, key64, mask_noise
+from mae_core.targets import PatchBasis
+from pipeline.cluster.resources import Resources
+from pipeline.data.dataset.address import DatasetAddress
+from pipeline.data.dataset.manifest import Manifest
+from pipeline.data.feed.batch import Batch
+from pipeline.data.feed.loader import Loader
+from pipeline.data.feed.order import OrderConfig, SampleOrder
+from pipeline.data.feed.selection import Selection, select
+from pipeline.data.images.pictures import AugmentConfig
+from pipeline.storage import open_store
+from pipeline.training.checkpoints.format import open_checkpoint
+from pipeline.training.spec.train_spec import node_cache
+
+SEED = 0
+"""Of the sample and its masks: one for all runs, so that their curves can be compared."""
+NEIGHBOURS, TEMPERATURE = 20, 0.07
+PENALTIES = tuple(10.0**power for power in range(-2, 5))
+
+
+class _Encoded(NamedTuple):
+    features: Tensor  # [n, D]
+    labels: Tensor  # [n]
+    losses: Tensor  # [n]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MilestoneScores:
+    """Scores checkpoints of a pretraining, in a task."""
+
+    model: MAEConfig
+    basis: PatchBasis | None
+    """For target `pca`."""
+    dataset: DatasetAddress
+    images: int
+    """The most images that are read, over all splits."""
+    resources: Resources
+
+    def __call__(self, root_uri: str, key: str, device: Literal["cuda", "cpu"]) -> dict[str, float]:
+        """Return the scores of a checkpoint."""
+        with open_checkpoint(open_store(root_uri), key) as checkpoint:
+            weights = {name.removeprefix("model."): value for name, value in checkpoint.weights().items()}
+        model = MaskedAutoencoder(self.model, generator=torch.Generator().manual_seed(SEED), basis=self.basis)
+        model.load_state_dict(weights)
+        model.eval().to(device)
+        manifest = self.dataset.open()
+        held_out = "test" if "test" in manifest.splits else "train"
+        queries = self._encoded(model, sample(manifest, held_out, self.images // 2))
+        scores = {"held_out_loss": float(queries.losses.mean()), "rankme": rankme(queries.features)}
+        if held_out == "test" and len(manifest.classes) > 1:
+            bank = self._encoded(model, sample(manifest, "train", self.images // 2))
+            scores |= accuracies(_labelled(queries), _labelled(bank), num_classes=len(manifest.classes))
+        return scores
+
+    def _encoded(self, model: MaskedAutoencoder, selection: Selection) -> _Encoded:
+        """Return features, labels and losses of the selected images."""
+        config, device = self.model.encoder, next(model.parameters()).device
+        parts = []
+        with torch.inference_mode():
+            for batch in self._batches(selection):
+                pixels = normalise_pixels(batch.images.to(device), mean=config.pixel_mean, std=config.pixel_std)
+                ids = batch.sample_ids.numpy()
+                # Epoch 0 for every checkpoint: each image keeps its mask.
+                noise = torch.as_tensor(mask_noise(SEED, np.zeros_like(ids), ids, config.num_patches))
+                loss = model(pixels, noise.to(device)).loss
+                features = model.encoder.encode(pixels, pool="cls")
+                parts.append(_Encoded(features.float().cpu(), batch.labels.clone(), loss.float().cpu()))
+        return _Encoded(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+    def _batches(self, selection: Selection) -> Iterator[Batch]:
+        loader = Loader(
+            selection,
+            SampleOrder(selection.counts, OrderConfig(seed=SEED)),
+            global_batch=1,  # of no effect on evaluation_batches
+            rank=0,
+            world_size=1,
+            augment=AugmentConfig(kind="center", flip=False),
+            image_size=self.model.encoder.image_size,
+            seed=SEED,
+            cache=node_cache(self.dataset, self.resources),
+        )
+        with closing(loader.evaluation_batches(self.resources.micro_batch)) as batches:
+            yield from batches
+
+
+def accuracies(queries: _Encoded, bank: _Encoded, *, num_classes: int) -> dict[str, float]:
+    """Return top-1 of the neighbours' vote and of ridge classification; nothing without labels on both sides."""
+    found: dict[str, Tensor] = {}
+    if len(queries.labels) and len(bank.labels) > 1:
+        neighbours = nearest(queries.features, bank.features, bank.labels, count=NEIGHBOURS)
+        found["knn"] = votes(neighbours, k=NEIGHBOURS, temperature=TEMPERATURE, num_classes=num_classes)
+        ridge = fit_ridge(bank.features, bank.labels, num_classes=num_classes, penalties=PENALTIES)
+        found["ridge"] = ridge_scores(ridge, queries.features)
+    return {name: float((scores.argmax(dim=1) == queries.labels).double().mean()) for name, scores in found.items()}
+
+
+def _labelled(encoded: _Encoded) -> _Encoded:
+    return _Encoded(*(column[encoded.labels >= 0] for column in encoded))
+
+
+def sample(manifest: Manifest, split: str, count: int) -> Selection:
+    """Return at most `count` images of a split: labelled ones, balanced over the classes, or, without labels, whole shards."""
+    labelled = int(select(manifest, split, "labelled", seed=SEED).counts.sum())
+    if labelled:
+        return Selection.balanced(manifest, split, count=min(count, labelled), seed=SEED)
+    # A remote shard is fetched whole, so few of them are used; drawn by a hash, as neighbours may be of one folder.
+    counts = Selection.all(manifest, split).counts
+    chosen = [np.empty(0, np.int64)] * len(counts)
+    left = count
+    for shard in np.argsort(hash64(np.arange(len(counts)), key64("milestone/shard", SEED))):
+        chosen[shard] = np.arange(min(left, counts[shard]))
+        left -= len(chosen[shard])
+    return Selection(manifest, split, tuple(chosen))
