@@ -25,7 +25,7 @@ from pipeline.training.checkpoints.host_copy import allocator_for
 from pipeline.training.checkpoints.position import Position
 from pipeline.training.checkpoints.retention import Retention
 from pipeline.training.checkpoints.saver import Saver, saving
-from pipeline.training.engine.deepspeed_engine import Engine, Pass
+from pipeline.training.engine.deepspeed_engine import Pass
 from pipeline.training.engine.micro_batches import Copier, Copying
 from pipeline.training.guard import Judgement, StepStats, judge
 from pipeline.training.health.incidents import Incidents
@@ -40,6 +40,7 @@ from pipeline.training.meters.profiler import Profiler
 from pipeline.training.meters.slowness import SpeedWatch
 from pipeline.training.meters.step_clocks import GpuClock, PhaseClock
 from pipeline.training.meters.telemetry import TrainingMeter, as_points
+from pipeline.training.spec.engines import AnyEngine
 from pipeline.training.spec.train_spec import TrainSpec
 from pipeline.training.world import ELSEWHERE, World
 
@@ -149,7 +150,7 @@ class _Training:
     tracker: Tracker
     stop_signal: StopSignal
     loader: Loader
-    engine: Engine
+    engine: AnyEngine
     watchdog: Watchdog
     phase: PhaseClock
     gpu: GpuClock
@@ -180,7 +181,7 @@ class _Training:
         scores: Mapping[str, Any] = {}
         # A training that stopped will go on, so its score would be that of a random moment.
         if self.spec.evaluation_split and not stopped:
-            scores, stopped = evaluate(self.spec, self.engine.module, self.world, self.stop_signal)
+            scores, stopped = evaluate(self.spec, self.engine.module, self.world, self.stop_signal, self.attempt.store)
             self._check_not_fenced(stopped)
         return TrainingResult(
             self.position.saved_key,
@@ -321,7 +322,7 @@ def _watchdog(spec: TrainSpec, attempt: Attempt, world: World) -> Watchdog:
     return Watchdog(attempt.store, world, limit_s=spec.resources.watchdog_s, on_timeout=on_timeout)
 
 
-def _saver(spec: TrainSpec, attempt: Attempt, world: World, engine: Engine) -> Saver:
+def _saver(spec: TrainSpec, attempt: Attempt, world: World, engine: AnyEngine) -> Saver:
     retention, allocate = Retention.of(spec.resources), allocator_for(spec.resources, world.device)
     return Saver(engine.fragments, world, attempt, retention, allocate)
 
