@@ -7,6 +7,7 @@ This module lists the public names. The shape letters in their documentation are
 common ones are B images, C channels, H x W pixels, P the side of a patch, L patches per image, K of them visible, N values
 per patch, D the width of a token, n class tokens."""
 
+from mae_core.classification.global_norm import GlobalNorm as GlobalNorm
 from mae_core.classification.heads import Classifier as Classifier
 from mae_core.classification.heads import drop_path_scales as drop_path_scales
 from mae_core.classification.metrics import TopK as TopK
@@ -16,6 +17,7 @@ from mae_core.classification.neighbours import Neighbours as Neighbours
 from mae_core.classification.neighbours import nearest as nearest
 from mae_core.classification.neighbours import votes as votes
 from mae_core.classification.probes import AttentiveProbe as AttentiveProbe
+from mae_core.classification.probes import EfficientProbe as EfficientProbe
 from mae_core.classification.probes import LinearProbe as LinearProbe
 from mae_core.classification.rankme import rankme as rankme
 from mae_core.classification.ridge import Ridge as Ridge
@@ -33,11 +35,14 @@ from mae_core.config import small as small
 from mae_core.config import tiny as tiny
 from mae_core.cost import Recompute as Recompute
 from mae_core.cost import activation_bytes as activation_bytes
+from mae_core.cost import attentive_probe_flops as attentive_probe_flops
 from mae_core.cost import classifier_training_flops as classifier_training_flops
 from mae_core.cost import decoder_flops as decoder_flops
+from mae_core.cost import efficient_probe_flops as efficient_probe_flops
 from mae_core.cost import encoder_activation_bytes as encoder_activation_bytes
 from mae_core.cost import encoder_flops as encoder_flops
 from mae_core.cost import forward_flops as forward_flops
+from mae_core.cost import linear_probe_flops as linear_probe_flops
 from mae_core.cost import parameter_count as parameter_count
 from mae_core.cost import training_flops as training_flops
 from mae_core.errors import ConfigError as ConfigError

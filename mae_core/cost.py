@@ -92,6 +92,24 @@ def classifier_training_flops(config: ViTConfig, *, num_classes: int) -> int:
     return 3 * forward - _embedding_flops(config, config.num_patches)
 
 
+def linear_probe_flops(*, dim: int, num_classes: int) -> int:
+    """Return the FLOPs of one image's forward pass through a `LinearProbe`."""
+    return 2 * dim * num_classes
+
+
+def attentive_probe_flops(*, tokens: int, dim: int, num_queries: int, num_classes: int) -> int:
+    """Return the FLOPs of one image's forward pass through an `AttentiveProbe`, whose heads share the width."""
+    projections = 2 * tokens * dim * dim  # multiply-adds: keys, values
+    attention = 2 * num_queries * tokens * dim  # scores, weighted sum
+    return 2 * (projections + attention) + linear_probe_flops(dim=dim, num_classes=num_classes)
+
+
+def efficient_probe_flops(*, tokens: int, dim: int, num_queries: int, num_classes: int) -> int:
+    """Return the FLOPs of one image's forward pass through an `EfficientProbe`."""
+    attention = 2 * num_queries * tokens * dim  # multiply-adds: scores, weighted sum
+    return 2 * (attention + dim * dim) + linear_probe_flops(dim=dim, num_classes=num_classes)
+
+
 Recompute = Literal["none", "blocks"]
 """What backward computes again instead of reading it from memory: nothing, or every block (activation checkpointing)."""
 

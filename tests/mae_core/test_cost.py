@@ -12,17 +12,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mae_core import (
     SIZES,
+    AttentiveProbe,
     Classifier,
+    EfficientProbe,
+    LinearProbe,
     MAEConfig,
     MaskedAutoencoder,
     ViTConfig,
     ViTEncoder,
     activation_bytes,
+    attentive_probe_flops,
     classifier_training_flops,
     decoder_flops,
+    efficient_probe_flops,
     encoder_activation_bytes,
     encoder_flops,
     forward_flops,
+    linear_probe_flops,
     parameter_count,
     training_flops,
 )
@@ -100,6 +106,42 @@ def test_flops_of_fine_tuning_equal_torch_s_counter(config):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(pixels).mean().backward()
     assert counter.get_total_flops() // 2 == classifier_training_flops(config, num_classes=10)
+
+
+BASE_PROBE = {"tokens": 196, "dim": 768, "num_classes": 1000}
+"""Sizes of a probe of ViT-B on ImageNet."""
+
+
+def test_flops_of_probes_equal_torch_s_counter():
+    tokens, dim, classes = BASE_PROBE.values()
+    with torch.device("meta"):
+        drawn = {"num_classes": classes, "generator": torch.Generator("cpu")}
+        cases = [
+            (LinearProbe(dim, **drawn), (2, dim), linear_probe_flops(dim=dim, num_classes=classes)),
+            (
+                AttentiveProbe(dim, num_heads=12, num_queries=3, **drawn),
+                (2, tokens, dim),
+                attentive_probe_flops(num_queries=3, **BASE_PROBE),
+            ),
+            (
+                EfficientProbe(dim, num_queries=32, **drawn),
+                (2, tokens, dim),
+                efficient_probe_flops(num_queries=32, **BASE_PROBE),
+            ),
+        ]
+        for probe, shape, flops in cases:
+            x = torch.empty(shape)
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                probe(x)
+            assert flops == counter.get_total_flops() // 2
+
+
+def test_efficient_probing_takes_less_than_a_tenth_of_the_full_probe():
+    full, efficient = (
+        attentive_probe_flops(num_queries=1, **BASE_PROBE),
+        efficient_probe_flops(num_queries=32, **BASE_PROBE),
+    )
+    assert full / efficient == pytest.approx(21.1, abs=0.1)
 
 
 def test_encoder_alone():

@@ -20,6 +20,8 @@ from pipeline.errors import ConfigError, DataError
 Int64s = npt.NDArray[np.int64]
 Samples = int | Literal["all", "labelled"]
 """Which samples of a split: all, those with a label, or this number of them, equally many per class."""
+Part = Literal["whole", "kept", "held_out"]
+"""A part of the chosen samples: all of them, or those outside or inside a tenth of the labelled samples of each class."""
 _ROWS_HELD = 1024
 """Shards whose rows stay in memory: more than a rank reads at a time with 64 lanes of 8 shards; 50 MB at 1,200 rows each."""
 
@@ -95,6 +97,17 @@ class Selection:
         per_shard = np.split(selected, np.cumsum(everything.counts)[:-1])
         return cls(manifest, split, tuple(np.flatnonzero(part) for part in per_shard))
 
+    def part(self, *, held_out: bool, seed: int) -> "Selection":
+        """Select a tenth of the labelled samples of each class, rounded to the nearest whole number, or all others."""
+        rows = [self.rows(index) for index in range(len(self.shards))]
+        ids, labels = (np.concatenate([part[column] for part in rows]) for column in (0, 1))
+        by_class, turns = _turns(ids, labels, seed)
+        chosen = np.zeros(len(ids), dtype=bool)
+        chosen[by_class[turns % 10 == 4]] = True  # the fifth of ten, so that a class of four loses none
+        per_shard = np.split(chosen if held_out else ~chosen, np.cumsum(self.counts)[:-1])
+        own = self._chosen or tuple(np.arange(count) for count in self.counts)
+        return Selection(self.manifest, self.split, tuple(of[part] for of, part in zip(own, per_shard, strict=True)))
+
     def rows_at(self, slots: Slots) -> Rows:
         """Return [n] rows, those of the samples at these slots."""
         columns = np.empty((len(Rows._fields), len(slots.indices)), dtype=np.int64)
@@ -143,21 +156,29 @@ def balanced_sequence(sample_ids: Int64s, labels: Int64s, seed: int) -> Int64s:
 
     Within a class the order is a keyed hash of the sample's id, within a round a keyed hash of the label.
     """
+    by_class, turns = _turns(sample_ids, labels, seed)
+    of_class = hash64(labels[by_class], key64("subset/class", seed))
+    sequence: Int64s = by_class[np.lexsort((of_class, turns))]
+    return sequence
+
+
+def _turns(sample_ids: Int64s, labels: Int64s, seed: int) -> tuple[Int64s, Int64s]:
+    """Return indices of the labelled samples by class, in the hashed order of each, and their places in it, from 0."""
     labelled = np.flatnonzero(labels != NO_LABEL)
     priority = hash64(sample_ids[labelled], key64("subset/sample", seed))
     by_class = labelled[np.lexsort((priority, labels[labelled]))]
     sorted_labels = labels[by_class]
-    turn = np.arange(len(by_class)) - np.searchsorted(sorted_labels, sorted_labels)  # 0 for each class's first, ...
-    sequence: Int64s = by_class[np.lexsort((hash64(sorted_labels, key64("subset/class", seed)), turn))]
-    return sequence
+    return by_class, np.arange(len(by_class)) - np.searchsorted(sorted_labels, sorted_labels)
 
 
-def select(manifest: Manifest, split: str, samples: Samples, *, seed: int) -> Selection:
-    """Select samples of a split. `seed`: key of a balanced selection."""
+def select(manifest: Manifest, split: str, samples: Samples, *, seed: int, part: Part = "whole") -> Selection:
+    """Select samples of a split, and a part of them. `seed`: key of a balanced selection and of the parts."""
     everything = Selection.all(manifest, split)
     if samples == "all":
-        return everything
-    if samples == "labelled":
+        chosen = everything
+    elif samples == "labelled":
         labels = [everything.rows(shard).labels for shard in range(len(everything.shards))]
-        return Selection(manifest, split, tuple(np.flatnonzero(of_shard != NO_LABEL) for of_shard in labels))
-    return Selection.balanced(manifest, split, count=samples, seed=seed)
+        chosen = Selection(manifest, split, tuple(np.flatnonzero(of_shard != NO_LABEL) for of_shard in labels))
+    else:
+        chosen = Selection.balanced(manifest, split, count=samples, seed=seed)
+    return chosen if part == "whole" else chosen.part(held_out=part == "held_out", seed=seed)

@@ -47,8 +47,9 @@ class Box(NamedTuple):
 class AugmentConfig:
     """How a training picture is cut out of a stored image."""
 
-    kind: Literal["random_resized_crop", "shift", "center"] = "random_resized_crop"
-    """random_resized_crop: as in MAE; shift: pad and crop, for images of a few dozen pixels; center: only the flip is random."""
+    kind: Literal["random_resized_crop", "clipped_crop", "shift", "center"] = "random_resized_crop"
+    """random_resized_crop: as in MAE's pretraining; clipped_crop: as in its linear probe, where a box that does not fit is clipped
+    and not drawn again; shift: pad and crop, for images of a few dozen pixels; center: only the flip is random."""
     scale: tuple[float, float] = (0.2, 1.0)
     """Smallest and largest share of the image's area that a random crop covers."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -124,6 +125,23 @@ def random_resized_crop(
     box_width = min(width, max(1, round(height * ratio[1])))
     box_height = min(height, max(1, round(width / ratio[0])))
     return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
+
+
+def clipped_crop(
+    uniforms: Uniforms, height: int, width: int, *, scale: tuple[float, float], ratio: tuple[float, float]
+) -> Box:
+    """Return a box of random area, aspect ratio and position, with sides that are cut to those of the image.
+
+    Source: `util/crop.py` of the official MAE, after BYOL's TensorFlow code.
+    """
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * uniforms[0])
+    stretch = math.exp(low + (high - low) * uniforms[1])
+    box_width, box_height = round(math.sqrt(area * stretch)), round(math.sqrt(area / stretch))
+    box_width, box_height = max(1, min(width, box_width)), max(1, min(height, box_height))
+    top = int(uniforms[2 * _TRIES] * (height - box_height + 1))
+    left = int(uniforms[2 * _TRIES + 1] * (width - box_width + 1))
+    return Box(top, left, box_height, box_width)
 
 
 def center_box(height: int, width: int, *, target: tuple[int, int], crop_ratio: float) -> Box:
@@ -209,6 +227,8 @@ def box_of(height: int, width: int, uniforms: Uniforms, config: AugmentConfig, s
     """Return the part of an image (already moved if kind is "shift") that becomes the training picture."""
     if config.kind == "random_resized_crop":
         return random_resized_crop(uniforms, height, width, scale=config.scale, ratio=config.ratio)
+    if config.kind == "clipped_crop":
+        return clipped_crop(uniforms, height, width, scale=config.scale, ratio=config.ratio)
     return center_box(height, width, target=size, crop_ratio=1.0 if config.kind == "shift" else config.crop_ratio)
 
 

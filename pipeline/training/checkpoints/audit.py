@@ -18,7 +18,7 @@ from pipeline.data.feed.expected_ids import (
     not_of_this_order,
 )
 from pipeline.data.feed.order import ORDER_VERSION, OrderConfig, SampleOrder
-from pipeline.data.feed.selection import Selection, select
+from pipeline.data.feed.selection import Part, Selection, select
 from pipeline.errors import CheckpointError, DataError
 from pipeline.graph.receipts import finished_steps, read_receipt
 from pipeline.storage import Store, open_store
@@ -143,7 +143,8 @@ class _ExpectedLine:
                 "Give the directory of the step that made that one with --dataset"
             )
         seed, self.global_batch = int(cursor["seed"]), int(cursor["global_batch"])
-        self.selection: Selection = select(opened, "train", cursor["train_samples"], seed=seed)
+        part: Part = "kept" if cursor.get("holds_out") else "whole"
+        self.selection: Selection = select(opened, "train", cursor["train_samples"], seed=seed, part=part)
         config = OrderConfig(seed=seed, lanes=cursor["lanes"], window_shards=cursor["window_shards"])
         self.order = SampleOrder(self.selection.counts, config)
         self.substitutions = manifest.substitutions  # the newest manifest also lists all earlier ones

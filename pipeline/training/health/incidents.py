@@ -23,9 +23,9 @@ from pipeline.data.feed.loader import Batch
 from pipeline.errors import DataError, PipelineError, StorageError
 from pipeline.graph.step import Attempt
 from pipeline.storage import Store
-from pipeline.training.engine.deepspeed_engine import Engine
 from pipeline.training.engine.micro_batches import split
 from pipeline.training.guard import GuardState, Judgement
+from pipeline.training.spec.engines import AnyEngine
 from pipeline.training.spec.spec_json import as_json
 from pipeline.training.spec.train_spec import TrainSpec
 from pipeline.training.world import World
@@ -46,7 +46,7 @@ class Incidents:
     def __init__(self, spec: TrainSpec, attempt: Attempt, world: World) -> None:
         self.spec, self.attempt, self.world, self.written = spec, attempt, world, 0
 
-    def record(self, engine: Engine, batch: Batch, judgement: Judgement, lr: float) -> None:
+    def record(self, engine: AnyEngine, batch: Batch, judgement: Judgement, lr: float) -> None:
         """Log the incident and write its bundle; raise PipelineError if the guard gave up.
 
         Collective: every rank calls it, before the weights move again.
@@ -72,7 +72,7 @@ class Incidents:
                 f"lengthen warmup_epochs, or train in fp32. The last checkpoint is untouched"
             )
 
-    def _write(self, engine: Engine, batch: Batch, judgement: Judgement, lr: float) -> None:
+    def _write(self, engine: AnyEngine, batch: Batch, judgement: Judgement, lr: float) -> None:
         stats, rank = judgement.stats, self.world.rank
         inputs = self.spec.task.inputs(batch)
         # Collective at ZeRO-3, so every rank comes here, also one whose samples are all fine.

@@ -19,10 +19,10 @@ from pipeline.errors import DataError
 from pipeline.storage import Store
 from pipeline.training.checkpoints.format import Checkpoint, check_cursor, committed, open_checkpoint, step_of
 from pipeline.training.device import choose_device_here
-from pipeline.training.engine.deepspeed_engine import Engine
 from pipeline.training.engine.micro_batches import Copier
 from pipeline.training.guard import GuardState
 from pipeline.training.health.incidents import Bundle, Inputs
+from pipeline.training.spec.engines import AnyEngine, engine_for
 from pipeline.training.spec.train_spec import TrainSpec, engine_settings, float32_products
 from pipeline.training.world import enter_world, leave_launcher
 
@@ -91,9 +91,9 @@ def replay(bundle: Bundle, root: Store, spec: TrainSpec, *, most_steps: int, tel
     checkpoint = open_checkpoint(root, key) if key else None
     if checkpoint:
         check_cursor(checkpoint, spec.cursor(loader.order))
-        built.module.load_state_dict(checkpoint.weights())
+        checkpoint.load_into(built.module)
     settings = engine_settings(spec.recipe, spec.resources, workers=world.size)
-    engine = Engine(built.module, built.groups, settings, world)
+    engine = engine_for(built, settings, world)
     with closing(engine), float32_products(spec.recipe.precision, world.device):
         _load(engine, checkpoint)
         tell(f"from {key or 'the initial weights'}, {bundle.step - began_at} steps to go")
@@ -110,7 +110,7 @@ class _Step(NamedTuple):
     losses: list[float]  # of the batch's samples
 
 
-def _train_again(engine: Engine, loader: Loader, spec: TrainSpec, bundle: Bundle, began_at: int) -> _Step:
+def _train_again(engine: AnyEngine, loader: Loader, spec: TrainSpec, bundle: Bundle, began_at: int) -> _Step:
     """Train up to the bundle's step, and take its losses with the weights that it met."""
     device, global_batch = engine.world.device, spec.recipe.global_batch
     copier = Copier(spec.task.inputs, engine.settings, device)
@@ -168,7 +168,7 @@ def _trained_steps(state: GuardState, first: int, last: int) -> list[int]:
     return [step for step in range(first, last + 1) if state.next_step(step) == step]
 
 
-def _load(engine: Engine, checkpoint: Checkpoint | None) -> None:
+def _load(engine: AnyEngine, checkpoint: Checkpoint | None) -> None:
     if checkpoint:
         with checkpoint:
             engine.load(checkpoint.read, optimizer_steps=checkpoint.manifest.optimizer_steps)

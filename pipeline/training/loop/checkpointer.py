@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pipeline.training.checkpoints.format import CheckpointManifest
 from pipeline.training.checkpoints.position import Position
 from pipeline.training.checkpoints.saver import Saver
-from pipeline.training.engine.deepspeed_engine import Engine
 from pipeline.training.meters.telemetry import TrainingMeter
+from pipeline.training.spec.engines import AnyEngine
 from pipeline.training.world import World
 
 
@@ -16,7 +16,7 @@ class Checkpointer:
     """Makes checkpoints of the engine."""
 
     world: World
-    engine: Engine
+    engine: AnyEngine
     saver: Saver
     meter: TrainingMeter
     cursor: dict[str, object]

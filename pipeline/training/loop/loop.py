@@ -25,7 +25,7 @@ from pipeline.training.checkpoints.host_copy import allocator_for
 from pipeline.training.checkpoints.position import Position
 from pipeline.training.checkpoints.retention import Retention
 from pipeline.training.checkpoints.saver import Saver, saving
-from pipeline.training.engine.deepspeed_engine import Engine, Pass
+from pipeline.training.engine.deepspeed_engine import Pass
 from pipeline.training.engine.micro_batches import Copier, Copying
 from pipeline.training.guard import Judgement, StepStats, judge
 from pipeline.training.health.incidents import Incidents
@@ -41,6 +41,7 @@ from pipeline.training.meters.profiler import Profiler
 from pipeline.training.meters.slowness import SpeedWatch
 from pipeline.training.meters.step_clocks import GpuClock, PhaseClock
 from pipeline.training.meters.telemetry import TrainingMeter, as_points
+from pipeline.training.spec.engines import AnyEngine
 from pipeline.training.spec.train_spec import TrainSpec, float32_products
 from pipeline.training.world import ELSEWHERE, World
 
@@ -153,7 +154,7 @@ class _Training:
     tracker: Tracker
     stop_signal: StopSignal
     loader: Loader
-    engine: Engine
+    engine: AnyEngine
     watchdog: Watchdog
     phase: PhaseClock
     gpu: GpuClock
@@ -184,7 +185,7 @@ class _Training:
         scores: Mapping[str, Any] = {}
         # A training that stopped will go on, so its score would be that of a random moment.
         if self.spec.evaluation_split and not stopped:
-            scores, stopped = evaluate(self.spec, self.engine.module, self.world, self.stop_signal)
+            scores, stopped = evaluate(self.spec, self.engine.module, self.world, self.stop_signal, self.attempt.store)
             self._check_not_fenced(stopped)
         return TrainingResult(
             self.position.saved_key,
@@ -330,7 +331,7 @@ def _milestones(spec: TrainSpec, attempt: Attempt, world: World) -> Milestones:
     return Milestones(spec.milestones if world.is_first and attempt.executor == "ray" else None, attempt)
 
 
-def _saver(spec: TrainSpec, attempt: Attempt, world: World, engine: Engine, milestones: Milestones) -> Saver:
+def _saver(spec: TrainSpec, attempt: Attempt, world: World, engine: AnyEngine, milestones: Milestones) -> Saver:
     retention, allocate = Retention.of(spec.resources), allocator_for(spec.resources, world.device)
     return Saver(engine.fragments, world, attempt, retention, allocate, on_commit=milestones.committed)
 

@@ -9,15 +9,16 @@ from pipeline.graph.step import Attempt
 from pipeline.training.checkpoints.format import Checkpoint, check_cursor, rollback_checkpoint
 from pipeline.training.checkpoints.position import Position, opened_on_all_ranks, position_of
 from pipeline.training.checkpoints.resume import forked_checkpoint, starting_checkpoint
-from pipeline.training.engine.deepspeed_engine import Engine, initial_state
+from pipeline.training.engine.deepspeed_engine import initial_state
 from pipeline.training.guard import Judgement, state_after_rollback
+from pipeline.training.spec.engines import AnyEngine, engine_for
 from pipeline.training.spec.train_spec import TrainSpec, engine_settings
 from pipeline.training.world import World
 
 log = logging.getLogger(__name__)
 
 
-def start(spec: TrainSpec, attempt: Attempt, world: World, cursor: dict[str, object]) -> tuple[Engine, Position]:
+def start(spec: TrainSpec, attempt: Attempt, world: World, cursor: dict[str, object]) -> tuple[AnyEngine, Position]:
     """Build the engine and return it with its position: those of the newest checkpoint, or initial weights at step 0."""
     with opened_on_all_ranks(world, lambda: starting_checkpoint(attempt, spec.start)) as checkpoint:
         with world.fail_together():
@@ -28,7 +29,7 @@ def start(spec: TrainSpec, attempt: Attempt, world: World, cursor: dict[str, obj
                 # Before DeepSpeed takes the module: it makes its float32 and compute-precision copies of these weights.
                 checkpoint.load_into(built.module)
         settings = engine_settings(spec.recipe, spec.resources, workers=world.size)
-        engine = Engine(built.module, built.groups, settings, world)
+        engine = engine_for(built, settings, world)
         if not checkpoint:
             return engine, Position()  # initial weights: DeepSpeed's copies are those of the module already
         with world.fail_together():
@@ -39,7 +40,7 @@ def start(spec: TrainSpec, attempt: Attempt, world: World, cursor: dict[str, obj
     return engine, position
 
 
-def roll_back(spec: TrainSpec, attempt: Attempt, world: World, engine: Engine, judgement: Judgement) -> Position:
+def roll_back(spec: TrainSpec, attempt: Attempt, world: World, engine: AnyEngine, judgement: Judgement) -> Position:
     """Return weights, moments and records to before `judgement.undone`, a range of steps that is never trained on."""
     undone, skipped_ranges = judgement.undone, judgement.state_before.stepped_over
 

@@ -17,12 +17,13 @@ from pipeline.data.dataset.address import DatasetAddress
 from pipeline.data.feed.order import OrderConfig
 from pipeline.errors import DataError
 from pipeline.storage import Store
+from pipeline.training.spec.probe_tasks import ProbeTask
 from pipeline.training.spec.recipe import FinetuneRecipe, Recipe
 from pipeline.training.spec.tasks import BASIS, ClassificationTask, MAETask
 from pipeline.training.spec.train_spec import TrainSpec
 
-TASKS: Mapping[str, type[MAETask] | type[ClassificationTask]] = {
-    one.__name__: one for one in (MAETask, ClassificationTask)
+TASKS: Mapping[str, type[MAETask] | type[ClassificationTask] | type[ProbeTask]] = {
+    one.__name__: one for one in (MAETask, ClassificationTask, ProbeTask)
 }
 RECIPES: Mapping[str, type[Recipe]] = {one.__name__: one for one in (Recipe, FinetuneRecipe)}
 Built = TypeVar("Built")

@@ -26,6 +26,7 @@ from mae_core.targets import PatchBasis
 from mae_core.vit import ViTEncoder, initialise
 from pipeline.data.feed.batch import Batch, Int64s
 from pipeline.storage import open_store
+from pipeline.training.engine.plain_engine import MakeOptimizer
 from pipeline.training.world import World
 from pipeline.weights import read_weights
 
@@ -40,10 +41,18 @@ class Built(NamedTuple):
     groups: list[ParameterGroup]
 
 
+class BuiltHeads(NamedTuple):
+    """Small heads on a frozen encoder, for the plain engine."""
+
+    module: nn.Module
+    groups: list[ParameterGroup]
+    optimizer: MakeOptimizer
+
+
 class Task(Protocol):
     """What the loop needs to know of what it trains."""
 
-    def build(self) -> Built:
+    def build(self) -> Built | BuiltHeads:
         """Return the module with its initial weights, equal on every worker, and its optimiser groups."""
         ...
 
@@ -62,8 +71,11 @@ class Task(Protocol):
         """Return the FLOPs that the model needs to train on one image, without recomputation."""
         ...
 
-    def evaluate(self, module: nn.Module, batches: Iterator[Batch], world: World) -> Mapping[str, float]:
-        """Return the scores of the trained module over all workers, or an empty mapping if there is nothing to score."""
+    def evaluate(self, module: nn.Module, batches: Iterator[Batch], world: World) -> Mapping[str, Any]:
+        """Return the scores of the trained module over all workers, or an empty mapping if there is nothing to score.
+
+        They are plain JSON values, equal on every worker, but for tensors under `predicted`: what this rank predicts.
+        """
         ...
 
 

@@ -18,13 +18,16 @@ from pipeline.data.dataset.manifest import Manifest
 from pipeline.data.feed.cache import ShardCache
 from pipeline.data.feed.loader import Loader
 from pipeline.data.feed.order import OrderConfig, SampleOrder
-from pipeline.data.feed.selection import Samples, select
+from pipeline.data.feed.selection import Part, Samples, Selection, select
 from pipeline.storage import expand_address, open_store
 from pipeline.training.checkpoints.resume import StartPoint
 from pipeline.training.engine.settings import EngineSettings
 from pipeline.training.spec.recipe import Recipe
 from pipeline.training.spec.tasks import Task
 from pipeline.training.world import World
+
+HELD_OUT = "train/held_out"
+"""In place of a split's name: the tenth of the training samples that a spec holds back (`TrainSpec.holds_out`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +76,8 @@ class TrainSpec:
     """The checkpoint that a fork starts from; None for initial weights."""
     milestones: CheckpointScorer | None = None
     """Scores checkpoints while training goes on; None for no scores."""
+    holds_out: bool = False
+    """Whether a tenth of the training samples of each class is not trained on, but scored as well, to choose by."""
 
     def cursor(self, order: SampleOrder) -> dict[str, object]:
         """Return what a position is bound to: under another of these values the same step means other samples."""
@@ -81,13 +86,20 @@ class TrainSpec:
             "train_samples": self.train_samples,
             "global_batch": self.recipe.global_batch,
             **order.parameters(),
+            # Only where it is true: older checkpoints lack the key.
+            **({"holds_out": True} if self.holds_out else {}),
         }
 
+    def selection(self, manifest: Manifest, split: str) -> Selection:
+        """Return the samples of a split or HELD_OUT."""
+        if split not in ("train", HELD_OUT):  # a limit on labels is for learning; scores are over the whole split
+            return select(manifest, split, "all", seed=self.order.seed)
+        part: Part = "held_out" if split == HELD_OUT else "kept" if self.holds_out else "whole"
+        return select(manifest, "train", self.train_samples, seed=self.order.seed, part=part)
+
     def loader(self, manifest: Manifest, split: str, world: World) -> Loader:
-        """Return this worker's reader of a split: the training split in the computed order, any other split whole."""
-        # A limit on labels is for learning; scores are over the whole split.
-        samples = self.train_samples if split == "train" else "all"
-        selection = select(manifest, split, samples, seed=self.order.seed)
+        """Return this worker's reader of a split or HELD_OUT: what is trained on in the computed order, other splits whole."""
+        selection = self.selection(manifest, split)
         return Loader(
             selection,
             SampleOrder(selection.counts, self.order),

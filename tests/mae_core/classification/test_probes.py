@@ -4,13 +4,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mae_core import AttentiveProbe, ConfigError, LinearProbe
+from mae_core import AttentiveProbe, ConfigError, EfficientProbe, LinearProbe
 
 BATCH_NORM_BUFFERS = {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
 
 
 def attentive(generator, *, dim=12, num_classes=5, num_heads=3, num_queries=2):
     return AttentiveProbe(dim, num_classes, num_heads=num_heads, num_queries=num_queries, generator=generator)
+
+
+def efficient(generator, *, dim=12, num_classes=5, num_queries=3):
+    return EfficientProbe(dim, num_classes, num_queries=num_queries, generator=generator)
 
 
 def features(generator, *shape):
@@ -120,7 +124,41 @@ def test_attentive_probe_is_initialised_as_documented_and_every_parameter_gets_a
     assert all(p.grad is not None and p.grad.any() for p in probe.parameters())
 
 
-@pytest.mark.parametrize("build", [lambda g: LinearProbe(12, 5, generator=g), attentive])
+def test_efficient_probe_equals_its_source_which_projects_every_token(generator):
+    probe = efficient(generator).double()
+    for part in probe.parameters():
+        torch.nn.init.normal_(part, generator=generator)
+    x = torch.randn(4, 7, 12, generator=generator).double()
+    values = x @ probe.values.weight.T  # [B, T, D]
+    pooled = torch.empty(4, 12, dtype=torch.float64)
+    for number, query in enumerate(probe.queries):
+        shares = (x @ query / 12**0.5).softmax(dim=1)  # [B, T]: the tokens are the keys
+        block = slice(4 * number, 4 * number + 4)
+        pooled[:, block] = (shares[..., None] * values[..., block]).sum(dim=1)
+    torch.testing.assert_close(probe.pool(x), pooled)
+    normed = standardised(pooled, mean=pooled.mean(0), variance=pooled.var(0, correction=0))
+    expected = normed @ probe.head.weight.T + probe.head.bias
+    torch.testing.assert_close(probe(x), expected.float(), rtol=1e-5, atol=1e-5)  # rounded to float32 at the end
+    assert {name: tuple(p.shape) for name, p in probe.named_parameters()} == {
+        "queries": (3, 12),
+        "values.weight": (12, 12),
+        "head.weight": (5, 12),
+        "head.bias": (5,),
+    }
+    F.cross_entropy(probe(x), torch.arange(4)).backward()
+    assert all(p.grad is not None and p.grad.any() for p in probe.parameters())
+
+
+def test_efficient_probe_is_initialised_as_its_source(generator):
+    probe = efficient(generator, dim=256, num_classes=100, num_queries=64)
+    assert probe.queries.std().item() == pytest.approx(0.02, rel=0.03)  # 16384 draws
+    assert probe.head.weight.std().item() == pytest.approx(0.01, rel=0.03)
+    bound = 256**-0.5
+    assert 0.999 * bound < probe.values.weight.abs().max().item() <= bound
+    assert probe.values.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.01)
+
+
+@pytest.mark.parametrize("build", [lambda g: LinearProbe(12, 5, generator=g), attentive, efficient])
 def test_initial_weights_come_from_the_generator_alone(build):
     before = torch.get_rng_state()
     first, again, other = (build(torch.Generator().manual_seed(seed)).state_dict() for seed in (1, 1, 2))
@@ -131,7 +169,7 @@ def test_initial_weights_come_from_the_generator_alone(build):
     assert all(tensor.isfinite().all() for tensor in first.values())
 
 
-@pytest.mark.parametrize(("build", "shape"), [(LinearProbe, (4, 12)), (attentive, (4, 7, 12))])
+@pytest.mark.parametrize(("build", "shape"), [(LinearProbe, (4, 12)), (attentive, (4, 7, 12)), (efficient, (4, 7, 12))])
 def test_logits_are_float32_whatever_the_features(generator, build, shape):
     probe = build(12, 5, generator=generator) if build is LinearProbe else build(generator)
     x = torch.randn(shape, generator=generator).bfloat16()
@@ -147,6 +185,10 @@ def test_batch_norm_can_be_made_synchronous(generator):
 def test_wrong_values_are_refused(generator):
     with pytest.raises(ConfigError, match="dim=12 is not divisible by num_heads=5"):
         attentive(generator, num_heads=5)
+    with pytest.raises(ConfigError, match="dim=12 is not divisible by num_queries=5"):
+        efficient(generator, num_queries=5)
+    with pytest.raises(ConfigError, match=r"\(2, 12\).*do not pool"):
+        efficient(generator)(torch.zeros(2, 12))
     with pytest.raises(ConfigError, match="num_queries=0"):
         attentive(generator, num_queries=0)
     with pytest.raises(ConfigError, match="num_heads=0"):
