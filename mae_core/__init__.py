@@ -10,6 +10,7 @@ per patch, D the width of a token, n class tokens."""
 from mae_core.classification.heads import Classifier as Classifier
 from mae_core.classification.heads import drop_path_scales as drop_path_scales
 from mae_core.classification.metrics import TopK as TopK
+from mae_core.classification.metrics import best_classes as best_classes
 from mae_core.classification.metrics import topk_counts as topk_counts
 from mae_core.classification.probes import AttentiveProbe as AttentiveProbe
 from mae_core.classification.probes import LinearProbe as LinearProbe

@@ -54,6 +54,22 @@ class TopK:
         return total / self.count
 
 
+def best_classes(scores: Tensor, count: int) -> Tensor:
+    """Return the classes of the highest scores, best first; of equal scores, the lower class first.
+
+    Unlike `torch.topk`, whose order of equal scores is arbitrary, this gives the same classes on every device. A vote of the
+    nearest neighbours has many equal scores.
+
+    Shapes: scores [B, classes], finite -> int64 [B, min(count, classes)].
+    """
+    left = scores.clone()
+    best: list[Tensor] = []
+    for _ in range(min(count, scores.shape[1])):
+        best.append(left.argmax(dim=1, keepdim=True))  # the first of equal ones
+        left.scatter_(1, best[-1], -torch.inf)
+    return torch.cat(best, dim=1)
+
+
 def topk_counts(logits: Tensor, labels: Tensor) -> TopK:
     """Count the hits and sum the losses of a batch. A negative label marks padding and is not counted.
 
@@ -63,7 +79,7 @@ def topk_counts(logits: Tensor, labels: Tensor) -> TopK:
     """
     counted = labels >= 0
     logits, labels = logits[counted].float(), labels[counted]
-    best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [B, 5]
+    best = best_classes(logits, 5)  # [B, 5]
     hits = best == labels[:, None]  # [B, 5]
     # summed in float64, so that the cut into batches changes the mean by no more than float64 rounding
     loss = nn.functional.cross_entropy(logits, labels, reduction="none").sum(dtype=torch.float64)

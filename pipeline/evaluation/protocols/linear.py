@@ -3,7 +3,7 @@
 Features are standardised by the training split's mean and standard deviation. The paper's BatchNorm without affine parameters
 converges to the same statistics; computing them once lets the encoder run once per image instead of once per epoch
 (docs/decisions/001-linear-probe-on-cached-features.md).
-Output: probe.safetensors (mean, deviation [D]; weight [classes, D]; bias [classes]). Facts: ScoreFacts."""
+Output: probe.safetensors (mean, deviation [D]; weight [classes, D]; bias [classes]); predictions.parquet. Facts: ScoreFacts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +17,9 @@ from torch.nn import functional as F
 from mae_core.classification.metrics import topk_counts
 from mae_core.optimisation.schedules import scaled_lr, warmup_cosine
 from pipeline.data.dataset.facts import DatasetFacts
+from pipeline.evaluation import predictions
 from pipeline.evaluation.features import Features, Pool, extract_splits
+from pipeline.evaluation.predictions import PREDICTIONS
 from pipeline.evaluation.protocol import EvaluationProtocol, ProtocolConfig, ScoreFacts, skipped
 from pipeline.graph.step import Attempt, StageInput, StageResult
 
@@ -77,7 +79,9 @@ def linear(config: LinearConfig, inputs: Mapping[str, StageInput], attempt: Atte
         seed=config.seed,
     )
     with torch.inference_mode():
-        score = topk_counts(head((test.values - mean) / deviation), test.labels)  # the training split's statistics
+        logits = head((test.values - mean) / deviation)  # the training split's statistics
+    score = topk_counts(logits, test.labels)
+    attempt.store.write(PREDICTIONS, predictions.encode(test.sample_ids, test.labels, logits))
     attempt.store.write(PROBE, save({"mean": mean, "deviation": deviation, **head.state_dict()}))
     facts = ScoreFacts(
         top1=score.top1,
@@ -87,7 +91,7 @@ def linear(config: LinearConfig, inputs: Mapping[str, StageInput], attempt: Atte
         labels=len(train.labels),
         split=None if config.split == "test" else config.split,
     )
-    return StageResult(facts.as_json(), files=(PROBE,))
+    return StageResult(facts.as_json(), files=(PROBE, PREDICTIONS))
 
 
 def fit(train: Features, settings: LinearSettings, *, num_classes: int, seed: int) -> nn.Linear:

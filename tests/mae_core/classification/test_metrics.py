@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mae_core import TopK, topk_counts
+from mae_core import TopK, best_classes, topk_counts
 
 
 def test_counts_by_hand():
@@ -37,3 +37,12 @@ def test_few_classes_and_no_images():
     assert topk_counts(torch.zeros(2, 3), torch.tensor([0, 1])).correct_top5 == 2
     with pytest.raises(ValueError, match="no image was counted"):
         _ = TopK().top1
+
+
+def test_of_equal_scores_the_lower_class_is_the_better():
+    scores = torch.tensor([[0.0, 1.0, 1.0, 0.0], [2.0, 0.0, 3.0, 3.0]])
+    assert best_classes(scores, 3).tolist() == [[1, 2, 0], [2, 3, 0]]
+    assert best_classes(scores, 9).shape == (2, 4)
+    assert scores[0].tolist() == [0.0, 1.0, 1.0, 0.0]  # untouched
+    drawn = torch.randn(200, 30, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(best_classes(drawn, 5), drawn.topk(5).indices)

@@ -1,5 +1,8 @@
 """The linear probe as a whole: it scores the requested weights and counts every test image once."""
 
+import io
+
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load
@@ -9,6 +12,7 @@ from pipeline.data.dataset.address import dataset_address
 from pipeline.evaluation import features as features_module
 from pipeline.evaluation.encoders import encoder_source
 from pipeline.evaluation.features import FeatureRequest, Features, extract_features
+from pipeline.evaluation.predictions import PREDICTIONS
 from pipeline.evaluation.protocols.linear import PROBE, LinearConfig, LinearSettings, fit, linear
 
 
@@ -36,6 +40,10 @@ def test_the_score_is_the_saved_probes_over_all_test_images(shards, pretrained, 
     test = extract_features(request, attempt_at(tmp_path / "elsewhere" / "step"))  # not from the same cache
     logits = (test.values - probe["mean"]) / probe["deviation"] @ probe["weight"].T + probe["bias"]
     assert facts["top1"] == pytest.approx(float((logits.argmax(dim=1) == test.labels).double().mean()))
+    predicted = pq.read_table(io.BytesIO(attempt.store.read(PREDICTIONS)))
+    assert predicted["sample_id"].to_pylist() == test.sample_ids.sort().values.tolist()
+    hits = [row["top5"][0] == row["label"] for row in predicted.to_pylist()]
+    assert facts["top1"] == sum(hits) / TEST
     loss = torch.nn.functional.cross_entropy(logits, test.labels)
     assert facts["loss"] == pytest.approx(float(loss), rel=1e-5)
 
