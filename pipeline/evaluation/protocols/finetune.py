@@ -1,24 +1,26 @@
 """Fine-tuning of all weights, with a learning rate that decays from layer to layer, in the same loop as pretraining.
 
-Source: He et al. 2021, arXiv 2111.06377, A.1. Output: classifier.safetensors, history.jsonl. Facts: FinetuneFacts.
-Errors: those of training."""
+Source: He et al. 2021, arXiv 2111.06377, A.1. Output: classifier.safetensors, history.jsonl, predictions.parquet.
+Facts: FinetuneFacts. Errors: those of training."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from pipeline.data.dataset.address import dataset_address
 from pipeline.data.dataset.facts import DatasetFacts
 from pipeline.data.feed.order import OrderConfig
 from pipeline.data.feed.selection import select
 from pipeline.evaluation.encoders import Pretrained, encoder_source
+from pipeline.evaluation.predictions import PREDICTIONS, encode_best
 from pipeline.evaluation.protocol import EvaluationProtocol, ProtocolConfig, ScoreFacts, skipped
 from pipeline.graph.step import Attempt, StageInput, StageResult
 from pipeline.training.checkpoints.format import open_checkpoint, resume_point
 from pipeline.training.facts import TrainingFacts, incident_fields
 from pipeline.training.launch import run_training
+from pipeline.training.loop.scoring import PREDICTED
 from pipeline.training.spec.recipe import FinetuneRecipe
 from pipeline.training.spec.tasks import ClassificationTask
 from pipeline.training.spec.train_spec import TrainSpec
@@ -81,6 +83,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, StageInput], attempt: 
     attempt.store.write(CLASSIFIER, save(weights))
     attempt.store.write(HISTORY, "".join(json.dumps(row) + "\n" for row in history).encode())
     learnt_from = select(spec.dataset.open(), "train", spec.train_samples, seed=spec.order.seed)
+    attempt.store.write(PREDICTIONS, encode_best(**load(attempt.store.read(PREDICTED))))
     facts = FinetuneFacts(
         split=None if config.split == "test" else config.split,
         labels=int(learnt_from.counts.sum()),
@@ -89,7 +92,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, StageInput], attempt: 
         **incident_fields(manifest.substitutions, manifest.guard),
         **trained.scores,
     )
-    return StageResult(facts.as_json(), files=(CLASSIFIER,))
+    return StageResult(facts.as_json(), files=(CLASSIFIER, PREDICTIONS))
 
 
 PROTOCOL = EvaluationProtocol(

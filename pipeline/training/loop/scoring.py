@@ -5,15 +5,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 
 import torch
+from safetensors.torch import save
 from torch import nn
 
 from pipeline.data.feed.loader import Batch
 from pipeline.data.feed.order import plain_slice
 from pipeline.data.feed.step_feed import one_ahead
+from pipeline.storage import Store
 from pipeline.training.health.stop_reasons import REASONS, StopReason, StopSignal
+from pipeline.training.spec.tasks import Predicted
 from pipeline.training.spec.train_spec import TrainSpec
 from pipeline.training.world import World
 
+PREDICTED = "predicted.safetensors"
+"""In the generation's directory: the columns of a `Predicted`, each image of the split once."""
 EVALUATION_BATCH = 256  # scores are sums over samples, so this decides memory and speed only
 _REASONS = tuple(reason for reason in REASONS if reason != "resized")
 """Restarting with more workers takes longer than scoring."""
@@ -24,9 +29,12 @@ class _StoppedEarly(Exception):
 
 
 def evaluate(
-    spec: TrainSpec, module: nn.Module, world: World, stop_signal: StopSignal
+    spec: TrainSpec, module: nn.Module, world: World, stop_signal: StopSignal, store: Store
 ) -> tuple[Mapping[str, float], StopReason]:
-    """Return the scores of the whole split, or none and the reason to stop; equal on every worker. Collective."""
+    """Return the scores of the whole split, or none and the reason to stop; equal on every worker. Collective.
+
+    The first worker writes PREDICTED to the store, if there are predictions.
+    """
     with world.fail_together():
         loader = spec.loader(spec.dataset.open(), spec.evaluation_split, world)
     total = int(loader.selection.counts.sum())
@@ -38,9 +46,20 @@ def evaluate(
         batches = (batch for batch, _ in pairs)
         same_count = _same_count(batches, most_batches, spec.image_size, world)
         try:
-            return spec.task.evaluate(module, _until_stopped(same_count, world, stop_signal), world), ""
+            scores, predicted = spec.task.evaluate(module, _until_stopped(same_count, world, stop_signal), world)
         except _StoppedEarly as stopped:
             return {}, stopped.args[0]
+    if predicted:
+        _write(predicted, world, store)
+    return scores, ""
+
+
+def _write(predicted: Predicted, world: World, store: Store) -> None:
+    """Write what all workers predicted, 56 bytes per image, in order of rank. Collective."""
+    parts = world.all_gather(predicted)
+    if world.is_first:
+        columns = (torch.cat(column) for column in zip(*parts, strict=True))
+        store.write(PREDICTED, save(dict(zip(Predicted._fields, columns, strict=True))))
 
 
 def _until_stopped(batches: Iterator[Batch], world: World, stop_signal: StopSignal) -> Iterator[Batch]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_core.classification.heads import Classifier, drop_path_scales
-from mae_core.classification.metrics import TopK, topk_counts
+from mae_core.classification.metrics import TopK, best_classes, topk_counts
 from mae_core.config import MAEConfig, ViTConfig
 from mae_core.cost import classifier_training_flops, training_flops
 from mae_core.losses import cross_entropy_per_sample
@@ -40,6 +40,23 @@ class Built(NamedTuple):
     groups: list[ParameterGroup]
 
 
+class Predicted(NamedTuple):
+    """What a classifier says of labelled images."""
+
+    sample_ids: Tensor  # [n] int64
+    labels: Tensor  # [n] int64
+    best: Tensor  # [n, at most 5] int64, the classes of the highest logits, best first
+
+
+class Evaluation(NamedTuple):
+    """What a trained module achieves."""
+
+    scores: Mapping[str, float]
+    """Over all workers; empty if there is nothing to score."""
+    predicted: Predicted | None = None
+    """Of this worker's images, without padding."""
+
+
 class Task(Protocol):
     """What the loop needs to know of what it trains."""
 
@@ -62,8 +79,8 @@ class Task(Protocol):
         """Return the FLOPs that the model needs to train on one image, without recomputation."""
         ...
 
-    def evaluate(self, module: nn.Module, batches: Iterator[Batch], world: World) -> Mapping[str, float]:
-        """Return the scores of the trained module over all workers, or an empty mapping if there is nothing to score."""
+    def evaluate(self, module: nn.Module, batches: Iterator[Batch], world: World) -> "Evaluation":
+        """Score the trained module over all workers."""
         ...
 
 
@@ -112,9 +129,9 @@ class MAETask:
         """Count the encoder on visible patches, the decoder and its head."""
         return training_flops(self.model)
 
-    def evaluate(self, module: nn.Module, batches: Iterator[Batch], world: World) -> Mapping[str, float]:
+    def evaluate(self, module: nn.Module, batches: Iterator[Batch], world: World) -> Evaluation:
         """Return nothing: the quality of an encoder is measured by the evaluation stages."""
-        return {}
+        return Evaluation({})
 
 
 class ClassifierLosses(nn.Module):
@@ -180,22 +197,27 @@ class ClassificationTask:
         """Count the encoder on all patches and the head; branches that drop path drops are computed, so they count."""
         return classifier_training_flops(self.encoder, num_classes=self.num_classes)
 
-    def evaluate(self, module: nn.Module, batches: Iterator[Batch], world: World) -> Mapping[str, float]:
+    def evaluate(self, module: nn.Module, batches: Iterator[Batch], world: World) -> Evaluation:
         """Return top-1 and top-5 accuracy and the mean loss: counts are summed over samples and workers, and divided once."""
         counts = TopK()
+        predicted: list[Predicted] = []  # every rank has batches, if only of padding
         module.eval()
         with torch.inference_mode():
             for batch in batches:
-                counts += topk_counts(module(batch.images.to(world.device)).cpu(), batch.labels)
+                logits = module(batch.images.to(world.device)).cpu()
+                counts += topk_counts(logits, batch.labels)
+                real = batch.labels >= 0
+                predicted.append(Predicted(batch.sample_ids[real], batch.labels[real], best_classes(logits[real], 5)))
         module.train()
         # Sums and not means: ranks hold parts of different sizes, and padding counts on none.
         totals: Any = world.total([counts.correct_top1, counts.correct_top5, counts.count, counts.loss_sum])
         over_workers = TopK(
             correct_top1=int(totals[0]), correct_top5=int(totals[1]), count=int(totals[2]), loss_sum=totals[3]
         )
-        return {
+        scores = {
             "top1": over_workers.top1,
             "top5": over_workers.top5,
             "loss": over_workers.loss,
             "images": over_workers.count,
         }
+        return Evaluation(scores, Predicted(*(torch.cat(columns) for columns in zip(*predicted, strict=True))))

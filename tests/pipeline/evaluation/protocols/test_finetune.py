@@ -1,11 +1,15 @@
 """Fine-tuning as a whole on one and two workers: it scores the requested weights over all test images."""
 
+import io
 import json
 from dataclasses import asdict, replace
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load
+from sklearn.metrics import accuracy_score
 from training_kit import (
     SEED,
     TEST,
@@ -26,11 +30,13 @@ from pipeline.data.dataset.address import dataset_address
 from pipeline.data.dataset.schema import NO_LABEL
 from pipeline.data.feed.selection import Selection, select
 from pipeline.data.images.pictures import AugmentConfig, augment, decode
+from pipeline.evaluation.predictions import PREDICTIONS
 from pipeline.evaluation.protocols.finetune import CLASSIFIER, FinetuneConfig, finetune
 from pipeline.graph.step import Attempt, StageInput
 from pipeline.tracking import NullTracker
 from pipeline.training.health.stop_reasons import StoreStopSignal
 from pipeline.training.loop.loop import train
+from pipeline.training.loop.scoring import PREDICTED
 from pipeline.training.spec.tasks import ClassificationTask
 from pipeline.training.world import enter_world
 from pipeline.weights import ENCODER, read_weights
@@ -46,19 +52,20 @@ def finetune_here(of: FinetuneConfig, inputs: dict[str, StageInput], attempt: At
     return finetune(of, inputs, attempt)
 
 
-def test_images(shards: StageInput) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return all test images as evaluation crops them, read without the loader: uint8 [n, H, W, 3], labels [n]."""
+def test_images(shards: StageInput) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Return all test images as evaluation crops them, read without the loader: uint8 [n, H, W, 3], labels [n], sample ids."""
     selection = Selection.all(dataset_address(shards).open(), "test")
     centre = AugmentConfig(kind="center", flip=False)
-    images, labels = [], []
+    images, labels, ids = [], [], []
     for shard, entry in enumerate(selection.shards):
         rows = selection.rows(shard)
         tar = shards.root.read(entry.key)
+        ids += rows.sample_ids.tolist()
         for offset, length, label in zip(rows.offsets, rows.lengths, rows.labels, strict=True):
             picture = augment(decode(tar[offset : offset + length]), torch.zeros(64).numpy(), centre, (16, 16))
             images.append(torch.as_tensor(picture))
             labels.append(int(label))
-    return torch.stack(images), torch.tensor(labels)
+    return torch.stack(images), torch.tensor(labels), ids
 
 
 test_images.__test__ = False
@@ -72,7 +79,7 @@ def test_the_score_is_the_saved_classifiers_over_all_test_images(teams, shards, 
     facts = result.facts
     assert facts["images"] == TEST
     assert facts["labels"] == 60
-    images, labels = test_images(shards)
+    images, labels, ids = test_images(shards)
     encoder = encoder_config()
     model = Classifier(ViTEncoder(encoder), num_classes=3, generator=torch.Generator())
     model.load_state_dict(load(attempt.store.read(CLASSIFIER)))
@@ -82,6 +89,11 @@ def test_the_score_is_the_saved_classifiers_over_all_test_images(teams, shards, 
     assert facts["top1"] == counts.top1
     assert facts["top5"] == 1.0  # of three classes
     assert facts["loss"] == pytest.approx(counts.loss, rel=1e-5)
+    table = pq.read_table(io.BytesIO(attempt.store.read(PREDICTIONS))).to_pydict()
+    in_order_of_id = torch.argsort(torch.tensor(ids))
+    assert table["sample_id"] == sorted(ids)
+    assert table["label"] == labels[in_order_of_id].tolist()
+    assert [row[:3] for row in table["top5"]] == logits.sort(descending=True).indices[in_order_of_id].tolist()
     rows = [json.loads(line) for line in attempt.store.read("history.jsonl").splitlines()]
     assert len(rows) == facts["global_step"] == 19  # 4 epochs of 60 in batches of 13
     assert rows[-1]["loss"] < rows[0]["loss"]
@@ -89,20 +101,31 @@ def test_the_score_is_the_saved_classifiers_over_all_test_images(teams, shards, 
 
 def train_here(spec, attempt):
     trained = train(spec, attempt, world=enter_world(), tracker=NullTracker(), stop_signal=StoreStopSignal(attempt))
-    return dict(trained.scores)
+    return dict(trained.scores) | ({"predicted": _predicted(attempt)} if enter_world().is_first else {})
+
+
+def _predicted(attempt):
+    return {name: column.numpy() for name, column in load(attempt.store.read(PREDICTED)).items()}
 
 
 @pytest.mark.parametrize(("workers", "zero_stage"), [(2, 1), pytest.param(3, 3, marks=pytest.mark.system)])
 def test_any_number_of_workers_counts_every_test_image_once(teams, shards, tmp_path, workers, zero_stage):
     """23 images on 2 or 3 workers, whose forward passes ZeRO-3 needs in equal number, score as on one worker."""
-    scores = []
+    scores, predicted = [], []
     for size, stage in ((1, 1), (workers, zero_stage)):
         attempt = attempt_at(tmp_path / str(size), zero_stage=stage)
         spec = classification_spec(shards, attempt)
         answers = teams(size).run(train_here, spec, attempt)
+        predicted.append(answers[0].pop("predicted"))
         assert all(answer == answers[0] for answer in answers)
         scores.append(answers[0])
     alone, together = scores
+    for columns in predicted:  # as scikit-learn counts them
+        assert sorted(columns["sample_ids"].tolist()) == sorted(test_images(shards)[2])
+        assert accuracy_score(columns["labels"], columns["best"][:, 0]) == alone["top1"]
+    by_id = [np.argsort(columns["sample_ids"]) for columns in predicted]
+    for name, column in predicted[0].items():
+        assert np.array_equal(column[by_id[0]], predicted[1][name][by_id[1]])
     assert together["images"] == alone["images"] == TEST
     assert together["top1"] == alone["top1"]
     assert together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
