@@ -111,7 +111,7 @@ class Loader:
 
         The last batch may be smaller. `unreadable="substitute"` is for pictures to look at, never for a score.
         """
-        centre = replace(self.maker.augment, kind="center", flip=False)
+        centre = self.maker.augment.for_evaluation()
         part = plain_slice(int(self.selection.counts.sum()), self.rank, self.world_size)
         starts = range(part.start, part.stop, batch_size)
         positions = (np.arange(start, min(start + batch_size, part.stop)) for start in starts)
