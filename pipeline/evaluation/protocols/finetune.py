@@ -63,6 +63,8 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, StageInput], attempt: 
             layer_decay=recipe.layer_decay,
             drop_path=recipe.drop_path,
             label_smoothing=recipe.label_smoothing,
+            mixup=recipe.mixup,
+            cutmix=recipe.cutmix,
             seed=config.seed,
         ),
         recipe=recipe,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mae_core.classification.heads import Classifier, drop_path_scales
 from mae_core.classification.metrics import TopK, best_classes, topk_counts
+from mae_core.classification.mixing import MIX_UNIFORMS, mix_plan, mixed, mixed_labels
 from mae_core.config import MAEConfig, ViTConfig
 from mae_core.cost import classifier_training_flops, training_flops
 from mae_core.losses import cross_entropy_per_sample
@@ -135,21 +136,28 @@ class MAETask:
 
 
 class ClassifierLosses(nn.Module):
-    """Cross entropy per sample, from uint8 images, labels and drop path noise; logits without labels."""
+    """Cross entropy per sample, from uint8 images, labels and a task's noise; logits without labels."""
 
     def __init__(self, model: Classifier, config: ViTConfig, *, drop_path: float, label_smoothing: float) -> None:
         super().__init__()
         self.model = model
         self.scale = PixelScale(config.pixel_mean, config.pixel_std)
+        self.depth = config.depth
         self.drop_path, self.label_smoothing = drop_path, label_smoothing
 
     def forward(self, images: Tensor, labels: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
-        """images uint8 [b, H, W, C], labels int64 [b], noise [b, depth, 2] -> losses float32 [b], or logits [b, classes]."""
+        """images uint8 [b, H, W, C], labels int64 [b], noise of `ClassificationTask` -> losses float32 [b], or logits
+        [b, classes]."""
         pixels = self.scale.normalise(images)
         # Evaluation asks for logits; the same module serves both, so ZeRO-3 gathers its weights as in training.
         if labels is None or noise is None:
             return cast("Tensor", self.model(pixels))
-        logits = self.model(pixels, drop_path_scales(noise, drop_path=self.drop_path))
+        numbers = noise.flatten(1)
+        branches, plan = numbers[:, : 2 * self.depth], numbers[:, 2 * self.depth :]
+        if plan.shape[1]:
+            pixels = mixed(pixels, plan)
+            labels = mixed_labels(labels, plan, num_classes=self.model.head.out_features)
+        logits = self.model(pixels, drop_path_scales(branches.reshape(-1, self.depth, 2), drop_path=self.drop_path))
         return cross_entropy_per_sample(logits, labels, label_smoothing=self.label_smoothing)
 
 
@@ -166,6 +174,8 @@ class ClassificationTask:
     drop_path: float
     label_smoothing: float
     seed: int
+    mixup: float = 0.0
+    cutmix: float = 0.0
 
     def build(self) -> Built:
         """Return the encoder, pretrained or not, with a new head; both are initialised from the seed."""
@@ -183,14 +193,22 @@ class ClassificationTask:
         return Built(losses, groups)
 
     def noise(self, epochs: Int64s, sample_ids: Int64s) -> npt.NDArray[np.float32]:
-        """Return each sample's own drop path noise for its epoch, [b, depth, 2]."""
+        """Return each sample's own drop path noise for its epoch, [b, depth, 2].
+
+        With mixup or CutMix, [b, 2 * depth + PLAN]: the same, then how the pair is mixed whose first image the sample is.
+        """
         depth = self.encoder.depth
         # One number for each of a block's two branches. In float32 it may round up to 1.0, which a comparison allows.
         uniforms = uniform_rows(self.seed, epochs, sample_ids, "drop_path", 2 * depth)
-        return uniforms.astype(np.float32).reshape(-1, depth, 2)
+        branches = uniforms.astype(np.float32)
+        if not (self.mixup or self.cutmix):
+            return branches.reshape(-1, depth, 2)
+        drawn = uniform_rows(self.seed, epochs, sample_ids, "mixup", MIX_UNIFORMS)
+        plan = mix_plan(drawn, mixup=self.mixup, cutmix=self.cutmix, size=self.encoder.image_size)
+        return np.concatenate([branches, plan], axis=1)
 
     def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Return images, labels and drop path noise."""
+        """Return images, labels and noise."""
         return batch.images, batch.labels, batch.noise
 
     def training_flops(self) -> int:

@@ -20,6 +20,7 @@ from training_kit import (
     classification_spec,
     encoder_config,
     finetune_recipe,
+    resources,
 )
 
 from mae_core.classification.heads import Classifier
@@ -30,14 +31,18 @@ from pipeline.data.dataset.address import dataset_address
 from pipeline.data.dataset.schema import NO_LABEL
 from pipeline.data.feed.selection import Selection, select
 from pipeline.data.images.pictures import AugmentConfig, augment, decode
+from pipeline.errors import ConfigError
 from pipeline.evaluation.predictions import PREDICTIONS
 from pipeline.evaluation.protocols.finetune import CLASSIFIER, FinetuneConfig, finetune
 from pipeline.graph.step import Attempt, StageInput
+from pipeline.storage import open_store
 from pipeline.tracking import NullTracker
+from pipeline.training.checkpoints.format import open_checkpoint, resume_point
 from pipeline.training.health.stop_reasons import StoreStopSignal
 from pipeline.training.loop.loop import train
 from pipeline.training.loop.scoring import PREDICTED
 from pipeline.training.spec.tasks import ClassificationTask
+from pipeline.training.spec.train_spec import engine_settings
 from pipeline.training.world import enter_world
 from pipeline.weights import ENCODER, read_weights
 
@@ -207,3 +212,50 @@ def test_stray_images_without_a_label_are_neither_learnt_nor_scored(teams, partl
     facts = teams(1).run(finetune_here, config("random", epochs=2), {"shards": partly_labelled}, attempt)[0].facts
     assert facts["images"] == TEST
     assert facts["global_step"] == 10
+
+
+STRONG = {
+    "global_batch": 14,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "drop_path": 0.2,
+    "augment": AugmentConfig(rand_augment="rand-m9-mstd0.5-inc1", erasing=0.25),
+}
+
+
+def history_here(spec, attempt, stop):
+    train(spec, attempt, world=enter_world(), tracker=NullTracker(), stop_signal=stop)
+    with open_checkpoint(attempt.root, resume_point(attempt.root)) as checkpoint:
+        return [row["loss"] for row in checkpoint.history()], {
+            name: w.numpy() for name, w in checkpoint.weights().items()
+        }
+
+
+def test_mixed_and_augmented_images_are_the_same_on_any_number_of_workers_and_after_a_resume(teams, shards, tmp_path):
+    """Pairs stay together: on 1 worker, on 2 with an odd micro-batch, and when a stop comes in between."""
+    found = []
+    for name, size, micro_batch in (("one", 1, 14), ("two", 2, 3)):
+        attempt = attempt_at(tmp_path / name, micro_batch=micro_batch)
+        spec = classification_spec(shards, attempt, **STRONG)
+        found.append(teams(size).run(history_here, spec, attempt, StopAfter(99))[0][0])
+    assert len(found[0]) == 9  # 2 epochs of 60 in batches of 14
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    attempt = attempt_at(tmp_path / "stopped", micro_batch=14)
+    spec = classification_spec(shards, attempt, **STRONG)
+    teams(1).run(history_here, spec, attempt, StopAfter(4))
+    losses, weights = teams(1).run(history_here, spec, attempt_at(tmp_path / "stopped", micro_batch=14), StopAfter(99))[
+        0
+    ]
+    assert losses == found[0]
+    whole = open_checkpoint(open_store(str(tmp_path / "one")), resume_point(open_store(str(tmp_path / "one"))))
+    with whole as checkpoint:
+        assert all(np.array_equal(weights[name], value.numpy()) for name, value in checkpoint.weights().items())
+
+
+def test_an_odd_batch_cannot_be_mixed():
+    with pytest.raises(ConfigError, match="global_batch=13 is odd, but mixup and cutmix mix pairs: write 14"):
+        finetune_recipe(mixup=0.8)
+    assert (
+        engine_settings(finetune_recipe(global_batch=14, cutmix=1.0), resources(micro_batch=1), workers=2).micro_batch
+        == 2
+    )
