@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from safetensors.torch import load, save
+from safetensors.torch import save
 
 from pipeline.data.dataset.address import dataset_address
 from pipeline.data.dataset.facts import DatasetFacts
@@ -20,7 +20,7 @@ from pipeline.graph.step import Attempt, StageInput, StageResult
 from pipeline.training.checkpoints.format import open_checkpoint, resume_point
 from pipeline.training.facts import TrainingFacts, incident_fields
 from pipeline.training.launch import run_training
-from pipeline.training.loop.scoring import PREDICTED
+from pipeline.training.loop.scoring import read_predicted
 from pipeline.training.spec.recipe import FinetuneRecipe
 from pipeline.training.spec.tasks import ClassificationTask
 from pipeline.training.spec.train_spec import TrainSpec
@@ -85,14 +85,16 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, StageInput], attempt: 
     attempt.store.write(CLASSIFIER, save(weights))
     attempt.store.write(HISTORY, "".join(json.dumps(row) + "\n" for row in history).encode())
     learnt_from = select(spec.dataset.open(), "train", spec.train_samples, seed=spec.order.seed)
-    attempt.store.write(PREDICTIONS, encode_best(**load(attempt.store.read(PREDICTED))))
+    scores = dict(trained.scores)
+    predicted = read_predicted(attempt.store, scores.pop("predicted_by"))
+    attempt.store.write(PREDICTIONS, encode_best(**predicted))
     facts = FinetuneFacts(
         split=None if config.split == "test" else config.split,
         labels=int(learnt_from.counts.sum()),
         global_step=trained.global_step,
         ids_digest=str(trained.ids_digest),
         **incident_fields(manifest.substitutions, manifest.guard),
-        **trained.scores,
+        **scores,
     )
     return StageResult(facts.as_json(), files=(CLASSIFIER, PREDICTIONS))
 

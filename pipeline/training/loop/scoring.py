@@ -1,24 +1,26 @@
-"""Score a trained module on the task's evaluation split, with all workers together."""
+"""Score a trained module on the task's evaluation split, with all workers together.
+
+    predicted/rank-0000-of-0002.safetensors    what a task predicts for this rank's images, if it says so: tensors of its choice
+
+The parts that belong together are those of the number of workers in the scores, as `predicted_by`."""
 
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import closing
+from typing import Any
 
 import torch
-from safetensors.torch import save
-from torch import nn
+from safetensors.torch import load, save
+from torch import Tensor, nn
 
 from pipeline.data.feed.loader import Batch
 from pipeline.data.feed.order import plain_slice
 from pipeline.data.feed.step_feed import one_ahead
 from pipeline.storage import Store
 from pipeline.training.health.stop_reasons import REASONS, StopReason, StopSignal
-from pipeline.training.spec.tasks import Predicted
 from pipeline.training.spec.train_spec import TrainSpec
 from pipeline.training.world import World
 
-PREDICTED = "predicted.safetensors"
-"""In the generation's directory: the columns of a `Predicted`, each image of the split once."""
 EVALUATION_BATCH = 256  # scores are sums over samples, so this decides memory and speed only
 _REASONS = tuple(reason for reason in REASONS if reason != "resized")
 """Restarting with more workers takes longer than scoring."""
@@ -30,10 +32,10 @@ class _StoppedEarly(Exception):
 
 def evaluate(
     spec: TrainSpec, module: nn.Module, world: World, stop_signal: StopSignal, store: Store
-) -> tuple[Mapping[str, float], StopReason]:
+) -> tuple[Mapping[str, Any], StopReason]:
     """Return the scores of the whole split, or none and the reason to stop; equal on every worker. Collective.
 
-    The first worker writes PREDICTED to the store, if there are predictions.
+    Predictions go to `store`.
     """
     with world.fail_together():
         loader = spec.loader(spec.dataset.open(), spec.evaluation_split, world)
@@ -46,20 +48,25 @@ def evaluate(
         batches = (batch for batch, _ in pairs)
         same_count = _same_count(batches, most_batches, spec.image_size, world)
         try:
-            scores, predicted = spec.task.evaluate(module, _until_stopped(same_count, world, stop_signal), world)
+            scores = dict(spec.task.evaluate(module, _until_stopped(same_count, world, stop_signal), world))
         except _StoppedEarly as stopped:
             return {}, stopped.args[0]
-    if predicted:
-        _write(predicted, world, store)
+    if predicted := scores.pop("predicted", None):
+        with world.fail_together():
+            store.write(predicted_part(world.rank, world.size), save(predicted))
+        scores["predicted_by"] = world.size
     return scores, ""
 
 
-def _write(predicted: Predicted, world: World, store: Store) -> None:
-    """Write what all workers predicted, 56 bytes per image, in order of rank. Collective."""
-    parts = world.all_gather(predicted)
-    if world.is_first:
-        columns = (torch.cat(column) for column in zip(*parts, strict=True))
-        store.write(PREDICTED, save(dict(zip(Predicted._fields, columns, strict=True))))
+def predicted_part(rank: int, workers: int) -> str:
+    """Return the key of a rank's predictions, in the generation's directory."""
+    return f"predicted/rank-{rank:04d}-of-{workers:04d}.safetensors"
+
+
+def read_predicted(store: Store, workers: int) -> dict[str, Tensor]:
+    """Return the predictions of all ranks, each image of the split once."""
+    parts = [load(store.read(predicted_part(rank, workers))) for rank in range(workers)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _until_stopped(batches: Iterator[Batch], world: World, stop_signal: StopSignal) -> Iterator[Batch]:

@@ -41,23 +41,6 @@ class Built(NamedTuple):
     groups: list[ParameterGroup]
 
 
-class Predicted(NamedTuple):
-    """What a classifier says of labelled images."""
-
-    sample_ids: Tensor  # [n] int64
-    labels: Tensor  # [n] int64
-    best: Tensor  # [n, at most 5] int64, the classes of the highest logits, best first
-
-
-class Evaluation(NamedTuple):
-    """What a trained module achieves."""
-
-    scores: Mapping[str, float]
-    """Over all workers; empty if there is nothing to score."""
-    predicted: Predicted | None = None
-    """Of this worker's images, without padding."""
-
-
 class Task(Protocol):
     """What the loop needs to know of what it trains."""
 
@@ -80,8 +63,11 @@ class Task(Protocol):
         """Return the FLOPs that the model needs to train on one image, without recomputation."""
         ...
 
-    def evaluate(self, module: nn.Module, batches: Iterator[Batch], world: World) -> "Evaluation":
-        """Score the trained module over all workers."""
+    def evaluate(self, module: nn.Module, batches: Iterator[Batch], world: World) -> Mapping[str, Any]:
+        """Return the scores of the trained module over all workers, or an empty mapping if there is nothing to score.
+
+        They are plain JSON values, equal on every worker, but for tensors under `predicted`: what this rank predicts.
+        """
         ...
 
 
@@ -130,9 +116,9 @@ class MAETask:
         """Count the encoder on visible patches, the decoder and its head."""
         return training_flops(self.model)
 
-    def evaluate(self, module: nn.Module, batches: Iterator[Batch], world: World) -> Evaluation:
+    def evaluate(self, module: nn.Module, batches: Iterator[Batch], world: World) -> Mapping[str, Any]:
         """Return nothing: the quality of an encoder is measured by the evaluation stages."""
-        return Evaluation({})
+        return {}
 
 
 class ClassifierLosses(nn.Module):
@@ -215,27 +201,31 @@ class ClassificationTask:
         """Count the encoder on all patches and the head; branches that drop path drops are computed, so they count."""
         return classifier_training_flops(self.encoder, num_classes=self.num_classes)
 
-    def evaluate(self, module: nn.Module, batches: Iterator[Batch], world: World) -> Evaluation:
-        """Return top-1 and top-5 accuracy and the mean loss: counts are summed over samples and workers, and divided once."""
+    def evaluate(self, module: nn.Module, batches: Iterator[Batch], world: World) -> Mapping[str, Any]:
+        """Return top-1 and top-5 accuracy and the mean loss: counts are summed over samples and workers, and divided once.
+
+        `predicted` holds sample_ids and labels, int64 [n], and best, the five best classes of each labelled image, int64 [n, 5].
+        """
         counts = TopK()
-        predicted: list[Predicted] = []  # every rank has batches, if only of padding
+        predicted: list[tuple[Tensor, ...]] = []  # every rank has batches, if only of padding
         module.eval()
         with torch.inference_mode():
             for batch in batches:
                 logits = module(batch.images.to(world.device)).cpu()
                 counts += topk_counts(logits, batch.labels)
                 real = batch.labels >= 0
-                predicted.append(Predicted(batch.sample_ids[real], batch.labels[real], best_classes(logits[real], 5)))
+                predicted.append((batch.sample_ids[real], batch.labels[real], best_classes(logits[real], 5)))
         module.train()
         # Sums and not means: ranks hold parts of different sizes, and padding counts on none.
         totals: Any = world.total([counts.correct_top1, counts.correct_top5, counts.count, counts.loss_sum])
         over_workers = TopK(
             correct_top1=int(totals[0]), correct_top5=int(totals[1]), count=int(totals[2]), loss_sum=totals[3]
         )
-        scores = {
+        columns = map(torch.cat, zip(*predicted, strict=True))
+        return {
             "top1": over_workers.top1,
             "top5": over_workers.top5,
             "loss": over_workers.loss,
             "images": over_workers.count,
+            "predicted": dict(zip(("sample_ids", "labels", "best"), columns, strict=True)),
         }
-        return Evaluation(scores, Predicted(*(torch.cat(columns) for columns in zip(*predicted, strict=True))))

@@ -40,7 +40,7 @@ from pipeline.tracking import NullTracker
 from pipeline.training.checkpoints.format import open_checkpoint, resume_point
 from pipeline.training.health.stop_reasons import StoreStopSignal
 from pipeline.training.loop.loop import train
-from pipeline.training.loop.scoring import PREDICTED
+from pipeline.training.loop.scoring import read_predicted
 from pipeline.training.spec.tasks import ClassificationTask
 from pipeline.training.spec.train_spec import engine_settings
 from pipeline.training.world import enter_world
@@ -106,11 +106,7 @@ def test_the_score_is_the_saved_classifiers_over_all_test_images(teams, shards, 
 
 def train_here(spec, attempt):
     trained = train(spec, attempt, world=enter_world(), tracker=NullTracker(), stop_signal=StoreStopSignal(attempt))
-    return dict(trained.scores) | ({"predicted": _predicted(attempt)} if enter_world().is_first else {})
-
-
-def _predicted(attempt):
-    return {name: column.numpy() for name, column in load(attempt.store.read(PREDICTED)).items()}
+    return dict(trained.scores)
 
 
 @pytest.mark.parametrize(("workers", "zero_stage"), [(2, 1), pytest.param(3, 3, marks=pytest.mark.system)])
@@ -121,7 +117,8 @@ def test_any_number_of_workers_counts_every_test_image_once(teams, shards, tmp_p
         attempt = attempt_at(tmp_path / str(size), zero_stage=stage)
         spec = classification_spec(shards, attempt)
         answers = teams(size).run(train_here, spec, attempt)
-        predicted.append(answers[0].pop("predicted"))
+        columns = read_predicted(attempt.store, answers[0]["predicted_by"])
+        predicted.append({name: column.numpy() for name, column in columns.items()})
         assert all(answer == answers[0] for answer in answers)
         scores.append(answers[0])
     alone, together = scores
