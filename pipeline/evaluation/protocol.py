@@ -50,6 +50,10 @@ class EvaluationProtocol:
     """The stage. Its inputs are `shards` and, for a pretrained encoder, `pretrain`; its facts are ScoreFacts."""
     resume_point: Callable[[Store], str] | None = None
     """As in `Step`, for protocols that train with checkpoints."""
+    variants: Callable[[Any], Mapping[str, Any]] = lambda settings: {"": settings}
+    """Settings -> what each variant appends to the protocol's name -> its settings. A variant has steps and rows of its own."""
+    origins: tuple[EncoderOrigin, ...] = ("pretrained", "random")
+    """The encoders that it is for."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from pipeline.evaluation.protocol import EvaluationProtocol
 
-ProtocolName = Literal["linear", "finetune"]
+ProtocolName = Literal["linear", "finetune", "partial", "scratch"]
 PROTOCOL_NAMES: tuple[ProtocolName, ...] = get_args(ProtocolName)
 
 

@@ -41,6 +41,8 @@ class EngineSettings:
     """Blocks keep only their input and are recomputed in the backward pass."""
     compile: Compile = "auto"
     """Whether blocks run compiled. `auto`: on CUDA, if the node has what that takes."""
+    average_decay: float = 0.0
+    """Share of the moving average of the weights that is kept at each step; 0 for no average."""
 
 
 def deepspeed_config(settings: EngineSettings, *, persistent_elements: int) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def replay(bundle: Bundle, root: Store, spec: TrainSpec, *, most_steps: int, tel
     checkpoint = open_checkpoint(root, key) if key else None
     if checkpoint:
         check_cursor(checkpoint, spec.cursor(loader.order))
-        built.module.load_state_dict(checkpoint.weights())
+        checkpoint.load_into(built.module)
     settings = engine_settings(spec.recipe, spec.resources, workers=world.size)
     with closing(Engine(built.module, built.groups, settings, world)) as engine:
         _load(engine, checkpoint)

@@ -71,6 +71,11 @@ class Recipe:
         """How many neighbours of a global batch are in the same micro-batch, because the loss of one depends on the others."""
         return 1
 
+    @property
+    def average_decay(self) -> float:
+        """Share of the average of the weights that is kept at each step; 0 for no average."""
+        return 0.0
+
     def learning_rate(self, global_step: int, samples_per_epoch: int) -> float:
         """Return the absolute rate of a step: a pure function of the images seen, so a resumed run gets the same one."""
         total_images = self.epochs * samples_per_epoch
@@ -110,11 +115,19 @@ class FinetuneRecipe(Recipe):
     cutmix: float = field(default=0.0, metadata=ADDED_LATER)
     """The same for CutMix, which replaces a box of an image by its neighbour's; 0 for none. With both, each is chosen half of the
     time."""
+    ema: float = field(default=0.0, metadata=ADDED_LATER)
+    """Scores are those of an exponential moving average of the weights, of which this share is kept at each step, such as 0.9999;
+    0 for the weights themselves. Costs 4 bytes per weight."""
 
     @property
     def samples_together(self) -> int:
         """A pair of images that are mixed is never parted."""
         return 2 if self.mixup or self.cutmix else 1
+
+    @property
+    def average_decay(self) -> float:
+        """As in the configuration."""
+        return self.ema
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,7 +138,7 @@ class FinetuneRecipe(Recipe):
             raise ConfigError(
                 f"global_batch={self.global_batch} is odd, but mixup and cutmix mix pairs: write {self.global_batch + 1}"
             )
-        for name in ("drop_path", "label_smoothing"):
+        for name in ("drop_path", "label_smoothing", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} is not in [0, 1): write 0 for none")
         if not 0 < self.layer_decay <= 1:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from mae_core.classification.heads import Classifier, drop_path_scales
+from mae_core.classification.heads import Classifier, drop_path_scales, freeze_below
 from mae_core.classification.metrics import TopK, best_classes, topk_counts
 from mae_core.classification.mixing import MIX_UNIFORMS, mix_plan, mixed, mixed_labels
 from mae_core.config import MAEConfig, ViTConfig
@@ -124,12 +124,20 @@ class MAETask:
 class ClassifierLosses(nn.Module):
     """Cross entropy per sample, from uint8 images, labels and a task's noise; logits without labels."""
 
-    def __init__(self, model: Classifier, config: ViTConfig, *, drop_path: float, label_smoothing: float) -> None:
+    def __init__(
+        self,
+        model: Classifier,
+        config: ViTConfig,
+        *,
+        drop_path: float,
+        label_smoothing: float,
+        frozen_branches: int = 0,
+    ) -> None:
         super().__init__()
         self.model = model
         self.scale = PixelScale(config.pixel_mean, config.pixel_std)
         self.depth = config.depth
-        self.drop_path, self.label_smoothing = drop_path, label_smoothing
+        self.drop_path, self.label_smoothing, self.frozen_branches = drop_path, label_smoothing, frozen_branches
 
     def forward(self, images: Tensor, labels: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
         """images uint8 [b, H, W, C], labels int64 [b], noise of `ClassificationTask` -> losses float32 [b], or logits
@@ -143,13 +151,25 @@ class ClassifierLosses(nn.Module):
         if plan.shape[1]:
             pixels = mixed(pixels, plan)
             labels = mixed_labels(labels, plan, num_classes=self.model.head.out_features)
-        logits = self.model(pixels, drop_path_scales(branches.reshape(-1, self.depth, 2), drop_path=self.drop_path))
+        scales = drop_path_scales(branches.reshape(-1, self.depth, 2), drop_path=self.drop_path)
+        scales.view(len(scales), -1)[:, : self.frozen_branches] = 1.0  # frozen features are the same at every step
+        logits = self.model(pixels, scales)
         return cross_entropy_per_sample(logits, labels, label_smoothing=self.label_smoothing)
+
+
+def _with_gradient(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Make a block's tokens require a gradient, although nothing below the block takes it.
+
+    Where no input of a block requires one, DeepSpeed's ZeRO-3 takes the block's backward pass for done as soon as its output has
+    a gradient, and releases the weights that the pass is about to use.
+    """
+    tokens, *rest = inputs
+    return (tokens.detach().requires_grad_() if torch.is_grad_enabled() else tokens, *rest)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationTask:
-    """Fine-tuning of all weights with layer-wise decay of the learning rate."""
+    """Fine-tuning with layer-wise decay of the learning rate, of all weights or of those of the last blocks."""
 
     encoder: ViTConfig
     encoder_uri: str
@@ -162,6 +182,8 @@ class ClassificationTask:
     seed: int
     mixup: float = 0.0
     cutmix: float = 0.0
+    trained_blocks: float | None = None
+    """How many of the encoder's last blocks are trained; None for all of its weights."""
 
     def build(self) -> Built:
         """Return the encoder, pretrained or not, with a new head; both are initialised from the seed."""
@@ -172,10 +194,20 @@ class ClassificationTask:
         if self.encoder_uri:
             encoder.load_state_dict(read_weights(open_store(self.encoder_uri), "encoder.safetensors"))
         model = Classifier(encoder, num_classes=self.num_classes, generator=generator)
+        # Frozen parameters are in no group, so the engine holds no gradient and no state of them.
+        frozen = 0 if self.trained_blocks is None else freeze_below(model, trained_blocks=self.trained_blocks)
+        if 0 < frozen < 2 * self.encoder.depth:
+            model.encoder.blocks[frozen // 2].register_forward_pre_hook(_with_gradient)
         groups = parameter_groups(
             model, weight_decay=self.weight_decay, layer_decay=self.layer_decay, depth=self.encoder.depth
         )
-        losses = ClassifierLosses(model, self.encoder, drop_path=self.drop_path, label_smoothing=self.label_smoothing)
+        losses = ClassifierLosses(
+            model,
+            self.encoder,
+            drop_path=self.drop_path,
+            label_smoothing=self.label_smoothing,
+            frozen_branches=frozen,
+        )
         return Built(losses, groups)
 
     def noise(self, epochs: Int64s, sample_ids: Int64s) -> npt.NDArray[np.float32]:

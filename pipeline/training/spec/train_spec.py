@@ -107,6 +107,7 @@ def engine_settings(recipe: Recipe, resources: Resources, *, workers: int) -> En
         micro_batch=micro_batch,
         accumulation=math.ceil(largest_part / micro_batch),
         betas=recipe.betas,
+        average_decay=recipe.average_decay,
         max_grad_norm=recipe.max_grad_norm,
         offload=resources.offload,
         activation_checkpointing=resources.activation_checkpointing,

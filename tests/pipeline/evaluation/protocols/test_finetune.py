@@ -32,8 +32,9 @@ from pipeline.data.dataset.schema import NO_LABEL
 from pipeline.data.feed.selection import Selection, select
 from pipeline.data.images.pictures import AugmentConfig, augment, decode
 from pipeline.errors import ConfigError
+from pipeline.evaluation.classifiers import CLASSIFIER
 from pipeline.evaluation.predictions import PREDICTIONS
-from pipeline.evaluation.protocols.finetune import CLASSIFIER, FinetuneConfig, finetune
+from pipeline.evaluation.protocols.finetune import FinetuneConfig, finetune
 from pipeline.graph.step import Attempt, StageInput
 from pipeline.storage import open_store
 from pipeline.tracking import NullTracker
