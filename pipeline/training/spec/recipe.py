@@ -145,3 +145,14 @@ class FinetuneRecipe(Recipe):
             raise ConfigError(
                 f"layer_decay={self.layer_decay} is not in (0, 1]: write 1 for the same rate in all layers"
             )
+
+
+def fitting_warmup(epochs: object, *, default: float, of_epochs: int) -> float:
+    """Return a default warm-up, or if it is not shorter than the epochs, the share of them that it has of `of_epochs`.
+
+    A warm-up that fits is left alone: it is part of the fingerprints of finished trainings. `epochs` need not be checked yet.
+    """
+    # not isinstance: `true` is an int too, and refused later
+    if type(epochs) is not int or not 0 < epochs <= default:
+        return default
+    return epochs * default / of_epochs
