@@ -284,6 +284,8 @@ def classification_spec(shards: StageInput, attempt: Attempt, **changes: Any) ->
         layer_decay=made.layer_decay,
         drop_path=made.drop_path,
         label_smoothing=made.label_smoothing,
+        mixup=made.mixup,
+        cutmix=made.cutmix,
         seed=SEED,
     )
     spec = mae_spec(shards, attempt)

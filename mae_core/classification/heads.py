@@ -79,6 +79,31 @@ class Classifier(nn.Module):
         return logits.float()
 
 
+def freeze_below(model: Classifier, *, trained_blocks: float) -> int:
+    """Freeze the encoder below its last blocks: patch embedding, class tokens, positions and the first residual branches.
+
+    A block has two branches, attention and MLP, each with the norm before it, so half a block is the MLP of one. Norm and head
+    stay trained. Returns the number of frozen branches.
+
+    Source: arXiv 2111.06377, 4.3.
+
+    Raises:
+        ConfigError: trained_blocks is not a whole or half number of blocks that the encoder has.
+    """
+    depth = model.encoder.config.depth
+    if not 0 <= trained_blocks <= depth or not float(2 * trained_blocks).is_integer():
+        raise ConfigError(f"trained_blocks={trained_blocks} is not a whole or half number in [0, {depth}]: write one")
+    frozen = 2 * depth - int(2 * trained_blocks)
+    for name, parameter in model.encoder.named_parameters():
+        parts = name.split(".")
+        if parts[0] == "blocks":
+            branch = 2 * int(parts[1]) + (parts[2] in ("norm2", "mlp"))
+            parameter.requires_grad_(branch >= frozen)
+        elif parts[0] != "norm":
+            parameter.requires_grad_(trained_blocks == depth)
+    return frozen
+
+
 def drop_path_scales(noise: Tensor, *, drop_path: float) -> Tensor:
     """Return the factor of each branch of each sample: 0 where it is dropped, 1 / (probability of keeping it) elsewhere.
 

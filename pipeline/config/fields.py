@@ -28,10 +28,11 @@ from pipeline.data.dataset.facts import ScoredSplit
 from pipeline.data.images.intake import IntakePolicy
 from pipeline.data.sources.splits import SplitFrom
 from pipeline.errors import StorageError
+from pipeline.evaluation.presets import PresetName, size_of, with_preset
 from pipeline.evaluation.protocols import PROTOCOL_NAMES, ProtocolName, protocol_named
 from pipeline.storage import expand_address, open_store
 from pipeline.training.checkpoints.resume import StartPoint
-from pipeline.training.spec.recipe import Recipe
+from pipeline.training.spec.recipe import Recipe, fitting_warmup
 
 
 def _check_address(address: str) -> str:
@@ -188,16 +189,12 @@ def _seeds(value: Any) -> Any:
 
 
 def _with_fitting_warmup(value: Any, defaults: Any) -> Any:
-    """Shorten a default warmup that is not shorter than the epochs, to the share of the epochs that it has by default.
-
-    A warmup that fits is left alone: it is part of the fingerprints of finished trainings."""
+    """Add the warmup that fits the epochs, where none is written."""
     if not isinstance(value, Mapping) or "warmup_epochs" in value or not hasattr(defaults, "warmup_epochs"):
         return value
     epochs = value.get("epochs", defaults.epochs)
-    # not isinstance: `true` is an int too, and refused later
-    if type(epochs) is not int or not 0 < epochs <= defaults.warmup_epochs:
-        return value
-    return {**value, "warmup_epochs": epochs * defaults.warmup_epochs / defaults.epochs}
+    warmup = fitting_warmup(epochs, default=defaults.warmup_epochs, of_epochs=defaults.epochs)
+    return {**value, "warmup_epochs": warmup}
 
 
 def _with_protocol_settings(section: type[Section]) -> type[Section]:
@@ -211,6 +208,9 @@ def _with_protocol_settings(section: type[Section]) -> type[Section]:
 class EvaluationConfig(Section):
     """How the encoder is evaluated, next to the same encoder with random weights."""
 
+    preset: PresetName = "none"
+    """A published recipe that gives the sections of the protocols their defaults (docs/evaluation.md lists the values); what is
+    written there wins. mae-paper follows the size of the encoder; small-images is for images of a few dozen pixels."""
     datasets: tuple[DatasetConfig, ...] = (DatasetConfig(name="data"),)
     """A dataset without labels is skipped, and the tables say so."""
     seeds: Annotated[tuple[Seed, ...], BeforeValidator(_seeds)] = (0,)
@@ -281,6 +281,14 @@ class RunConfig(Section):
     @classmethod
     def _fitting_warmup(cls, value: Any) -> Any:
         return _with_fitting_warmup(value, Recipe())
+
+    @field_validator("evaluation", mode="before")
+    @classmethod
+    def _complete_by_preset(cls, value: Any, info: ValidationInfo) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        model = info.data.get("model")  # absent if it was refused
+        return with_preset(value, size_of(model.encoder) if model else "base")
 
     @field_validator("model", mode="before")
     @classmethod

@@ -12,9 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from mae_core.optimisation.schedules import scaled_lr
@@ -32,7 +31,7 @@ from pipeline.graph.step import Attempt, StageInput, StageResult
 from pipeline.training.checkpoints.format import Checkpoint, open_checkpoint
 from pipeline.training.facts import TrainingFacts, incident_fields
 from pipeline.training.launch import run_training
-from pipeline.training.loop.scoring import predicted_part
+from pipeline.training.loop.scoring import read_predicted
 from pipeline.training.spec.probe_tasks import ProbeKind, ProbeTask, Reads
 from pipeline.training.spec.recipe import Recipe
 from pipeline.training.spec.train_spec import TrainSpec
@@ -136,7 +135,7 @@ def train_probe(
     with open_checkpoint(attempt.root, trained.checkpoint_key) as checkpoint:
         head, history, manifest = _head(checkpoint, best, task), checkpoint.history(), checkpoint.manifest
     attempt.store.write(PROBE, save(head))
-    attempt.store.write(PREDICTIONS, _predictions(attempt, scores["predicted_by"], best, task.num_classes))
+    attempt.store.write(PREDICTIONS, _predictions(attempt, scores["predicted_by"], best))
     attempt.store.write(HISTORY, "".join(json.dumps(row) + "\n" for row in history).encode())
     facts = ProbeFacts(
         split=None if config.split == "test" else config.split,
@@ -243,15 +242,10 @@ def _head(checkpoint: Checkpoint, number: int, task: ProbeTask) -> dict[str, Ten
     return weights
 
 
-def _predictions(attempt: Attempt, workers: int, head: int, num_classes: int) -> bytes:
+def _predictions(attempt: Attempt, workers: int, head: int) -> bytes:
     """Return the file of predictions from the parts that the workers have written."""
-    parts = [load(attempt.store.read(predicted_part(rank, workers))) for rank in range(workers)]
-    sample_ids, labels, best = (torch.cat([part[name] for part in parts]) for name in ("sample_ids", "labels", "best"))
-    # Workers send the best classes alone; scores that fall with the place give the same ones again.
-    places = best[:, head].long()
-    scores = torch.zeros(len(places), num_classes)
-    scores.scatter_(1, places, torch.arange(places.shape[1], 0.0, -1.0).expand(places.shape))
-    return predictions.encode(sample_ids, labels, scores)
+    predicted = read_predicted(attempt.store, workers)
+    return predictions.encode_best(predicted["sample_ids"], predicted["labels"], predicted["best"][:, head].long())
 
 
 def _rate_scores(scores: Mapping[str, Any], rates: Sequence[float]) -> tuple[RateScore, ...]:

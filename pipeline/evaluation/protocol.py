@@ -52,6 +52,10 @@ class EvaluationProtocol:
     """As in `Step`, for protocols that train with checkpoints."""
     needs_labels: bool = True
     """Whether it scores labelled images. One that does not is evaluated on every dataset."""
+    variants: Callable[[Any], Mapping[str, Any]] = lambda settings: {"": settings}
+    """Settings -> what each variant appends to the protocol's name -> its settings. A variant has steps and rows of its own."""
+    origins: tuple[EncoderOrigin, ...] = ("pretrained", "random")
+    """The encoders that it is for."""
 
 
 @dataclass(frozen=True, kw_only=True)

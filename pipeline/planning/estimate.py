@@ -18,7 +18,7 @@ from pipeline.cluster.resources import Resources
 from pipeline.data.dataset.facts import Counts, DatasetFacts, SnapshotFacts
 from pipeline.data.feed.order import steps_total
 from pipeline.errors import ConfigError
-from pipeline.evaluation.protocols.finetune import FinetuneConfig
+from pipeline.evaluation.classifiers import ClassifierConfig
 from pipeline.graph.receipts import read_receipt
 from pipeline.graph.step import Step
 from pipeline.planning.footprint import (
@@ -45,7 +45,7 @@ ASSUMED_CPUS = 16
 MIN_EFFICIENT_BATCH = 16
 """Images per forward pass below which a device idles. A higher ZeRO stage or recomputation is preferred to smaller batches."""
 
-TrainingConfig = PretrainConfig | FinetuneConfig
+TrainingConfig = PretrainConfig | ClassifierConfig
 """Configs of the steps that train with the engine."""
 
 

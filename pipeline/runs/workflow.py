@@ -8,14 +8,15 @@ depend on pretraining, so that another mask ratio does not repeat them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from pipeline.config import Moved, RunConfig, SourceConfig
 from pipeline.data.snapshots.config import SnapshotConfig
 from pipeline.data.sources.listing import MOVED
 from pipeline.data.sources.splits import SplitFrom
-from pipeline.evaluation.protocol import EncoderOrigin, ProtocolConfig
-from pipeline.evaluation.protocols import ProtocolName, protocol_named
+from pipeline.evaluation.protocol import EncoderOrigin, EvaluationProtocol, ProtocolConfig
+from pipeline.evaluation.protocols import protocol_named
 from pipeline.graph.step import Step, canonical
 from pipeline.stages.join import JoinConfig, join
 from pipeline.stages.pretrain import MILESTONE_IMAGES, pretrain
@@ -29,7 +30,6 @@ COMPARED_AT = "compared_at"
 """Option of snapshot and shard steps whose files have moved: `Moved.compared_at`."""
 OUTSIDE = ("name", "store", "resources", "tracking")
 """Sections of the configuration that change no result. The report's fingerprint leaves them out."""
-ORIGINS: tuple[EncoderOrigin, ...] = ("pretrained", "random")
 
 
 def build(config: RunConfig) -> list[Step]:
@@ -53,13 +53,17 @@ def build(config: RunConfig) -> list[Step]:
         if source not in shards:  # its first snapshot only: --refresh grows the pretraining source, never a benchmark
             shards[source] = _dataset(config, source, snapshot_names(config)[:1], suffix=f"-{dataset.name}")
         for protocol in dataset.protocols:
-            for encoder in ORIGINS:
-                for seed in config.evaluation.seeds:
-                    name = f"{protocol}-{dataset.name}-{encoder}-s{seed}"
-                    # the random encoder must not depend on pretraining, or a new mask ratio would score it again
-                    inputs = {"shards": shards[source]} | ({"pretrain": pretrained} if encoder == "pretrained" else {})
-                    evaluations[name] = _evaluation(config, name, protocol, encoder, seed, inputs)
-                    scored.append(Scored(input=name, protocol=protocol, dataset=dataset.name, encoder=encoder))
+            chosen = protocol_named(protocol)
+            variants = chosen.variants(config.evaluation.settings(protocol))
+            for (variant, settings), encoder, seed in product(
+                variants.items(), chosen.origins, config.evaluation.seeds
+            ):
+                row = f"{protocol}{variant}"
+                name = f"{row}-{dataset.name}-{encoder}-s{seed}"
+                # the random encoder must not depend on pretraining, or a new mask ratio would score it again
+                inputs = {"shards": shards[source]} | ({"pretrain": pretrained} if encoder == "pretrained" else {})
+                evaluations[name] = _evaluation(config, name, chosen, settings, encoder, seed, inputs)
+                scored.append(Scored(input=name, protocol=row, dataset=dataset.name, encoder=encoder))
     # Inputs of the report, named `shard` and `shard-<dataset>` also where they are joins: its fingerprint covers the names.
     datasets = {f"shard{s.name.removeprefix('join').removeprefix('shard')}": s for s in shards.values()}
     inside = {key: value for key, value in config.model_dump().items() if key not in OUTSIDE}
@@ -209,9 +213,15 @@ def _shards(config: RunConfig, source: _Source, listing: Step) -> Step:
 
 
 def _evaluation(
-    config: RunConfig, name: str, protocol: ProtocolName, origin: EncoderOrigin, seed: int, inputs: Mapping[str, Step]
+    config: RunConfig,
+    name: str,
+    protocol: EvaluationProtocol,
+    settings: Any,
+    origin: EncoderOrigin,
+    seed: int,
+    inputs: Mapping[str, Step],
 ) -> Step:
-    evaluation, chosen = config.evaluation, protocol_named(protocol)
+    evaluation = config.evaluation
     common = ProtocolConfig(
         encoder=config.model.encoder,
         weights=origin,
@@ -222,9 +232,9 @@ def _evaluation(
     return Step(
         kind="evaluate",
         name=name,
-        function=chosen.evaluate,
-        config=chosen.step_config(common, evaluation.settings(protocol)),
+        function=protocol.evaluate,
+        config=protocol.step_config(common, settings),
         inputs=inputs,
         resources=config.resources,
-        resume_point=chosen.resume_point,
+        resume_point=protocol.resume_point,
     )

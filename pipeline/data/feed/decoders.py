@@ -236,6 +236,8 @@ class DecodeProcesses:
 def start_fork_server(maker: PictureMaker) -> None:
     """Start the server that workers are forked from, unless it runs. Its imports take seconds, for which nobody has to wait yet."""
     needed = [__name__, *([maker.noise.__module__] if maker.noise else [])]
+    if maker.augment.rand_augment:
+        needed.append("timm.data.auto_augment")
     forkserver.set_forkserver_preload(needed)
     with _blocked(_FOR_THE_PARENT):  # both inherit this: a stop sent to the whole group must not end the feed
         resource_tracker.ensure_running()

@@ -69,11 +69,13 @@ class Loader:
         fetch_bytes: int | None = None,
         noise: Noise | None = None,
         answer_s: float = 240.0,
+        together: int = 1,
     ) -> None:
         """Check the settings; with `decode_workers`, start the server that forks them.
 
         `decode_workers`: processes that decode; 0: `decode_threads` threads of this process do.
         `answer_s`: how long such a process may take for its part of a batch, including downloads, before it counts as hung.
+        `together`: neighbours of a global batch that are in the same rank's part.
         `fetch_bytes`: size of the shards that this rank may have in its lookahead; None: the size of the cache.
         """
         if not np.array_equal(order.served_counts, selection.counts):
@@ -87,7 +89,9 @@ class Loader:
         for name, value in (("prefetch_batches", prefetch_batches), ("decode_workers", decode_workers)):
             if value < 0:
                 raise ConfigError(f"{name}={value} is negative: write 0 or more")
-        self.selection, self.order, self.cache = selection, order, cache
+        if global_batch % together:
+            raise ConfigError(f"global_batch={global_batch} is not a multiple of {together}: write one")
+        self.selection, self.order, self.cache, self.together = selection, order, cache, together
         self.global_batch, self.rank, self.world_size = global_batch, rank, world_size
         self.maker = PictureMaker(cache=cache, augment=augment, image_size=image_size, seed=seed, noise=noise)
         self.decode_threads, self.decode_workers = decode_threads, decode_workers
@@ -103,7 +107,10 @@ class Loader:
 
     def from_step(self, start: int, stop: int) -> Generator[Batch]:
         """Yield this rank's part of the global batches of steps start..stop-1. Closing the generator ends what it has started."""
-        steps = (self.order.rank_slice(t, self.global_batch, self.rank, self.world_size) for t in range(start, stop))
+        steps = (
+            self.order.rank_slice(t, self.global_batch, self.rank, self.world_size, together=self.together)
+            for t in range(start, stop)
+        )
         return self._made(steps, self.maker, unreadable="substitute")
 
     def evaluation_batches(self, batch_size: int, *, unreadable: Unreadables = "stop") -> Generator[Batch]:
@@ -111,7 +118,7 @@ class Loader:
 
         The last batch may be smaller. `unreadable="substitute"` is for pictures to look at, never for a score.
         """
-        centre = replace(self.maker.augment, kind="center", flip=False)
+        centre = self.maker.augment.for_evaluation()
         part = plain_slice(int(self.selection.counts.sum()), self.rank, self.world_size)
         starts = range(part.start, part.stop, batch_size)
         positions = (np.arange(start, min(start + batch_size, part.stop)) for start in starts)

@@ -99,13 +99,16 @@ class SampleOrder:
         """Return the B samples of a step, lane by lane."""
         return self.rank_slice(step, global_batch, 0, 1)
 
-    def rank_slice(self, step: int, global_batch: int, rank: int, world_size: int) -> Slots:
-        """Return one rank's part of the step's batch. Together the ranks have each sample once, at any world size."""
+    def rank_slice(self, step: int, global_batch: int, rank: int, world_size: int, *, together: int = 1) -> Slots:
+        """Return one rank's part of the step's batch. Together the ranks have each sample once, at any world size.
+
+        `together`: how many neighbours of the batch no boundary between ranks may part; it divides the batch.
+        """
         positions = np.arange(step * global_batch, (step + 1) * global_batch)
         # sorted by lane, so that a rank's slice touches few lanes and therefore few shards
         by_lane = np.argsort(positions % self.samples_per_epoch % self.config.lanes, kind="stable")
-        part = plain_slice(global_batch, rank, world_size)
-        return self.locate(positions[by_lane[part.start : part.stop]])
+        part = plain_slice(global_batch // together, rank, world_size)
+        return self.locate(positions[by_lane[part.start * together : part.stop * together]])
 
     def locate(self, positions: Int64s) -> Slots:
         """Return the samples at global positions, in the given order."""

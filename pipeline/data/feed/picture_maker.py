@@ -18,7 +18,7 @@ from mae_core.randomness import uniform_rows
 from pipeline.data.feed.batch import Batch, BatchLayout, Int64s, Noise
 from pipeline.data.feed.cache import ShardCache
 from pipeline.data.feed.selection import Shard
-from pipeline.data.images.pictures import AUGMENT_UNIFORMS, AugmentConfig, Image, Uniforms, picture
+from pipeline.data.images.pictures import AugmentConfig, Image, Uniforms, picture
 from pipeline.errors import DataError
 
 
@@ -94,8 +94,8 @@ class PictureMaker:
         return unreadable
 
     def uniforms(self, epochs: Int64s, sample_ids: Int64s) -> Uniforms:
-        """Return the random numbers of the samples' crops, [n, AUGMENT_UNIFORMS]."""
-        return uniform_rows(self.seed, epochs, sample_ids, "augment", AUGMENT_UNIFORMS)
+        """Return the random numbers of the samples' pictures, [n, AugmentConfig.uniforms]."""
+        return uniform_rows(self.seed, epochs, sample_ids, "augment", self.augment.uniforms)
 
     def picture(self, place: Place, uniforms: Uniforms) -> Image | Unreadable:
         """Return a sample's training picture. Its bytes are checked first, as `picture` does not notice all damage."""

@@ -1,9 +1,9 @@
-"""From JPEG bytes to the pixels the model sees: decode, choose a box, resize, flip.
+"""From JPEG bytes to the pixels the model sees: decode, choose a box, resize, flip, and augment further if asked to.
 
 `picture` equals `augment(decode(data), ...)` pixel for pixel, but does not decode the rows below the box.
 
 Shapes: image [H, W, 3] uint8 RGB; size = (height, width). Boxes are in pixels of the decoded image; uniforms are
-    [AUGMENT_UNIFORMS].
+    [AugmentConfig.uniforms].
 Hot path: simplejpeg, then torch's antialiased bicubic on uint8, channels last: twice Pillow's speed on one core, and integers
     end to end, so equal on every CPU kernel tried. torch's float kernel is slower and differs between kernels.
 Errors: DataError for bytes that are not an RGB picture, ConfigError for settings that cannot work.
@@ -13,7 +13,7 @@ import io
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image as PillowImage
 
+from mae_core.config import ADDED_LATER
+from pipeline.data.images.augmentations import ERASE_UNIFORMS, RandAugment, erase, rand_augment
 from pipeline.data.images.jpeg_rows import decode_top
 from pipeline.errors import ConfigError, DataError
 
@@ -31,7 +33,7 @@ Uniforms = npt.NDArray[np.float64]
 
 _TRIES = 10
 AUGMENT_UNIFORMS = 2 * _TRIES + 3
-"""Random numbers of one augmentation: area and aspect ratio of each try, then top, left and flip."""
+"""Random numbers of one crop: area and aspect ratio of each try, then top, left and flip."""
 
 
 class Box(NamedTuple):
@@ -60,8 +62,16 @@ class AugmentConfig:
     """Share of the short side that a centre crop keeps: 224 of 256. An image of the target size is used whole."""
     flip: bool = True
     """Mirror half of the images left to right."""
+    rand_augment: str | None = field(default=None, metadata=ADDED_LATER)
+    """RandAugment in timm's notation, such as rand-m9-mstd0.5-inc1; null for none. For supervised training."""
+    erasing: float = field(default=0.0, metadata=ADDED_LATER)
+    """Probability that a rectangle of the picture is replaced by noise (random erasing, mode `pixel`). For supervised training."""
 
     def __post_init__(self) -> None:
+        if self.rand_augment is not None:
+            RandAugment.parse(self.rand_augment)
+        if not 0 <= self.erasing <= 1:
+            raise ConfigError(f"erasing={self.erasing} is not in [0, 1]: write 0 for none")
         low, high = self.scale
         if not 0 < low <= high <= 1:
             raise ConfigError(f"scale={self.scale} is not a range within (0, 1]: write (0.2, 1.0)")
@@ -71,6 +81,16 @@ class AugmentConfig:
             raise ConfigError(f"shift_pixels={self.shift_pixels} is negative: write 0 or more")
         if not 0 < self.crop_ratio <= 1:
             raise ConfigError(f"crop_ratio={self.crop_ratio} is not in (0, 1]: write 0.875 for 224 of 256")
+
+    @property
+    def uniforms(self) -> int:
+        """Random numbers of one picture: those of the crop come first, and do not depend on the rest."""
+        policy = RandAugment.parse(self.rand_augment).uniforms if self.rand_augment else 0
+        return AUGMENT_UNIFORMS + policy + (ERASE_UNIFORMS if self.erasing else 0)
+
+    def for_evaluation(self) -> "AugmentConfig":
+        """Return the same without anything random: a crop from the centre."""
+        return replace(self, kind="center", flip=False, rand_augment=None, erasing=0.0)
 
 
 def decode(data: bytes) -> Image:
@@ -205,7 +225,10 @@ def _cut(image: Image, box: Box, uniforms: Uniforms, config: AugmentConfig, size
     out = resize(image, box, size)
     if is_mirrored(uniforms, config):
         out = torch.from_numpy(out).flip(1).numpy()  # 40 us, where copying numpy's [:, ::-1] takes 300
-    return out
+    if config.rand_augment:
+        policy = RandAugment.parse(config.rand_augment)
+        out = rand_augment(out, uniforms[AUGMENT_UNIFORMS : AUGMENT_UNIFORMS + policy.uniforms], policy)
+    return erase(out, uniforms[-ERASE_UNIFORMS:], probability=config.erasing) if config.erasing else out
 
 
 def reference_picture(data: bytes, uniforms: Uniforms, config: AugmentConfig, size: tuple[int, int]) -> Image:

@@ -6,7 +6,9 @@ from typing import Literal, get_args
 
 from pipeline.evaluation.protocol import EvaluationProtocol
 
-ProtocolName = Literal["linear", "finetune", "linear_online", "attentive", "knn", "ridge", "rankme"]
+ProtocolName = Literal[
+    "linear", "finetune", "partial", "scratch", "linear_online", "attentive", "knn", "ridge", "rankme"
+]
 PROTOCOL_NAMES: tuple[ProtocolName, ...] = get_args(ProtocolName)
 
 

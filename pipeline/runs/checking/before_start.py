@@ -12,6 +12,7 @@ from pipeline.data.snapshots.config import where_it_is
 from pipeline.data.snapshots.rereading import check_layout
 from pipeline.data.sources.listing import MOVED, list_source
 from pipeline.errors import ConfigError, PipelineError
+from pipeline.evaluation.classifiers import ClassifierConfig
 from pipeline.graph.plan import plan_graph
 from pipeline.graph.step import Step
 from pipeline.planning.estimate import check_memory, training_configs
@@ -65,9 +66,9 @@ def slow_precision(steps: Sequence[Step], resources: Resources) -> str:
         return ""
     if local_hardware(resources).kind != "cpu":
         return ""
-    in_bf16 = {name for name, config in training_configs(steps).items() if config.recipe.precision == "bf16"}
-    sections = {step.name: "pretrain" if step.kind == "pretrain" else "evaluation.finetune" for step in steps}
-    options = dict.fromkeys(f"--set {sections[name]}.precision=fp32" for name in sections if name in in_bf16)
+    in_bf16 = [config for config in training_configs(steps).values() if config.recipe.precision == "bf16"]
+    sections = (config.section if isinstance(config, ClassifierConfig) else "pretrain" for config in in_bf16)
+    options = dict.fromkeys(f"--set {section}.precision=fp32" for section in sections)
     return f"this CPU has no bf16 arithmetic, fp32 is faster on it: {' '.join(options)}" if options else ""
 
 

@@ -136,12 +136,12 @@ class Checkpoint:
             )
         return values
 
-    def weights(self) -> dict[str, Tensor]:
-        """Return every trained parameter in its shape, float32."""
+    def weights(self, kind: Kind = "weight") -> dict[str, Tensor]:
+        """Return every trained parameter, or its average, in its shape, float32."""
         weights = {}
         for name, shape in self.manifest.parameters.items():
             count = int(torch.Size(shape).numel())
-            weights[name] = self.read(name, "weight", 0, count).reshape(tuple(shape))
+            weights[name] = self.read(name, kind, 0, count).reshape(tuple(shape))
         return weights
 
     def load_into(self, module: nn.Module) -> None:

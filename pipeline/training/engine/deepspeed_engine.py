@@ -34,8 +34,10 @@ from pipeline.training.world import World
 log = logging.getLogger(__name__)
 
 Pass = Literal["compile", "forward", "backward"]
-Kind = Literal["weight", "exp_avg", "exp_avg_sq"]
+Kind = Literal["weight", "exp_avg", "exp_avg_sq", "average"]
+"""`average`: the exponential moving average of the weights, where a recipe asks for it."""
 KINDS: tuple[Kind, ...] = ("weight", "exp_avg", "exp_avg_sq")
+"""What there always is of a parameter."""
 Lookup = Callable[[str, Kind, int, int], Tensor]
 """(parameter, kind, start, count) -> float32 [count], usually read from a checkpoint."""
 
@@ -185,7 +187,18 @@ class Engine:
         """
         for group, scale in zip(self._zero.param_groups, self._scales, strict=True):
             group["lr"] = lr * scale
-        self._step(grad_norm)
+        if self._step(grad_norm) and self.settings.average_decay:
+            averages = [self._zero.optimizer.state[flat]["average"] for flat in self._flats]
+            torch._foreach_lerp_(averages, self._flats, 1 - self.settings.average_decay)
+
+    def use_averages(self) -> None:
+        """Replace the weights by their averages, if there are any, for what is only scored from now on. Collective."""
+        if not self.settings.average_decay:
+            return
+        with torch.no_grad():
+            for flat in self._flats:
+                flat.copy_(self._zero.optimizer.state[flat]["average"])
+        self.sync_module_weights()
 
     def losses(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Return the losses [b] of this rank's samples, in their order, without gradients. Collective under ZeRO-3."""
@@ -245,12 +258,24 @@ class Engine:
         parameters = self._engine.module.named_parameters()
         return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in parameters if p.requires_grad}
 
+    @property
+    def _kinds(self) -> tuple[Kind, ...]:
+        """What there is of a parameter."""
+        return (*KINDS, "average") if self.settings.average_decay else KINDS
+
+    @property
+    def _flats(self) -> list[Tensor]:
+        """This rank's float32 weights: ZeRO hands AdamW flat buffers in place of the parameters, in another list at each stage."""
+        sharded = self.settings.zero_stage == 3
+        flats = self._zero.fp32_partitioned_groups_flat if sharded else self._zero.single_partition_of_fp32_groups
+        return list(flats)
+
     def fragments(self) -> Iterator[Fragment]:
         """Yield all the trained state that this rank holds, without communication."""
         for name, parameter in self._engine.module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            for kind in KINDS:
+            for kind in self._kinds:
                 local = self._local_values(parameter, kind)
                 if local is not None:
                     start, values = local
@@ -262,7 +287,7 @@ class Engine:
         The module must have been built with the same weights already, or `sync_module_weights` must follow: DeepSpeed keeps a
         copy in the compute precision that this does not touch.
         """
-        self._load(lookup, KINDS)
+        self._load(lookup, self._kinds)
         for state in self._zero.optimizer.state.values():
             state["step"].fill_(optimizer_steps)  # Adam's bias correction goes on from here
 
@@ -320,19 +345,19 @@ class Engine:
         parameter._z3_optimizer.set_local_hp_param(padded, parameter, state_key)
 
     def _create_adam_state(self) -> None:
-        """Create Adam's state, all zeros, now: AdamW does so at its first step, which is too late to load or save it."""
-        # ZeRO hands AdamW flat float32 buffers in place of the parameters; which attribute lists them depends on the stage.
-        sharded = self.settings.zero_stage == 3
-        flats = self._zero.fp32_partitioned_groups_flat if sharded else self._zero.single_partition_of_fp32_groups
-        for flat in flats:
+        """Create Adam's state, all zeros, now: AdamW does so at its first step, which is too late to load or save it.
+
+        The average of the weights lies there too. AdamW does not touch it, and DeepSpeed finds it by parameter like the rest.
+        """
+        for flat in self._flats:
             self._zero.optimizer.state[flat] = {
                 "step": torch.zeros((), device=flat.device),  # a tensor beside the weights, as fused AdamW requires
                 "exp_avg": torch.zeros_like(flat),
                 "exp_avg_sq": torch.zeros_like(flat),
+                **({"average": flat.detach().clone()} if self.settings.average_decay else {}),
             }
-        if (
-            not sharded
-        ):  # ZeRO-3 looks the state up each time; ZeRO 1 and 2 link it to the parameters once, in their first step
+        if self.settings.zero_stage < 3:
+            # ZeRO-3 looks the state up each time; ZeRO 1 and 2 link it to the parameters once, in their first step
             self._zero._lazy_init_hp_params_optimizer_state()
 
 
@@ -343,7 +368,7 @@ def initial_state(module: nn.Module) -> Lookup:
     weights = {name: parameter.detach() for name, parameter in module.named_parameters()}
 
     def lookup(parameter: str, kind: Kind, start: int, count: int) -> Tensor:
-        if kind != "weight":
+        if kind not in ("weight", "average"):
             return torch.zeros(count)
         return weights[parameter].float().reshape(-1)[start : start + count]
 

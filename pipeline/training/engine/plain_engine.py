@@ -152,6 +152,9 @@ class PlainEngine:
                 found.append(self._heads.losses(self._heads(images), labels).cpu()[weights.cpu() > 0])
         return torch.cat(found)
 
+    def use_averages(self) -> None:
+        """Do nothing: heads on a frozen encoder have no averages."""
+
     def close(self) -> None:
         """Do nothing: no hook keeps the module alive."""
 

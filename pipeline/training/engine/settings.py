@@ -46,6 +46,8 @@ class EngineSettings:
     """What gradients are summed in; None for the compute precision."""
     overlap_comm: bool = False
     """Gradients are reduced while the backward pass goes on, on a stream of their own."""
+    average_decay: float = 0.0
+    """Share of the moving average of the weights that is kept at each step; 0 for no average."""
 
     @property
     def sums_in(self) -> GradientPrecision:

@@ -185,7 +185,9 @@ class _Training:
         scores: Mapping[str, Any] = {}
         # A training that stopped will go on, so its score would be that of a random moment.
         if self.spec.evaluation_split and not stopped:
-            scores, stopped = evaluate(self.spec, self.engine.module, self.world, self.stop_signal, self.attempt.store)
+            self.engine.use_averages()  # the checkpoint has been written, and this training moves no weight again
+            module, store = self.engine.module, self.attempt.store
+            scores, stopped = evaluate(self.spec, module, self.world, self.stop_signal, store)
             self._check_not_fenced(stopped)
         return TrainingResult(
             self.position.saved_key,

@@ -10,8 +10,8 @@ from contextlib import closing
 from typing import Any
 
 import torch
-from safetensors.torch import save
-from torch import nn
+from safetensors.torch import load, save
+from torch import Tensor, nn
 
 from pipeline.data.feed.loader import Batch
 from pipeline.data.feed.order import plain_slice
@@ -74,6 +74,12 @@ def _scores(
             return dict(spec.task.evaluate(module, _until_stopped(same_count, world, stop_signal), world)), ""
         except _StoppedEarly as stopped:
             return {}, stopped.args[0]
+
+
+def read_predicted(store: Store, workers: int) -> dict[str, Tensor]:
+    """Return the predictions of all ranks, each image of the split once."""
+    parts = [load(store.read(predicted_part(rank, workers))) for rank in range(workers)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _until_stopped(batches: Iterator[Batch], world: World, stop_signal: StopSignal) -> Iterator[Batch]:

@@ -74,6 +74,16 @@ class Recipe:
                 f"decay_share={self.decay_share} is not in (0, {most:.2g}], the share that the warmup leaves: write less"
             )
 
+    @property
+    def samples_together(self) -> int:
+        """How many neighbours of a global batch are in the same micro-batch, because the loss of one depends on the others."""
+        return 1
+
+    @property
+    def average_decay(self) -> float:
+        """Share of the average of the weights that is kept at each step; 0 for no average."""
+        return 0.0
+
     def learning_rate(self, global_step: int, samples_per_epoch: int) -> float:
         """Return the absolute rate of a step: a pure function of the images seen, so a resumed run gets the same one."""
         total_images = self.epochs * samples_per_epoch
@@ -108,13 +118,49 @@ class FinetuneRecipe(Recipe):
     """Probability that a residual branch of the last block is dropped; it grows from 0 in the first."""
     label_smoothing: float = 0.1
     """Share of the target distribution that is spread over all classes."""
+    mixup: float = field(default=0.0, metadata=ADDED_LATER)
+    """Parameter of the Beta distribution by which an image and its neighbour in the batch are blended; 0 for no mixup."""
+    cutmix: float = field(default=0.0, metadata=ADDED_LATER)
+    """The same for CutMix, which replaces a box of an image by its neighbour's; 0 for none. With both, each is chosen half of the
+    time."""
+    ema: float = field(default=0.0, metadata=ADDED_LATER)
+    """Scores are those of an exponential moving average of the weights, of which this share is kept at each step, such as 0.9999;
+    0 for the weights themselves. Costs 4 bytes per weight."""
+
+    @property
+    def samples_together(self) -> int:
+        """A pair of images that are mixed is never parted."""
+        return 2 if self.mixup or self.cutmix else 1
+
+    @property
+    def average_decay(self) -> float:
+        """As in the configuration."""
+        return self.ema
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("drop_path", "label_smoothing"):
+        for name in ("mixup", "cutmix"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} is negative: write 0 for none")
+        if self.global_batch % self.samples_together:
+            raise ConfigError(
+                f"global_batch={self.global_batch} is odd, but mixup and cutmix mix pairs: write {self.global_batch + 1}"
+            )
+        for name in ("drop_path", "label_smoothing", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} is not in [0, 1): write 0 for none")
         if not 0 < self.layer_decay <= 1:
             raise ConfigError(
                 f"layer_decay={self.layer_decay} is not in (0, 1]: write 1 for the same rate in all layers"
             )
+
+
+def fitting_warmup(epochs: object, *, default: float, of_epochs: int) -> float:
+    """Return a default warm-up, or if it is not shorter than the epochs, the share of them that it has of `of_epochs`.
+
+    A warm-up that fits is left alone: it is part of the fingerprints of finished trainings. `epochs` need not be checked yet.
+    """
+    # not isinstance: `true` is an int too, and refused later
+    if type(epochs) is not int or not 0 < epochs <= default:
+        return default
+    return epochs * default / of_epochs

@@ -113,6 +113,7 @@ class TrainSpec:
             decode_workers=self.resources.decode_processes,
             pin_memory=world.device.type == "cuda",
             noise=self.task.noise,
+            together=self.recipe.samples_together,
             answer_s=0.8 * self.resources.watchdog_s,  # a hung decode worker is replaced before the watchdog complains
             fetch_bytes=self.resources.cache_max_bytes // world.local_size,  # workers on a node share its cache
         )
@@ -121,10 +122,12 @@ class TrainSpec:
 def engine_settings(recipe: Recipe, resources: Resources, *, workers: int) -> EngineSettings:
     """Return the engine's settings; micro-batch and accumulation follow from the largest part of the global batch.
 
-    The largest part counts on every worker, because all must run the same number of passes.
+    The largest part counts on every worker, because all must run the same number of passes. Samples that belong together are in
+    one micro-batch, even if that makes it larger than asked for.
     """
-    largest_part = math.ceil(recipe.global_batch / workers)  # parts differ by one sample at most
-    micro_batch = min(resources.micro_batch, largest_part)
+    together = recipe.samples_together
+    largest_part = math.ceil(recipe.global_batch // together / workers) * together  # parts differ by one group at most
+    micro_batch = min(max(resources.micro_batch // together, 1) * together, largest_part)
     return EngineSettings(
         precision="bf16" if recipe.precision == "bf16" else "fp32",  # to DeepSpeed, tf32 is fp32
         gradient_precision=recipe.gradient_precision,
@@ -132,6 +135,7 @@ def engine_settings(recipe: Recipe, resources: Resources, *, workers: int) -> En
         micro_batch=micro_batch,
         accumulation=math.ceil(largest_part / micro_batch),
         betas=recipe.betas,
+        average_decay=recipe.average_decay,
         max_grad_norm=recipe.max_grad_norm,
         offload=resources.offload,
         activation_checkpointing=resources.activation_checkpointing,

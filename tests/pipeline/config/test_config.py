@@ -357,6 +357,7 @@ def test_one_number_is_a_square_image_size(path):
 # --- what enters the fingerprints --------------------------------------------------------------------------------------------
 
 OUTSIDE = ("name", "store", "resources.", "tracking.", "data.bad_share_warn", "data.bad_share_stop")
+RECIPES = ("pretrain", "evaluation.finetune", "evaluation.partial", "evaluation.scratch")
 OTHER: dict[str, Any] = {
     # another valid value, for fields where the rule in `another` would give an invalid one
     "model.encoder.image_size.0": 32,
@@ -371,9 +372,18 @@ OTHER: dict[str, Any] = {
     "data.source": "/data/others",
     "evaluation.datasets.0.source": "/data/third",
     "evaluation.datasets.0.protocols": ["linear"],
-    "evaluation.finetune.warmup_epochs": 0.5,
-    "pretrain.augment.scale.1": 0.9,
-    "evaluation.finetune.augment.scale.1": 0.9,
+    "evaluation.preset": "small-images",
+    "evaluation.partial.blocks.0": 3,
+    "evaluation.partial.blocks.1": 1.5,
+    "evaluation.partial.blocks.2": 2.5,
+    "evaluation.scratch.global_batch": 4098,
+    "evaluation.scratch.layer_decay": 0.9,
+    **{f"evaluation.{name}.precision": "fp32" for name in ("partial", "scratch")},
+    **{f"evaluation.{name}.ema": 0.999 for name in ("finetune", "partial")},
+    **{f"evaluation.{name}.warmup_epochs": 0.5 for name in ("finetune", "partial", "scratch")},
+    **{f"{section}.augment.scale.1": 0.9 for section in RECIPES},
+    **{f"{section}.augment.rand_augment": "rand-m5-inc1" for section in RECIPES},
+    **{f"{section}.max_grad_norm": 1.0 for section in RECIPES},
     "evaluation.train_labels": 10,
     "tracking.uri": "http://127.0.0.1:5000",
     "resources.use_gpu": False,
@@ -383,10 +393,7 @@ OTHER: dict[str, Any] = {
     "resources.keep_every_steps": 100,
     "fork": {"checkpoint": "pretrain-0/g0001/checkpoints/step-00000004", "manifest_sha256": "0" * 64},
     "resources.offload": "optimizer",
-    "pretrain.max_grad_norm": 1.0,
-    "evaluation.finetune.max_grad_norm": 1.0,
-    "pretrain.gradient_precision": "fp32",
-    "evaluation.finetune.gradient_precision": "fp32",
+    **{f"{section}.gradient_precision": "fp32" for section in RECIPES},
     "store": "/data/other",
 }
 FIXED = ("model.masking", "model.encoder.in_channels")
@@ -446,7 +453,7 @@ def whole() -> dict[str, Any]:
     config = RunConfig.model_validate({**content, "model": copy.deepcopy(MODEL)})
     full = canonical(config)
     full["evaluation"]["datasets"][0]["source"] = "/data/labelled"  # else how it is read is the pretraining source's
-    for recipe in (full["pretrain"], full["evaluation"]["finetune"]):
+    for recipe in (full["pretrain"], *(full["evaluation"][name] for name in ("finetune", "partial", "scratch"))):
         recipe["augment"]["kind"] = "shift"
     return full
 

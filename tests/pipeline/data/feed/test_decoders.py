@@ -16,6 +16,7 @@ from feed_kit import DistantStore, assert_equal_batches, damage, flip_bit, loade
 
 from pipeline.data.feed import decoders
 from pipeline.data.feed.selection import Selection
+from pipeline.data.images.pictures import AugmentConfig
 from pipeline.errors import DataError, PipelineError
 
 
@@ -59,6 +60,17 @@ def open_batches():
 @pytest.fixture(scope="module")
 def expected(manifest):
     return list(loader(manifest, noise=noise).from_step(0, 8))
+
+
+def test_augmentations_are_equal_in_threads_and_processes_and_on_any_number_of_workers(manifest):
+    strong = AugmentConfig(rand_augment="rand-m9-mstd0.5-inc1", erasing=0.5)
+    whole = list(loader(manifest, augment=strong, decode_threads=3).from_step(0, 3))
+    assert_equal_batches(loader(manifest, augment=strong, decode_workers=2).from_step(0, 3), whole)
+    ranks = [loader(manifest, augment=strong, rank=rank, world_size=2).from_step(0, 3) for rank in range(2)]
+    for batch, *parts in zip(whole, *ranks, strict=True):
+        assert torch.equal(batch.images, torch.cat([part.images for part in parts]))
+    plain = next(loader(manifest).from_step(0, 1))
+    assert 3 <= (whole[0].images != plain.images).flatten(1).any(dim=1).sum() <= len(plain.images)
 
 
 def test_processes_make_the_batches_that_threads_make(manifest, expected):

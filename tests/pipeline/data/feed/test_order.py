@@ -185,3 +185,12 @@ def test_wrong_values_are_refused():
         SampleOrder([0, 0, 0], OrderConfig(seed=0))
     with pytest.raises(ConfigError, match="rank=2"):
         SampleOrder([4], OrderConfig(seed=0)).rank_slice(0, 4, 2, 2)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 9])
+def test_neighbours_that_belong_together_are_never_parted(world_size):
+    order = SampleOrder([9, 4, 17], OrderConfig(seed=1, lanes=4))
+    ranks = [order.rank_slice(2, 14, rank, world_size, together=2) for rank in range(world_size)]
+    assert all(len(slots.positions) % 2 == 0 for slots in ranks)
+    whole = order.global_batch(2, 14)
+    assert np.concatenate([slots.positions for slots in ranks]).tolist() == whole.positions.tolist()

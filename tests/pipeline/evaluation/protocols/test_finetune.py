@@ -1,11 +1,15 @@
 """Fine-tuning as a whole on one and two workers: it scores the requested weights over all test images."""
 
+import io
 import json
 from dataclasses import asdict, replace
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load
+from sklearn.metrics import accuracy_score
 from training_kit import (
     SEED,
     TEST,
@@ -16,6 +20,7 @@ from training_kit import (
     classification_spec,
     encoder_config,
     finetune_recipe,
+    resources,
 )
 
 from mae_core.classification.heads import Classifier
@@ -26,12 +31,19 @@ from pipeline.data.dataset.address import dataset_address
 from pipeline.data.dataset.schema import NO_LABEL
 from pipeline.data.feed.selection import Selection, select
 from pipeline.data.images.pictures import AugmentConfig, augment, decode
-from pipeline.evaluation.protocols.finetune import CLASSIFIER, FinetuneConfig, finetune
+from pipeline.errors import ConfigError
+from pipeline.evaluation.classifiers import CLASSIFIER
+from pipeline.evaluation.predictions import PREDICTIONS
+from pipeline.evaluation.protocols.finetune import FinetuneConfig, finetune
 from pipeline.graph.step import Attempt, StageInput
+from pipeline.storage import open_store
 from pipeline.tracking import NullTracker
+from pipeline.training.checkpoints.format import open_checkpoint, resume_point
 from pipeline.training.health.stop_reasons import StoreStopSignal
 from pipeline.training.loop.loop import train
+from pipeline.training.loop.scoring import read_predicted
 from pipeline.training.spec.tasks import ClassificationTask
+from pipeline.training.spec.train_spec import engine_settings
 from pipeline.training.world import enter_world
 from pipeline.weights import ENCODER, read_weights
 
@@ -46,19 +58,20 @@ def finetune_here(of: FinetuneConfig, inputs: dict[str, StageInput], attempt: At
     return finetune(of, inputs, attempt)
 
 
-def test_images(shards: StageInput) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return all test images as evaluation crops them, read without the loader: uint8 [n, H, W, 3], labels [n]."""
+def test_images(shards: StageInput) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Return all test images as evaluation crops them, read without the loader: uint8 [n, H, W, 3], labels [n], sample ids."""
     selection = Selection.all(dataset_address(shards).open(), "test")
     centre = AugmentConfig(kind="center", flip=False)
-    images, labels = [], []
+    images, labels, ids = [], [], []
     for shard, entry in enumerate(selection.shards):
         rows = selection.rows(shard)
         tar = shards.root.read(entry.key)
+        ids += rows.sample_ids.tolist()
         for offset, length, label in zip(rows.offsets, rows.lengths, rows.labels, strict=True):
             picture = augment(decode(tar[offset : offset + length]), torch.zeros(64).numpy(), centre, (16, 16))
             images.append(torch.as_tensor(picture))
             labels.append(int(label))
-    return torch.stack(images), torch.tensor(labels)
+    return torch.stack(images), torch.tensor(labels), ids
 
 
 test_images.__test__ = False
@@ -72,7 +85,7 @@ def test_the_score_is_the_saved_classifiers_over_all_test_images(teams, shards, 
     facts = result.facts
     assert facts["images"] == TEST
     assert facts["labels"] == 60
-    images, labels = test_images(shards)
+    images, labels, ids = test_images(shards)
     encoder = encoder_config()
     model = Classifier(ViTEncoder(encoder), num_classes=3, generator=torch.Generator())
     model.load_state_dict(load(attempt.store.read(CLASSIFIER)))
@@ -82,6 +95,11 @@ def test_the_score_is_the_saved_classifiers_over_all_test_images(teams, shards, 
     assert facts["top1"] == counts.top1
     assert facts["top5"] == 1.0  # of three classes
     assert facts["loss"] == pytest.approx(counts.loss, rel=1e-5)
+    table = pq.read_table(io.BytesIO(attempt.store.read(PREDICTIONS))).to_pydict()
+    in_order_of_id = torch.argsort(torch.tensor(ids))
+    assert table["sample_id"] == sorted(ids)
+    assert table["label"] == labels[in_order_of_id].tolist()
+    assert [row[:3] for row in table["top5"]] == logits.sort(descending=True).indices[in_order_of_id].tolist()
     rows = [json.loads(line) for line in attempt.store.read("history.jsonl").splitlines()]
     assert len(rows) == facts["global_step"] == 19  # 4 epochs of 60 in batches of 13
     assert rows[-1]["loss"] < rows[0]["loss"]
@@ -95,14 +113,22 @@ def train_here(spec, attempt):
 @pytest.mark.parametrize(("workers", "zero_stage"), [(2, 1), pytest.param(3, 3, marks=pytest.mark.system)])
 def test_any_number_of_workers_counts_every_test_image_once(teams, shards, tmp_path, workers, zero_stage):
     """23 images on 2 or 3 workers, whose forward passes ZeRO-3 needs in equal number, score as on one worker."""
-    scores = []
+    scores, predicted = [], []
     for size, stage in ((1, 1), (workers, zero_stage)):
         attempt = attempt_at(tmp_path / str(size), zero_stage=stage)
         spec = classification_spec(shards, attempt)
         answers = teams(size).run(train_here, spec, attempt)
+        columns = read_predicted(attempt.store, answers[0]["predicted_by"])
+        predicted.append({name: column.numpy() for name, column in columns.items()})
         assert all(answer == answers[0] for answer in answers)
         scores.append(answers[0])
     alone, together = scores
+    for columns in predicted:  # as scikit-learn counts them
+        assert sorted(columns["sample_ids"].tolist()) == sorted(test_images(shards)[2])
+        assert accuracy_score(columns["labels"], columns["best"][:, 0]) == alone["top1"]
+    by_id = [np.argsort(columns["sample_ids"]) for columns in predicted]
+    for name, column in predicted[0].items():
+        assert np.array_equal(column[by_id[0]], predicted[1][name][by_id[1]])
     assert together["images"] == alone["images"] == TEST
     assert together["top1"] == alone["top1"]
     assert together["loss"] == pytest.approx(alone["loss"], rel=1e-5)
@@ -184,3 +210,50 @@ def test_stray_images_without_a_label_are_neither_learnt_nor_scored(teams, partl
     facts = teams(1).run(finetune_here, config("random", epochs=2), {"shards": partly_labelled}, attempt)[0].facts
     assert facts["images"] == TEST
     assert facts["global_step"] == 10
+
+
+STRONG = {
+    "global_batch": 14,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "drop_path": 0.2,
+    "augment": AugmentConfig(rand_augment="rand-m9-mstd0.5-inc1", erasing=0.25),
+}
+
+
+def history_here(spec, attempt, stop):
+    train(spec, attempt, world=enter_world(), tracker=NullTracker(), stop_signal=stop)
+    with open_checkpoint(attempt.root, resume_point(attempt.root)) as checkpoint:
+        return [row["loss"] for row in checkpoint.history()], {
+            name: w.numpy() for name, w in checkpoint.weights().items()
+        }
+
+
+def test_mixed_and_augmented_images_are_the_same_on_any_number_of_workers_and_after_a_resume(teams, shards, tmp_path):
+    """Pairs stay together: on 1 worker, on 2 with an odd micro-batch, and when a stop comes in between."""
+    found = []
+    for name, size, micro_batch in (("one", 1, 14), ("two", 2, 3)):
+        attempt = attempt_at(tmp_path / name, micro_batch=micro_batch)
+        spec = classification_spec(shards, attempt, **STRONG)
+        found.append(teams(size).run(history_here, spec, attempt, StopAfter(99))[0][0])
+    assert len(found[0]) == 9  # 2 epochs of 60 in batches of 14
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    attempt = attempt_at(tmp_path / "stopped", micro_batch=14)
+    spec = classification_spec(shards, attempt, **STRONG)
+    teams(1).run(history_here, spec, attempt, StopAfter(4))
+    losses, weights = teams(1).run(history_here, spec, attempt_at(tmp_path / "stopped", micro_batch=14), StopAfter(99))[
+        0
+    ]
+    assert losses == found[0]
+    whole = open_checkpoint(open_store(str(tmp_path / "one")), resume_point(open_store(str(tmp_path / "one"))))
+    with whole as checkpoint:
+        assert all(np.array_equal(weights[name], value.numpy()) for name, value in checkpoint.weights().items())
+
+
+def test_an_odd_batch_cannot_be_mixed():
+    with pytest.raises(ConfigError, match="global_batch=13 is odd, but mixup and cutmix mix pairs: write 14"):
+        finetune_recipe(mixup=0.8)
+    assert (
+        engine_settings(finetune_recipe(global_batch=14, cutmix=1.0), resources(micro_batch=1), workers=2).micro_batch
+        == 2
+    )
