@@ -1,4 +1,5 @@
-"""Start the loop, as Ray Train's worker group (`ray_train.py`) or alone in this process, and again when its workers must move.
+"""Start the loop, as Ray Train's worker group (`ray_train.py`), as a plain Ray task (`ray_task.py`: one worker) or alone in this
+process, and again when its workers must move.
 
 A PipelineError is never retried: all workers return, rank 0 writes it down, and the stage that started them raises it.
 Workers also save and return when their node is about to go, or when there is room for more of them. The group is then
@@ -7,16 +8,18 @@ Errors: Stopped when asked to stop, or when there is no more room; Fenced; a wor
 PipelineError when the training is given up. Unanswered, a PipelineError that is retried, if a worker does not come in time."""
 
 import json
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
-from pipeline import errors
+from pipeline import cluster, errors
 from pipeline.errors import ConfigError, PipelineError, Stopped
 from pipeline.graph.step import Attempt
 from pipeline.tracking import NullTracker, open_tracker
+from pipeline.training import ray_task
 from pipeline.training.health.failures import FailureStreak, reason_to_give_up
-from pipeline.training.health.stop_reasons import stop_on_sigterm_if_unhandled, stop_signal_of
+from pipeline.training.health.stop_reasons import StoreStopSignal, stop_on_sigterm_if_unhandled, stop_signal_of
 from pipeline.training.loop.loop import TrainingResult, train
 from pipeline.training.spec.train_spec import TrainSpec
 from pipeline.training.world import ELSEWHERE, Unanswered, enter_world, leave_launcher
@@ -28,9 +31,10 @@ RESULT = "trained.json"
 def run_training(spec: TrainSpec, attempt: Attempt) -> TrainingResult:
     """Train to the end. This is the one call that a stage makes."""
     if attempt.executor == "ray":
-        from pipeline.training import ray_train
-
-        attempt = ray_train.with_hardware_decided(attempt)
+        # Once for all groups of workers: one whose GPU nodes are taken away must not go on without GPUs.
+        attempt = replace(attempt, resources=cluster.hardware_decided(attempt.resources))
+        decided = {"decode_workers": attempt.resources.decode_workers}
+        spec = replace(spec, resources=spec.resources.model_copy(update=decided))
     # Counted here, because to Ray Train each of these groups has finished cleanly.
     preemptions = FailureStreak()
     # `fenced` never comes back here: the loop raises Fenced for it.
@@ -53,8 +57,10 @@ def _run_workers(spec: TrainSpec, attempt: Attempt) -> TrainingResult:
     if attempt.executor == "in_process":
         leave_launcher()
         run_worker(spec, attempt)
+    elif attempt.resources.one_worker:
+        ray_task.fit(run_worker, spec, attempt)
     else:
-        from pipeline.training import ray_train
+        from pipeline.training import ray_train  # takes seconds
 
         ray_train.fit(run_worker, spec, attempt)
     answer = json.loads(attempt.store.read(RESULT))
@@ -68,9 +74,20 @@ def _reason_not_to_restart(attempt: Attempt) -> str:
     """Return why workers that had to move cannot be restarted, or an empty string if they can."""
     if attempt.executor == "in_process":
         return "this process was told to end"
-    from pipeline.training import ray_train
+    return _wait_for_room(attempt)
 
-    return ray_train.wait_for_room(attempt)
+
+def _wait_for_room(attempt: Attempt) -> str:
+    """Wait until the fewest workers fit on the remaining nodes; return why it gave up, or an empty string if they fit."""
+    need, (least, _) = attempt.resources.per_worker, attempt.resources.worker_range
+    stop_signal, deadline = StoreStopSignal(attempt), time.monotonic() + attempt.resources.node_wait_s
+    while cluster.worker_capacity(need, of="all") < least:
+        if reason := stop_signal.stop_reason():
+            return "asked to stop" if reason == "asked" else "another run has claimed a higher generation"
+        if time.monotonic() >= deadline:
+            return f"the nodes that stay have no room for {least} workers, after {attempt.resources.node_wait_s:g} s"
+        time.sleep(1.0)
+    return ""
 
 
 def run_worker(spec: TrainSpec, attempt: Attempt) -> None:

@@ -8,34 +8,26 @@ Errors: PipelineError when a training step is given up."""
 
 import logging
 import tempfile
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import ray
 import torch
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipeline import cluster
-from pipeline.errors import PipelineError, StorageError
+from pipeline.errors import PipelineError
 from pipeline.graph.step import Attempt
-from pipeline.training.checkpoints.format import committed
-from pipeline.training.health.failures import FailureStreak, classify, reason_to_give_up
-from pipeline.training.health.stop_reasons import StoreStopSignal, stop_on_sigterm
+from pipeline.training.health.failures import GOES_ON, RestartBudget, classify, last_line
+from pipeline.training.health.stop_reasons import stop_on_sigterm
 from pipeline.training.health.watchdog import stack_dump_hint
+from pipeline.training.ray_task import WorkerFunction
 from pipeline.training.spec.train_spec import TrainSpec
-
-log = logging.getLogger(__name__)
-WorkerFunction = Callable[[TrainSpec, Attempt], None]
-GOES_ON = "The same command goes on from the last checkpoint"
 
 
 def fit(run_worker: WorkerFunction, spec: TrainSpec, attempt: Attempt) -> None:
     """Run `run_worker` on as many workers as there is room for, within the range, until all have returned."""
-    decided = {"decode_workers": attempt.resources.decode_workers}
-    spec = replace(spec, resources=spec.resources.model_copy(update=decided))
     with tempfile.TemporaryDirectory(prefix="mae-ray-train-", ignore_cleanup_errors=True) as scratch:
         try:
             _trainer(run_worker, spec, attempt, scratch).fit()
@@ -46,32 +38,6 @@ def fit(run_worker: WorkerFunction, spec: TrainSpec, attempt: Attempt) -> None:
             raise PipelineError(
                 f"{attempt.step_name}: Ray Train gave up: {last_line(error)}. {stack_dump_hint(attempt.store)}{GOES_ON}"
             ) from error
-
-
-def with_hardware_decided(attempt: Attempt) -> Attempt:
-    """Return the attempt with `use_gpu` and `decode_workers` decided, once for all groups of workers.
-
-    A group whose GPU nodes are taken away must not go on without GPUs.
-    """
-    resources = attempt.resources
-    use_gpu = resources.use_gpu
-    if use_gpu is None:
-        use_gpu = ray.cluster_resources().get("GPU", 0) >= resources.worker_range[0]
-    cpus = cluster.cpus_per_gpu(workers=resources.worker_range[1]) if use_gpu else 0.0
-    return replace(attempt, resources=resources.model_copy(update={"use_gpu": use_gpu}).decided_for(cpus))
-
-
-def wait_for_room(attempt: Attempt) -> str:
-    """Wait until the fewest workers fit on the remaining nodes; return why it gave up, or an empty string if they fit."""
-    need, (least, _) = attempt.resources.per_worker, attempt.resources.worker_range
-    stop_signal, deadline = StoreStopSignal(attempt), time.monotonic() + attempt.resources.node_wait_s
-    while cluster.worker_capacity(need, of="all") < least:
-        if reason := stop_signal.stop_reason():
-            return "asked to stop" if reason == "asked" else "another run has claimed a higher generation"
-        if time.monotonic() >= deadline:
-            return f"the nodes that stay have no room for {least} workers, after {attempt.resources.node_wait_s:g} s"
-        time.sleep(1.0)
-    return ""
 
 
 def _trainer(run_worker: WorkerFunction, spec: TrainSpec, attempt: Attempt, scratch: str) -> TorchTrainer:
@@ -140,28 +106,10 @@ class _GiveUp(UserCallback):  # type: ignore[misc]
     """Called by Ray Train's controller when workers have failed; raising from it ends the training."""
 
     def __init__(self, attempt: Attempt) -> None:
-        self.attempt, self.failures = attempt, FailureStreak()
+        self.budget = RestartBudget(attempt)
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, BaseException]) -> None:
-        kind = classify(worker_exceptions.values())
-        if kind == "preempted":  # Ray Train has its own budget for these, and may report the same one more than once
-            return
-        try:
-            newest = next(committed(self.attempt.root), "")
-        except StorageError as error:
-            log.warning("cannot see whether there is a new checkpoint: %s", error)
-            # Counts as no progress: a store that is away must not make the budget endless.
-            newest = self.failures.newest_checkpoint
-        if reason := reason_to_give_up(kind, self.failures.count_with(newest), self.attempt.resources):
-            last = last_line(next(iter(worker_exceptions.values())))
-            raise PipelineError(
-                f"{self.attempt.step_name}: {reason}; last error: {last}. {stack_dump_hint(self.attempt.store)}{GOES_ON}"
-            )
-
-
-def last_line(error: BaseException) -> str:
-    """Return the last line of one of Ray's long error messages, taken from the first worker that reported one."""
-    worker_errors = getattr(error, "worker_failures", None)
-    reported = next(iter(worker_errors.values())) if worker_errors else error
-    lines = [line.strip() for line in str(reported).splitlines() if line.strip()]
-    return lines[-1] if lines else type(reported).__name__
+        errors = list(worker_exceptions.values())
+        # Ray Train has a budget of its own for preemptions, and may report the same one more than once.
+        if classify(errors) != "preempted" and (problem := self.budget.give_up(errors)):
+            raise problem
