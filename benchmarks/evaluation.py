@@ -93,7 +93,8 @@ def run(overrides: Sequence[str], *, in_process: bool = False) -> Took:
         call = [sys.executable, "-m", "jobs.cli", "run", str(config), "--json"]
         call += ["--in-process"] if in_process else []
         call += [argument for one in overrides for argument in ("--set", one)]
-        began, used = time.monotonic(), {}
+        began = time.monotonic()
+        used: dict[tuple[int, float], float] = {}
         process = subprocess.Popen(call, stdout=subprocess.DEVNULL)
         while process.poll() is None:
             used |= _cpu_seconds()

@@ -13,8 +13,6 @@ from training_kit import (
     pretrain_on_ray,
 )
 
-from pipeline import cluster
-from pipeline.training import ray_train
 from pipeline.training.launch import run_worker
 
 EPOCHS = 30  # 139 steps of about 30 ms
@@ -42,27 +40,12 @@ def test_a_killed_worker_changes_nothing(shards, tmp_path):
 
 
 @pytest.mark.system
-def test_decode_workers_inside_a_ray_worker_change_nothing(shards, tmp_path):
+@pytest.mark.parametrize("workers", [1, (1, 1)], ids=["task", "group"])
+def test_decode_workers_inside_a_ray_worker_change_nothing(shards, tmp_path, workers):
     """The worker reserves a CPU for its decode worker, and trains on the same samples to the same loss as in this process."""
-    attempt = attempt_at(tmp_path / "ray", executor="ray", decode_workers=1)
+    attempt = attempt_at(tmp_path / "ray", executor="ray", decode_workers=1, workers=workers)
     fed = in_a_process(pretrain_on_ray, shards, attempt, pretrain_config(), ())
     alone = pretrain_here(shards, tmp_path / "alone")
     assert fed.left == []
     assert fed.result.facts["ids_digest"] == alone.facts["ids_digest"]
     assert fed.result.facts["loss"] == pytest.approx(alone.facts["loss"], rel=1e-6)
-
-
-@pytest.mark.parametrize(("gpus", "cpus", "use_gpu", "decode_workers"), [(4, 16.0, True, 15), (0, 0.0, False, 0)])
-def test_what_auto_means_is_decided_once(tmp_path, monkeypatch, gpus, cpus, use_gpu, decode_workers):
-    monkeypatch.setattr(ray_train.ray, "cluster_resources", lambda: {"GPU": gpus})
-    monkeypatch.setattr(ray_train.cluster, "cpus_per_gpu", lambda *, workers: cpus)
-    decided = ray_train.with_hardware_decided(attempt_at(tmp_path, executor="ray", use_gpu=None)).resources
-    assert (decided.use_gpu, decided.decode_workers) == (use_gpu, decode_workers)
-
-
-def test_the_cpus_of_a_gpu_are_those_of_the_node_where_each_worker_finds_fewest(monkeypatch):
-    nodes = {"a": {"CPU": 64.0, "GPU": 8.0}, "b": {"CPU": 96.0, "GPU": 8.0}, "head": {"CPU": 4.0}}
-    monkeypatch.setattr("ray._private.state.total_resources_per_node", lambda: nodes)
-    assert [cluster.cpus_per_gpu(workers=workers) for workers in (1, 4, 8, 16)] == [64, 16, 8, 8]
-    nodes.clear()
-    assert cluster.cpus_per_gpu(workers=1) == 0
