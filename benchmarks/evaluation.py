@@ -151,6 +151,7 @@ def show(took: dict[str, Took], options: argparse.Namespace) -> None:
     print(f"{options.seeds} seeds, {os.cpu_count()} cores, load {load:.1f} at the end")
     print(table(["evaluations", "seconds", "CPU s", "steps", "scores apart"], rows))
     result: dict[str, Any] = {
+        "benchmark": "evaluation",
         "seeds": options.seeds,
         "load": load,
         "seconds": {way: round(one.wall, 1) for way, one in took.items()},

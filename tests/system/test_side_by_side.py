@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from ray_kit import until
-from run_kit import ROOT, document, environment, mae, write_config, write_images
+from run_kit import ROOT, document, end_with_parent, environment, mae, write_config, write_images
 
 pytestmark = pytest.mark.system
 
@@ -63,9 +63,11 @@ class Run:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=end_with_parent,  # noqa: PLW1509 - one system call
         )
-        # both fine-tunes are on their way
-        until(lambda: len(self.begun()) == 2, alive=self.process)
+
+    def wait_until_both_train(self) -> None:
+        until(lambda: len(self.begun()) == 2, within_s=400, alive=self.process)
 
     def begun(self) -> set[str]:
         return {path.parts[-5] for path in self.store.glob("finetune-*/g0001/checkpoints/*/manifest.json")}
@@ -76,8 +78,18 @@ class Run:
         return [one for one in below if "ray::train_alone" in " ".join(one.cmdline())]
 
 
-def test_a_worker_that_is_killed_beside_another_changes_nothing(pretrained, tmp_path):
-    run = Run(pretrained, tmp_path)
+@pytest.fixture
+def run(pretrained, tmp_path):
+    """A run in the middle of both fine-tunes; ended with the test."""
+    made = Run(pretrained, tmp_path)
+    try:
+        made.wait_until_both_train()
+        yield made
+    finally:
+        made.process.kill()  # Ray's processes die with it
+
+
+def test_a_worker_that_is_killed_beside_another_changes_nothing(run):
     victim, *_ = run.workers()
     victim.kill()
     _, said = run.process.communicate(timeout=500)
@@ -91,8 +103,7 @@ def test_a_worker_that_is_killed_beside_another_changes_nothing(pretrained, tmp_
     )  # they ran side by side
 
 
-def test_a_stop_saves_all_that_run_and_the_next_run_goes_on(pretrained, tmp_path):
-    run = Run(pretrained, tmp_path)
+def test_a_stop_saves_all_that_run_and_the_next_run_goes_on(run):
     run.process.send_signal(signal.SIGINT)
     _, said = run.process.communicate(timeout=500)
     assert run.process.returncode == 3, said
