@@ -455,7 +455,7 @@ def checkpoint_state(root_uri: str, key: str) -> dict[str, torch.Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Ray Train with killed workers
+# Ray with killed workers
 
 
 @dataclass(frozen=True)
@@ -520,7 +520,7 @@ class _Killer(threading.Thread):
         found = []
         for process in psutil.Process().children(recursive=True):
             try:
-                if "RayTrainWorker" in " ".join(process.cmdline()):
+                if any(name in " ".join(process.cmdline()) for name in ("RayTrainWorker", "ray::train_alone")):
                     found.append(process)
             except psutil.Error:  # it ended meanwhile
                 continue

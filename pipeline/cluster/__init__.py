@@ -17,7 +17,11 @@ from pipeline.cluster.jobs import list_runs as list_runs
 from pipeline.cluster.jobs import stop_job as stop_job
 from pipeline.cluster.jobs import submit_run as submit_run
 from pipeline.cluster.progress import ProgressBoard as ProgressBoard
+from pipeline.cluster.sharing import hardware_decided as hardware_decided
+from pipeline.cluster.sharing import steps_at_once as steps_at_once
 from pipeline.cluster.tasks import Executor as Executor
 from pipeline.cluster.tasks import Handle as Handle
+from pipeline.cluster.tasks import call_reserved as call_reserved
 from pipeline.cluster.tasks import map_tasks as map_tasks
 from pipeline.cluster.tasks import submit as submit
+from pipeline.cluster.tasks import wait_for_any as wait_for_any

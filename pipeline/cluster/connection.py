@@ -50,6 +50,8 @@ def connect(*, cpus: int | None = None) -> None:
     # a process that reserves no GPU keeps CUDA_VISIBLE_DEVICES as it is; older Rays would empty it
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_usage_stats_enabled", "0")
+    # a worker process has torch imported, and between two steps it is idle for seconds; Ray would end it after one
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
     import ray
 
     if ray.is_initialized():

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Offload = Literal["none", "optimizer"]
 """What lives on the CPU beside a GPU: nothing, or AdamW's state and its update."""
@@ -31,6 +31,9 @@ class Resources(BaseModel):
 
     workers: int | tuple[int, int] = 1
     """Training workers, or [min, max] for an elastic range."""
+    evaluation_workers: int | tuple[int, int] | None = None
+    """The same for each evaluation step that trains. If left out: `workers` on GPUs, 1 on CPUs. A single worker starts within
+    seconds, and as many such steps as fit run side by side (`parallel_steps`)."""
     cpus_per_worker: float = Field(1.0, gt=0)
     """CPUs that Ray reserves for each worker."""
     use_gpu: Literal["auto"] | bool = "auto"
@@ -77,8 +80,9 @@ class Resources(BaseModel):
     """Node-local cache for the shards of a remote store."""
     cache_max_bytes: int = Field(50 * 2**30, ge=2**20)
     """Size of that cache above which the shards used longest ago are deleted."""
-    parallel_steps: int = Field(1, ge=1)
-    """How many steps of the graph may run at the same time."""
+    parallel_steps: int | Literal["auto"] = "auto"
+    """How many steps of the graph may run at the same time. auto: as many evaluation steps as the cluster has CPUs, GPUs and memory
+    for, 16 at most; every other step alone."""
     max_failures: int = Field(3, ge=0)
     """Consecutive worker failures, without a new checkpoint in between, from which training recovers by itself."""
     max_preemptions: int = Field(100, ge=0)
@@ -125,12 +129,19 @@ class Resources(BaseModel):
             raise ValueError(f"use_gpu={value!r}: write auto, true or false")
         return value
 
-    @field_validator("workers")
+    @field_validator("parallel_steps", mode="before")
     @classmethod
-    def _workers(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
-        low, high = (value, value) if isinstance(value, int) else value
+    def _parallel_steps(cls, value: Any) -> Any:
+        if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"parallel_steps={value!r}: write auto, or a number from 1")
+        return value
+
+    @field_validator("workers", "evaluation_workers")
+    @classmethod
+    def _workers(cls, value: int | tuple[int, int] | None, info: ValidationInfo) -> int | tuple[int, int] | None:
+        low, high = (value, value) if isinstance(value, int) else value or (1, 1)
         if not 1 <= low <= high:
-            raise ValueError(f"workers={value}: {WORKERS_HINT}")
+            raise ValueError(f"{info.field_name}={value}: {WORKERS_HINT}")
         return value
 
     @field_validator("compile", mode="before")
@@ -151,6 +162,15 @@ class Resources(BaseModel):
     def worker_range(self) -> tuple[int, int]:
         """(minimum, maximum) number of training workers. Plans count with the minimum, at which each worker holds the most."""
         return (self.workers, self.workers) if isinstance(self.workers, int) else self.workers
+
+    @property
+    def one_worker(self) -> bool:
+        """Whether training needs no worker group: one worker, which may run in any process. [1, 1] is a group of one."""
+        return self.workers == 1
+
+    def for_evaluation(self, *, on_gpus: bool) -> "Resources":
+        """Return the resources of an evaluation step, with its own number of workers."""
+        return self.model_copy(update={"workers": self.evaluation_workers or (self.workers if on_gpus else 1)})
 
     @property
     def decode_processes(self) -> int:

@@ -1,13 +1,13 @@
 """Plain functions as Ray tasks, or one after the other in this process.
 
 `map_tasks` does the work, with one CPU per task unless told otherwise. `submit` starts what coordinates such work; it reserves no
-CPU, so that two training workers still fit on two cores.
+CPU, so that two training workers still fit on two cores. `call_reserved` is one such piece of work, with the CPUs and GPUs that it asks for.
 Errors: a task's own error comes out as itself, without Ray's wrapping; PipelineError if a submitted function's process dies."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 from pipeline.cluster.connection import on_this_node, worker_capacity
 from pipeline.errors import PipelineError
@@ -84,6 +84,24 @@ def _completed(
             ray.cancel(reference, force=False)
 
 
+def call_reserved(
+    function: Callable[..., R], *arguments: Any, need: Mapping[str, float], own_process: bool = False
+) -> R:
+    """Call a function in a process that reserves `need`, on any node with room, and return its result.
+
+    `need` is in Ray's terms (CPU, GPU). Ray does not repeat the call. The process serves later tasks too, so that it imports torch
+    once; one with a GPU, or with `own_process`, ends after the call. Raises one of Ray's errors if the process is lost."""
+    import ray
+
+    # with a GPU, once is Ray's own default: the memory would stay taken
+    once = {"max_calls": 1} if own_process else {}
+    task = ray.remote(num_cpus=need.get("CPU", 0), num_gpus=need.get("GPU", 0), max_retries=0, **once)(function)
+    try:
+        return cast("R", ray.get(task.remote(*arguments)))
+    except ray.exceptions.RayTaskError as error:
+        raise original_error(error) from None
+
+
 @dataclass
 class Handle:
     """A submitted function: poll `ready`, then take `result` once."""
@@ -129,6 +147,14 @@ def start_if_free(function: Callable[..., Any], *arguments: Any, need: Mapping[s
 
     task = ray.remote(num_cpus=need.get("CPU", 0), num_gpus=need.get("GPU", 0), max_retries=0)(call)
     return Handle(task.remote(*arguments))
+
+
+def wait_for_any(handles: Sequence[Handle], *, timeout_s: float) -> None:
+    """Wait until one of the functions has ended, for up to `timeout_s`. Without any, return at once."""
+    if handles:
+        import ray
+
+        ray.wait([handle.reference for handle in handles], timeout=timeout_s)
 
 
 def submit(function: Callable[..., Any], *arguments: Any) -> Handle:

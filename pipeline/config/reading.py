@@ -140,7 +140,7 @@ _MESSAGES: Mapping[str, str] = {
 
 def _explain(problem: Any) -> tuple[str, str]:
     """Put one of pydantic's errors into words: ("pretrain.epochs", " = 'three' is not a whole number")."""
-    # pydantic appends the member of a union to the location; `workers` is the only union that reaches this line
+    # pydantic appends the member of a union to the location; only numbers of workers are unions that reach this line
     union = next((i for i, part in enumerate(problem["loc"]) if str(part).startswith(("tuple[", "int"))), None)
     location = [str(part) for part in problem["loc"][:union] if not str(part).startswith("function-")]
     field, kind = ".".join(location), problem["type"]

@@ -10,14 +10,14 @@ import platform
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from pipeline import cluster
 from pipeline.errors import ConfigError, Fenced, PipelineError, Stopped, StorageError
 from pipeline.graph.plan import record_identity, topological_order
-from pipeline.graph.receipts import Receipt, claim, read_receipt, write_receipt
+from pipeline.graph.receipts import Receipt, check_fence, claim, read_receipt, write_receipt
 from pipeline.graph.step import Attempt, StageInput, Step
 from pipeline.storage import Store, open_store
 
@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 START_PATIENCE_S = 15.0
 """How long a stop waits for a training that has not reached its first step: nothing of it can be lost."""
 State = Literal["done", "cached", "failed", "stopped", "blocked"]
+Parallel = int | Callable[[], int]
+"""How many steps may run at once: a number, of any kind, or a function that says how many evaluations; all else then runs alone."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class GraphRun:
     """One walk over a graph. `request_stop` may be called from a signal handler, the rest from one thread."""
 
     def __init__(
-        self, steps: Sequence[Step], *, store: Store, executor: cluster.Executor, hooks: Hooks, parallel: int = 1
+        self, steps: Sequence[Step], *, store: Store, executor: cluster.Executor, hooks: Hooks, parallel: Parallel = 1
     ) -> None:
         self.steps = topological_order(steps)
         self.store, self.executor, self.hooks, self.parallel = store, executor, hooks, parallel
@@ -171,7 +173,7 @@ class GraphRun:
 
     def _consider(self, step: Step) -> None:
         """Start a step whose inputs are all settled, or settle it if there is nothing to start."""
-        if len(self.running) >= self.parallel or any(one.name not in self.outcomes for one in step.inputs.values()):
+        if any(one.name not in self.outcomes for one in step.inputs.values()) or not self._has_room(step):
             return
         inputs = {self.outcomes[one.name].state for one in step.inputs.values()}
         # after a stop, steps are still looked up, so that the summary tells what is finished, but none is started
@@ -179,7 +181,8 @@ class GraphRun:
         attempt = None
         try:
             receipt = read_receipt(self.store.at(step.directory))
-            if receipt is None and ready:
+            if receipt is None and ready and not self._is_fenced():
+                step = self._decided(step)
                 attempt = self._claim(step)
         except PipelineError as error:
             self._finish(Outcome(step, "failed", self._uri(step), error=error))
@@ -191,6 +194,31 @@ class GraphRun:
             self._start(_RunningStep(step, attempt, time.monotonic()))
         else:
             self._finish(Outcome(step, "blocked" if inputs & {"failed", "blocked"} else "stopped", self._uri(step)))
+
+    def _has_room(self, step: Step) -> bool:
+        """Return whether the step may start beside those that run."""
+        if not self.running or isinstance(self.parallel, int):
+            return len(self.running) < (self.parallel if isinstance(self.parallel, int) else 1)
+        kinds = {step.kind, *(work.step.kind for work, _ in self.running.values())}
+        return kinds == {"evaluate"} and len(self.running) < self.parallel()
+
+    def _is_fenced(self) -> bool:
+        """Return whether another driver has taken a running step; this one then stops.
+
+        Asked before each claim: of two drivers that start side by side, each would otherwise take a step of the other's."""
+        try:
+            for work, _ in self.running.values():
+                check_fence(work.attempt.root, work.attempt.generation)
+        except Fenced:
+            self.stopping = True
+        return self.stopping
+
+    def _decided(self, step: Step) -> Step:
+        """Return the step with the number of its workers decided for this cluster, if it evaluates."""
+        if self.executor == "in_process" or step.kind != "evaluate":
+            return step
+        on_gpus = bool(cluster.hardware_decided(step.resources).use_gpu)
+        return replace(step, resources=step.resources.for_evaluation(on_gpus=on_gpus))
 
     def _claim(self, step: Step) -> Attempt:
         root = self.store.at(step.directory)
@@ -238,10 +266,11 @@ class GraphRun:
         self._finish(outcome)
 
     def _collect(self) -> None:
+        # the only pause of the walk, so it does not spin while steps run
+        cluster.wait_for_any([handle for _, handle in self.running.values()], timeout_s=0.2)
         # a copy: finished steps are deleted from it below
         for name, (work, handle) in list(self.running.items()):
-            # the only pause of the walk, so it does not spin while steps run
-            if not handle.ready(timeout_s=0.2):
+            if not handle.ready(timeout_s=0):
                 if self.stopping:
                     self._stop_on_cluster(work, handle)
                 continue

@@ -58,7 +58,9 @@ def forecast_run(config: RunConfig, assumptions: Assumptions) -> RunPlan:
         name: forecast_step(
             name,
             training,
-            resources,
+            resources.for_evaluation(on_gpus=hardware.kind == "cuda")
+            if waiting[name].kind == "evaluate"
+            else resources,
             hardware,
             images=images_per_epoch(waiting[name], store) or assumptions.images,
             price=price,

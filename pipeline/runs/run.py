@@ -15,6 +15,7 @@ from pipeline.config import RunConfig
 from pipeline.errors import ConfigError, StorageError
 from pipeline.graph.plan import HISTORY, PlannedStep, plan_graph
 from pipeline.graph.runner import GraphRun
+from pipeline.planning.side_by_side import parallel_steps
 from pipeline.runs.checking.before_start import (
     check_before_start,
     check_fits_cluster,
@@ -81,7 +82,9 @@ def _run(config: RunConfig, executor: Executor, display: Display, stop: StopSign
         if next(iter(store.list(HISTORY)), None) is None:
             display.show(Text(f"store {store.uri} is new: no step is finished in it"))
         hooks = RunHooks(uri, config, display, steps)
-    walk = GraphRun(steps, store=store, executor=executor, hooks=hooks, parallel=config.resources.parallel_steps)
+    walk = GraphRun(
+        steps, store=store, executor=executor, hooks=hooks, parallel=parallel_steps(config.resources, steps)
+    )
     on_cluster = False
     try:
         # Ray takes seconds to start, so only where a step will run

@@ -1,4 +1,5 @@
-"""Start the loop, as Ray Train's worker group (`ray_train.py`) or alone in this process, and again when its workers must move.
+"""Start the loop, as Ray Train's worker group (`ray_train.py`), as a plain Ray task (`ray_task.py`: one worker) or alone in this
+process, and again when its workers must move.
 
 A PipelineError is never retried: all workers return, rank 0 writes it down, and the stage that started them raises it.
 Workers also save and return when their node is about to go, or when there is room for more of them. The group is then
@@ -15,6 +16,7 @@ from pipeline import errors
 from pipeline.errors import ConfigError, PipelineError, Stopped
 from pipeline.graph.step import Attempt
 from pipeline.tracking import NullTracker, open_tracker
+from pipeline.training import ray_task, room
 from pipeline.training.device import choose_device_here
 from pipeline.training.health.failures import FailureStreak, reason_to_give_up
 from pipeline.training.health.stop_reasons import stop_on_sigterm_if_unhandled, stop_signal_of
@@ -28,7 +30,11 @@ RESULT = "trained.json"
 
 def run_training(spec: TrainSpec, attempt: Attempt) -> TrainingResult:
     """Train to the end. This is the one call that a stage makes."""
+    # Once for all groups of workers: one whose GPU nodes are taken away must not go on without GPUs.
     attempt = _with_device_decided(attempt)
+    if attempt.executor == "ray":
+        decided = {"decode_workers": attempt.resources.decode_workers}
+        spec = replace(spec, resources=spec.resources.model_copy(update=decided))
     # Counted here, because to Ray Train each of these groups has finished cleanly.
     preemptions = FailureStreak()
     # `fenced` never comes back here: the loop raises Fenced for it.
@@ -48,9 +54,7 @@ def run_training(spec: TrainSpec, attempt: Attempt) -> TrainingResult:
 def _with_device_decided(attempt: Attempt) -> Attempt:
     """Return the attempt with `use_gpu` decided, once for all groups of workers, and say what was decided."""
     if attempt.executor == "ray":
-        from pipeline.training import ray_train
-
-        return ray_train.with_hardware_decided(attempt)
+        return room.with_hardware_decided(attempt)
     resources = attempt.resources.model_copy(update={"workers": 1})  # this process
     choice = choose_device_here(resources).or_refuse()
     attempt.progress.say(choice.text)
@@ -63,8 +67,10 @@ def _run_workers(spec: TrainSpec, attempt: Attempt) -> TrainingResult:
     if attempt.executor == "in_process":
         leave_launcher()
         run_worker(spec, attempt)
+    elif attempt.resources.one_worker:
+        ray_task.fit(run_worker, spec, attempt)
     else:
-        from pipeline.training import ray_train
+        from pipeline.training import ray_train  # takes seconds
 
         ray_train.fit(run_worker, spec, attempt)
     answer = json.loads(attempt.store.read(RESULT))
@@ -78,9 +84,7 @@ def _reason_not_to_restart(attempt: Attempt) -> str:
     """Return why workers that had to move cannot be restarted, or an empty string if they can."""
     if attempt.executor == "in_process":
         return "this process was told to end"
-    from pipeline.training import ray_train
-
-    return ray_train.wait_for_room(attempt)
+    return room.wait_for_room(attempt)
 
 
 def run_worker(spec: TrainSpec, attempt: Attempt) -> None:

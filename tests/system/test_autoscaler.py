@@ -22,7 +22,7 @@ from run_kit import end_with_parent, environment
 from training_kit import attempt_at, in_a_process
 
 from pipeline import cluster
-from pipeline.training import ray_train
+from pipeline.training import room
 
 pytestmark = pytest.mark.system
 HEAD_ID = "f" * 51 + "00000"
@@ -114,7 +114,7 @@ class Heard:
 def decided(address: str, folder: Path, patience_s: float) -> tuple[bool, bool, list[str]]:
     """Decide what two workers train on; return whether the cluster may grow, the decision, and what was said of it."""
     os.environ["RAY_ADDRESS"] = address
-    ray_train._ANSWER_S = patience_s
+    room._ANSWER_S = patience_s
     heard = Heard()
     attempt = attempt_at(folder, executor="ray", workers=2, use_gpu="auto", node_wait_s=100.0)
     cluster.connect()
@@ -123,7 +123,7 @@ def decided(address: str, folder: Path, patience_s: float) -> tuple[bool, bool, 
         while not cluster.may_grow() and time.monotonic() < deadline:
             time.sleep(0.5)
         grows = cluster.may_grow()
-        made = ray_train.with_hardware_decided(replace(attempt, progress=heard))
+        made = room.with_hardware_decided(replace(attempt, progress=heard))
     finally:
         cluster.disconnect()
     return grows, made.resources.use_gpu is True, heard.lines

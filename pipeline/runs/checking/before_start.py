@@ -16,7 +16,7 @@ from pipeline.evaluation.classifiers import ClassifierConfig
 from pipeline.graph.plan import plan_graph
 from pipeline.graph.step import Step
 from pipeline.planning.estimate import check_memory, training_configs
-from pipeline.planning.hardware import cluster_hardware, cpu_computes_bf16, local_hardware
+from pipeline.planning.hardware import Hardware, cluster_hardware, cpu_computes_bf16, local_hardware
 from pipeline.runs.checking.findings import check_reading, examine, finished_in, problem_of
 from pipeline.storage import Store, open_store, probe
 from pipeline.training.device import choose_device, choose_device_here
@@ -42,22 +42,35 @@ def check_before_start(config: RunConfig, steps: Sequence[Step], store: Store, e
             raise problem
     if advice := slow_precision(waiting, config.resources):
         log.warning(advice)
-    low = config.resources.worker_range[0]
-    needed, there = low * config.resources.per_worker["CPU"], os.cpu_count() or 1
-    decoding = config.resources.decode_processes
-    if executor == "ray" and "RAY_ADDRESS" not in os.environ and needed > there:
-        also = f" and decode_workers={decoding}" if decoding else ""
-        raise ConfigError(
-            f"resources.workers={low} at cpus_per_worker={config.resources.cpus_per_worker}{also} need {needed} CPUs, but this "
-            f"machine has {there}: write fewer workers, or "
-            f"{'fewer decode_workers' if decoding else f'cpus_per_worker={there / low:.2f}'}"
-        )
+    if executor == "ray" and "RAY_ADDRESS" not in os.environ:
+        _check_cpus(config.resources)
     if executor == "in_process" or "RAY_ADDRESS" not in os.environ:
         local = config.resources.model_copy(update={"workers": 1}) if executor == "in_process" else config.resources
         if training_configs(waiting):
             choose_device_here(local).or_refuse()
-        check_memory(waiting, local, local_hardware(local))
+        _check_memory(waiting, local, local_hardware(local), alone=executor == "in_process")
     probe(store)  # last, because it writes an object
+
+
+def _check_cpus(resources: Resources) -> None:
+    """Raise ConfigError if the workers of a step need more CPUs than this machine has."""
+    there, decoding = os.cpu_count() or 1, resources.decode_processes
+    for name, one in (("workers", resources), ("evaluation_workers", resources.for_evaluation(on_gpus=False))):
+        low = one.worker_range[0]
+        if (needed := low * one.per_worker["CPU"]) > there:
+            also = f" and decode_workers={decoding}" if decoding else ""
+            raise ConfigError(
+                f"resources.{name}={low} at cpus_per_worker={one.cpus_per_worker}{also} need {needed} CPUs, but this machine has "
+                f"{there}: write fewer workers, or "
+                f"{'fewer decode_workers' if decoding else f'cpus_per_worker={there / low:.2f}'}"
+            )
+
+
+def _check_memory(waiting: Sequence[Step], resources: Resources, hardware: Hardware, *, alone: bool = False) -> None:
+    """Raise ConfigError if a step cannot fit. `alone`: in this process, one worker whatever is configured."""
+    evaluation = resources if alone else resources.for_evaluation(on_gpus=hardware.kind == "cuda")
+    check_memory([step for step in waiting if step.kind != "evaluate"], resources, hardware)
+    check_memory([step for step in waiting if step.kind == "evaluate"], evaluation, hardware)
 
 
 def slow_precision(steps: Sequence[Step], resources: Resources) -> str:
@@ -84,24 +97,28 @@ def check_fits_cluster(config: RunConfig, waiting: Sequence[Step]) -> None:
     not counted, and the memory of CPUs or of unknown GPUs is not checked."""
     if not training_configs(waiting):
         return
-    resources, least = config.resources, config.resources.worker_range[0]
+    resources = config.resources
     gpus, gpu_types = cluster.gpu_inventory()
     choice = choose_device(resources, gpus=int(gpus), where="this cluster")
-    need = resources.model_copy(update={"use_gpu": choice.use_gpu}).per_worker
+    resources = resources.model_copy(update={"use_gpu": choice.use_gpu})
+    need, evaluation = resources.per_worker, resources.for_evaluation(on_gpus=choice.use_gpu)
     room, unclaimed = (
         cluster.worker_capacity(need, of="all"),
         "Nothing was claimed: a run that is at work in this store goes on",
     )
-    if room < least and not cluster.may_grow():
-        if choice.problem:
-            raise ConfigError(f"{choice.problem}. {unclaimed}")
-        each = " and ".join(f"{amount:g} {kind}" for kind, amount in need.items())
-        raise ConfigError(
-            f"resources.workers={least}: the cluster has room for {room} of {least}, each of which reserves {each}. Write fewer "
-            f"workers, reserve less, or add nodes. {unclaimed}"
-        )
+    kinds = {step.kind for step in waiting if training_configs([step])}
+    for name, one, kind in (("workers", resources, "pretrain"), ("evaluation_workers", evaluation, "evaluate")):
+        least = one.worker_range[0]
+        if kind in kinds and room < least and not cluster.may_grow():
+            if choice.problem:
+                raise ConfigError(f"{choice.problem}. {unclaimed}")
+            each = " and ".join(f"{amount:g} {kind}" for kind, amount in need.items())
+            raise ConfigError(
+                f"resources.{name}={least}: the cluster has room for {room} of {least}, each of which reserves {each}. Write fewer "
+                f"workers, reserve less, or add nodes. {unclaimed}"
+            )
     if choice.use_gpu and (device := cluster_hardware(gpu_types)):
-        check_memory(waiting, resources, device)
+        _check_memory(waiting, resources, device)
 
 
 def warn_of_unshared_paths(store: Store, tracking_uri: str) -> None:

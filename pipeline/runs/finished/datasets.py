@@ -73,4 +73,7 @@ def make_datasets(config: RunConfig, *, executor: Executor, hooks: Hooks) -> lis
     steps = [step for step in build(config) if step.kind in {"snapshot", "shard", "join"}]
     store = open_store(config.store)
     probe(store)
-    return GraphRun(steps, store=store, executor=executor, hooks=hooks, parallel=config.resources.parallel_steps).walk()
+    parallel = config.resources.parallel_steps
+    return GraphRun(
+        steps, store=store, executor=executor, hooks=hooks, parallel=1 if parallel == "auto" else parallel
+    ).walk()

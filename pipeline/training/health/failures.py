@@ -8,13 +8,20 @@
 
 "In a row" means without a new committed checkpoint in between, so a run that makes progress is never given up."""
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
 
 from pipeline.cluster.resources import Resources
+from pipeline.errors import PipelineError, StorageError
+from pipeline.graph.step import Attempt
+from pipeline.training.checkpoints.format import committed
+from pipeline.training.health.watchdog import stack_dump_hint
 
+log = logging.getLogger(__name__)
+GOES_ON = "The same command goes on from the last checkpoint"
 FailureClass = Literal["preempted", "infrastructure", "memory", "user"]
 FAULTS = (
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, NotImplementedError),
@@ -66,3 +73,32 @@ def reason_to_give_up(kind: FailureClass, in_a_row: int, resources: Resources) -
     since = f"{in_a_row} times without a new checkpoint, " if in_a_row > 1 else ""
     what = "were taken away" if kind == "preempted" else "failed"
     return f"the workers {what} {since}more often than {name}={allowed} allows"
+
+
+class RestartBudget:
+    """Decides, each time that a training's workers have failed, whether they start again."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        self.attempt, self.failures = attempt, FailureStreak()
+
+    def give_up(self, errors: Sequence[BaseException]) -> PipelineError | None:
+        """Count one failure of the workers; return the error that ends the training, or None if they start again."""
+        try:
+            newest = next(committed(self.attempt.root), "")
+        except StorageError as error:
+            log.warning("cannot see whether there is a new checkpoint: %s", error)
+            # Counts as no progress: a store that is away must not make the budget endless.
+            newest = self.failures.newest_checkpoint
+        reason = reason_to_give_up(classify(errors), self.failures.count_with(newest), self.attempt.resources)
+        if not reason:
+            return None
+        hint = stack_dump_hint(self.attempt.store)
+        return PipelineError(f"{self.attempt.step_name}: {reason}; last error: {last_line(errors[0])}. {hint}{GOES_ON}")
+
+
+def last_line(error: BaseException) -> str:
+    """Return the last line of one of Ray's long error messages, taken from the first worker that reported one."""
+    worker_errors = getattr(error, "worker_failures", None)
+    reported = next(iter(worker_errors.values())) if worker_errors else error
+    lines = [line.strip() for line in str(reported).splitlines() if line.strip()]
+    return lines[-1] if lines else type(reported).__name__

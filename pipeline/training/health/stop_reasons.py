@@ -9,7 +9,8 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal, Protocol, Self
 
 from pipeline import cluster
@@ -55,6 +56,20 @@ _terminated = threading.Event()  # of the process, as signal handlers are
 def stop_on_sigterm() -> None:
     """Make SIGTERM to this process ask for a checkpoint instead of ending it. Call it in the main thread."""
     signal.signal(signal.SIGTERM, lambda *_: _terminated.set())
+
+
+@contextmanager
+def sigterm_stops() -> Iterator[None]:
+    """Let SIGTERM ask for a checkpoint while the block runs, in a process that serves others before and after."""
+    before = signal.getsignal(signal.SIGTERM)
+    _terminated.clear()
+    stop_on_sigterm()
+    try:
+        yield
+    finally:
+        signal.signal(
+            signal.SIGTERM, signal.SIG_DFL if before is None else before
+        )  # None: a handler that is not Python's
 
 
 def stop_on_sigterm_if_unhandled() -> None:

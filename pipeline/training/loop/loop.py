@@ -322,7 +322,7 @@ def _pass_of_engine(phases: PhaseClock, meter: TrainingMeter, name: Pass) -> Ite
 
 
 def _watchdog(spec: TrainSpec, attempt: Attempt, world: World) -> Watchdog:
-    """Return a watchdog that ends the worker only where Ray Train would restart it."""
+    """Return a watchdog that ends the worker only where it would be restarted."""
     # Nothing restarts a process outside Ray, so ending it would only lose its memory to inspection.
     on_timeout: Literal["wait", "exit"] = "exit" if attempt.executor == "ray" else "wait"
     return Watchdog(attempt.store, world, limit_s=spec.resources.watchdog_s, on_timeout=on_timeout)

@@ -83,6 +83,13 @@ def complaint_of(tmp_path: Path, text: str) -> str:
         ("resources.workers=two", "resources.workers = 'two': write a number from 1, or [min, max]"),
         ("resources.workers=[2, x]", "resources.workers = [2, 'x']: write a number from 1, or [min, max]"),
         ("resources.decode_workers=many", "resources.decode_workers = 'many': write auto, or a number from 0"),
+        ("resources.evaluation_workers=0", "resources.evaluation_workers = 0: write a number from 1, or [min, max]"),
+        (
+            "resources.evaluation_workers=two",
+            "resources.evaluation_workers = 'two': write a number from 1, or [min, max]",
+        ),
+        ("resources.parallel_steps=0", "resources.parallel_steps = 0: write auto, or a number from 1"),
+        ("resources.parallel_steps=many", "resources.parallel_steps = 'many': write auto, or a number from 1"),
         ("resources.decode_workers=-1", "resources.decode_workers = -1: write auto, or a number from 0"),
         # empty and missing values
         ("data.source=", "data.source is empty: give it a value, or leave it out"),
@@ -369,6 +376,8 @@ OTHER: dict[str, Any] = {
     "model.decoder_num_heads": 1,
     "model.mask_ratio": 0.5,
     "model.target": "raw",
+    "resources.evaluation_workers": 2,
+    "resources.parallel_steps": 2,
     "data.source": "/data/others",
     "evaluation.datasets.0.source": "/data/third",
     "evaluation.datasets.0.protocols": ["linear"],

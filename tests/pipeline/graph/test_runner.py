@@ -388,6 +388,44 @@ def test_independent_steps_run_at_once(ray, store, tmp_path):
     assert states(walk(steps, store, executor="ray", parallel=2)) == {"a": "done", "b": "done"}
 
 
+def test_evaluations_run_side_by_side_as_many_as_fit_and_everything_else_alone(ray, store, options):
+    """While two evaluations run, neither the third nor the pretraining starts."""
+    kinds = {"pre": "pretrain", "a": "evaluate", "b": "evaluate", "c": "evaluate", "page": "report"}
+    slow = options | {"tick_s": 0.1}
+    steps = [dataclasses.replace(alone(write, slow, name), kind=kind) for name, kind in kinds.items()]
+
+    class Counting(Silent):
+        at_once = ()
+
+        def begin(self, step):
+            self.at_once += (({*self.begun} - {name for name, _ in self.ended}) | {step.name},)
+            return super().begin(step)
+
+    hooks = Counting()
+    assert set(states(walk(steps, store, executor="ray", parallel=lambda: 2, hooks=hooks)).values()) == {"done"}
+    first, second, third, fourth, fifth = hooks.at_once
+    assert (first, second, third, fifth) == ({"pre"}, {"a"}, {"a", "b"}, {"page"})
+    assert "c" in fourth
+    assert len(fourth) == 2
+
+
+def test_a_driver_that_has_lost_a_running_step_takes_no_other(ray, store, options):
+    """Of two drivers that begin side by side, each would otherwise take a step of the other's, and both would stop."""
+
+    class LosesTheFirst(Silent):
+        def begin(self, step):
+            if step.name == "second":
+                pytest.fail("claimed a step after another driver had taken the first")
+            claim(store.at(step.directory), continues="")
+            return super().begin(step)
+
+    slow = options | {"tick_s": 0.3}
+    first, second = alone(write, slow, "first"), alone(write, slow, "second")
+    outcomes = walk([first, second], store, executor="ray", parallel=2, hooks=LosesTheFirst())
+    assert states(outcomes) == {"first": "stopped", "second": "stopped"}
+    assert claims(store.at(second.directory)) == []
+
+
 def test_errors_on_ray_arrive_as_themselves(ray, store, options):
     kinds = ["PipelineError", "DataError", "CheckpointError", "ZeroDivisionError"]
     steps = [alone(fails, options | {"broken": kind}, f"bad-{kind}") for kind in kinds]

@@ -20,7 +20,7 @@ from training_kit import (
 from pipeline import cluster
 from pipeline.errors import ConfigError, Stopped
 from pipeline.stages.pretrain import MILESTONE_IMAGES
-from pipeline.training import ray_train
+from pipeline.training import room as before_workers
 from pipeline.training.launch import run_worker
 
 EPOCHS = 30  # 139 steps of about 30 ms
@@ -48,9 +48,10 @@ def test_a_killed_worker_changes_nothing(shards, tmp_path):
 
 
 @pytest.mark.system
-def test_decode_workers_inside_a_ray_worker_change_nothing(shards, tmp_path):
+@pytest.mark.parametrize("workers", [1, (1, 1)], ids=["task", "group"])
+def test_decode_workers_inside_a_ray_worker_change_nothing(shards, tmp_path, workers):
     """The worker reserves a CPU for its decode worker, and trains on the same samples to the same loss as in this process."""
-    attempt = attempt_at(tmp_path / "ray", executor="ray", decode_workers=1)
+    attempt = attempt_at(tmp_path / "ray", executor="ray", decode_workers=1, workers=workers)
     fed = in_a_process(pretrain_on_ray, shards, attempt, pretrain_config(), ())
     alone = pretrain_here(shards, tmp_path / "alone")
     assert fed.left == []
@@ -75,7 +76,7 @@ def decide(folder, monkeypatch, *, gpus, cpus=16.0, grows=False, **resources):
     monkeypatch.setattr(cluster, "may_grow", lambda: grows)
     heard = Heard()
     attempt = replace(attempt_at(folder, executor="ray", **resources), progress=heard)
-    return ray_train.with_hardware_decided(attempt).resources, heard.lines
+    return before_workers.with_hardware_decided(attempt).resources, heard.lines
 
 
 @pytest.mark.system
@@ -110,7 +111,7 @@ class Room:
     def __init__(self, monkeypatch, *answers, grants_after=99) -> None:
         self.answers, self.looks, self.grants_after, self.asked = answers, 0, grants_after, []
         monkeypatch.setattr(cluster, "room_asked_for", self.asked_for)
-        monkeypatch.setattr(ray_train.time, "monotonic", lambda: 1000.0 + self.looks)
+        monkeypatch.setattr(before_workers.time, "monotonic", lambda: 1000.0 + self.looks)
 
     @contextmanager
     def asked_for(self, need, *, workers):
@@ -163,7 +164,7 @@ def test_without_the_autoscalers_gpus_auto_is_the_cpu_and_true_an_error(tmp_path
 
 def test_a_wait_for_gpus_ends_when_it_is_asked_to_stop(tmp_path, monkeypatch):
     room = Room(monkeypatch, True)
-    monkeypatch.setattr(ray_train.StoreStopSignal, "stop_reason", lambda _: "asked" if room.looks > 3 else "")
+    monkeypatch.setattr(before_workers.StoreStopSignal, "stop_reason", lambda _: "asked" if room.looks > 3 else "")
     with pytest.raises(Stopped, match="step: asked to stop, while it waited for GPUs"):
         decide(tmp_path, monkeypatch, gpus=room.gpus, grows=True, use_gpu=True, node_wait_s=60)
 
@@ -173,11 +174,3 @@ def test_an_autoscaler_is_not_asked_without_need(tmp_path, monkeypatch):
     assert decide(tmp_path / "a", monkeypatch, gpus=lambda: 2, grows=True, workers=2, use_gpu=True)[0].use_gpu is True
     assert decide(tmp_path / "b", monkeypatch, gpus=lambda: 0, grows=True, use_gpu=False)[0].use_gpu is False
     assert room.asked == []
-
-
-def test_the_cpus_of_a_gpu_are_those_of_the_node_where_each_worker_finds_fewest(monkeypatch):
-    nodes = {"a": {"CPU": 64.0, "GPU": 8.0}, "b": {"CPU": 96.0, "GPU": 8.0}, "head": {"CPU": 4.0}}
-    monkeypatch.setattr("ray._private.state.total_resources_per_node", lambda: nodes)
-    assert [cluster.cpus_per_gpu(workers=workers) for workers in (1, 4, 8, 16)] == [64, 16, 8, 8]
-    nodes.clear()
-    assert cluster.cpus_per_gpu(workers=1) == 0

@@ -1,0 +1,48 @@
+"""How many evaluation steps run side by side: as many as the cluster has CPUs, GPUs and memory for."""
+
+import time
+from collections.abc import Callable, Sequence
+
+from pipeline import cluster
+from pipeline.cluster.resources import Resources
+from pipeline.graph.runner import Parallel
+from pipeline.graph.step import Step
+from pipeline.planning.estimate import estimate_memory, training_configs
+from pipeline.planning.hardware import local_cpu
+
+COUNT_EVERY_S = 10.0
+"""Between two counts of the cluster's room. It changes where nodes come and go."""
+
+
+def parallel_steps(resources: Resources, steps: Sequence[Step]) -> Parallel:
+    """Return how many steps may run at once: the configured number or, for `auto`, a function that counts the room."""
+    if resources.parallel_steps != "auto":
+        return resources.parallel_steps
+    evaluations = [step for step in steps if step.kind == "evaluate"]
+    return _every(COUNT_EVERY_S, lambda: evaluations_at_once(resources, evaluations))
+
+
+def evaluations_at_once(resources: Resources, evaluations: Sequence[Step]) -> int:
+    """Return how many of the steps the cluster has room for at a time. Each counts as much as the largest of them needs."""
+    decided = cluster.hardware_decided(resources)
+    each = decided.for_evaluation(on_gpus=bool(decided.use_gpu))
+    return cluster.steps_at_once(each, host_bytes=0 if decided.use_gpu else host_bytes(each, evaluations))
+
+
+def host_bytes(resources: Resources, evaluations: Sequence[Step]) -> int:
+    """Return the memory that a worker of the largest of these trainings holds on a CPU, in bytes; 0 if none of them trains."""
+    trainings = training_configs(evaluations).values()
+    return max((estimate_memory(one, resources, local_cpu()).footprint.total for one in trainings), default=0)
+
+
+def _every(seconds: float, count: Callable[[], int]) -> Callable[[], int]:
+    """Return a function that counts at most once in that time, and otherwise repeats its last answer."""
+    answer, counted_at = 1, float("-inf")
+
+    def latest() -> int:
+        nonlocal answer, counted_at
+        if time.monotonic() - counted_at >= seconds:
+            answer, counted_at = count(), time.monotonic()
+        return answer
+
+    return latest
