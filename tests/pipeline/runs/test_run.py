@@ -230,9 +230,13 @@ def test_the_json_line_has_its_contract(finished):
 
 
 def test_images_without_labels_are_pretrained_on_and_not_evaluated(tmp_path, store):
-    config = configured(tmp_path, store, write_images(tmp_path / "flat", 40, classes=()))
-    summary = go(config)
+    source = write_images(tmp_path / "flat", 40, classes=())
+    config, display = configured(tmp_path, store, source, "resources.use_gpu=false"), Silent()
+    summary = run_pipeline(config, executor="in_process", display=display)
     assert summary.exit_code == 0
+    assert [text.strip() for _, _, text in display.said if "training on" in text] == [
+        "pretrain: training on the CPU: resources.use_gpu is false"
+    ]
     assert states(summary) == dict.fromkeys(STEPS, "done")
     said = {outcome.step.name: detail_of(outcome) for outcome in summary.outcomes}
     assert {said[name] for name in STEPS[3:7]} == {"not evaluated: no labels"}
