@@ -1,7 +1,8 @@
 """Plain functions as Ray tasks, or one after the other in this process.
 
 `map_tasks` does the work, with one CPU per task unless told otherwise. `submit` starts what coordinates such work; it reserves no
-CPU, so that two training workers still fit on two cores. `call_reserved` is one such piece of work, with the CPUs and GPUs that it asks for.
+CPU, so that two training workers still fit on two cores. `call_reserved` is one such piece of work, with the CPUs and GPUs that it
+asks for.
 Errors: a task's own error comes out as itself, without Ray's wrapping; PipelineError if a submitted function's process dies."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
