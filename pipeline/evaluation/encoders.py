@@ -16,8 +16,9 @@ from torch import Tensor
 
 from mae_core.config import ViTConfig
 from mae_core.vit import ViTEncoder, initialise
+from pipeline.errors import DataError
 from pipeline.evaluation.protocol import ProtocolConfig
-from pipeline.graph.step import StageInput
+from pipeline.graph.step import StageInput, canonical
 from pipeline.storage import open_store
 from pipeline.weights import import_encoder, read_encoder, read_encoder_config
 
@@ -123,4 +124,23 @@ def encoder_source(config: ProtocolConfig, inputs: Mapping[str, StageInput]) -> 
     # The step's seed draws these weights too, so every seed of a baseline has an encoder of its own.
     if config.weights == "random":
         return Initial(config.encoder, config.seed)
-    return Pretrained(inputs["pretrain"].store.uri)
+    source = Pretrained(inputs["pretrain"].store.uri)
+    check_architecture(config.encoder, source)
+    return source
+
+
+def check_architecture(expected: ViTConfig, source: Pretrained) -> None:
+    """Raise DataError if a stored encoder is not the one that the configuration describes.
+
+    The normalisation of pixels is part of the description: features of pixels on another scale would be computed without a word."""
+    wanted, stored = canonical(expected), canonical(source.shape())
+    differs = [
+        f"{name} is {stored.get(name)} there and {wanted.get(name)} in model.encoder"
+        for name in sorted(wanted.keys() | stored.keys())
+        if wanted.get(name) != stored.get(name)
+    ]
+    if differs:
+        raise DataError(
+            f"{source.uri}: the encoder is another one: {', '.join(differs)}. Write in model.encoder what is there, or delete the "
+            "step's folder, and the same command pretrains again"
+        )

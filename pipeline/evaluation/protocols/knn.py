@@ -41,7 +41,7 @@ class KnnSettings(BaseModel):
     def _distinct(self) -> "KnnSettings":
         numbers = [self.k, *self.other_k]
         if min(numbers) < 1 or len(set(numbers)) < len(numbers):
-            raise ValueError(f"k={self.k} and other_k={list(self.other_k)}: write numbers from 1, each only once")
+            raise ValueError(f"other_k={list(self.other_k)} beside k={self.k}: write numbers from 1, each only once")
         return self
 
 

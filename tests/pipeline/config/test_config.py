@@ -120,6 +120,13 @@ def complaint_of(tmp_path: Path, text: str) -> str:
             "evaluation.datasets.0.name=A B",
             "evaluation.datasets.0.name = 'A B' is not usable: write 1 to 32 lower-case letters",
         ),
+        ("evaluation.seeds=0", "evaluation.seeds = 0: write how many, from 1 to 1000, or a list of seeds such as [0]"),
+        ("evaluation.seeds=true", "evaluation.seeds = True is not a list: write [a, b]"),
+        (
+            "evaluation.knn.other_k=[20]",
+            "evaluation.knn.other_k = [20] beside k=20: write numbers from 1, each only once",
+        ),
+        ("evaluation.ridge.labels_per_class=[]", "evaluation.ridge.labels_per_class = []: write at least one number"),
         ("evaluation.seeds=[]", "evaluation.seeds = []: write at least one, and each only once"),
         ("name=a/b", "name = 'a/b' is not usable: write 1 to 64 letters, digits, dots, _ or -"),
         ("model.size=gigantic", "model.size = 'gigantic' is unknown: write one of tiny, small, base, large, huge"),
@@ -143,6 +150,11 @@ def test_a_wrong_value_is_reported_with_its_field_and_what_to_write(path, overri
     assert text.startswith(f"--set: {words}" if not words.startswith("protocols") else "--set: evaluation.datasets.0.")
     assert words in text
     assert not [word for word in JARGON if word in text.replace("YAML reads", "")]
+
+
+def test_a_number_of_seeds_means_the_first_ones_and_a_list_stays_a_list(path):
+    for text, seeds in (("3", (0, 1, 2)), ("1", (0,)), ("[3]", (3,)), ("[4, 2]", (4, 2))):
+        assert load_config(path, [f"evaluation.seeds={text}"]).evaluation.seeds == seeds
 
 
 def test_a_wrong_value_in_the_file_is_reported_with_the_files_name(tmp_path):

@@ -9,12 +9,14 @@ import torch
 from training_kit import SEED, TEST, TRAIN, attempt_at, encoder_config
 
 from mae_core.vit import ViTEncoder, initialise
+from pipeline.cluster.tasks import map_tasks
 from pipeline.data.dataset.address import DatasetAddress, dataset_address
 from pipeline.errors import DataError
 from pipeline.evaluation import encoders as encoders_module
 from pipeline.evaluation import features as features_module
-from pipeline.evaluation.encoders import Initial, Pretrained, WeightsFile
-from pipeline.evaluation.features import FOLDER, FeatureRequest, extract_features
+from pipeline.evaluation.encoders import Initial, Pretrained, WeightsFile, encoder_source
+from pipeline.evaluation.features import FOLDER, FeatureRequest, Features, extract_features
+from pipeline.evaluation.protocol import ProtocolConfig
 from pipeline.weights import ENCODER, read_encoder, read_weights
 
 
@@ -110,6 +112,64 @@ def test_only_missing_parts_are_computed(request_for, tmp_path, monkeypatch):
     again = [path.stat().st_mtime_ns for path in paths]
     assert (again[0], again[2:]) == (written[0], written[2:])
     assert again[1] != written[1]
+
+
+def test_a_run_on_gpus_gives_each_worker_a_task_of_several_parts(request_for, tmp_path, monkeypatch):
+    monkeypatch.setattr(features_module, "IMAGES_PER_TASK", 9)
+    asked = []
+
+    def recorded(function, items, *, executor, need, on_done):
+        asked.append((list(items), dict(need)))
+        return map_tasks(function, items, executor=executor, need=need, on_done=on_done)
+
+    monkeypatch.setattr(features_module, "map_tasks", recorded)
+    on_cpu = extract_features(request_for(split="train"), attempt_at(tmp_path / "cpu" / "step"))
+    attempt = attempt_at(tmp_path / "gpu" / "step", use_gpu=True, workers=2, cpus_per_worker=3, decode_workers=4)
+    # here without a GPU, so that only the tasks differ
+    on_gpu = extract_features(request_for(split="train"), attempt)
+    assert asked == [
+        ([(0,), (1,), (2,), (3,), (4,), (5,), (6,)], {"CPU": 1}),
+        ([(0, 1, 2, 3), (4, 5, 6)], {"CPU": 7, "GPU": 1}),
+    ]
+    assert all(map(torch.equal, on_cpu, on_gpu))
+    # the device is not part of the key: both found the same folder
+    (one,), (other,) = ([path.name for path in (tmp_path / where / FOLDER).iterdir()] for where in ("cpu", "gpu"))
+    assert one == other
+
+
+def test_a_drawn_number_of_images_is_part_of_a_larger_one_and_needs_no_labels(request_for, unlabelled, tmp_path):
+    address = dataset_address(unlabelled)
+    drawn = [
+        set(
+            extract_features(
+                replace(request_for(split="train"), dataset=address, at_most=count, seed=seed),
+                attempt_at(tmp_path / "step"),
+            ).sample_ids.tolist()
+        )
+        for count, seed in ((10, 0), (20, 0), (10, 1), (10_000, 0))
+    ]
+    assert [len(one) for one in drawn] == [10, 20, 10, TRAIN]
+    assert drawn[0] < drawn[1]
+    assert drawn[0] != drawn[2]
+
+
+def test_an_encoder_of_another_architecture_or_normalisation_is_refused(pretrained):
+    config = ProtocolConfig(encoder=encoder_config(), weights="pretrained", train_labels=None, seed=SEED)
+    assert encoder_source(config, {"pretrain": pretrained}) == Pretrained(pretrained.store.uri)
+    for change, words in (
+        ({"num_heads": 4}, "num_heads is 2 there and 4 in model.encoder"),
+        ({"pixel_std": (0.5, 0.5, 0.5)}, r"pixel_std is \[.*\] there and \[0.5, 0.5, 0.5\] in model.encoder"),
+    ):
+        other = replace(config, encoder=replace(encoder_config(), **change))
+        with pytest.raises(DataError, match=f"{words}. Write in model.encoder what is there"):
+            encoder_source(other, {"pretrain": pretrained})
+
+
+def test_a_label_that_no_class_has_is_refused():
+    found = Features(torch.zeros(3, 2), torch.tensor([0, 7, 2]), torch.tensor([4, 5, 6]))
+    features_module.check_labels([found], ["a"] * 8, "file:///x")
+    with pytest.raises(DataError, match="sample 5 has label 7, but the dataset names only 3 classes, 0 to 2"):
+        features_module.check_labels([found], ["a", "b", "c"], "file:///x")
 
 
 def test_a_damaged_part_is_named(request_for, tmp_path):

@@ -124,6 +124,27 @@ def test_durations_read_like_a_clock(seconds, text):
     assert clock(seconds) == text
 
 
+def test_a_measure_is_shown_without_per_cent_and_other_settings_beside_the_score():
+    ranks = [
+        Score(protocol="rankme", dataset="toy", encoder=encoder, values=values, images=60, measure="effective rank")
+        for encoder, values in (("pretrained", (12.0, 13.0)), ("random", (9.25, 9.25)))
+    ]
+    others = {"k10": (0.6, 0.8), "k100": (0.2, 0.4)}
+    near = Score(
+        protocol="knn", dataset="toy", encoder="pretrained", values=(0.5, 0.7), images=500, setting="k20", others=others
+    )
+    console = Console(file=io.StringIO(), width=120, record=True)
+    console.print(closing_table([], scores=[*ranks, near], addresses={}), soft_wrap=True)
+    lines = [" ".join(line.split()) for line in console.export_text().splitlines()]
+    assert "toy rankme 12.5 ± 0.7 9.2 ± 0.0 +3.2 2 60 –" in lines
+    assert "rankme toy effective rank of the features, no accuracy" in lines
+    assert "knn toy pretrained the score is k20; beside it k10 70.0 %, k100 30.0 %" in lines
+    assert remarks_on_scores(ranks) == {}  # one image more or less is no percentage point of a rank
+    metrics = as_metrics([near])
+    assert metrics["score/knn/toy/pretrained/k10"] == pytest.approx(0.7)
+    assert metrics["score/knn/toy/pretrained"] == pytest.approx(0.6)
+
+
 def test_scores_have_names_under_which_mlflow_compares_them():
     rows = [Score(protocol="linear", dataset="digits", encoder="pretrained", values=(0.5, 0.7))]
     metrics = as_metrics(rows)

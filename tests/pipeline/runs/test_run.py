@@ -221,7 +221,7 @@ def test_the_json_line_has_its_contract(finished):
     for step in line["steps"]:
         assert {"name", "fingerprint", "state", "uri", "seconds"} <= step.keys()
         assert open_store(step["uri"]).exists("receipt.json")
-    assert line["scores"]["toy"]["linear"]["random"].keys() == {"mean", "sd", "values", "images", "labels"}
+    assert line["scores"]["toy"]["linear"]["random"].keys() == {"mean", "sd", "n", "values", "images", "labels"}
     scored = line["scores"]["toy"]["finetune"]["random"]
     assert scored["images"] + scored["labels"] == 60
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from data_kit import tar_bytes
+from PIL import Image
 from run_kit import Silent, document, migrated_database, pictures, store, write_config
 from typer.testing import CliRunner
 
@@ -16,6 +17,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.graph.receipts import RECEIPT
 from pipeline.runs.checking.findings import JUDGED, KEPT
 from pipeline.runs.run import plan_run, run_pipeline
+from pipeline.runs.summary import as_json
 from pipeline.storage import open_store
 
 __all__ = ["migrated_database", "store"]
@@ -115,6 +117,48 @@ def test_classes_that_training_lacks_are_refused_before_it(tmp_path, store, how)
     assert not list(store.glob("pretrain-*"))
     summary, _ = go(configured(tmp_path, store, source, "evaluation.datasets=[]"))
     assert summary.exit_code == 0
+
+
+def test_a_protocol_without_labels_is_evaluated_where_the_others_are_not(tmp_path, store):
+    source = fill(tmp_path / "images", ["train", "test"], 8)
+    setting = "evaluation.datasets=[{name: toy, protocols: [knn, rankme]}]"
+    config = configured(tmp_path, store, source, setting, "evaluation.seeds=2")
+    (line,) = lines(config).splitlines()
+    assert line.startswith("knn-toy: not evaluated: no labels")
+    summary, _ = go(config)
+    assert summary.exit_code == 0
+    assert [(s.protocol, s.encoder, len(s.values), s.images) for s in summary.scores] == [
+        ("rankme", "pretrained", 2, 8),
+        ("rankme", "random", 2, 8),
+    ]
+    scored = as_json(summary)["scores"]["toy"]["rankme"]["random"]
+    assert (scored["measure"], scored["n"], scored["images"]) == ("effective rank", 2, 8)
+    assert scored["sd"] > 0  # each seed has an untrained encoder of its own
+    page = Path(summary.addresses["report"]).read_text()
+    assert "effective rank of the features, no accuracy" in page
+    assert "scores.png" not in page
+
+
+def test_fewer_labels_than_classes_are_refused_before_training(tmp_path, store):
+    source = fill(tmp_path / "images", [f"{split}/{name}" for split in ("train", "test") for name in "abc"], 2)
+    config = configured(tmp_path, store, source, "evaluation.train_labels=2")
+    with pytest.raises(ConfigError, match=r"train_labels=2 is fewer than the 3 classes of .*Write 3 or more"):
+        go(config)
+    assert not list(store.glob("pretrain-*"))
+
+
+def test_images_smaller_than_a_patch_are_refused_before_training(tmp_path, store):
+    source = fill(tmp_path / "images", ["train/cat", "train/dog", "test/cat", "test/dog"])
+    for number, path in enumerate(path for path in source.rglob("*.png") if "train" in path.parts):
+        with Image.open(path) as image:
+            image.crop((number, 0, number + 4, 3)).save(path)
+    config = configured(tmp_path, store, source)
+    with pytest.raises(
+        ConfigError,
+        match=r"short side of 3 pixels or fewer, less than a patch of 4 x 4 .*Write a patch_size of at most 3",
+    ):
+        go(config)
+    assert not list(store.glob("pretrain-*"))
 
 
 def test_no_image_to_train_on_is_refused(tmp_path, store):
