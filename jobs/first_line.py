@@ -16,6 +16,8 @@ MEANINGS = {
     "shard": "packs the images",
     "linear": "probes the frozen encoder",
     "finetune": "trains it on the labels",
+    "partial": "trains its last blocks",
+    "scratch": "trains an untrained one",
 }
 """What steps do whose names are words of the field."""
 
