@@ -19,6 +19,10 @@ MEANINGS = {
     "knn": "lets the neighbours vote",
     "ridge": "fits a few labels per class",
     "rankme": "measures the features' rank",
+    "partial": "trains its last blocks",
+    "scratch": "trains an untrained one",
+    "linear_online": "probes it under crops",
+    "attentive": "probes its patch tokens",
 }
 """What steps do whose names are words of the field."""
 

@@ -13,6 +13,7 @@ from pipeline.weights.own import CONFIG as CONFIG
 from pipeline.weights.own import ENCODER as ENCODER
 from pipeline.weights.own import MODEL as MODEL
 from pipeline.weights.own import read_encoder as read_encoder
+from pipeline.weights.own import read_encoder_as as read_encoder_as
 from pipeline.weights.own import read_encoder_config as read_encoder_config
 from pipeline.weights.own import read_weights as read_weights
 from pipeline.weights.own import write_weights as write_weights

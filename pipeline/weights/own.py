@@ -7,13 +7,16 @@ Nothing here unpickles. Errors: DataError for a damaged file; MissingObject for 
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from mae_core.config import MAEConfig, ViTConfig
+from mae_core.vit import ViTEncoder
 from pipeline.errors import ConfigError, DataError
 from pipeline.graph.step import canonical
 from pipeline.storage import Store
@@ -83,3 +86,31 @@ def _undescribed(store: Store, what: str, cause: Exception) -> DataError:
 def read_encoder(store: Store) -> tuple[ViTConfig, dict[str, Tensor]]:
     """Return the encoder's config and weights, of a finished pretraining or of an export as safetensors."""
     return read_encoder_config(store), read_weights(store, ENCODER)
+
+
+def read_encoder_as(store: Store, config: ViTConfig) -> dict[str, Tensor]:
+    """Return the weights of an encoder that has to be as `config` says.
+
+    Raises ConfigError if it is another one, also where only its pixels are normalised in another way, and DataError if the file
+    has other tensors than its own config.json describes. Both name what differs.
+    """
+    stored = read_encoder_config(store)
+    if differences := [
+        f"{one.name}={getattr(stored, one.name)} instead of {getattr(config, one.name)}"
+        for one in fields(ViTConfig)
+        if getattr(stored, one.name) != getattr(config, one.name)
+    ]:
+        raise ConfigError(
+            f"{store.uri} holds another encoder: {', '.join(differences)}. Write these below model.encoder, or pretrain again"
+        )
+    weights = read_weights(store, ENCODER)
+    with torch.device("meta"):
+        expected = {name: list(value.shape) for name, value in ViTEncoder(config).state_dict().items()}
+    found = {name: list(value.shape) for name, value in weights.items()}
+    for name in sorted({*found, *expected}):
+        if found.get(name) != expected.get(name):
+            raise DataError(
+                f"{store.uri}/{ENCODER} does not fit its {CONFIG}: {name} is {found.get(name, 'absent')} instead of "
+                f"{expected.get(name, 'absent')}. Delete the step's folder and rerun the step, or export it again"
+            )
+    return weights

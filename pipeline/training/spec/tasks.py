@@ -29,7 +29,7 @@ from pipeline.data.feed.batch import Batch, Int64s
 from pipeline.storage import open_store
 from pipeline.training.engine.plain_engine import MakeOptimizer
 from pipeline.training.world import World
-from pipeline.weights import read_weights
+from pipeline.weights import read_encoder_as
 
 BASIS = "basis.safetensors"
 """The patch basis of target `pca`, in the training step's directory."""
@@ -201,7 +201,7 @@ class ClassificationTask:
         # Even if weights are loaded next: the generator then draws the same head with and without them.
         initialise(encoder, generator=generator)
         if self.encoder_uri:
-            encoder.load_state_dict(read_weights(open_store(self.encoder_uri), "encoder.safetensors"))
+            encoder.load_state_dict(read_encoder_as(open_store(self.encoder_uri), self.encoder))
         model = Classifier(encoder, num_classes=self.num_classes, generator=generator)
         # Frozen parameters are in no group, so the engine holds no gradient and no state of them.
         frozen = 0 if self.trained_blocks is None else freeze_below(model, trained_blocks=self.trained_blocks)

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load
+from safetensors.torch import load, save
 from sklearn.metrics import accuracy_score
 from training_kit import (
     SEED,
@@ -31,12 +31,12 @@ from pipeline.data.dataset.address import dataset_address
 from pipeline.data.dataset.schema import NO_LABEL
 from pipeline.data.feed.selection import Selection, select
 from pipeline.data.images.pictures import AugmentConfig, augment, decode
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.evaluation.classifiers import CLASSIFIER
 from pipeline.evaluation.predictions import PREDICTIONS
 from pipeline.evaluation.protocols.finetune import FinetuneConfig, finetune
 from pipeline.graph.step import Attempt, StageInput
-from pipeline.storage import open_store
+from pipeline.storage import FileStore, open_store
 from pipeline.tracking import NullTracker
 from pipeline.training.checkpoints.format import open_checkpoint, resume_point
 from pipeline.training.health.stop_reasons import StoreStopSignal
@@ -257,3 +257,35 @@ def test_an_odd_batch_cannot_be_mixed():
         engine_settings(finetune_recipe(global_batch=14, cutmix=1.0), resources(micro_batch=1), workers=2).micro_batch
         == 2
     )
+
+
+def test_a_checkpoint_of_another_encoder_is_refused_with_what_differs(pretrained, tmp_path):
+    def build(**changes):
+        task = ClassificationTask(
+            encoder=replace(encoder_config(), **changes),
+            encoder_uri=uri,
+            num_classes=3,
+            weight_decay=0.0,
+            layer_decay=1.0,
+            drop_path=0.0,
+            label_smoothing=0.0,
+            seed=0,
+        )
+        return task.build()
+
+    uri = pretrained.store.uri
+    with pytest.raises(
+        ConfigError, match=r"holds another encoder: depth=2 instead of 3, num_heads=2 instead of 4\. Write these"
+    ):
+        build(depth=3, num_heads=4)
+    with pytest.raises(
+        ConfigError, match=r"another encoder: pixel_mean=\(0.485, 0.456, 0.406\) instead of \(0.5, 0.5, 0.5\)"
+    ):
+        build(pixel_mean=(0.5, 0.5, 0.5))
+    other = FileStore(tmp_path)
+    other.write("config.json", pretrained.store.read("config.json"))
+    weights = read_weights(pretrained.store, ENCODER)
+    other.write(ENCODER, save({**weights, "norm.weight": torch.zeros(3)}))
+    uri = other.uri
+    with pytest.raises(DataError, match=r"does not fit its config.json: norm.weight is \[3\] instead of \[16\]"):
+        build()
