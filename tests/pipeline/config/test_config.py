@@ -375,8 +375,17 @@ def test_one_number_is_a_square_image_size(path):
 
 # --- what enters the fingerprints --------------------------------------------------------------------------------------------
 
-OUTSIDE = ("name", "store", "resources.", "tracking.", "data.bad_share_warn", "data.bad_share_stop")
+OUTSIDE = (
+    "name",
+    "store",
+    "resources.",
+    "tracking.",
+    "data.bad_share_warn",
+    "data.bad_share_stop",
+    "evaluation.milestone_images",
+)
 RECIPES = ("pretrain", "evaluation.finetune", "evaluation.partial", "evaluation.scratch")
+PROBES = ("evaluation.linear_online", "evaluation.attentive")
 OTHER: dict[str, Any] = {
     # another valid value, for fields where the rule in `another` would give an invalid one
     "model.encoder.image_size.0": 32,
@@ -402,9 +411,15 @@ OTHER: dict[str, Any] = {
     **{f"evaluation.{name}.precision": "fp32" for name in ("partial", "scratch")},
     **{f"evaluation.{name}.ema": 0.999 for name in ("finetune", "partial")},
     **{f"evaluation.{name}.warmup_epochs": 0.5 for name in ("finetune", "partial", "scratch")},
-    **{f"{section}.augment.scale.1": 0.9 for section in RECIPES},
-    **{f"{section}.augment.rand_augment": "rand-m5-inc1" for section in RECIPES},
+    **{f"{section}.augment.scale.1": 0.9 for section in (*RECIPES, *PROBES)},
+    **{f"{section}.augment.rand_augment": "rand-m5-inc1" for section in (*RECIPES, *PROBES)},
     **{f"{section}.max_grad_norm": 1.0 for section in RECIPES},
+    **{f"{section}.precision": "fp32" for section in PROBES},
+    **{f"{section}.more_base_lrs": [0.2] for section in PROBES},
+    "evaluation.attentive.kind": "full",
+    "evaluation.attentive.num_heads": 2,
+    "evaluation.attentive.num_queries": 8,
+    "evaluation.attentive.tokens": "all",
     "evaluation.train_labels": 10,
     "tracking.uri": "http://127.0.0.1:5000",
     "resources.use_gpu": False,
@@ -455,6 +470,7 @@ def another(field: str, value: Any) -> Any:
         "checkpoint_copy": "disk",
         "decode_workers": 3,
         "compile": "off",
+        "keep_best_by": "knn",
     }
     return choices.get(field.rpartition(".")[2], f"{value}2")
 
