@@ -374,6 +374,15 @@ OTHER: dict[str, Any] = {
     "evaluation.finetune.warmup_epochs": 0.5,
     "pretrain.augment.scale.1": 0.9,
     "evaluation.finetune.augment.scale.1": 0.9,
+    **{
+        f"evaluation.{probe}.{field}": value
+        for probe in ("linear_online", "attentive")
+        for field, value in {"augment.scale.1": 0.9, "more_base_lrs": [1.0], "precision": "fp32"}.items()
+    },
+    "evaluation.attentive.kind": "full",
+    "evaluation.attentive.tokens": "all",
+    "evaluation.attentive.num_heads": 2,
+    "evaluation.attentive.num_queries": 4,
     "evaluation.train_labels": 10,
     "tracking.uri": "http://127.0.0.1:5000",
     "resources.use_gpu": False,

@@ -87,8 +87,8 @@ def test_a_new_protocol_is_one_file_and_one_word(tmp_path):
     copy = tmp_path / "code" / "pipeline"
     shutil.copytree(ROOT / "pipeline", copy, ignore=shutil.ignore_patterns("__pycache__"))
     names = copy / "evaluation" / "protocols" / "__init__.py"
-    assert names.read_text().count('Literal["linear", "finetune"]') == 1
-    names.write_text(names.read_text().replace('"finetune"]', '"finetune", "nearest_mean"]'))
+    assert names.read_text().count("ProtocolName = Literal[") == 1
+    names.write_text(names.read_text().replace("Literal[", 'Literal["nearest_mean", ', 1))
     (names.parent / "nearest_mean.py").write_text(NEAREST_MEAN)
 
     path = write_config(tmp_path / "run.yaml", document(tmp_path / "store", write_images(tmp_path / "images", 30)))
