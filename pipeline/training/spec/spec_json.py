@@ -54,6 +54,7 @@ def from_json(body: Mapping[str, Any], root: Store) -> TrainSpec:
         dataset=_made(DatasetAddress, body["dataset"]),
         train_samples=body["train_samples"],
         evaluation_split=body["evaluation_split"],
+        holds_out=body.get("holds_out", False),
         resources=_resources(body),
     )
 

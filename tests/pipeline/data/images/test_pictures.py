@@ -18,6 +18,7 @@ from pipeline.data.images.pictures import (
     Box,
     augment,
     center_box,
+    clipped_crop,
     decode,
     picture,
     random_resized_crop,
@@ -60,9 +61,23 @@ def keyed(id_):
 
 
 @given(st.integers(0, 10**6), sides, sides)
+def test_a_clipped_crop_is_the_first_try_with_its_sides_cut(id_, height, width):
+    """Where the first try of the other crop fits, both are the same box."""
+    numbers, scale, ratio = keyed(id_), (0.08, 1.0), (3 / 4, 4 / 3)
+    area = height * width * np.interp(numbers[0], (0, 1), scale)
+    aspect = np.exp(np.interp(numbers[1], (0, 1), np.log(ratio)))
+    asked = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+    box = clipped_crop(numbers, height, width, scale=scale, ratio=ratio)
+    assert (box.width, box.height) == (max(1, min(asked[0], width)), max(1, min(asked[1], height)))
+    if 0 < asked[0] <= width and 0 < asked[1] <= height:
+        assert box == random_resized_crop(numbers, height, width, scale=scale, ratio=ratio)
+
+
+@given(st.integers(0, 10**6), sides, sides)
 def test_crops_stay_inside(id_, height, width):
     for box in (
         random_resized_crop(keyed(id_), height, width, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)),
+        clipped_crop(keyed(id_), height, width, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)),
         center_box(height, width, target=(224, 160), crop_ratio=0.875),
     ):
         assert box.top >= 0

@@ -15,6 +15,7 @@ from training_kit import SIDE, encoder_config
 from mae_core.patches import normalise_pixels
 from mae_core.vit import ViTEncoder, initialise
 from pipeline.errors import ConfigError
+from pipeline.training.engine.deepspeed_engine import initial_state
 from pipeline.training.engine.micro_batches import split
 from pipeline.training.engine.plain_engine import PlainEngine
 from pipeline.training.engine.settings import EngineSettings
@@ -241,6 +242,22 @@ def test_a_dropped_step_leaves_no_trace(teams, kind):
     until = teams(1).run(train, task(kind), 4, 0, 7)[0][2]
     dropped = teams(1).run(train, task(kind), 4, 0, 8, None, 7)[0][2]
     assert all(torch.equal(value, until[key]) for key, value in dropped.items())
+
+
+def taken_back(kind: str) -> bool:
+    with closing(engine_of(task(kind), 4)) as engine:
+        before = [one.values.clone() for one in engine.fragments()]
+        for step in range(3):
+            step_on(engine, step)
+        moved = not any(torch.equal(a, b.values) for a, b in zip(before, engine.fragments(), strict=True))
+        engine.load(initial_state(task(kind).build().module), optimizer_steps=0)
+        engine.sync_module_weights()
+        return moved and all(torch.equal(a, b.values) for a, b in zip(before, engine.fragments(), strict=True))
+
+
+@KINDS
+def test_a_rollback_to_the_start_brings_the_initial_weights_and_statistics_back(teams, kind):
+    assert teams(1).run(taken_back, kind) == [True]
 
 
 def losses_of(kind: str) -> tuple[list[float], float]:
