@@ -84,6 +84,7 @@ def compare(folder: Path, options: argparse.Namespace) -> dict[str, Took]:
             (copy / made).unlink(missing_ok=True)
         seeds = f"evaluation.seeds={list(range(options.seeds))}"
         took[way] = run([*common, f"store={copy}", seeds, *WAYS[way]])
+        print(f"{way}: {took[way].wall:.1f} s, {took[way].cpu:.1f} CPU s", file=sys.stderr)
     return took
 
 
