@@ -25,11 +25,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from benchmarks import _data
 from benchmarks import _timing as timing
 from pipeline.data.dataset.duplicates import find_duplicates
 from pipeline.data.dataset.near_duplicates import NearDuplicateSearch
+from pipeline.data.images.alignment import SIDE
 from pipeline.data.images.intake import IntakePolicy
 from pipeline.data.sharding.shard_plan import open_snapshot, plan_shards
 from pipeline.data.snapshots import writer
@@ -85,15 +87,26 @@ def exact_duplicates(count: int, root: Path) -> Cost:
 
 
 def near_duplicates(count: int, root: Path) -> Cost:
-    """Search the held-out hashes for near duplicates among the others."""
+    """Search the held-out hashes for near duplicates among the others, with images of noise."""
 
     def searched() -> None:
         search = NearDuplicateSearch()
         for number, split, table in _shards(count):
             search.add(number, split, table)
-        search.find()
+        search.find(_Noise())
 
     return measured(searched)
+
+
+class _Noise:
+    """Images of noise, none of which resembles another, so that only the hashes and the coarse comparison count."""
+
+    def thumbnails(self, shard: int, sample_ids: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        noise = np.random.default_rng(shard).integers(0, 256, (len(sample_ids), SIDE, SIDE), dtype=np.uint8)
+        return noise, np.ones(len(sample_ids), dtype=bool)
+
+    def bytes(self, shard: int, sample_ids: NDArray[np.int64]) -> Iterator[bytes | None]:
+        return iter([None] * len(sample_ids))
 
 
 PARTS: Mapping[str, Callable[[int, Path], Cost]] = {

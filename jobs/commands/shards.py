@@ -2,10 +2,11 @@
 
 Are the shards as they were written, what is in them, and did training read the right samples?"""
 
+import csv
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,7 @@ import typer
 from jobs.options import AsJson, ConfigPath, Overrides, config_at
 
 if TYPE_CHECKING:
+    from pipeline.data.dataset.manifest import Manifest
     from pipeline.runs.finished.datasets import FinishedDataset
 
 app = typer.Typer(no_args_is_help=True, help="Verify, inspect and index shards; audit what was read from them.")
@@ -78,8 +80,15 @@ def inspect(
     split: Annotated[str | None, typer.Option(help="Show one split only. Default: all.")] = None,
     samples: Annotated[int, typer.Option(min=1, max=400, help="Number of images on the contact sheet.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Seed for choosing the images.")] = 0,
+    leaks: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also search again and write every pair of a held-out image and a training image that are one picture.",
+            metavar="FILE.csv",
+        ),
+    ] = None,
 ) -> None:
-    """Draw images, sizes and labels into one picture, and print counts, quarantine and near duplicates.
+    """Draw images, sizes and labels into one picture, and print counts, quarantine, copies and near duplicates.
 
     Of a run with several datasets, the one of pretraining is shown.
     """
@@ -99,7 +108,13 @@ def inspect(
     manifest = dataset.address.open()
     if split is not None and split not in manifest.splits:
         raise ConfigError(f"--split {split!r} is none of this dataset's: write {' or '.join(manifest.splits)}")
-    seen = survey(manifest, splits=[split] if split else manifest.splits, images=samples, seed=seed)
+    seen = survey(
+        manifest,
+        splits=[split] if split else manifest.splits,
+        images=samples,
+        seed=seed,
+        near_duplicates=dataset.facts.near_duplicates_across_splits,
+    )
     out = out or Path(f"shards-{manifest.digest[:12]}.png")  # another dataset's picture is never overwritten
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(survey_png(seen))
@@ -113,6 +128,8 @@ def inspect(
     if line := unreadable_line(seen):
         console.print(f"\n{line}", soft_wrap=True, markup=False)
     typer.echo(f"\ndataset  {manifest.digest[:12]}  {dataset.step_uri}\npicture  {out.absolute()}")
+    if leaks:
+        typer.echo(f"leaks    {leaks.absolute()}  {_write_leaks(manifest, leaks)} pairs")
 
 
 @app.command()
@@ -154,7 +171,9 @@ def index(
     dataset = datasets_of(config)[0]
     manifest = dataset.address.open()
     console = Console(highlight=False)
-    console.print(survey_table(survey(manifest, splits=manifest.splits, images=0)), soft_wrap=True)
+    near = dataset.facts.near_duplicates_across_splits
+    seen = survey(manifest, splits=manifest.splits, images=0, near_duplicates=near)
+    console.print(survey_table(seen), soft_wrap=True)
     if others := others_table(dataset.facts):
         console.print(others, soft_wrap=True)
     typer.echo(f"\ndataset  {manifest.digest[:12]}  {dataset.step_uri}")
@@ -219,6 +238,20 @@ def audit(
     for result in results:
         typer.echo(json.dumps({**asdict(result), "agrees": result.agrees}) if as_json else result.line)
     raise typer.Exit(0 if all(result.agrees for result in results) else 1)
+
+
+def _write_leaks(manifest: "Manifest", path: Path) -> int:
+    """Write all near duplicates across splits as CSV, and return their number."""
+    from pipeline.data.dataset.facts import NearPair
+    from pipeline.data.dataset.survey import leaks
+
+    pairs = leaks(manifest)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(NearPair)])
+        writer.writeheader()
+        writer.writerows(asdict(pair) for pair in pairs)
+    return len(pairs)
 
 
 def _datasets(target: str, overrides: Sequence[str]) -> "list[FinishedDataset]":

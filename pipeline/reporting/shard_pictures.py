@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.data.dataset.dataset_writer import repaired_images
-from pipeline.data.dataset.facts import ContradictionFacts, DatasetFacts, NearDuplicateFacts
+from pipeline.data.dataset.facts import ContradictionFacts, CopyFacts, DatasetFacts, LabelledImage, NearDuplicateFacts
 from pipeline.data.dataset.integrity import Finding, Verification
 from pipeline.data.dataset.survey import ShownImage, Survey
 from pipeline.reporting.figures import BLUE, DOTS_PER_INCH, FAINT, GREEN, PURPLE, STYLE, as_png
@@ -143,7 +143,12 @@ def survey_table(survey: Survey) -> RenderableType:
     for refusals in survey.refusals:
         parts.append(Text.assemble(("\nquarantine  ", "dim"), (refusals.reason, "bold"), f"  {count(refusals.count)}"))
         parts += [_line(f"  {source}  ", detail) for source, detail in refusals.examples]
-    return Group(*parts, *_contradiction_lines(survey.contradictions), *_near_lines(survey.near_duplicates))
+    return Group(
+        *parts,
+        *_contradiction_lines(survey.contradictions),
+        *_copy_lines(survey.copies),
+        *_near_lines(survey.near_duplicates),
+    )
 
 
 def others_table(facts: DatasetFacts) -> RenderableType | None:
@@ -161,10 +166,21 @@ def _contradiction_lines(facts: ContradictionFacts) -> list[RenderableType]:
     said = (
         f"  {count(facts.images)} images have {count(facts.copies)} copies with different labels; each label keeps one"
     )
-    pairs = (
-        _line(f"  {one.source} ({one.label})  ", f"and {other.source} ({other.label})") for one, other in facts.examples
-    )
-    return [Text.assemble(("\ncontradicting labels", "dim"), said), *pairs]
+    return [Text.assemble(("\ncontradicting labels", "dim"), said), *map(_labelled_pair, facts.examples)]
+
+
+def _copy_lines(facts: CopyFacts) -> list[RenderableType]:
+    if not facts.across:
+        return []
+    said = f"  {count(facts.across)} images are in several splits, byte for byte"
+    if facts.conflicting:
+        said += f", {count(facts.conflicting)} of them with different labels"
+    return [Text.assemble(("\ncopies across splits", "dim"), said), *map(_labelled_pair, facts.examples)]
+
+
+def _labelled_pair(pair: tuple[LabelledImage, LabelledImage]) -> Text:
+    one, other = (f"{image.source} ({image.label or 'no label'})" for image in pair)
+    return _line(f"  {one}  ", f"and {other}")
 
 
 def unreadable_line(survey: Survey) -> str:
@@ -182,10 +198,17 @@ def unreadable_line(survey: Survey) -> str:
 def near_line(facts: NearDuplicateFacts) -> str:
     """Return the near duplicates across splits in one sentence."""
     left_out = f"; {count(facts.flat)} images of nearly one colour are left out" if facts.flat else ""
-    return (
-        f"{count(facts.held_out)} of {count(facts.compared)} images of val and test look like one of train (perceptual hashes "
-        f"within {facts.distance} of 64 bits){left_out}"
-    )
+    many = f"{count(facts.held_out)} of {count(facts.compared)} images of val and test"
+    if facts.aligned is None:
+        return f"{many} look like one of train (perceptual hashes within {facts.distance} of 64 bits){left_out}"
+    details = [
+        f"{count(number)} {what}"
+        for number, what in ((facts.same_pixels, "pixel for pixel"), (facts.conflicting, "with another label"))
+        if number
+    ]
+    unread = f"; {count(facts.unread)} images could not be read" if facts.unread else ""
+    listed = f" ({', '.join(details)})" if details else ""
+    return f"{many} show the same picture as one of train{listed}{left_out}{unread}"
 
 
 def terminal_sheet(shown: Sequence[ShownImage], *, columns: int = 18) -> Table:
@@ -259,7 +282,14 @@ def _near_lines(facts: NearDuplicateFacts) -> list[RenderableType]:
     if not facts.compared and not facts.flat:
         return []
     lines: list[RenderableType] = [_line("\nnear duplicates  ", near_line(facts))]
-    return [*lines, *(_line("  ", f"{pair.held_out} and {pair.train}") for pair in facts.examples)]
+    for pair in facts.examples:
+        labels = f" ({pair.held_out_label}, {pair.train_label})" if pair.held_out_label != pair.train_label else ""
+        lines.append(_line("  ", f"{pair.held_out} and {pair.train}{labels}"))
+    if facts.held_out:
+        lines.append(
+            _line("  ", "Take them out of one split, or say in results that they were seen: --leaks FILE.csv lists all")
+        )
+    return lines
 
 
 def _line(name: str, text: str) -> Text:

@@ -291,12 +291,26 @@ def _remark_on_images(facts: DatasetFacts) -> str:
             f"{found.images} images have copies with different labels, and each label keeps one (such as {one.source} and "
             f"{other.source})"
         )
+    remarks += _leak_remarks(facts)
+    return "; ".join(remarks)
+
+
+def _leak_remarks(facts: DatasetFacts) -> Iterator[str]:
+    """Yield what is in train as well as in val or test: copies byte for byte, then near duplicates."""
+    if (copies := facts.copies) and copies.across:
+        one, other = copies.examples[0]
+        labels = f", {copies.conflicting} with different labels" if copies.conflicting else ""
+        yield (
+            f"{copies.across} images are in several splits byte for byte{labels} (such as {one.source} and {other.source})"
+        )
     near = facts.near_duplicates_across_splits
     if near and near.held_out:
-        remarks.append(
-            f"{near.held_out} of {near.compared} images of val and test look like one of train (mae shards inspect shows)"
+        seen = "look like" if near.aligned is None else "show the same picture as"
+        example = f"such as {near.examples[0].held_out} and {near.examples[0].train}; " if near.examples else ""
+        yield (
+            f"{near.held_out} of {near.compared} images of val and test {seen} one of train ({example}mae shards inspect "
+            "--leaks FILE.csv lists them: take them out of one split, or say in results that they were seen)"
         )
-    return "; ".join(remarks)
 
 
 def _remedied_reasons(facts: DatasetFacts) -> Iterator[str]:

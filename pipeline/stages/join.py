@@ -21,6 +21,7 @@ from pipeline.data.dataset.schema import QuarantineTable, SampleTable, ShardRow
 from pipeline.data.sharding.shard_record import others_together
 from pipeline.data.sources.splits import class_order
 from pipeline.graph.step import Attempt, StageInput, StageResult
+from pipeline.storage import open_store
 
 VERSION = 1
 
@@ -85,6 +86,7 @@ def join(config: JoinConfig, inputs: Mapping[str, StageInput], attempt: Attempt)
     facts = publish(
         attempt.store,
         [shard for part in parts for shard in part.shards()],
+        root=open_store(attempt.root_uri.rpartition("/")[0]),
         quarantine=quarantine.sort_by([("split", "ascending"), ("source", "ascending")]),
         listed=listed,
         classes=unite([manifest.classes for manifest in manifests]),

@@ -82,6 +82,7 @@ def shard(config: ShardStageConfig, inputs: Mapping[str, StageInput], attempt: A
         attempt.store,
         # a shard whose images were all refused has a record but no tar
         [StoredShard(one.row, partial(one.samples, attempt.root)) for one in shards if one.result.samples],
+        root=attempt.root,
         quarantine=pa.Table.from_pylist(bad, schema=QUARANTINE),
         listed=listed,
         classes=classes,

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.data.dataset.duplicates import Contradictions, Sample, find_duplicates
-from pipeline.data.dataset.facts import ContradictionFacts, DatasetFacts, LabelledImage, QuarantinedImage
+from pipeline.data.dataset.duplicates import Contradictions, Copies, Sample, find_duplicates
+from pipeline.data.dataset.facts import ContradictionFacts, CopyFacts, DatasetFacts, LabelledImage, QuarantinedImage
 from pipeline.data.dataset.manifest import write_manifest
 from pipeline.data.dataset.near_duplicates import NearDuplicateSearch, near_duplicate_facts
 from pipeline.data.dataset.schema import NO_LABEL, SHARDS, QuarantineTable, SampleRow, SampleTable, ShardRow
+from pipeline.data.dataset.thumbnails import StoredImages
 from pipeline.data.images.intake import REENCODED, REPAIRED
 from pipeline.storage import Store
 
@@ -34,13 +35,15 @@ def publish(
     store: Store,
     shards: Sequence[StoredShard],
     *,
+    root: Store,
     quarantine: QuarantineTable,
     listed: Mapping[str, int],
     classes: Sequence[str],
     policy: Mapping[str, int],
 ) -> DatasetFacts:
-    """Write the manifest and return the dataset's facts. Samples are read twice rather than kept in memory.
+    """Write the manifest and return the dataset's facts. Samples are read several times rather than kept in memory.
 
+    `root`: what the shards' keys are relative to; images that may be near duplicates are read from there again.
     `quarantine` is sorted by split and source; `listed` has the images of each split.
     """
     # a pass of its own: which copy is served is known only when every shard has been seen
@@ -68,6 +71,11 @@ def publish(
         classes=classes,
         policy=policy,
     )
+
+    def samples(shard: int) -> SampleTable:
+        return samples_of[shard]()
+
+    images = StoredImages(root, {row["shard"]: row["key"] for row in rows}, samples)
     examples = quarantine.slice(0, _EXAMPLES).select(["source", "reason"]).to_pylist()
     return replace(
         facts,
@@ -75,12 +83,11 @@ def publish(
         bad_share=quarantine.num_rows / max(1, sum(listed.values())),
         quarantine_reasons=dict(Counter(quarantine.column("reason").to_pylist()).most_common()),
         quarantine_examples=tuple(QuarantinedImage(**example) for example in examples),
-        duplicates_across_splits=copies.across,
+        duplicates_across_splits=copies.copies.across,
+        copies=copy_facts(copies.copies, samples, classes=classes),
         repaired=repaired_images(policies),
-        contradicting_labels=contradiction_facts(
-            copies.contradictions, lambda shard: samples_of[shard](), classes=classes
-        ),
-        near_duplicates_across_splits=near_duplicate_facts(near.find(), lambda shard: samples_of[shard]()),
+        contradicting_labels=contradiction_facts(copies.contradictions, samples, classes=classes),
+        near_duplicates_across_splits=near_duplicate_facts(near.find(images), samples, classes=classes),
     )
 
 
@@ -96,13 +103,26 @@ def contradiction_facts(
 ) -> ContradictionFacts:
     """Name the examples of images with several labels."""
 
+    examples = _named(found.examples, samples_of, classes=classes)
+    return ContradictionFacts(images=found.images, copies=found.copies, examples=examples)
+
+
+def copy_facts(found: Copies, samples_of: Callable[[int], SampleTable], *, classes: Sequence[str]) -> CopyFacts:
+    """Name the examples of images that are in several splits."""
+    examples = _named(found.examples, samples_of, classes=classes)
+    return CopyFacts(images=found.images, across=found.across, conflicting=found.conflicting, examples=examples)
+
+
+def _named(
+    pairs: Sequence[tuple[Sample, Sample]], samples_of: Callable[[int], SampleTable], *, classes: Sequence[str]
+) -> tuple[tuple[LabelledImage, LabelledImage], ...]:
     def named(sample: Sample) -> LabelledImage:
         samples = samples_of(sample.shard)
         rows: list[SampleRow] = samples.filter(pc.equal(samples.column("sample_id"), sample.sample_id)).to_pylist()
-        return LabelledImage(source=rows[0]["source"], label=classes[rows[0]["label"]])
+        label = rows[0]["label"]
+        return LabelledImage(source=rows[0]["source"], label="" if label == NO_LABEL else classes[label])
 
-    examples = tuple((named(one), named(other)) for one, other in found.examples)
-    return ContradictionFacts(images=found.images, copies=found.copies, examples=examples)
+    return tuple((named(one), named(other)) for one, other in pairs)
 
 
 def relabel(column: pa.ChunkedArray, labels: Sequence[int]) -> pa.Array:

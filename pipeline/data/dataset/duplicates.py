@@ -45,13 +45,25 @@ class Contradictions:
 
 
 @dataclass(frozen=True)
+class Copies:
+    """Images that are stored more than once."""
+
+    images: int = 0
+    across: int = 0
+    """Those that are in more than one split."""
+    conflicting: int = 0
+    """Those of `across` whose copies have different labels."""
+    examples: tuple[tuple[Sample, Sample], ...] = ()
+    """Two samples of an image in two splits; different labels first."""
+
+
+@dataclass(frozen=True)
 class Duplicates:
     """The exact duplicates of a dataset."""
 
     within: Mapping[int, frozenset[int]]
     """Shard -> ids of samples not to be served, because another of the same split has the same bytes and the same label."""
-    across: int
-    """Distinct images that are in more than one split."""
+    copies: Copies
     contradictions: Contradictions
 
     def mark(self, shard: int, samples: SampleTable) -> SampleTable:
@@ -88,16 +100,37 @@ def find_duplicates(shards: Iterable[tuple[int, str, SampleTable]]) -> Duplicate
     within: dict[int, set[int]] = {}
     for shard, sample_id in zip(copies["shard"].tolist(), copies["sample_id"].tolist(), strict=True):
         within.setdefault(shard, set()).add(sample_id)
-    # rows of one image are adjacent and sorted by split, so an image is in several splits if the split changes within its rows
-    changes_split = same_image & ~same_split
     image = np.cumsum(np.concatenate([[0], ~same_image])) if len(seen) else np.empty(0, np.int64)
-    across = len(np.unique(image[1:][changes_split]))
     frozen = {number: frozenset(ids) for number, ids in within.items()}
-    return Duplicates(frozen, across, _contradictions(seen, image))
+    contradictions, numbers = _contradictions(seen, image)
+    return Duplicates(frozen, _copies(seen, image, numbers), contradictions)
 
 
-def _contradictions(seen: NDArray[Any], image: NDArray[np.int64]) -> Contradictions:
-    """Return the images with several labels. `seen`: rows of one image are adjacent; `image`: the number of each row's image."""
+def _copies(seen: NDArray[Any], image: NDArray[np.int64], contradicting: NDArray[np.int64]) -> Copies:
+    """Return the images that are there more than once. `contradicting`: numbers of the images with several labels."""
+    again = image[1:] == image[:-1]
+    # rows of one image are sorted by split, so an image is in several splits if the split changes within its rows
+    changes = np.flatnonzero(again & (seen["split"][1:] != seen["split"][:-1]))
+    across = np.unique(image[changes])
+    differ = seen["label"][changes] != seen["label"][changes + 1]
+    labelled = (seen["label"][changes] != _UNLABELLED) & (seen["label"][changes + 1] != _UNLABELLED)
+    order = np.argsort(~(differ & labelled), kind="stable")
+    # the first pair of each image, in this order
+    _, first = np.unique(image[changes][order], return_index=True)
+    chosen = changes[order][np.sort(first)[:_EXAMPLES]]
+    return Copies(
+        images=len(np.unique(image[:-1][again])),
+        across=len(across),
+        conflicting=int(np.isin(across, contradicting).sum()),
+        examples=tuple((_sample(seen[at]), _sample(seen[at + 1])) for at in chosen),
+    )
+
+
+def _contradictions(seen: NDArray[Any], image: NDArray[np.int64]) -> tuple[Contradictions, NDArray[np.int64]]:
+    """Return the images with several labels, and their numbers.
+
+    `seen`: rows of one image are adjacent; `image`: the number of each row's image.
+    """
     labelled = np.flatnonzero(seen["label"] != _UNLABELLED)
     rows, numbers = seen[labelled], image[labelled]
     differs = (numbers[1:] == numbers[:-1]) & (rows["label"][1:] != rows["label"][:-1])
@@ -105,7 +138,8 @@ def _contradictions(seen: NDArray[Any], image: NDArray[np.int64]) -> Contradicti
     # `first` indexes the differing pairs: the first one of each image
     pairs = np.flatnonzero(differs)[first[:_EXAMPLES]]
     examples = tuple((_sample(rows[at]), _sample(rows[at + 1])) for at in pairs)
-    return Contradictions(len(contradicting), int(np.isin(numbers, contradicting).sum()), examples)
+    copies = int(np.isin(numbers, contradicting).sum())
+    return Contradictions(len(contradicting), copies, examples), contradicting
 
 
 def _sample(row: NDArray[Any]) -> Sample:

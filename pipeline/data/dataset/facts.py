@@ -101,22 +101,36 @@ class QuarantinedImage:
 
 @dataclass(frozen=True, kw_only=True)
 class NearPair:
-    """Sources of two images that look alike."""
+    """Sources of two images that show the same picture."""
 
     held_out: str
     train: str
+    held_out_label: str = ""
+    """Its class; empty if there is no label."""
+    train_label: str = ""
+    similarity: float | None = None
+    """Correlation of the aligned thumbnails; None in receipts of older versions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NearDuplicateFacts:
-    """Images of val and test that look like one of train (`pipeline.data.dataset.near_duplicates`)."""
+    """Images of val and test that show the same picture as one of train (`pipeline.data.dataset.near_duplicates`)."""
 
     pairs: int
     held_out: int
     compared: int
     flat: int
     distance: int
+    """Bits of the perceptual hashes within which pairs were looked for."""
     examples: tuple[NearPair, ...]
+    aligned: int | None = None
+    """Pairs whose pixels were compared. None in receipts of older versions, which judged by the hashes alone."""
+    same_pixels: int = 0
+    """Held-out images with exactly the pixels of a training image."""
+    conflicting: int = 0
+    """Held-out images with another label than the training image."""
+    unread: int = 0
+    """Images that could not be read again for the comparison."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +153,20 @@ class ContradictionFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CopyFacts:
+    """Images that are stored more than once, byte for byte."""
+
+    images: int
+    """Distinct images with a copy, in one split or in several."""
+    across: int
+    """Those that are in more than one split."""
+    conflicting: int
+    """Those of `across` whose copies have different labels."""
+    examples: tuple[tuple[LabelledImage, LabelledImage], ...]
+    """Copies in two splits; different labels first."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DatasetFacts(Facts):
     """What a shard or join step made."""
 
@@ -153,6 +181,8 @@ class DatasetFacts(Facts):
     """Share of the listed images that are in quarantine."""
     quarantine_examples: tuple[QuarantinedImage, ...] = ()
     duplicates_across_splits: int = 0
+    copies: CopyFacts | None = None
+    """None in the receipts of older versions."""
     near_duplicates_across_splits: NearDuplicateFacts | None = None
     other_members: int | None = None
     """Indexed tars only: files that belong to no sample."""

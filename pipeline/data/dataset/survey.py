@@ -3,7 +3,8 @@
 The images shown are those with the lowest keyed hash of their ids: a random choice that is the same at every call, and a
 larger choice contains the smaller one. Duplicates that are not served may be among them.
 Shapes: columns [n], one entry per stored sample of the chosen splits. Units: pixels; bytes of the stored image.
-Memory: 30 bytes per sample, plus the searches for duplicates (`duplicates.py`, `near_duplicates.py`).
+Near duplicates are those of the step's facts if the caller has them; otherwise pixels are compared again, which takes minutes
+for a million images. Memory: 30 bytes per sample, plus the searches for duplicates (`duplicates.py`, `near_duplicates.py`).
 Errors: those of the manifest."""
 
 import heapq
@@ -18,12 +19,13 @@ from numpy.typing import NDArray
 
 from mae_core.randomness import hash64, key64
 from pipeline.data.dataset.address import locate_shard
-from pipeline.data.dataset.dataset_writer import contradiction_facts
+from pipeline.data.dataset.dataset_writer import contradiction_facts, copy_facts
 from pipeline.data.dataset.duplicates import find_duplicates
-from pipeline.data.dataset.facts import ContradictionFacts, Counts, NearDuplicateFacts
+from pipeline.data.dataset.facts import ContradictionFacts, CopyFacts, Counts, NearDuplicateFacts, NearPair
 from pipeline.data.dataset.manifest import Manifest
-from pipeline.data.dataset.near_duplicates import NearDuplicateSearch, near_duplicate_facts
+from pipeline.data.dataset.near_duplicates import NearDuplicates, NearDuplicateSearch, named_pairs, near_duplicate_facts
 from pipeline.data.dataset.schema import NO_LABEL, QuarantineRow, SampleRow, ShardRow
+from pipeline.data.dataset.thumbnails import StoredImages
 from pipeline.data.images.pictures import Image, decode
 from pipeline.errors import DataError, StorageError
 
@@ -88,24 +90,35 @@ class Survey:
     """Most frequent reason first."""
     near_duplicates: NearDuplicateFacts
     """As in the shard step's facts: across all splits, whichever are chosen."""
+    copies: CopyFacts
+    """Likewise across all splits."""
     contradictions: ContradictionFacts
     """Likewise across all splits."""
     shown: tuple[ShownImage, ...]
 
 
-def survey(manifest: Manifest, *, splits: Sequence[str], images: int, seed: int = 0) -> Survey:
-    """Read the whole manifest, and `images` images of these splits."""
+def survey(
+    manifest: Manifest,
+    *,
+    splits: Sequence[str],
+    images: int,
+    seed: int = 0,
+    near_duplicates: NearDuplicateFacts | None = None,
+) -> Survey:
+    """Read the whole manifest, and `images` images of these splits.
+
+    `near_duplicates`: of the step's facts. Those of older versions went by hashes alone, so they are made again.
+    """
     shards: list[ShardRow] = manifest.all_shards().to_pylist()
-    near = NearDuplicateSearch()
     columns: dict[str, list[NDArray[Any]]] = {name: [] for name in ("width", "height", "length")}
     labels: Counter[int] = Counter()
     classes_of: dict[str, set[int]] = {split: set() for split in splits}
     policies: Counter[str] = Counter()
     lowest: list[tuple[int, int, SampleRow]] = []  # hash of the id, shard, row
     for shard in shards:
-        samples = near.add(shard["shard"], shard["split"], manifest.stored_samples(shard["shard"]))
         if shard["split"] not in splits:
             continue
+        samples = manifest.stored_samples(shard["shard"])
         for name, pieces in columns.items():
             pieces.append(samples.column(name).to_numpy().astype(np.int64))
         here = Counter(samples.column("label").to_pylist())
@@ -119,6 +132,10 @@ def survey(manifest: Manifest, *, splits: Sequence[str], images: int, seed: int 
         # not by the row: dicts cannot be compared
         lowest = heapq.nsmallest(images, [*lowest, *chosen], key=lambda entry: entry[:2])
     key_of = {shard["shard"]: shard["key"] for shard in shards}
+    copies = find_duplicates((s["shard"], s["split"], manifest.stored_samples(s["shard"])) for s in shards)
+    if near_duplicates is None or near_duplicates.aligned is None:
+        found = search_near_duplicates(manifest)
+        near_duplicates = near_duplicate_facts(found, manifest.stored_samples, classes=manifest.classes)
     named = {NO_LABEL: ""} | dict(enumerate(manifest.classes))
     return Survey(
         splits=tuple(_summary(manifest, split, shards, len(classes_of[split])) for split in splits),
@@ -129,16 +146,27 @@ def survey(manifest: Manifest, *, splits: Sequence[str], images: int, seed: int 
         label_counts={named[label]: count for label, count in labels.most_common()},
         policies=dict(policies.most_common()),
         refusals=_refusals(manifest, splits),
-        near_duplicates=near_duplicate_facts(near.find(), manifest.stored_samples),
-        contradictions=contradiction_facts(
-            find_duplicates(
-                (s["shard"], s["split"], manifest.stored_samples(s["shard"])) for s in shards
-            ).contradictions,
-            manifest.stored_samples,
-            classes=manifest.classes,
-        ),
+        near_duplicates=near_duplicates,
+        copies=copy_facts(copies.copies, manifest.stored_samples, classes=manifest.classes),
+        contradictions=contradiction_facts(copies.contradictions, manifest.stored_samples, classes=manifest.classes),
         shown=tuple(_shown(manifest, key_of[row["shard"]], row, named) for _, _, row in lowest),
     )
+
+
+def search_near_duplicates(manifest: Manifest) -> NearDuplicates:
+    """Search a finished dataset for near duplicates across splits, as the shard step does."""
+    shards: list[ShardRow] = manifest.all_shards().to_pylist()
+    search = NearDuplicateSearch()
+    for shard in shards:
+        search.add(shard["shard"], shard["split"], manifest.stored_samples(shard["shard"]))
+    keys = {shard["shard"]: shard["key"] for shard in shards}
+    return search.find(StoredImages(manifest.root, keys, manifest.stored_samples))
+
+
+def leaks(manifest: Manifest) -> tuple[NearPair, ...]:
+    """Return every near-duplicate pair across splits by its sources, exact copies among them."""
+    found = search_near_duplicates(manifest)
+    return named_pairs(found.pairs, manifest.stored_samples, classes=manifest.classes)
 
 
 def _summary(manifest: Manifest, split: str, shards: Sequence[ShardRow], classes: int) -> SplitSummary:
