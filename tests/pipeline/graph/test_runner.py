@@ -406,7 +406,7 @@ def test_evaluations_run_side_by_side_as_many_as_fit_and_everything_else_alone(r
     first, second, third, fourth, fifth = hooks.at_once
     assert (first, second, third, fifth) == ({"pre"}, {"a"}, {"a", "b"}, {"page"})
     assert "c" in fourth
-    assert len(fourth) == 2
+    assert len(fourth) <= 2  # 1 if the other two ended between two looks
 
 
 def test_a_driver_that_has_lost_a_running_step_takes_no_other(ray, store, options):
