@@ -2,8 +2,7 @@
 
 The paper's table 11, a recipe that it tuned for ViTs without pretraining: another rate, a larger decay, longer, with the average
 of the weights. `random` of `finetune` answers another question: what fine-tuning's own recipe makes of random weights.
-Not from the paper: it does not say how its classifier pools, nor how its crops are scaled; here as in fine-tuning. Its base rate
-belongs to the largest batches, see `global_batch`.
+Not from the paper: it does not say how its classifier pools, nor how its crops are scaled; here as in fine-tuning.
 
 Source: He et al. 2021, arXiv 2111.06377, A.2. Output, facts and errors: those of `pipeline.evaluation.classifiers`."""
 
