@@ -65,15 +65,16 @@ def coarse(thumbnails: Thumbnail) -> Floats:
     """Return [n, (SIDE / 2)^2] unit vectors of coarse detail; the dot product of two is their correlation without alignment."""
     # every other pixel holds all of it after a blur of two pixels
     detail = _detail(thumbnails, _COARSE)[:, ::2, ::2]
-    return _unit(detail.reshape(len(thumbnails), -1))
+    return _unit(detail.reshape(len(thumbnails), (SIDE // 2) ** 2))
 
 
 def similarity(one: Thumbnail, other: Thumbnail) -> float:
     """Return the best correlation of the middle of `one`, zoomed, with any place of `other`."""
-    places = _places(other)  # [W, _MIDDLE^2]
+    # row by row of places, as products this small stay on one thread: BLAS's threads would wait for each other here
+    places = _places(other)  # [rows, columns, _MIDDLE^2]
     templates = _templates(one)  # [zooms, zooms, _MIDDLE^2]
     whole = _ZOOMS.index(1.0)
-    unzoomed = float((places @ templates[whole, whole]).max())
+    unzoomed = float((places @ templates[whole, whole, :, None]).max())
     if unzoomed < _ALIGNED_FROM:
         return unzoomed
     return float((places @ templates[_zoom_pairs()].T).max())
@@ -89,7 +90,7 @@ def _templates(thumbnail: Thumbnail) -> Floats:
 
 def _places(thumbnail: Thumbnail) -> Floats:
     windows = np.lib.stride_tricks.sliding_window_view(_detail(thumbnail, _FINE), (_MIDDLE, _MIDDLE))
-    return _unit(windows.reshape(-1, _MIDDLE * _MIDDLE))
+    return _unit(windows.reshape(*windows.shape[:2], _MIDDLE * _MIDDLE))
 
 
 def _detail(thumbnails: Thumbnail, blurs: tuple[float, float]) -> Floats:

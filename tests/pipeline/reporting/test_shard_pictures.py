@@ -67,7 +67,12 @@ def test_a_survey_counts_everything(manifest):
     assert [(one.reason, one.count) for one in seen.refusals] == [("empty", 2), ("unreadable", 1)]
     assert seen.refusals[0].examples == (("train/a/empty.jpg", "0 bytes"), ("train/b/empty.jpg", "0 bytes"))
     assert seen.near_duplicates.pairs == 1
-    assert seen.near_duplicates.examples == (NearPair(held_out="test/a/copy.jpg", train="train/a/03.jpg"),)
+    pair = NearPair(
+        held_out="test/a/copy.jpg", train="train/a/03.jpg", held_out_label="a", train_label="a", similarity=0.999
+    )
+    assert seen.near_duplicates.examples == (pair,)
+    assert (seen.near_duplicates.same_pixels, seen.near_duplicates.conflicting) == (1, 0)
+    assert (seen.copies.images, seen.copies.across, seen.copies.conflicting) == (4, 1, 0)  # one has copies in both splits
     assert len(seen.shown) == 45
     assert sum(not one.served for one in seen.shown) == 4
     for one in seen.shown:
@@ -153,7 +158,7 @@ def test_tables_state_counts_quarantine_and_near_duplicates(manifest):
     assert re.search(r"train +37 +30 +4 +3 +3 +\d+ +[\d.]+ KB", text)
     assert "45 of 45 images kept their bytes; sides 32 to 40 x 20 to 24 pixels" in text
     assert "quarantine  empty  2\n  train/a/empty.jpg  0 bytes" in text
-    assert "1 of 11 images of val and test look like one of train" in text
+    assert "1 of 11 images of val and test show the same picture as one of train (1 pixel for pixel)" in text
     assert "test/a/copy.jpg and train/a/03.jpg" in text
 
 
