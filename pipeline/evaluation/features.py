@@ -153,10 +153,13 @@ def _alone(uri: str) -> Iterator[None]:
     are coordinated on one machine; beyond it, computing a part twice costs time only."""
     folder = Path(tempfile.gettempdir()) / f"mae-features-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    descriptor = os.open(folder / hashlib.sha256(uri.encode()).hexdigest(), os.O_RDWR | os.O_CREAT, 0o600)
+    path = folder / hashlib.sha256(uri.encode()).hexdigest()
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+        # Whoever waits still holds the old file, and the next comer makes another: both find all features there.
+        path.unlink(missing_ok=True)
     finally:
         os.close(descriptor)  # releases the lock
 

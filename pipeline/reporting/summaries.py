@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pipeline.reporting.format import count
+
 StepState = Literal["done", "cached", "running", "failed", "stopped", "blocked", "waiting"]
 PlanState = Literal["cached", "to_run", "blocked"]
 
@@ -115,7 +117,8 @@ def settings_of_scores(scores: Sequence[Score]) -> dict[str, str]:
     for score in scores:
         name = f"{score.protocol} {score.dataset}"
         if score.measure:
-            found[name] = f"{score.measure} of the features, no accuracy"
+            of = "" if score.images is None else f" of {count(score.images)} images"
+            found[name] = f"{score.measure} of the features{of}, no accuracy"
         elif score.others:
             others = ", ".join(f"{key} {100 * statistics.fmean(of):.1f} %" for key, of in score.others.items())
             found[f"{name} {score.encoder}"] = f"the score is {score.setting}; beside it {others}"

@@ -60,12 +60,13 @@ def _lines(texts: Mapping[str, str]) -> RenderableType:
 
 def _scores_table(scores: Sequence[Score]) -> Table:
     encoders = list(dict.fromkeys(score.encoder for score in scores))
-    table = plain_table(["dataset", "protocol"], numbers=[*encoders, "difference", "seeds", "images", "labels"])
+    table = plain_table(["dataset", "protocol"], numbers=[*encoders, "difference", "seeds", "test", "labels"])
     for (dataset, protocol), group in pairs(scores).items():
         cells = [_score(group.get(encoder)) for encoder in encoders]
         seeds = max(len(score.values) for score in group.values())
         held = next(iter(group.values()))  # both encoders are scored on the same images
-        sizes = ("–" if number is None else count(number) for number in (held.images, held.labels))
+        tested = None if held.measure else held.images  # a measure may be of training images
+        sizes = ("–" if number is None else count(number) for number in (tested, held.labels))
         table.add_row(Text(dataset), Text(protocol), *cells, _difference(group), str(seeds), *sizes)
     return table
 

@@ -136,8 +136,8 @@ def test_a_measure_is_shown_without_per_cent_and_other_settings_beside_the_score
     console = Console(file=io.StringIO(), width=120, record=True)
     console.print(closing_table([], scores=[*ranks, near], addresses={}), soft_wrap=True)
     lines = [" ".join(line.split()) for line in console.export_text().splitlines()]
-    assert "toy rankme 12.5 ± 0.7 9.2 ± 0.0 +3.2 2 60 –" in lines
-    assert "rankme toy effective rank of the features, no accuracy" in lines
+    assert "toy rankme 12.5 ± 0.7 9.2 ± 0.0 +3.2 2 – –" in lines
+    assert "rankme toy effective rank of the features of 60 images, no accuracy" in lines
     assert "knn toy pretrained the score is k20; beside it k10 70.0 %, k100 30.0 %" in lines
     assert remarks_on_scores(ranks) == {}  # one image more or less is no percentage point of a rank
     metrics = as_metrics([near])

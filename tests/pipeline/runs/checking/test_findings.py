@@ -135,7 +135,7 @@ def test_a_protocol_without_labels_is_evaluated_where_the_others_are_not(tmp_pat
     assert (scored["measure"], scored["n"], scored["images"]) == ("effective rank", 2, 8)
     assert scored["sd"] > 0  # each seed has an untrained encoder of its own
     page = Path(summary.addresses["report"]).read_text()
-    assert "effective rank of the features, no accuracy" in page
+    assert "effective rank of the features of 8 images, no accuracy" in page
     assert "scores.png" not in page
 
 
