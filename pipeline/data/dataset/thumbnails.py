@@ -39,6 +39,8 @@ class StoredImages:
         """Yield the stored bytes of each image, or None if they cannot be read."""
         rows = self.rows(shard, sample_ids)
         offsets, lengths = rows.column("offset").to_pylist(), rows.column("length").to_pylist()
+        if not offsets:
+            return
         store, key = locate_shard(self._root, self._keys[shard])
         first, end = min(offsets), max(offset + length for offset, length in zip(offsets, lengths, strict=True))
         whole = b""

@@ -168,6 +168,7 @@ def scores(shards, folder, **where) -> list[dict]:
     ]
 
 
+@pytest.mark.system
 def test_scores_are_equal_on_one_and_two_workers(shards, tmp_path, monkeypatch):
     monkeypatch.setattr(features_module, "IMAGES_PER_TASK", 9)
     here = scores(shards, tmp_path / "here")

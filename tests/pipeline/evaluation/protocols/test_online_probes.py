@@ -79,7 +79,7 @@ def test_the_score_is_the_saved_heads_over_all_test_images(teams, shards, pretra
     saved = load(attempt.store.read(PROBE))
     assert set(saved) == set(head.state_dict()) - {"norm.num_batches_tracked"}
     head.load_state_dict(saved, strict=False)
-    images, labels = test_images(shards)
+    images, labels, _ = test_images(shards)
     source = Pretrained(pretrained.store.uri) if weights == "pretrained" else Initial(encoder_config(), SEED)
     with torch.inference_mode():
         logits = head.eval()(features(source, images, tokens=kind != "linear"))

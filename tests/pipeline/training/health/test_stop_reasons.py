@@ -185,7 +185,7 @@ def test_sigterm_to_a_process_without_a_handler_saves_and_stops(shards, tmp_path
     team.close()
     answer = json.loads(attempt.store.read(RESULT))
     assert answer["stopped"] == "preempted"
-    assert 2 <= answer["global_step"] <= 3
+    assert 1 <= answer["global_step"] <= 3  # its inputs are prepared a step ahead
     assert attempt.root.exists(f"{answer['checkpoint_key']}/manifest.json")
 
 
