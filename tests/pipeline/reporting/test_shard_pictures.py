@@ -72,7 +72,11 @@ def test_a_survey_counts_everything(manifest):
     )
     assert seen.near_duplicates.examples == (pair,)
     assert (seen.near_duplicates.same_pixels, seen.near_duplicates.conflicting) == (1, 0)
-    assert (seen.copies.images, seen.copies.across, seen.copies.conflicting) == (4, 1, 0)  # one has copies in both splits
+    assert (seen.copies.images, seen.copies.across, seen.copies.conflicting) == (
+        4,
+        1,
+        0,
+    )  # one has copies in both splits
     assert len(seen.shown) == 45
     assert sum(not one.served for one in seen.shown) == 4
     for one in seen.shown:
