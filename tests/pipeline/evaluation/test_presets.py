@@ -75,7 +75,7 @@ def test_what_is_written_wins():
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "none"])
-@pytest.mark.parametrize("protocol", ["linear", "finetune", "partial", "scratch"])
+@pytest.mark.parametrize("protocol", ["linear", "linear_online", "attentive", "finetune", "partial", "scratch"])
 def test_a_short_run_is_not_refused_for_its_warmup(name, protocol):
     short = read(preset=name, **{protocol: {"epochs": 1}}).evaluation.settings(protocol)
     assert 0 < short.warmup_epochs < 1
