@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import _peers, _timing, asymmetry, step_traffic, step_variants, train_step
+from benchmarks import _peers, _timing, asymmetry, probes, step_traffic, step_variants, train_step
 from benchmarks._variants import mean_loss
 from mae_core import MAEConfig, MaskedAutoencoder, ViTConfig, reference_forward
 
@@ -20,6 +20,7 @@ TINY = MAEConfig(
 KEYS = {
     "train_step": "device model images_per_s mfu ratio_vs_hf_eager ratio_vs_hf_compiled ratio_vs_timm_eager",
     "asymmetry": "speedup flops_ratio",
+    "probes": "full_over_efficient flops_full_over_efficient efficient_share_of_encoder",
 }
 
 
@@ -88,6 +89,22 @@ def test_last_line_has_the_promised_keys(benchmark, monkeypatch, capsys):
     assert line["benchmark"] == name
     assert set(KEYS[name].split()) <= set(line)
     assert all(line[key] is not None for key in KEYS[name].split() if "_vs_" not in key)
+
+
+def test_a_line_tells_what_probes_cost(monkeypatch, capsys):
+    small = ViTConfig(image_size=(32, 32), patch_size=8, embed_dim=32, depth=1, num_heads=2)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # of this process, which other tests use
+    monkeypatch.setattr(probes, "SIZES", {"small": lambda: small, "base": lambda: small})
+    probes.main(["--quick", "--device", "cpu", "--batch", "2", "--rounds", "1", "--steps", "1", "--classes", "5"])
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(KEYS["probes"].split()) <= set(line)
+
+
+def test_efficient_probing_costs_a_tenth_of_the_full_probe_at_vit_b():
+    full, efficient = (
+        probes.head_flops(kind, probes.SIZES["base"](), num_classes=1000) for kind in ("full", "efficient")
+    )
+    assert efficient < full / 10
 
 
 @pytest.mark.parametrize(("option", "compiled"), [("--whole", 2), ("--no-whole", 1)])

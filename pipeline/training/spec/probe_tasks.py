@@ -29,7 +29,7 @@ from pipeline.data.feed.batch import Batch, Int64s
 from pipeline.storage import open_store
 from pipeline.training.spec.tasks import BuiltHeads
 from pipeline.training.world import World
-from pipeline.weights import ENCODER, read_weights
+from pipeline.weights import read_encoder_as
 
 ProbeKind = Literal["linear", "full", "efficient"]
 Reads = Literal["cls", "mean", "patches", "all"]
@@ -168,7 +168,7 @@ class ProbeTask:
         """Return the frozen encoder with its heads, and LARS for them."""
         encoder = ViTEncoder(self.encoder)
         if self.encoder_uri:
-            encoder.load_state_dict(read_weights(open_store(self.encoder_uri), ENCODER))
+            encoder.load_state_dict(read_encoder_as(open_store(self.encoder_uri), self.encoder))
         else:
             initialise(encoder, generator=torch.Generator().manual_seed(self.seed))
         module = FrozenProbes(encoder, [self._head() for _ in self.lr_scales], reads=self.reads)
