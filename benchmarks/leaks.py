@@ -156,9 +156,9 @@ CHANGES: Mapping[str, Callable[[Image.Image], bytes]] = {
     "brighter by half": lambda image: _jpeg(ImageEnhance.Brightness(image).enhance(1.5)),
     "half the contrast": lambda image: _jpeg(ImageEnhance.Contrast(image).enhance(0.5)),
     "grey": lambda image: _jpeg(image.convert("L").convert("RGB")),
-    "cut by 3 % of each side": lambda image: _jpeg(_cut(image, 0.03)),
-    "cut by 6 % of each side": lambda image: _jpeg(_cut(image, 0.06)),
-    "cut by 12 % of each side": lambda image: _jpeg(_cut(image, 0.12)),
+    "cut by 3 % of width and height": lambda image: _jpeg(_cut(image, 0.03)),
+    "cut by 6 % of width and height": lambda image: _jpeg(_cut(image, 0.06)),
+    "cut by 12 % of width and height": lambda image: _jpeg(_cut(image, 0.12)),
     "mirrored": lambda image: _jpeg(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)),
 }
 """What is done to a photograph, so that a held-out image is a near duplicate of it."""

@@ -208,7 +208,7 @@ def near_line(facts: NearDuplicateFacts) -> str:
     ]
     unread = f"; {count(facts.unread)} images could not be read" if facts.unread else ""
     listed = f" ({', '.join(details)})" if details else ""
-    return f"{many} show the same picture as one of train{listed}{left_out}{unread}"
+    return f"{many} seem to be copies of one of train{listed}{left_out}{unread}"
 
 
 def terminal_sheet(shown: Sequence[ShownImage], *, columns: int = 18) -> Table:
@@ -287,7 +287,9 @@ def _near_lines(facts: NearDuplicateFacts) -> list[RenderableType]:
         lines.append(_line("  ", f"{pair.held_out} and {pair.train}{labels}"))
     if facts.held_out:
         lines.append(
-            _line("  ", "Take them out of one split, or say in results that they were seen: --leaks FILE.csv lists all")
+            _line(
+                "  ", "Take them out of one split, or say in results that training saw them: --leaks FILE.csv lists all"
+            )
         )
     return lines
 

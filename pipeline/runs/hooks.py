@@ -305,11 +305,11 @@ def _leak_remarks(facts: DatasetFacts) -> Iterator[str]:
         )
     near = facts.near_duplicates_across_splits
     if near and near.held_out:
-        seen = "look like" if near.aligned is None else "show the same picture as"
+        seen = "look like" if near.aligned is None else "seem to be copies of"
         example = f"such as {near.examples[0].held_out} and {near.examples[0].train}; " if near.examples else ""
         yield (
             f"{near.held_out} of {near.compared} images of val and test {seen} one of train ({example}mae shards inspect "
-            "--leaks FILE.csv lists them: take them out of one split, or say in results that they were seen)"
+            "--leaks FILE.csv lists them: take them out of one split, or say in results that training saw them)"
         )
 
 

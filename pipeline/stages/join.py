@@ -1,4 +1,5 @@
-"""Join: one manifest over the parts of a dataset, each of which has its own shards. No image is read or written.
+"""Join: one manifest over the parts of a dataset, each of which has its own shards. No image is written; those that may be near
+duplicates are read.
 
 Shards are numbered consecutively, part by part; a sample's id is offset by the number of images that earlier parts list;
 classes are united and labels follow. Of exact duplicates in one split the lowest id is served, which is the older part's. Keys

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional
 
-from benchmarks import _data, decode, loader, order, scale, shard
+from benchmarks import _data, decode, leaks, loader, order, scale, shard
 from pipeline.data.images.decode_speed import CROP, SIZE
 from pipeline.data.images.photos import photos
 from pipeline.data.images.pictures import is_mirrored
@@ -178,3 +178,28 @@ def test_scale_measures_every_part(capsys):
 def test_a_short_peak_of_memory_is_seen():
     held = scale.measured(lambda: time.sleep(0.05 * np.ones(2**24).min()))  # 128 MiB
     assert 100 < held.mib < 200
+
+
+def test_the_leak_check_is_scored_on_a_folder_with_a_list_of_pairs(files, tmp_path, capsys):
+    for split, number, data in (
+        ("train", 0, files[0]),
+        ("train", 1, files[1]),
+        ("test", 0, files[2]),
+        ("test", 1, files[1]),
+    ):
+        path = tmp_path / split / f"{number}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
+    (tmp_path / "test" / "2.jpg").write_bytes(files[0])
+    (tmp_path / "pairs.csv").write_text("TestID,TrainID,Judgment\n0,1,1\n1,1,0\n2,0,2\n")
+    cases = [leaks.folder_case(tmp_path), *leaks.synthetic_cases(2)]
+    line = leaks.measure(iter(cases))
+    scored = line["cases"][tmp_path.name]
+    # 1 is found, 0 is listed by mistake and not found, and 2 is an alarm that the list does not count
+    assert (scored["recall"], scored["alarms"]) == (0.5, 2)
+    assert scored["false_per_10000"] == pytest.approx(1e4 / 3, abs=0.1)
+    assert line["cases"]["synthetic, grey"]["recall"] == 1
+    assert "1 of 2 (50.0%)" in capsys.readouterr().out
+    # pairs without a judgment are right, and not asked for
+    (tmp_path / "more.csv").write_text("TestID,TrainID\n2,0\n")
+    assert leaks.outcome(leaks.folder_case(tmp_path)).false == 0

@@ -1,5 +1,6 @@
 """`mae shards` as a user types it: exit codes, JSON, the picture, and the index of existing tars."""
 
+import csv
 import io
 import json
 from pathlib import Path
@@ -87,6 +88,29 @@ def test_inspect_draws_and_tells(config, tmp_path):
     _, said = shards("inspect", config, "--out", tmp_path / "test.png", "--split", "test")
     assert "\ntest" in said
     assert "\ntrain" not in said
+
+
+def test_inspect_lists_every_near_duplicate_pair(tmp_path):
+    for name, number in {"train/cat/1": 0, "train/dog/2": 1, "test/cat/3": 2, "test/dog/4": 0}.items():
+        path = tmp_path / "images" / f"{name}.jpg"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(picture(number))
+    run = write_config(tmp_path / "run.yaml", document(tmp_path / "store", tmp_path / "images"))
+    make_datasets(load_config(run), executor="in_process", hooks=Silent())
+    table = tmp_path / "new" / "leaks.csv"
+    code, said = shards("inspect", run, "--out", tmp_path / "look.png", "--leaks", table)
+    assert code == 0
+    assert (
+        "copies across splits  1 images are in several splits, byte for byte, 1 of them with different labels" in said
+    )
+    assert (
+        "1 of 2 images of val and test seem to be copies of one of train (1 pixel for pixel, 1 with another label)"
+        in said
+    )
+    assert f"leaks    {table}  1 pairs" in said
+    (pair,) = csv.DictReader(table.open())
+    assert (pair["held_out"], pair["train"]) == ("test/dog/4.jpg", "train/cat/1.jpg")
+    assert (pair["held_out_label"], pair["train_label"], pair["similarity"]) == ("dog", "cat", "0.999")
 
 
 def test_wrong_input_is_refused_with_a_reason(config, tmp_path):

@@ -9,7 +9,7 @@ Hashes within 4 bits of all equal (plain colours, smooth gradients) say nothing,
 Letters: u held-out images, v training images, p pairs.
 Memory: 20 bytes per sample, 4 KB per compared image, the bytes of one shard per thread. Time: `python -m benchmarks.scale`, and
 `python -m benchmarks.leaks` for recall, false alarms and the time per image.
-Source: docs/decisions/024-near-duplicates-by-pixels.md."""
+Source: docs/decisions/026-near-duplicates-by-pixels.md."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence

@@ -7,7 +7,7 @@ The dot product of two results of `coarse` is the same without alignment, which 
 Not seen: mirrored copies, turns, and crops to less than 85 % of a side.
 
 Shapes: thumbnail [SIDE, SIDE] uint8; T = templates, W = places of a template.   Units: Gaussians and shifts in thumbnail pixels.
-Source: docs/decisions/024-near-duplicates-by-pixels.md has the curves that chose the constants."""
+Source: docs/decisions/026-near-duplicates-by-pixels.md has the curves that chose the constants."""
 
 from functools import cache
 from typing import NamedTuple
