@@ -130,8 +130,8 @@ def with_feed(held: Footprint, *, processes: int, batch_bytes: int, device: Devi
         held = held._replace(overhead=held.overhead + 2 * batch_bytes)
     if not processes:
         return held
-    # those ahead, the one that is due and the one in use; on a GPU node the last two are also pinned
-    batches = batches_ahead(PREFETCH_BATCHES, batch_bytes) + (2 if device == "cpu" else 4)
+    # those ahead, the one that is due, the one in use and the one before; on a GPU node the last three are pinned copies
+    batches = batches_ahead(PREFETCH_BATCHES, batch_bytes) + (3 if device == "cpu" else 5)
     feed = DECODE_SERVER_BYTES + processes * DECODE_PROCESS_BYTES + batches * batch_bytes
     return held._replace(overhead=held.overhead + feed) if device == "cpu" else held._replace(host=held.host + feed)
 

@@ -125,11 +125,11 @@ def test_decode_workers_and_what_they_read_ahead_are_the_node_s_memory():
     plain, batch = held(), 512 * 224 * 224 * 3
     assert with_feed(plain, processes=0, batch_bytes=batch, device="cpu") == plain
     fed = with_feed(plain, processes=15, batch_bytes=batch, device="cuda")
-    assert fed.host - plain.host == DECODE_SERVER_BYTES + 15 * DECODE_PROCESS_BYTES + (2 + 4) * batch
+    assert fed.host - plain.host == DECODE_SERVER_BYTES + 15 * DECODE_PROCESS_BYTES + (2 + 5) * batch
     assert fed.total - plain.total == 2 * batch  # on the device: the batch in use, and the next
     large = with_feed(plain, processes=15, batch_bytes=8 * batch, device="cuda")
     assert (
-        large.host - plain.host == DECODE_SERVER_BYTES + 15 * DECODE_PROCESS_BYTES + (1 + 4) * 8 * batch
+        large.host - plain.host == DECODE_SERVER_BYTES + 15 * DECODE_PROCESS_BYTES + (1 + 5) * 8 * batch
     )  # one ahead instead of two
     on_cpu = with_feed(plain, processes=2, batch_bytes=batch, device="cpu")
-    assert on_cpu.total - plain.total == DECODE_SERVER_BYTES + 2 * DECODE_PROCESS_BYTES + (2 + 2) * batch
+    assert on_cpu.total - plain.total == DECODE_SERVER_BYTES + 2 * DECODE_PROCESS_BYTES + (2 + 3) * batch
