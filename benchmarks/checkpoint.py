@@ -32,6 +32,7 @@ import torch
 from benchmarks import _data
 from benchmarks import _timing as timing
 from mae_core.config import MAEConfig, ViTConfig, small
+from pipeline.cluster.device import local_gpu_count
 from pipeline.cluster.resources import Resources
 from pipeline.graph.step import Attempt
 from pipeline.storage import open_store
@@ -39,7 +40,6 @@ from pipeline.training.checkpoints.format import CheckpointManifest
 from pipeline.training.checkpoints.host_copy import in_memory, pinned
 from pipeline.training.checkpoints.retention import Retention
 from pipeline.training.checkpoints.saver import Saver
-from pipeline.training.device import local_gpu_count
 from pipeline.training.engine.deepspeed_engine import Engine, MicroBatch
 from pipeline.training.engine.settings import EngineSettings
 from pipeline.training.spec.tasks import MAETask

@@ -27,8 +27,8 @@ import torch
 
 from benchmarks import _timing as timing
 from mae_core import SIZES, MAEConfig
+from pipeline.cluster.device import local_gpu_count
 from pipeline.planning.footprint import autoencoder_size, footprint
-from pipeline.training.device import local_gpu_count
 from pipeline.training.engine.deepspeed_engine import Engine, MicroBatch
 from pipeline.training.engine.settings import EngineSettings
 from pipeline.training.spec.tasks import MAETask

@@ -39,6 +39,7 @@ from benchmarks import _data
 from benchmarks import _timing as timing
 from mae_core import SIZES, MAEConfig, ViTConfig
 from mae_core.optimisation.parameter_groups import parameter_groups
+from pipeline.cluster.device import local_gpu_count
 from pipeline.cluster.resources import Resources
 from pipeline.data.dataset.address import dataset_address
 from pipeline.data.feed.loader import Batch
@@ -46,7 +47,6 @@ from pipeline.data.feed.order import OrderConfig
 from pipeline.graph.receipts import claim
 from pipeline.graph.step import Attempt
 from pipeline.tracking import NullTracker
-from pipeline.training.device import local_gpu_count
 from pipeline.training.engine.deepspeed_engine import Engine
 from pipeline.training.engine.micro_batches import split
 from pipeline.training.engine.settings import EngineSettings

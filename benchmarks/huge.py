@@ -31,13 +31,13 @@ import torch
 from benchmarks import _data
 from benchmarks import _timing as timing
 from mae_core import SIZES, MAEConfig, parameter_count
+from pipeline.cluster.device import local_gpu_count
 from pipeline.cluster.resources import Resources
 from pipeline.data.dataset.facts import DatasetFacts
 from pipeline.graph.receipts import claim
 from pipeline.graph.step import Attempt
 from pipeline.tracking import NullTracker
 from pipeline.training.checkpoints.format import open_checkpoint, resume_point
-from pipeline.training.device import local_gpu_count
 from pipeline.training.health.stop_reasons import StopReason
 from pipeline.training.loop.loop import train
 from pipeline.training.spec.recipe import Recipe

@@ -27,11 +27,11 @@ from benchmarks import _data
 from benchmarks.huge import StopAfter, part
 from mae_core import MAEConfig, ViTConfig
 from mae_core.randomness import mask_noise, uniform_rows
+from pipeline.cluster.device import local_gpu_count
 from pipeline.cluster.resources import Resources, ZeroStage
 from pipeline.graph.receipts import claim
 from pipeline.tracking import NullTracker
 from pipeline.training.checkpoints.format import open_checkpoint, resume_point
-from pipeline.training.device import local_gpu_count
 from pipeline.training.engine.deepspeed_engine import Engine, MicroBatch
 from pipeline.training.loop.loop import train
 from pipeline.training.spec.recipe import Recipe

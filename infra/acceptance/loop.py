@@ -24,12 +24,12 @@ from benchmarks import _data
 from benchmarks import _timing as timing
 from benchmarks.train_step import QUICK_BATCH, quick_config
 from mae_core import SIZES, MAEConfig, training_flops
+from pipeline.cluster.device import local_gpu_count
 from pipeline.cluster.resources import Resources
 from pipeline.data.images.decode_speed import cores
 from pipeline.graph.receipts import claim
 from pipeline.planning.footprint import autoencoder_size, footprint
 from pipeline.tracking import NullTracker
-from pipeline.training.device import local_gpu_count
 from pipeline.training.health.stop_reasons import StopReason
 from pipeline.training.loop.loop import train
 from pipeline.training.meters.matmul_peak import matmul_peak

@@ -1,6 +1,7 @@
 """What a run may take of the cluster that it has joined: GPUs or not, decode workers, and how many steps side by side."""
 
 from pipeline.cluster.connection import cpus_per_gpu, gpu_inventory, worker_capacity
+from pipeline.cluster.device import choose_device
 from pipeline.cluster.resources import Resources
 
 MOST_AT_ONCE = 16
@@ -11,9 +12,7 @@ PROCESSES_BYTES = 2**30
 
 def hardware_decided(resources: Resources) -> Resources:
     """Return the resources with `use_gpu` and `decode_workers` decided. What is decided already stays."""
-    use_gpu = resources.use_gpu
-    if use_gpu == "auto":
-        use_gpu = gpu_inventory()[0] >= resources.worker_range[0]
+    use_gpu = choose_device(resources, gpus=int(gpu_inventory()[0])).use_gpu
     cpus = cpus_per_gpu(workers=resources.worker_range[1]) if use_gpu else 0.0
     return resources.model_copy(update={"use_gpu": use_gpu}).decided_for(cpus)
 

@@ -33,6 +33,7 @@ from torch import Tensor
 from mae_core.config import ViTConfig
 from mae_core.patches import normalise_pixels
 from mae_core.vit import ViTEncoder
+from pipeline.cluster.device import local_gpu_count
 from pipeline.cluster.resources import Resources
 from pipeline.cluster.tasks import ONE_CPU, map_tasks
 from pipeline.data.dataset.address import DatasetAddress, dataset_address
@@ -234,7 +235,7 @@ def _write_parts(
     """Compute and write some parts. Returns their number of images."""
     encoder, selection, store = request.encoder.load(), request.selection(), open_store(store_uri)
     # not by what is visible: a run on the CPU leaves a GPU alone that others may be using
-    device = torch.device("cuda" if resources.use_gpu is True and torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if resources.use_gpu is True and local_gpu_count() else "cpu")
     module, total, images = encoder.build().to(device), int(selection.counts.sum()), 0
     for index in indices:
         images += len(plain_slice(total, index, parts))

@@ -16,9 +16,9 @@ from typing import Any, Literal
 import torch
 import yaml
 
+from pipeline.cluster.device import choose_device_here, local_gpu_count
 from pipeline.cluster.resources import Resources
 from pipeline.errors import ConfigError
-from pipeline.training.device import choose_device_here, local_gpu_count
 from pipeline.training.meters.matmul_peak import matmul_peak
 from pipeline.training.meters.slowness import FORESEEN_MFU
 

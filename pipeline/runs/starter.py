@@ -13,10 +13,10 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
+from pipeline.cluster.device import local_gpu_count
 from pipeline.data.sources.listing import IMAGE_SUFFIXES
 from pipeline.errors import ConfigError
 from pipeline.planning.hardware import cpu_computes_bf16
-from pipeline.training.device import local_gpu_count
 
 PRETRAIN_IMAGES = 20_000
 FINETUNE_IMAGES = 3_000

@@ -13,11 +13,11 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from pipeline import errors
+from pipeline.cluster.device import choose_device_here
 from pipeline.errors import ConfigError, PipelineError, Stopped
 from pipeline.graph.step import Attempt
 from pipeline.tracking import NullTracker, open_tracker
 from pipeline.training import ray_task, room
-from pipeline.training.device import choose_device_here
 from pipeline.training.health.failures import FailureStreak, reason_to_give_up
 from pipeline.training.health.stop_reasons import stop_on_sigterm_if_unhandled, stop_signal_of
 from pipeline.training.loop.loop import TrainingResult, train

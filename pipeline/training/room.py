@@ -6,9 +6,9 @@ import time
 from dataclasses import replace
 
 from pipeline import cluster
+from pipeline.cluster.device import choose_device
 from pipeline.errors import Stopped
 from pipeline.graph.step import Attempt
-from pipeline.training.device import choose_device
 from pipeline.training.health.failures import GOES_ON
 from pipeline.training.health.stop_reasons import StoreStopSignal
 
@@ -28,8 +28,8 @@ def with_hardware_decided(attempt: Attempt) -> Attempt:
         others = _ask_for_gpus(attempt)
     choice = choose_device(resources, gpus=_gpu_count(), where="this cluster", others=others).or_refuse()
     attempt.progress.say(choice.text)
-    cpus = cluster.cpus_per_gpu(workers=resources.worker_range[1]) if choice.use_gpu else 0.0
-    return replace(attempt, resources=resources.model_copy(update={"use_gpu": choice.use_gpu}).decided_for(cpus))
+    decided = resources.model_copy(update={"use_gpu": choice.use_gpu})
+    return replace(attempt, resources=cluster.hardware_decided(decided))
 
 
 def _gpu_count() -> int:

@@ -171,7 +171,7 @@ def _join_launched(backend: str, timeout: timedelta) -> None:
 def enter_world(*, use_gpu: bool = False, timeout_s: float = COLLECTIVE_TIMEOUT_S) -> World:
     """Return this process's world; join the launcher's process group, or make a group with a single member.
 
-    `use_gpu` is what `pipeline.training.device` decided; a GPU that is there is not used without it.
+    `use_gpu` is what `pipeline.cluster.device` decided; a GPU that is there is not used without it.
 
     The group is the one that is initialised already (Ray Train), or the one that torchrun's variables describe. A group that
     is made here ends with the process. `timeout_s`: how long workers wait for one another to agree.

@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 
 from pipeline import cluster, tracking
+from pipeline.cluster.device import choose_device, choose_device_here
 from pipeline.cluster.resources import Resources
 from pipeline.cluster.tasks import Executor
 from pipeline.config import RunConfig
@@ -19,7 +20,6 @@ from pipeline.planning.estimate import check_memory, training_configs
 from pipeline.planning.hardware import Hardware, cluster_hardware, cpu_computes_bf16, local_hardware
 from pipeline.runs.checking.findings import check_reading, examine, finished_in, problem_of
 from pipeline.storage import Store, open_store, probe
-from pipeline.training.device import choose_device, choose_device_here
 
 log = logging.getLogger(__name__)
 
@@ -102,17 +102,15 @@ def check_fits_cluster(config: RunConfig, waiting: Sequence[Step]) -> None:
     choice = choose_device(resources, gpus=int(gpus), where="this cluster")
     resources = resources.model_copy(update={"use_gpu": choice.use_gpu})
     need, evaluation = resources.per_worker, resources.for_evaluation(on_gpus=choice.use_gpu)
-    room, unclaimed = (
-        cluster.worker_capacity(need, of="all"),
-        "Nothing was claimed: a run that is at work in this store goes on",
-    )
+    room = cluster.worker_capacity(need, of="all")
+    unclaimed = "Nothing was claimed: a run that is at work in this store goes on"
     kinds = {step.kind for step in waiting if training_configs([step])}
     for name, one, kind in (("workers", resources, "pretrain"), ("evaluation_workers", evaluation, "evaluate")):
         least = one.worker_range[0]
         if kind in kinds and room < least and not cluster.may_grow():
             if choice.problem:
                 raise ConfigError(f"{choice.problem}. {unclaimed}")
-            each = " and ".join(f"{amount:g} {kind}" for kind, amount in need.items())
+            each = " and ".join(f"{amount:g} {what}" for what, amount in need.items())
             raise ConfigError(
                 f"resources.{name}={least}: the cluster has room for {room} of {least}, each of which reserves {each}. Write fewer "
                 f"workers, reserve less, or add nodes. {unclaimed}"

@@ -15,9 +15,9 @@ from typing import Literal
 import torch
 
 from pipeline import cluster
+from pipeline.cluster.device import local_gpu_count
 from pipeline.errors import PipelineError
 from pipeline.planning.hardware import cpu_computes_bf16, host_memory_bytes
-from pipeline.training.device import local_gpu_count
 
 GIB = 2**30
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Ray keeps its objects

@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pipeline.cluster.device import choose_device_here
 from pipeline.data.feed.loader import Batch, Loader
 from pipeline.data.feed.step_feed import Feed
 from pipeline.errors import DataError
 from pipeline.storage import Store
 from pipeline.training.checkpoints.format import Checkpoint, check_cursor, committed, open_checkpoint, step_of
-from pipeline.training.device import choose_device_here
 from pipeline.training.engine.micro_batches import Copier
 from pipeline.training.guard import GuardState
 from pipeline.training.health.incidents import Bundle, Inputs

@@ -7,10 +7,11 @@ import sys
 import pytest
 import torch
 
+from pipeline.cluster import device
+from pipeline.cluster.device import choose_device
 from pipeline.cluster.resources import Resources
 from pipeline.errors import ConfigError
-from pipeline.training import device, world
-from pipeline.training.device import choose_device
+from pipeline.training import world
 from pipeline.training.engine import deepspeed_engine
 from pipeline.training.world import enter_world
 

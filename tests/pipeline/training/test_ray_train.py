@@ -18,6 +18,7 @@ from training_kit import (
 )
 
 from pipeline import cluster
+from pipeline.cluster import sharing
 from pipeline.errors import ConfigError, Stopped
 from pipeline.stages.pretrain import MILESTONE_IMAGES
 from pipeline.training import room as before_workers
@@ -71,8 +72,9 @@ class Heard:
 
 def decide(folder, monkeypatch, *, gpus, cpus=16.0, grows=False, **resources):
     """Decide on a pretended cluster; return the resources and what was said."""
-    monkeypatch.setattr(cluster, "gpu_inventory", lambda: (float(gpus()), frozenset()))
-    monkeypatch.setattr(cluster, "cpus_per_gpu", lambda *, workers: cpus)
+    for module in (cluster, sharing):
+        monkeypatch.setattr(module, "gpu_inventory", lambda: (float(gpus()), frozenset()))
+        monkeypatch.setattr(module, "cpus_per_gpu", lambda *, workers: cpus)
     monkeypatch.setattr(cluster, "may_grow", lambda: grows)
     heard = Heard()
     attempt = replace(attempt_at(folder, executor="ray", **resources), progress=heard)

@@ -6,13 +6,13 @@ import pytest
 from run_kit import document
 
 from pipeline import cluster
+from pipeline.cluster import device
 from pipeline.config import RunConfig
 from pipeline.errors import ConfigError
 from pipeline.runs.checking import before_start
 from pipeline.runs.checking.before_start import check_before_start, check_fits_cluster
 from pipeline.runs.workflow import build
 from pipeline.storage import open_store
-from pipeline.training import device
 
 
 def on_a_cluster(monkeypatch: Any, *, cpus: int, gpus: int, grows: bool) -> None:

@@ -6,8 +6,6 @@ Errors: ConfigError if GPUs are asked for that are not there."""
 
 from typing import NamedTuple
 
-import torch
-
 from pipeline.cluster.resources import Resources
 from pipeline.errors import ConfigError
 
@@ -58,6 +56,8 @@ def choose_device_here(resources: Resources) -> DeviceChoice:
 
 def local_gpu_count() -> int:
     """Return how many GPUs torch can use on this machine."""
+    import torch  # takes seconds, for which a command that trains nothing must not wait
+
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
