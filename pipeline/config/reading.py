@@ -3,26 +3,40 @@
 Unknown fields, wrong types and impossible values are refused with a ConfigError of one line per field: where it was written, its
 name, its value, and what to write instead (docs/decisions/017-no-omegaconf.md)."""
 
+import copy
 import dataclasses
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from mae_core.config import MAEConfig
 from pipeline.cluster.resources import WORKERS_HINT
+from pipeline.config.document import read_yaml, set_field, yaml_value
 from pipeline.config.fields import PATTERN_MEANINGS, DatasetConfig, RunConfig
 from pipeline.config.paths import resolve_paths, with_absolute_addresses
 from pipeline.errors import ConfigError
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file, apply `a.b=value` overrides and validate. Local paths become absolute."""
+def load_config(
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    changes: Mapping[str, Any] = MappingProxyType({}),
+    changed_by: str = "",
+) -> RunConfig:
+    """Read a YAML file, apply `a.b=value` overrides and validate. Local paths become absolute.
+
+    `changes`: values by dotted field, which win over everything else; errors say that they come from `changed_by`."""
     document, overridden = _read_and_override(path, overrides)
+    for dotted, value in changes.items():
+        set_field(document, dotted, copy.deepcopy(value), said=f"{changed_by}: {dotted}")
+        overridden[dotted] = changed_by
+    resolve_paths(document, Path.cwd())
     try:
         config = RunConfig.model_validate(document)
     except ValidationError as error:
@@ -41,77 +55,32 @@ def read_document(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return _read_and_override(path, overrides)[0]
 
 
-def _read_and_override(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    document = _read_yaml(path)
+def _read_and_override(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the document, and where each overridden field was written."""
+    document = read_yaml(path)
     # twice: the file's paths start at its folder, those of overrides at the working directory
     resolve_paths(document, path.parent.resolve())
-    overridden = [_override(document, override) for override in overrides]
+    overridden = {_override(document, override): "--set" for override in overrides}
     resolve_paths(document, Path.cwd())
     return document, overridden
 
 
-def _origin(path: Path, overridden: Sequence[str], field: str) -> str:
-    """Where a field was written: `--set` if it, its section or one of its own fields was overridden, or else the file."""
-    pairs = (pair for dotted in overridden for pair in ((field, dotted), (dotted, field)))
-    return "--set" if any(f"{inner}.".startswith(f"{outer}.") for inner, outer in pairs) else str(path)
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Safe YAML in which a repeated key is an error; PyYAML would silently take the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002 - PyYAML's
-        seen = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key is not a name", key_node.start_mark)
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key_node.value!r} is written twice", key_node.start_mark
-                )
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        document = yaml.load(path.read_text(), Loader=_UniqueKeys)  # noqa: S506 - a SafeLoader
-    except (OSError, UnicodeDecodeError) as cause:
-        reason = cause.strerror if isinstance(cause, OSError) else "it is not text"
-        raise ConfigError(f"{path}: cannot be read ({reason}). Give the path of a YAML file") from cause
-    except yaml.YAMLError as cause:
-        where = getattr(cause, "problem_mark", None)
-        line = f":{where.line + 1}" if where else ""
-        raise ConfigError(f"{path}{line}: not YAML ({getattr(cause, 'problem', cause)}). Correct that line") from cause
-    if not isinstance(document, dict):
-        found = "is empty" if document is None else f"holds a {type(document).__name__}"
-        raise ConfigError(f"{path}: {found}: write a mapping of fields such as data, model, pretrain")
-    return document
+def _origin(path: Path, overridden: Mapping[str, str], field: str) -> str:
+    """Where a field was written: with what it, its section or one of its own fields was overridden, or else the file."""
+    for dotted, origin in reversed(overridden.items()):
+        if any(f"{inner}.".startswith(f"{outer}.") for inner, outer in ((field, dotted), (dotted, field))):
+            return origin
+    return str(path)
 
 
 def _override(document: dict[str, Any], override: str) -> str:
     """Write one `a.b=value` (or `a.0.b=value` for a list's element) into the document. Returns `a.b`."""
     dotted, equals, text = override.partition("=")
-    parts = dotted.strip().split(".")
-    if not equals or not all(parts):
+    dotted = dotted.strip()
+    if not equals or not all(dotted.split(".")):
         raise ConfigError(f"--set {override}: write field=value, for example --set pretrain.epochs=100")
-    try:
-        value = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as cause:
-        raise ConfigError(f"--set {override}: {text!r} is not a YAML value") from cause
-    section: Any = document
-    for depth, part in enumerate(parts):
-        key: Any = part
-        if isinstance(section, list) and part.isdecimal() and int(part) < len(section):
-            key = int(part)
-        elif not isinstance(section, dict):
-            parent = ".".join(parts[:depth])
-            raise ConfigError(f"--set {override}: {parent} is {section!r} and has no {part}; set {parent} as a whole")
-        # a section that the file leaves out or leaves empty
-        if key is part and section.get(key) is None:
-            section[key] = {}
-        outer, section = section, section[key]
-    outer[key] = value
-    return ".".join(parts)
+    set_field(document, dotted, yaml_value(text, said=f"--set {override}"), said=f"--set {override}")
+    return dotted
 
 
 _MESSAGES: Mapping[str, str] = {

@@ -36,13 +36,13 @@ def topological_order(steps: Sequence[Step]) -> list[Step]:
     ordered: dict[str, Step] = {}
 
     def add(step: Step) -> None:
-        if step.name in ordered:
-            if ordered[step.name].fingerprint != step.fingerprint:
-                raise PipelineError(f"two different steps are named {step.name}: rename one of them")
+        if step.title in ordered:
+            if ordered[step.title].fingerprint != step.fingerprint:
+                raise PipelineError(f"two different steps are named {step.title}: rename one of them")
             return
         for source in step.inputs.values():
             add(source)
-        ordered[step.name] = step
+        ordered[step.title] = step
 
     for step in steps:
         add(step)
@@ -55,12 +55,12 @@ def plan_graph(steps: Sequence[Step], *, store: Store, unable: Iterable[str] = (
     for step in topological_order(steps):
         root = store.at(step.directory)
         if read_receipt(root) is not None:  # even if its inputs would have to run: a finished step is never repeated
-            rows[step.name] = PlannedStep(step, "cached", (), root.uri)
+            rows[step.title] = PlannedStep(step, "cached", (), root.uri)
             continue
-        blocked = step.name in unable or any(rows[source.name].state == "blocked" for source in step.inputs.values())
+        blocked = step.name in unable or any(rows[source.title].state == "blocked" for source in step.inputs.values())
         # the history is read only for steps that would run
         differs = nearest_difference(step.identity(), _earlier_identities(store, step.name))
-        rows[step.name] = PlannedStep(step, "blocked" if blocked else "to_run", differs, root.uri)
+        rows[step.title] = PlannedStep(step, "blocked" if blocked else "to_run", differs, root.uri)
     return list(rows.values())
 
 

@@ -18,7 +18,7 @@ from pipeline import cluster
 from pipeline.errors import ConfigError, Fenced, PipelineError, Stopped, StorageError
 from pipeline.graph.plan import record_identity, topological_order
 from pipeline.graph.receipts import Receipt, check_fence, claim, read_receipt, write_receipt
-from pipeline.graph.step import Attempt, StageInput, Step
+from pipeline.graph.step import Attempt, StageInput, Step, StepKind
 from pipeline.storage import Store, open_store
 
 log = logging.getLogger(__name__)
@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 START_PATIENCE_S = 15.0
 """How long a stop waits for a training that has not reached its first step: nothing of it can be lost."""
 State = Literal["done", "cached", "failed", "stopped", "blocked"]
-Parallel = int | Callable[[], int]
-"""How many steps may run at once: a number, of any kind, or a function that says how many evaluations; all else then runs alone."""
+Parallel = int | Callable[[StepKind], int]
+"""How many steps may run at once: a number, of any kind, or a function that says how many of a kind would fill the cluster."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class Hooks(Protocol):
         ...
 
     def progress(self, step_name: str, done: int, total: int, unit: str, fields: Mapping[str, float]) -> None:
-        """Note how far a running step is."""
+        """Note how far a running step is. `step_name` is its title."""
         ...
 
     def say(self, step_name: str, text: str) -> None:
-        """Show a line that a running step has to say."""
+        """Show a line that a running step has to say. `step_name` is its title."""
         ...
 
     def end(self, outcome: Outcome) -> None:
@@ -108,7 +108,7 @@ class _RunningStep:
 
     def waiting_for(self) -> str:
         """Return what a stop of it waits for, and about how long."""
-        name = self.step.name
+        name = self.step.title
         if self.step.resume_point is None:
             return f"{name} is interrupted, which takes a second or two; its finished parts are kept"
         if not self.updates:
@@ -142,10 +142,10 @@ class GraphRun:
         """Run every step that is not finished. Returns one outcome per step, inputs before their readers."""
         while len(self.outcomes) < len(self.steps):
             for step in self.steps:
-                if step.name not in self.outcomes and step.name not in self.running:
+                if step.title not in self.outcomes and step.title not in self.running:
                     self._consider(step)
             self._collect()
-        return [self.outcomes[step.name] for step in self.steps]
+        return [self.outcomes[step.title] for step in self.steps]
 
     def request_stop(self) -> None:
         """Start nothing new, and let running steps save and stop. Those that cannot save are interrupted.
@@ -173,9 +173,9 @@ class GraphRun:
 
     def _consider(self, step: Step) -> None:
         """Start a step whose inputs are all settled, or settle it if there is nothing to start."""
-        if any(one.name not in self.outcomes for one in step.inputs.values()) or not self._has_room(step):
+        if any(one.title not in self.outcomes for one in step.inputs.values()) or not self._has_room(step):
             return
-        inputs = {self.outcomes[one.name].state for one in step.inputs.values()}
+        inputs = {self.outcomes[one.title].state for one in step.inputs.values()}
         # after a stop, steps are still looked up, so that the summary tells what is finished, but none is started
         ready = inputs <= {"done", "cached"} and not self.stopping
         attempt = None
@@ -199,8 +199,9 @@ class GraphRun:
         """Return whether the step may start beside those that run."""
         if not self.running or isinstance(self.parallel, int):
             return len(self.running) < (self.parallel if isinstance(self.parallel, int) else 1)
-        kinds = {step.kind, *(work.step.kind for work, _ in self.running.values())}
-        return kinds == {"evaluate"} and len(self.running) < self.parallel()
+        kinds = [step.kind, *(work.step.kind for work, _ in self.running.values())]
+        # 1e-9: three thirds are one
+        return sum(1 / self.parallel(kind) for kind in kinds) <= 1 + 1e-9
 
     def _is_fenced(self) -> bool:
         """Return whether another driver has taken a running step; this one then stops.
@@ -237,7 +238,7 @@ class GraphRun:
             resources=step.resources,
             options=step.options,
             executor=self.executor,
-            progress=self.board.writer(step.name) if self.board else _InProcessProgress(self, step.name),
+            progress=self.board.writer(step.title) if self.board else _InProcessProgress(self, step.title),
             tracking_uri=self.hooks.tracking_uri,
             mlflow_run_id=self.hooks.begin(step),
         )
@@ -246,7 +247,7 @@ class GraphRun:
         step = work.step
         inputs = {name: self._receipt(source).as_input(self._uri(source)) for name, source in step.inputs.items()}
         if self.executor == "ray":
-            self.running[step.name] = (work, cluster.submit(execute_step, step, inputs, work.attempt))
+            self.running[step.title] = (work, cluster.submit(execute_step, step, inputs, work.attempt))
             return
         try:
             self.in_process = work
@@ -334,11 +335,11 @@ class GraphRun:
         return Outcome(work.step, state, self._uri(work.step), seconds, error=error, mlflow_run_id=run_id)
 
     def _finish(self, outcome: Outcome) -> None:
-        self.outcomes[outcome.step.name] = outcome
+        self.outcomes[outcome.step.title] = outcome
         self.hooks.end(outcome)
 
     def _receipt(self, step: Step) -> Receipt:
-        receipt = self.outcomes[step.name].receipt
+        receipt = self.outcomes[step.title].receipt
         if receipt is None:
             raise PipelineError(f"step {step.name} has no receipt, though a step that reads it was started")
         return receipt

@@ -97,7 +97,7 @@ class Step:
     kind: StepKind
     """Not part of the fingerprint."""
     name: str
-    """Unique in a graph; begins the directory's name (`pretrain`, `finetune-digits-pretrained-s0`)."""
+    """Unique in a run; begins the directory's name (`pretrain`, `finetune-digits-pretrained-s0`)."""
     function: Callable[[Any, Mapping[str, StageInput], Attempt], StageResult]
     """A top-level function of a stage's module, so that any worker can import it."""
     config: Any
@@ -110,6 +110,13 @@ class Step:
     resume_point: Callable[[Store], str] | None = None
     """Returns the key of what a new generation continues from (a checkpoint in the step's directory), or an empty string. A step
     that has a resume point saves and stops when asked to; the others are interrupted and reuse what they had written."""
+    label: str = ""
+    """Tells steps of one name apart where several runs share a graph; not part of the fingerprint."""
+
+    @property
+    def title(self) -> str:
+        """The name, with the label if there is one: unique in a graph."""
+        return f"{self.name} [{self.label}]" if self.label else self.name
 
     @property
     def version(self) -> int:

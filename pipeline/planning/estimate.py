@@ -89,8 +89,8 @@ class Effort:
 
 
 def training_configs(steps: Iterable[Step]) -> dict[str, TrainingConfig]:
-    """Return the configs of those steps that train with the engine, by step name."""
-    return {step.name: step.config for step in steps if isinstance(step.config, TrainingConfig)}
+    """Return the configs of those steps that train with the engine, by title."""
+    return {step.title: step.config for step in steps if isinstance(step.config, TrainingConfig)}
 
 
 def estimate_memory(training: TrainingConfig, resources: Resources, hardware: Hardware) -> MemoryEstimate:

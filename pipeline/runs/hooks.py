@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from rich.console import RenderableType
@@ -59,8 +60,18 @@ class RunHooks:
     Opening the parent is the one call that may fail the run, since it comes before the first step. With an empty address,
     nothing is recorded."""
 
-    def __init__(self, uri: str, config: RunConfig, display: Display, steps: Sequence[Step] = ()) -> None:
+    def __init__(
+        self,
+        uri: str,
+        config: RunConfig,
+        display: Display,
+        steps: Sequence[Step] = (),
+        *,
+        tags: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.tracking_uri, self.config, self.display, self.steps = uri, config, display, steps
+        self.tags = tags
+        """Of the parent run, beside those that every run has."""
         self.executor: Executor = "in_process"
         self.told: set[str] = set()
         """Findings that were shown."""
@@ -72,9 +83,9 @@ class RunHooks:
     def begin(self, step: Step) -> str:
         """Open the step's child run and return its id, or an empty string if MLflow refused or nothing is recorded."""
         known = beginning_of(step, open_store(self.config.store), self.executor)
-        self.display.step_state(step.name, "running", detail=known.text)
+        self.display.step_state(step.title, "running", detail=known.text)
         if known.images and known.seconds:
-            self.display.update(step.name, known.images_done, known.images, "images", {"eta_s": known.seconds})
+            self.display.update(step.title, known.images_done, known.images, "images", {"eta_s": known.seconds})
         if not self.tracking_uri:
             return ""
         with failures_as_warnings(f"tracking of {step.name}"):
@@ -95,7 +106,7 @@ class RunHooks:
         # first of all: what has ended must not be closed again by `abandon`
         self.open_children.pop(outcome.step.name, None)
         about = [listing_of(outcome), detail_of(outcome)]
-        self.display.step_state(outcome.step.name, outcome.state, detail="; ".join(text for text in about if text))
+        self.display.step_state(outcome.step.title, outcome.state, detail="; ".join(text for text in about if text))
         with failures_as_warnings(f"tracking of {outcome.step.name}"):
             self.unreported.append(outcome)  # stays there if the next line raises
             self._record(outcome)
@@ -155,6 +166,7 @@ class RunHooks:
             tags={
                 "git.revision": _git_revision(),
                 **{f"version.{name}": v for name, v in installed_versions().items()},
+                **self.tags,
             },
             params=self.config.model_dump(),
         )

@@ -510,7 +510,8 @@ def test_every_field_changes_a_fingerprint_unless_it_only_says_where_and_how(fie
 
 def test_reading_stays_small_enough_not_to_need_a_library():
     # docs/decisions/017-no-omegaconf.md
-    assert len((ROOT / "pipeline/config/reading.py").read_text().splitlines()) < 220
+    files = [ROOT / "pipeline/config" / name for name in ("document.py", "reading.py")]
+    assert sum(len(file.read_text().splitlines()) for file in files) < 250
 
 
 def test_every_section_is_walked():

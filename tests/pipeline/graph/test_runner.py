@@ -124,6 +124,20 @@ def test_two_different_steps_of_one_name_are_refused(store, options):
     assert list(store.list()) == []
 
 
+def test_steps_of_one_name_run_side_by_side_in_a_graph_that_labels_them(store, options):
+    one = alone(write, options, label="mask_ratio=0.4")
+    other = dataclasses.replace(one, config=Work(9), label="mask_ratio=0.6")
+    assert [row.step.title for row in plan_graph([one, other], store=store)] == [
+        "alone [mask_ratio=0.4]", "alone [mask_ratio=0.6]",
+    ]  # fmt: skip
+    outcomes = walk([one, other], store)
+    assert [(outcome.step.title, outcome.state) for outcome in outcomes] == [
+        ("alone [mask_ratio=0.4]", "done"), ("alone [mask_ratio=0.6]", "done"),
+    ]  # fmt: skip
+    assert len({outcome.uri for outcome in outcomes}) == 2
+    assert states(walk([dataclasses.replace(other, label="")], store)) == {"alone": "cached"}
+
+
 # --- the plan
 
 
@@ -388,6 +402,18 @@ def test_independent_steps_run_at_once(ray, store, tmp_path):
     assert states(walk(steps, store, executor="ray", parallel=2)) == {"a": "done", "b": "done"}
 
 
+def test_kinds_share_the_cluster_where_each_takes_its_part_of_it(ray, store, tmp_path):
+    """A pretraining that fills half of the cluster and an evaluation that fills a quarter of it run at once."""
+    meeting = tmp_path / "meeting"
+    meeting.mkdir()
+    steps = [
+        dataclasses.replace(alone(meets, {"meeting": str(meeting)}, name), kind=kind)
+        for name, kind in (("a", "pretrain"), ("b", "evaluate"))
+    ]
+    room = {"pretrain": 2, "evaluate": 4}.__getitem__
+    assert states(walk(steps, store, executor="ray", parallel=room)) == {"a": "done", "b": "done"}
+
+
 def test_evaluations_run_side_by_side_as_many_as_fit_and_everything_else_alone(ray, store, options):
     """While two evaluations run, neither the third nor the pretraining starts."""
     kinds = {"pre": "pretrain", "a": "evaluate", "b": "evaluate", "c": "evaluate", "page": "report"}
@@ -401,8 +427,11 @@ def test_evaluations_run_side_by_side_as_many_as_fit_and_everything_else_alone(r
             self.at_once += (({*self.begun} - {name for name, _ in self.ended}) | {step.name},)
             return super().begin(step)
 
+    def room(kind):
+        return 2 if kind == "evaluate" else 1
+
     hooks = Counting()
-    assert set(states(walk(steps, store, executor="ray", parallel=lambda: 2, hooks=hooks)).values()) == {"done"}
+    assert set(states(walk(steps, store, executor="ray", parallel=room, hooks=hooks)).values()) == {"done"}
     first, second, third, fourth, fifth = hooks.at_once
     assert (first, second, third, fifth) == ({"pre"}, {"a"}, {"a", "b"}, {"page"})
     assert "c" in fourth
