@@ -19,6 +19,7 @@ from jobs.commands.init import init
 from jobs.commands.plan import plan
 from jobs.commands.replay import replay
 from jobs.commands.run import run
+from jobs.commands.sweep import sweep
 from jobs.commands.ui import ui
 
 app = typer.Typer(
@@ -28,7 +29,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (init, config, run, plan, replay, fork, ui, doctor):
+for command in (init, config, run, sweep, plan, replay, fork, ui, doctor):
     app.command()(command)
 for group in (job, shards, model, store):
     app.add_typer(group.app, name=group.__name__.rpartition(".")[2])

@@ -82,7 +82,7 @@ class Resources(BaseModel):
     """Size of that cache above which the shards used longest ago are deleted."""
     parallel_steps: int | Literal["auto"] = "auto"
     """How many steps of the graph may run at the same time. auto: as many evaluation steps as the cluster has CPUs, GPUs and memory
-    for, 16 at most; every other step alone."""
+    for, 16 at most, and in a sweep as many pretrainings; every other step alone."""
     max_failures: int = Field(3, ge=0)
     """Consecutive worker failures, without a new checkpoint in between, from which training recovers by itself."""
     max_preemptions: int = Field(100, ge=0)

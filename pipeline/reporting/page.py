@@ -104,19 +104,22 @@ class _ScoreCard:
 
 def render_page(report: ReportData) -> str:
     """Return the page as HTML."""
+    config = yaml.safe_dump(redact(report.config), sort_keys=False, allow_unicode=True) if report.config else ""
+    groups = pairs(report.scores)
+    remarks = settings_of_scores(report.scores) | remarks_on_scores(report.scores)
+    headline = [_ScoreCard(g["pretrained"], g.get("random")) for g in groups.values() if "pretrained" in g]
+    return template("page.html").render(report=report, headline=headline, groups=groups, remarks=remarks, config=config)
+
+
+def template(name: str) -> jinja2.Template:
+    """Return a template of this package, with the filters `clock`, `count`, `picture` and `hidden`."""
     loader = jinja2.PackageLoader("pipeline.reporting", package_path="")
     # StrictUndefined: a misspelt field fails instead of leaving a gap in the page
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"clock": clock, "count": count, "picture": _picture, "hidden": redact_text}
-    config = yaml.safe_dump(redact(report.config), sort_keys=False, allow_unicode=True) if report.config else ""
-    groups = pairs(report.scores)
-    remarks = settings_of_scores(report.scores) | remarks_on_scores(report.scores)
-    headline = [_ScoreCard(g["pretrained"], g.get("random")) for g in groups.values() if "pretrained" in g]
-    return environment.get_template("page.html").render(
-        report=report, headline=headline, groups=groups, remarks=remarks, config=config
-    )
+    return environment.get_template(name)
 
 
 def _picture(png: bytes) -> str:

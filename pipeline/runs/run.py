@@ -5,6 +5,7 @@ in the summary, and an error of MLflow is only a warning."""
 
 import logging
 import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 from rich.text import Text
@@ -25,9 +26,11 @@ from pipeline.runs.checking.before_start import (
     warn_of_unshared_paths,
 )
 from pipeline.runs.checking.findings import DataDescription, describe
-from pipeline.runs.hooks import Display, RunHooks
+from pipeline.runs.hooks import Display
 from pipeline.runs.stopping import StopSignals
-from pipeline.runs.summary import RunSummary, summarise
+from pipeline.runs.summary import RunSummary
+from pipeline.runs.sweeps.graph import Member, all_steps
+from pipeline.runs.sweeps.members_hooks import MembersHooks
 from pipeline.runs.workflow import build
 from pipeline.storage import open_store
 
@@ -60,15 +63,30 @@ def run_pipeline(
     config: RunConfig, *, executor: Executor, display: Display, signals: StopSignals | None = None
 ) -> RunSummary:
     """Run every step that is not finished and return how the run ended. `signals`: those that the caller already handles."""
+    [summary] = run_members(
+        [Member(config=config, steps=build(config))], executor=executor, display=display, signals=signals
+    )
+    return summary
+
+
+def run_members(
+    members: Sequence[Member], *, executor: Executor, display: Display, signals: StopSignals | None = None
+) -> list[RunSummary]:
+    """Run every step of several configurations that is not finished, as one graph; return how each run ended.
+
+    All have one store and one tracking server; how many steps run at once, and for how long, the first one says."""
     with nullcontext(signals) if signals else StopSignals() as stop:
-        return _run(config, executor, display, stop)
+        return _run(members, executor, display, stop)
 
 
-def _run(config: RunConfig, executor: Executor, display: Display, stop: StopSignals) -> RunSummary:
+def _run(members: Sequence[Member], executor: Executor, display: Display, stop: StopSignals) -> list[RunSummary]:
+    config, steps = members[0].config, all_steps(members)
     with stop.during("waiting for the checks of sources and store; no step has begun"):
-        steps = build(config)
         store = open_store(config.store)
-        check_before_start(config, steps, store, executor)
+        checked: set[str] = set()
+        for member in members:
+            check_before_start(member.config, member.steps, store, executor, checked=checked)
+            checked |= {step.title for step in member.steps}
         uri = tracking.resolve_tracking_uri(config.tracking.uri, store_uri=store.uri)
     # nothing is open in MLflow yet, so there is nothing to close
     if stop.requested:
@@ -81,7 +99,7 @@ def _run(config: RunConfig, executor: Executor, display: Display, stop: StopSign
         # only the first key is asked for: a bucket's history may be long
         if next(iter(store.list(HISTORY)), None) is None:
             display.show(Text(f"store {store.uri} is new: no step is finished in it"))
-        hooks = RunHooks(uri, config, display, steps)
+        hooks = MembersHooks(uri, members, display)
     walk = GraphRun(
         steps, store=store, executor=executor, hooks=hooks, parallel=parallel_steps(config.resources, steps)
     )
@@ -101,11 +119,12 @@ def _run(config: RunConfig, executor: Executor, display: Display, stop: StopSign
                 setting_up=f"Ray at {address}" if address else "Ray on this machine",
             ):
                 display.show(f"connecting to Ray at {address}" if address else "starting Ray")
-                hooks.executor = "ray"
+                hooks.starts_on("ray")
                 cluster.connect()
                 warn_of_unshared_paths(store, uri)
                 # only now: what the nodes have is known to the cluster alone
-                check_fits_cluster(config, steps_to_run(steps, store))
+                for member in members:
+                    check_fits_cluster(member.config, steps_to_run(member.steps, store))
         resources = config.resources
         if resources.wall_clock_s is not None:
             stop.limit(
@@ -124,6 +143,4 @@ def _run(config: RunConfig, executor: Executor, display: Display, stop: StopSign
                 cluster.disconnect()
     with stop.during("waiting for MLflow to note how the run ended; what was made is saved"):
         addresses = {"store": store.uri, "tracking": uri or tracking.NO_TRACKING}
-        summary = summarise(config, outcomes, run_id=hooks.run_id, addresses=addresses)
-        hooks.close(summary, store)
-    return summary
+        return hooks.close(outcomes, store, addresses)

@@ -49,9 +49,10 @@ class Box(NamedTuple):
 class AugmentConfig:
     """How a training picture is cut out of a stored image."""
 
-    kind: Literal["random_resized_crop", "clipped_crop", "shift", "center"] = "random_resized_crop"
+    kind: Literal["random_resized_crop", "clipped_crop", "random_crop", "shift", "center"] = "random_resized_crop"
     """random_resized_crop: as in MAE's pretraining; clipped_crop: as in its linear probe, where a box that does not fit is clipped
-    and not drawn again; shift: pad and crop, for images of a few dozen pixels; center: only the flip is random."""
+    and not drawn again; random_crop: of one size, anywhere; shift: pad and crop, for images of a few dozen pixels; center: only the
+    flip is random."""
     scale: tuple[float, float] = (0.2, 1.0)
     """Smallest and largest share of the image's area that a random crop covers."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -59,7 +60,8 @@ class AugmentConfig:
     shift_pixels: int = 4
     """Most pixels by which `shift` moves the image; the border is mirrored."""
     crop_ratio: float = 0.875
-    """Share of the short side that a centre crop keeps: 224 of 256. An image of the target size is used whole."""
+    """Share of the short side that `center` and `random_crop` keep: 224 of 256. A centre crop uses an image of the target size
+    whole."""
     flip: bool = True
     """Mirror half of the images left to right."""
     rand_augment: str | None = field(default=None, metadata=ADDED_LATER)
@@ -172,9 +174,21 @@ def center_box(height: int, width: int, *, target: tuple[int, int], crop_ratio: 
     """
     if (height, width) == target:
         return Box(0, 0, height, width)
-    zoom = crop_ratio * min(height / target[0], width / target[1])
-    box_height, box_width = max(1, round(target[0] * zoom)), max(1, round(target[1] * zoom))
+    box_height, box_width = _crop_sides(height, width, target=target, crop_ratio=crop_ratio)
     return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
+
+
+def random_crop(uniforms: Uniforms, height: int, width: int, *, target: tuple[int, int], crop_ratio: float) -> Box:
+    """Return a box of the target's aspect ratio, `crop_ratio` times the largest one that fits, at a random position."""
+    box_height, box_width = _crop_sides(height, width, target=target, crop_ratio=crop_ratio)
+    top = int(uniforms[2 * _TRIES] * (height - box_height + 1))
+    left = int(uniforms[2 * _TRIES + 1] * (width - box_width + 1))
+    return Box(top, left, box_height, box_width)
+
+
+def _crop_sides(height: int, width: int, *, target: tuple[int, int], crop_ratio: float) -> tuple[int, int]:
+    zoom = crop_ratio * min(height / target[0], width / target[1])
+    return max(1, round(target[0] * zoom)), max(1, round(target[1] * zoom))
 
 
 def shift_crop(uniforms: Uniforms, image: Image, *, pixels: int) -> Image:
@@ -252,6 +266,8 @@ def box_of(height: int, width: int, uniforms: Uniforms, config: AugmentConfig, s
         return random_resized_crop(uniforms, height, width, scale=config.scale, ratio=config.ratio)
     if config.kind == "clipped_crop":
         return clipped_crop(uniforms, height, width, scale=config.scale, ratio=config.ratio)
+    if config.kind == "random_crop":
+        return random_crop(uniforms, height, width, target=size, crop_ratio=config.crop_ratio)
     return center_box(height, width, target=size, crop_ratio=1.0 if config.kind == "shift" else config.crop_ratio)
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from pipeline import cluster, tracking
 from pipeline.cluster.device import choose_device, choose_device_here
@@ -27,11 +27,19 @@ CHECKED_FILES = 20_000
 """Sources with more files than this are listed by their step alone; 20,000 are a second, or twenty requests to a bucket."""
 
 
-def check_before_start(config: RunConfig, steps: Sequence[Step], store: Store, executor: Executor) -> None:
+def check_before_start(
+    config: RunConfig,
+    steps: Sequence[Step],
+    store: Store,
+    executor: Executor,
+    *,
+    checked: Collection[str] = (),
+) -> None:
     """Check source, CPUs, memory and store. Raises ConfigError or PipelineError for the first problem.
 
-    Memory is only checked for this machine; for a cluster, see `check_fits_cluster`."""
-    waiting = steps_to_run(steps, store)
+    Memory is only checked for this machine; for a cluster, see `check_fits_cluster`. `checked`: titles of steps that another
+    configuration shares and that were looked at with it."""
+    waiting = [step for step in steps_to_run(steps, store) if step.title not in checked]
     finished = finished_in(store)
     for step in steps:
         check_reading(step, finished, mark=True)

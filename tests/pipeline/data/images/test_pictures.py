@@ -21,6 +21,7 @@ from pipeline.data.images.pictures import (
     clipped_crop,
     decode,
     picture,
+    random_crop,
     random_resized_crop,
     reference_picture,
     shift_crop,
@@ -79,6 +80,7 @@ def test_crops_stay_inside(id_, height, width):
         random_resized_crop(keyed(id_), height, width, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)),
         clipped_crop(keyed(id_), height, width, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)),
         center_box(height, width, target=(224, 160), crop_ratio=0.875),
+        random_crop(keyed(id_), height, width, target=(224, 160), crop_ratio=0.875),
     ):
         assert box.top >= 0
         assert box.left >= 0
@@ -118,6 +120,14 @@ def test_center_box_is_resize_256_crop_224():
     assert center_box(300, 500, target=(100, 200), crop_ratio=1.0) == Box(25, 0, 250, 500)
 
 
+def test_a_random_crop_is_the_centre_crop_moved_anywhere():
+    rows = uniform_rows(1, np.zeros(2000, np.int64), np.arange(2000), "augment", AUGMENT_UNIFORMS)
+    boxes = [random_crop(row, 256, 320, target=(224, 224), crop_ratio=0.875) for row in rows]
+    assert {(box.height, box.width) for box in boxes} == {(224, 224)}
+    assert {box.top for box in boxes} == set(range(33))
+    assert {box.left for box in boxes} == set(range(97))
+
+
 def differences(pictures, config, size=(224, 224)):
     """Return the worst and mean difference in grey levels between the hot path and Pillow alone, over encoded pictures."""
     worst, means = 0, []
@@ -129,7 +139,7 @@ def differences(pictures, config, size=(224, 224)):
     return worst, float(np.mean(means))
 
 
-@pytest.mark.parametrize("kind", ["random_resized_crop", "center"])
+@pytest.mark.parametrize("kind", ["random_resized_crop", "random_crop", "center"])
 def test_the_hot_path_is_close_to_pillow(kind):
     """Measured on these: worst 2 levels, mean 0.05 (0.004 in most, 0.2 at a few crop widths, where rounding differs).
     Without antialiasing: 30 and 0.8 on these; torch's float kernel: mean 0.18."""

@@ -1,0 +1,1 @@
+"""Several configurations run as one graph: `mae sweep`."""
