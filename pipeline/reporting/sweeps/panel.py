@@ -92,10 +92,8 @@ def _is_accuracy(sweep: SweepTable, column: Column) -> bool:
 
 def _axis_of(sweep: SweepTable) -> _AxisOfMembers:
     rows = sweep.rows
-    measured = (
-        "" if all(row.state == "run" for row in rows) else ", “run” where this sweep has run, others configured only"
-    )
-    ticks = [_short(sweep, row) + ("\nrun" if measured and row.state == "run" else "") for row in rows]
+    open_rows = any(row.state == "configured only" for row in rows)
+    ticks = [_tick(sweep, row, mark_run=open_rows) for row in rows]
     values = [next(iter(row.point.values())) for row in rows if len(row.point) == 1]
     numbers = [float(value) for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
     joined = bool(sweep.varied) and len(numbers) == len(rows) > 1
@@ -103,16 +101,16 @@ def _axis_of(sweep: SweepTable) -> _AxisOfMembers:
     return _AxisOfMembers(
         places=dict(zip((row.label for row in rows), places, strict=True)),
         ticks=dict(zip(places, ticks, strict=True)),
-        name=f"{sweep.varied or 'member'}{measured}",
+        name=(sweep.varied or "member") + ("; those without “run” are configured only" if open_rows else ""),
         line="-" if joined else "",
         logarithmic=joined and min(places) > 0 and max(places) / min(places) > LOG_FROM,
     )
 
 
-def _short(sweep: SweepTable, row: SweepRow) -> str:
-    """Return a member's label for an axis, broken into lines."""
-    text = textwrap.fill(sweep.short(row), 16)
-    return text + ("\n(not built)" if row.state == "not built" else "")
+def _tick(sweep: SweepTable, row: SweepRow, *, mark_run: bool) -> str:
+    """Return a member's label for the axis, broken into lines, with its state where that needs saying."""
+    said = row.state in ("failed", "not built") or (row.state == "run" and mark_run)
+    return textwrap.fill(sweep.short(row), 16) + (f"\n({row.state})" if said else "")
 
 
 def _label_members(panel: Axes, axis: _AxisOfMembers) -> None:

@@ -29,4 +29,5 @@ def render_sweep_page(sweep: SweepTable, *, panel: bytes, created: str, command:
             for column in sweep.columns
         ],
         classes=_CLASSES,
+        reports=[row for row in sweep.rows if row.report],
     )

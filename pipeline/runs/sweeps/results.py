@@ -21,6 +21,7 @@ from pipeline.runs.summary import EXIT_CODES, RunSummary
 from pipeline.runs.summary import as_json as summary_json
 from pipeline.runs.sweeps.sweep import Sweep, SweepMember
 from pipeline.storage import Store
+from pipeline.tracking import redact
 from pipeline.training.facts import PretrainFacts
 
 FOLDER = "sweeps"
@@ -118,7 +119,7 @@ def write_page(summary: SweepSummary, store: Store, *, command: str) -> dict[str
     addresses = {"store": store.uri, "sweep": str(folder.local_path(PAGE) or f"{folder.uri}/{PAGE}")}
     folder.write(PAGE, page.encode())
     folder.write(PANEL, panel)
-    folder.write(JSON, json.dumps(summary.as_json(addresses), indent=1).encode())
+    folder.write(JSON, json.dumps(redact(summary.as_json(addresses)), indent=1).encode())
     return addresses
 
 
