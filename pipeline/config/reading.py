@@ -67,7 +67,7 @@ def _read_and_override(path: Path, overrides: Sequence[str]) -> tuple[dict[str, 
 
 def _origin(path: Path, overridden: Mapping[str, str], field: str) -> str:
     """Where a field was written: with what it, its section or one of its own fields was overridden, or else the file."""
-    for dotted, origin in reversed(overridden.items()):
+    for dotted, origin in reversed(list(overridden.items())):
         if any(f"{inner}.".startswith(f"{outer}.") for inner, outer in ((field, dotted), (dotted, field))):
             return origin
     return str(path)

@@ -4,7 +4,7 @@ A sweep over one field of numbers has a numeric axis, logarithmic where the valu
 place per member. Units: per cent. Style and colours are those of `figures`."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from matplotlib import rc_context
@@ -35,13 +35,14 @@ class _AxisOfMembers:
 
 def panel_png(sweep: SweepTable) -> bytes:
     """Return the plots, one below the other."""
-    plots: list[tuple[Column | None, str]] = [(column, sweep.published(column)) for column in sweep.columns]
-    plots = [(column, paper) for column, paper in plots if _is_accuracy(sweep, column)]
-    plots += [(None, name) for name in sweep.published_alone]
+    plots: list[tuple[Column | None, str]] = [
+        *((column, sweep.published(column)) for column in sweep.columns if _is_accuracy(sweep, column)),
+        *((None, name) for name in sweep.published_alone),
+    ]
     axis = _axis_of(sweep)
     with rc_context(STYLE):
         figure = Figure(figsize=(10, 1.2 + 3.3 * max(1, len(plots))), layout="constrained")
-        panels: Sequence[Axes] = figure.subplots(max(1, len(plots)), 1, squeeze=False, sharex=True)[:, 0]
+        panels: list[Axes] = list(figure.subplots(max(1, len(plots)), 1, squeeze=False, sharex=True)[:, 0])
         for panel, (column, paper) in zip(panels, plots, strict=False):
             title = heading(column, sweep.columns) if column else paper
             panel.set_title(f"{title}: top-1 accuracy, %", pad=8)
