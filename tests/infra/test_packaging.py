@@ -49,7 +49,11 @@ def test_the_wheel_holds_the_three_packages_and_nothing_else(wheel):
     # compared with the tree, so that a module without an __init__.py beside it, or data left undeclared, is noticed
     for package in ("mae_core", "pipeline", "jobs"):
         sources = {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.py")}
-        data = {str(path.relative_to(ROOT)) for kind in ("*.yaml", "*.html") for path in (ROOT / package).rglob(kind)}
+        data = {
+            str(path.relative_to(ROOT))
+            for kind in ("*.yaml", "*.html", "*.css")
+            for path in (ROOT / package).rglob(kind)
+        }
         assert {name for name in wheel.namelist() if name.startswith(f"{package}/")} == sources | data
 
 
