@@ -7,8 +7,8 @@ The key covers the encoder (shape and weights), the dataset, the split, the chos
 nor the number of tasks: both compute in float32, so that values differ by rounding only. Features are a cache, not an input of a
 step: they change no fingerprint, and deleting the folder costs only time. Each part is written by the task that computed it, so
 that an interrupted evaluation continues where it was.
-Two steps that need the same features at the same time: one computes, and the other waits and reads. On different machines both
-may compute a part, and the later write replaces the earlier one with the same values.
+Two steps that need the same features at the same time: one computes, and the other waits and reads. On different machines, or
+after too long a wait, both may compute a part, and the later write replaces the earlier one with the same values.
 Images are read as in any evaluation: each once, centre crop, no augmentation.
 Errors: DataError for a sample or a part that cannot be read."""
 
@@ -19,7 +19,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from mae_core.config import ViTConfig
 from mae_core.patches import normalise_pixels
 from mae_core.vit import ViTEncoder
 from pipeline.cluster.device import local_gpu_count
+from pipeline.cluster.progress import Progress
 from pipeline.cluster.resources import Resources
 from pipeline.cluster.tasks import ONE_CPU, map_tasks
 from pipeline.data.dataset.address import DatasetAddress, dataset_address
@@ -61,6 +62,10 @@ IMAGES_PER_TASK = 2048
 """Size of a part: 10 MiB at ViT-H's width, and little work to repeat if a task is lost."""
 PARTS_PER_GPU_TASK = 16
 """Most parts of a task with a GPU. Its process ends with the task and takes seconds to start, longer than a part takes."""
+
+WAIT_S = 3600.0
+"""How long a step waits for another one that computes the same features, before it computes those that are missing itself."""
+SAY_AFTER_S, POLL_S = 10.0, 0.2
 
 Pool = Literal["cls", "mean"]
 """The feature of an image: its class token, or the mean of its patch tokens."""
@@ -135,7 +140,7 @@ def extract_features(request: FeatureRequest, attempt: Attempt) -> Features:
     parts = max(1, -(-total // IMAGES_PER_TASK))  # rounded up; one empty part for an empty split
     run_store = open_store(attempt.root_uri.rpartition("/")[0])
     store = run_store.at(f"{FOLDER}{_key(request, selection)}")
-    with _alone(store.uri):
+    with _alone(store.uri, attempt.progress):
         # One listing instead of a request per part. Writes are atomic, so a part that is there is whole.
         present = {info.key for info in store.list()}
         if COMPUTED_FROM not in present:
@@ -147,22 +152,42 @@ def extract_features(request: FeatureRequest, attempt: Attempt) -> Features:
 
 
 @contextmanager
-def _alone(uri: str) -> Iterator[None]:
-    """Keep other processes of this machine from computing the same features meanwhile.
+def _alone(uri: str, progress: Progress) -> Iterator[None]:
+    """Keep other processes of this machine from computing the same features meanwhile, but wait for none longer than WAIT_S.
 
     The kernel releases the lock of a process that is killed, so that nothing waits for a holder that is gone. Steps of one run
-    are coordinated on one machine; beyond it, computing a part twice costs time only."""
+    are coordinated on one machine; beyond it, and after the wait, computing a part twice costs time only."""
     folder = Path(tempfile.gettempdir()) / f"mae-features-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     path = folder / hashlib.sha256(uri.encode()).hexdigest()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        holds_lock = _acquire(descriptor, uri, progress)
         yield
-        # Whoever waits still holds the old file, and the next comer makes another: both find all features there.
-        path.unlink(missing_ok=True)
+        if holds_lock:
+            # Whoever waits still holds the old file, and the next comer makes another: both find all features there.
+            path.unlink(missing_ok=True)
     finally:
         os.close(descriptor)  # releases the lock
+
+
+def _acquire(descriptor: int, uri: str, progress: Progress) -> bool:
+    """Return whether the lock was free within WAIT_S. Polls, because only a signal could end a blocking flock."""
+    began, said = time.monotonic(), False
+    while True:
+        with suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        waited = time.monotonic() - began
+        if waited > WAIT_S:
+            progress.say(
+                f"another step has been computing the features in {uri} for {WAIT_S:g} s; not waiting any longer"
+            )
+            return False
+        if waited > SAY_AFTER_S and not said:
+            said = True
+            progress.say(f"waiting up to {WAIT_S:g} s for another step that is computing the features in {uri}")
+        time.sleep(POLL_S)
 
 
 def _compute_parts(

@@ -114,6 +114,23 @@ def test_only_missing_parts_are_computed(request_for, tmp_path, monkeypatch):
     assert again[1] != written[1]
 
 
+def test_a_wait_for_another_step_is_said_and_ends_with_computing(request_for, tmp_path, monkeypatch):
+    monkeypatch.setattr(features_module, "SAY_AFTER_S", 0.1)
+    monkeypatch.setattr(features_module, "WAIT_S", 0.4)
+    attempt, said = attempt_at(tmp_path / "store" / "step"), []
+    monkeypatch.setattr(attempt.progress, "say", said.append, raising=False)
+    first = extract_features(request_for(), attempt)
+    assert said == []
+    (folder,) = (tmp_path / "store" / FOLDER).iterdir()
+    (part,) = folder.glob("*.safetensors")
+    part.unlink()
+    with features_module._alone(folder.as_uri(), attempt.progress):
+        assert all(map(torch.equal, first, extract_features(request_for(), attempt)))
+        waits, gives_up = said
+    assert waits == f"waiting up to 0.4 s for another step that is computing the features in {folder.as_uri()}"
+    assert gives_up.startswith(f"another step has been computing the features in {folder.as_uri()} for 0.4 s")
+
+
 def test_a_run_on_gpus_gives_each_worker_a_task_of_several_parts(request_for, tmp_path, monkeypatch):
     monkeypatch.setattr(features_module, "IMAGES_PER_TASK", 9)
     asked = []
