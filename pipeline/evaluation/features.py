@@ -39,7 +39,6 @@ from pipeline.cluster.resources import Resources
 from pipeline.cluster.tasks import ONE_CPU, map_tasks
 from pipeline.data.dataset.address import DatasetAddress, dataset_address
 from pipeline.data.dataset.digests import json_digest
-from pipeline.data.dataset.facts import DatasetFacts
 from pipeline.data.dataset.manifest import MANIFEST_FILES
 from pipeline.data.feed.loader import Loader
 from pipeline.data.feed.order import OrderConfig, SampleOrder, plain_slice
@@ -117,20 +116,7 @@ def extract_splits(
         )
         return extract_features(request, attempt)
 
-    train, scored = features("train", config.train_labels or "labelled"), features(config.split, "all")
-    check_labels((train, scored), DatasetFacts.read(inputs["shards"].facts).classes, inputs["shards"].root_uri)
-    return train, scored
-
-
-def check_labels(of_splits: Sequence[Features], classes: Sequence[str], uri: str) -> None:
-    """Raise DataError for a label for which a classifier of these classes has no output."""
-    for found in of_splits:
-        if len(found.labels) and (highest := int(found.labels.max())) >= len(classes):
-            sample = int(found.sample_ids[found.labels.argmax()])
-            raise DataError(
-                f"{uri}: sample {sample} has label {highest}, but the dataset names only {len(classes)} classes, 0 to "
-                f"{len(classes) - 1}. Its tables are of different runs: delete the folder and run the same command again"
-            )
+    return features("train", config.train_labels or "labelled"), features(config.split, "all")
 
 
 def extract_features(request: FeatureRequest, attempt: Attempt) -> Features:

@@ -15,7 +15,7 @@ from pipeline.errors import DataError
 from pipeline.evaluation import encoders as encoders_module
 from pipeline.evaluation import features as features_module
 from pipeline.evaluation.encoders import Initial, Pretrained, WeightsFile, encoder_source
-from pipeline.evaluation.features import FOLDER, FeatureRequest, Features, extract_features
+from pipeline.evaluation.features import FOLDER, FeatureRequest, extract_features
 from pipeline.evaluation.protocol import ProtocolConfig
 from pipeline.weights import ENCODER, read_encoder, read_weights
 
@@ -180,13 +180,6 @@ def test_an_encoder_of_another_architecture_or_normalisation_is_refused(pretrain
         other = replace(config, encoder=replace(encoder_config(), **change))
         with pytest.raises(DataError, match=f"{words}. Write in model.encoder what is there"):
             encoder_source(other, {"pretrain": pretrained})
-
-
-def test_a_label_that_no_class_has_is_refused():
-    found = Features(torch.zeros(3, 2), torch.tensor([0, 7, 2]), torch.tensor([4, 5, 6]))
-    features_module.check_labels([found], ["a"] * 8, "file:///x")
-    with pytest.raises(DataError, match="sample 5 has label 7, but the dataset names only 3 classes, 0 to 2"):
-        features_module.check_labels([found], ["a", "b", "c"], "file:///x")
 
 
 def test_a_damaged_part_is_named(request_for, tmp_path):
