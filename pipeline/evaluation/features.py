@@ -246,43 +246,53 @@ def _write_parts(
     """Compute and write some parts. Returns their number of images."""
     encoder, selection, store = request.encoder.load(), request.selection(), open_store(store_uri)
     # not by what is visible: a run on the CPU leaves a GPU alone that others may be using
-    device = torch.device("cuda" if resources.use_gpu is True and local_gpu_count() else "cpu")
+    on_gpu = resources.use_gpu is True and local_gpu_count() > 0
+    device = torch.device("cuda" if on_gpu else "cpu")
     module, total, images = encoder.build().to(device), int(selection.counts.sum()), 0
     for index in indices:
         images += len(plain_slice(total, index, parts))
         if store.exists(_part_name(index, parts)):  # another machine was quicker, or this task is being repeated
             continue
-        loader = _loader(request, selection, encoder.config, resources, index=index, parts=parts, device=device)
+        loader = evaluation_loader(
+            selection,
+            request.dataset,
+            resources,
+            image_size=encoder.config.image_size,
+            part=(index, parts),
+            decode_workers=resources.decode_processes if on_gpu else 0,  # a task on CPUs has one
+            pin_memory=on_gpu,
+        )
         features = _compute(module, loader, encoder.config, request.pool, batch=resources.micro_batch, device=device)
         content = save({key: value.contiguous() for key, value in features._asdict().items()})
         store.write(_part_name(index, parts), content)
     return images
 
 
-def _loader(
-    request: FeatureRequest,
+def evaluation_loader(
     selection: Selection,
-    config: ViTConfig,
+    dataset: DatasetAddress,
     resources: Resources,
     *,
-    index: int,
-    parts: int,
-    device: torch.device,
+    image_size: tuple[int, int],
+    part: tuple[int, int] = (0, 1),
+    decode_workers: int = 0,
+    pin_memory: bool = False,
 ) -> Loader:
-    on_gpu = device.type == "cuda"
+    """Return a reader of the selected samples, each cropped from the centre. `part`: (index, number) of those in plain order."""
     return Loader(
         selection,
-        SampleOrder(selection.counts, OrderConfig(seed=request.seed)),
-        global_batch=1,  # of no effect on evaluation_batches, which splits the plain order among the ranks
-        rank=index,
-        world_size=parts,
+        # No effect on evaluation_batches, which splits the plain order among the ranks: the order, global_batch and seed.
+        SampleOrder(selection.counts, OrderConfig(seed=0)),
+        global_batch=1,
+        rank=part[0],
+        world_size=part[1],
         # Features are cached for all epochs, so a random crop would be frozen in them.
         augment=AugmentConfig(kind="center", flip=False),
-        image_size=config.image_size,
-        seed=request.seed,
-        cache=node_cache(request.dataset, resources),
-        decode_workers=resources.decode_processes if on_gpu else 0,  # a task on CPUs has one
-        pin_memory=on_gpu,
+        image_size=image_size,
+        seed=0,
+        cache=node_cache(dataset, resources),
+        decode_workers=decode_workers,
+        pin_memory=pin_memory,
     )
 
 

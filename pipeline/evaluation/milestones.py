@@ -23,19 +23,16 @@ from mae_core.classification.ridge import fit_ridge, ridge_scores
 from mae_core.config import MAEConfig
 from mae_core.mae import MaskedAutoencoder
 from mae_core.patches import normalise_pixels
-from mae_core.randomness import hash64, key64, mask_noise
+from mae_core.randomness import mask_noise
 from mae_core.targets import PatchBasis
 from pipeline.cluster.resources import Resources
 from pipeline.data.dataset.address import DatasetAddress
 from pipeline.data.dataset.manifest import Manifest
 from pipeline.data.feed.batch import Batch
-from pipeline.data.feed.loader import Loader
-from pipeline.data.feed.order import OrderConfig, SampleOrder
 from pipeline.data.feed.selection import Selection, select
-from pipeline.data.images.pictures import AugmentConfig
+from pipeline.evaluation.features import evaluation_loader
 from pipeline.storage import open_store
 from pipeline.training.checkpoints.format import open_checkpoint
-from pipeline.training.spec.train_spec import node_cache
 
 SEED = 0
 """Of the sample and its masks: one for all runs, so that their curves can be compared."""
@@ -93,17 +90,7 @@ class MilestoneScores:
         return _Encoded(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
     def _batches(self, selection: Selection) -> Iterator[Batch]:
-        loader = Loader(
-            selection,
-            SampleOrder(selection.counts, OrderConfig(seed=SEED)),
-            global_batch=1,  # of no effect on evaluation_batches
-            rank=0,
-            world_size=1,
-            augment=AugmentConfig(kind="center", flip=False),
-            image_size=self.model.encoder.image_size,
-            seed=SEED,
-            cache=node_cache(self.dataset, self.resources),
-        )
+        loader = evaluation_loader(selection, self.dataset, self.resources, image_size=self.model.encoder.image_size)
         with closing(loader.evaluation_batches(self.resources.micro_batch)) as batches:
             yield from batches
 
@@ -128,11 +115,4 @@ def sample(manifest: Manifest, split: str, count: int) -> Selection:
     labelled = int(select(manifest, split, "labelled", seed=SEED).counts.sum())
     if labelled:
         return Selection.balanced(manifest, split, count=min(count, labelled), seed=SEED)
-    # A remote shard is fetched whole, so few of them are used; drawn by a hash, as neighbours may be of one folder.
-    counts = Selection.all(manifest, split).counts
-    chosen = [np.empty(0, np.int64)] * len(counts)
-    left = count
-    for shard in np.argsort(hash64(np.arange(len(counts)), key64("milestone/shard", SEED))):
-        chosen[shard] = np.arange(min(left, counts[shard]))
-        left -= len(chosen[shard])
-    return Selection(manifest, split, tuple(chosen))
+    return Selection.drawn(manifest, split, count=count, seed=SEED, by="shards")
