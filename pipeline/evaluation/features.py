@@ -119,6 +119,14 @@ def extract_splits(
     return features("train", config.train_labels or "labelled"), features(config.split, "all")
 
 
+def standardisation(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the deviation [D] by which features [n, D] are standardised.
+
+    The deviation is that of the biased variance, by which BatchNorm normalises a batch. Features that never vary are divided by
+    1e-6 and stay at zero."""
+    return features.mean(dim=0), features.std(dim=0, correction=0).clamp_min(1e-6)
+
+
 def extract_features(request: FeatureRequest, attempt: Attempt) -> Features:
     """Return the features. Parts that the store lacks are computed first, as tasks."""
     selection = request.selection()
