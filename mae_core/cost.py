@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from mae_core.classification.heads import Classifier, freeze_below
 from mae_core.config import MAEConfig, ViTConfig
 from mae_core.mae import MaskedAutoencoder
 from mae_core.vit import ViTEncoder
@@ -28,6 +29,27 @@ def parameter_count(config: MAEConfig | ViTConfig) -> int:
             else MaskedAutoencoder(config, generator=torch.Generator("cpu"))
         )
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+class WeightCount(NamedTuple):
+    """Weights of a classifier."""
+
+    trained: int
+    frozen: int
+
+
+def classifier_weights(config: ViTConfig, *, num_classes: int, trained_blocks: float | None = None) -> WeightCount:
+    """Count the weights of a `Classifier`; `trained_blocks`: as in `freeze_below`, None where all are trained."""
+    with torch.device("meta"):
+        model = Classifier(ViTEncoder(config), num_classes=num_classes, generator=torch.Generator("cpu"))
+    if trained_blocks is not None:
+        freeze_below(model, trained_blocks=trained_blocks)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return WeightCount(trained, sum(parameter.numel() for parameter in model.parameters()) - trained)
+
+
+def _mlp_flops(*, tokens: int, dim: int, mlp_dim: int) -> int:
+    return 2 * tokens * 2 * dim * mlp_dim
 
 
 def _block_flops(*, tokens: int, dim: int, mlp_dim: int) -> int:
@@ -82,14 +104,19 @@ def training_flops(config: MAEConfig) -> int:
     return 3 * forward_flops(config) - _embedding_flops(config.encoder, config.visible_patches)
 
 
-def classifier_training_flops(config: ViTConfig, *, num_classes: int) -> int:
-    """Return the FLOPs per image of a fine-tuning step: every patch is visible and every weight is trained.
+def classifier_training_flops(config: ViTConfig, *, num_classes: int, trained_blocks: float | None = None) -> int:
+    """Return the FLOPs per image of a fine-tuning step, in which every patch is visible.
 
-    Counted as in `training_flops`.
+    Counted as in `training_flops`. The backward pass ends at the first trained branch; `trained_blocks` is as in `freeze_below`.
     """
     head = 2 * config.embed_dim * num_classes
     forward = encoder_flops(config, visible_patches=config.num_patches) + head
-    return 3 * forward - _embedding_flops(config, config.num_patches)
+    if trained_blocks is None or trained_blocks == config.depth:
+        return 3 * forward - _embedding_flops(config, config.num_patches)
+    block = {"tokens": config.cls_tokens + config.num_patches, "dim": config.embed_dim, "mlp_dim": config.mlp_dim}
+    blocks, half = divmod(trained_blocks, 1)
+    trained = int(blocks) * _block_flops(**block) + (_mlp_flops(**block) if half else 0)
+    return forward + 2 * (trained + head)
 
 
 def linear_probe_flops(*, dim: int, num_classes: int) -> int:

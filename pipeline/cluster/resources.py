@@ -14,7 +14,7 @@ Offload = Literal["none", "optimizer"]
 ZeroStage = Literal[1, 2, 3]
 Compile = Literal["auto", "on", "off"]
 CheckpointCopy = Literal["memory", "disk"]
-KeepBestBy = Literal["loss", "held_out_loss", "knn", "ridge", "rankme"]
+KeepBestBy = Literal["loss", "held_out_loss", "knn", "ridge", "probe", "rankme"]
 ProfileSteps = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1, le=20)]]
 MOST_DECODE_WORKERS = 32
 """What `auto` stops at: twice what an H200 needs for ViT-L, so more would only take memory."""
@@ -64,7 +64,7 @@ class Resources(BaseModel):
     """Also keep this many of the best checkpoints, by keep_best_by."""
     keep_best_by: KeepBestBy = "loss"
     """What makes a checkpoint one of the best: the lowest training `loss`, or a score of evaluation.milestone_images: the lowest
-    `held_out_loss`, or the highest `knn`, `ridge` or `rankme`. A checkpoint that was not scored is not among them."""
+    `held_out_loss`, or the highest `knn`, `ridge`, `probe` or `rankme`. A checkpoint that was not scored is not among them."""
     checkpoint_copy: CheckpointCopy = "memory"
     """Where a worker's state is copied to before it is written; training waits for the copy. `memory` takes 12 bytes per weight,
     spread over the workers. `disk`, a file in cache_directory, takes no memory but is as slow as the disk."""

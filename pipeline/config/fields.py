@@ -222,6 +222,8 @@ class EvaluationConfig(Section):
     milestone_images: int = Field(10_000, ge=0)
     """Most images on which checkpoints are scored while pretraining runs, where a CPU or GPU is free; 0: none are. Changes no
     result."""
+    milestone_probe_epochs: int = Field(0, ge=0)
+    """Epochs of a linear probe that scores each of these checkpoints as well, on the same images; 0: none. Changes no result."""
 
     # check_fields: the decorator adds these fields once the class is made
     @field_validator(*PROTOCOL_NAMES, mode="before", check_fields=False)

@@ -7,8 +7,8 @@ The key covers the encoder (shape and weights), the dataset, the split, the chos
 nor the number of tasks: both compute in float32, so that values differ by rounding only. Features are a cache, not an input of a
 step: they change no fingerprint, and deleting the folder costs only time. Each part is written by the task that computed it, so
 that an interrupted evaluation continues where it was.
-Two steps that need the same features at the same time: one computes, and the other waits and reads. On different machines both
-may compute a part, and the later write replaces the earlier one with the same values.
+Two steps that need the same features at the same time: one computes, and the other waits and reads. On different machines, or
+after too long a wait, both may compute a part, and the later write replaces the earlier one with the same values.
 Images are read as in any evaluation: each once, centre crop, no augmentation.
 Errors: DataError for a sample or a part that cannot be read."""
 
@@ -19,7 +19,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,11 +34,11 @@ from mae_core.config import ViTConfig
 from mae_core.patches import normalise_pixels
 from mae_core.vit import ViTEncoder
 from pipeline.cluster.device import local_gpu_count
+from pipeline.cluster.progress import Progress
 from pipeline.cluster.resources import Resources
 from pipeline.cluster.tasks import ONE_CPU, map_tasks
 from pipeline.data.dataset.address import DatasetAddress, dataset_address
 from pipeline.data.dataset.digests import json_digest
-from pipeline.data.dataset.facts import DatasetFacts
 from pipeline.data.dataset.manifest import MANIFEST_FILES
 from pipeline.data.feed.loader import Loader
 from pipeline.data.feed.order import OrderConfig, SampleOrder, plain_slice
@@ -61,6 +61,10 @@ IMAGES_PER_TASK = 2048
 """Size of a part: 10 MiB at ViT-H's width, and little work to repeat if a task is lost."""
 PARTS_PER_GPU_TASK = 16
 """Most parts of a task with a GPU. Its process ends with the task and takes seconds to start, longer than a part takes."""
+
+WAIT_S = 3600.0
+"""How long a step waits for another one that computes the same features, before it computes those that are missing itself."""
+SAY_AFTER_S, POLL_S = 10.0, 0.2
 
 Pool = Literal["cls", "mean"]
 """The feature of an image: its class token, or the mean of its patch tokens."""
@@ -112,20 +116,15 @@ def extract_splits(
         )
         return extract_features(request, attempt)
 
-    train, scored = features("train", config.train_labels or "labelled"), features(config.split, "all")
-    check_labels((train, scored), DatasetFacts.read(inputs["shards"].facts).classes, inputs["shards"].root_uri)
-    return train, scored
+    return features("train", config.train_labels or "labelled"), features(config.split, "all")
 
 
-def check_labels(of_splits: Sequence[Features], classes: Sequence[str], uri: str) -> None:
-    """Raise DataError for a label for which a classifier of these classes has no output."""
-    for found in of_splits:
-        if len(found.labels) and (highest := int(found.labels.max())) >= len(classes):
-            sample = int(found.sample_ids[found.labels.argmax()])
-            raise DataError(
-                f"{uri}: sample {sample} has label {highest}, but the dataset names only {len(classes)} classes, 0 to "
-                f"{len(classes) - 1}. Its tables are of different runs: delete the folder and run the same command again"
-            )
+def standardisation(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and the deviation [D] by which features [n, D] are standardised.
+
+    The deviation is that of the biased variance, by which BatchNorm normalises a batch. Features that never vary are divided by
+    1e-6 and stay at zero."""
+    return features.mean(dim=0), features.std(dim=0, correction=0).clamp_min(1e-6)
 
 
 def extract_features(request: FeatureRequest, attempt: Attempt) -> Features:
@@ -135,7 +134,7 @@ def extract_features(request: FeatureRequest, attempt: Attempt) -> Features:
     parts = max(1, -(-total // IMAGES_PER_TASK))  # rounded up; one empty part for an empty split
     run_store = open_store(attempt.root_uri.rpartition("/")[0])
     store = run_store.at(f"{FOLDER}{_key(request, selection)}")
-    with _alone(store.uri):
+    with _alone(store.uri, attempt.progress):
         # One listing instead of a request per part. Writes are atomic, so a part that is there is whole.
         present = {info.key for info in store.list()}
         if COMPUTED_FROM not in present:
@@ -147,22 +146,42 @@ def extract_features(request: FeatureRequest, attempt: Attempt) -> Features:
 
 
 @contextmanager
-def _alone(uri: str) -> Iterator[None]:
-    """Keep other processes of this machine from computing the same features meanwhile.
+def _alone(uri: str, progress: Progress) -> Iterator[None]:
+    """Keep other processes of this machine from computing the same features meanwhile, but wait for none longer than WAIT_S.
 
     The kernel releases the lock of a process that is killed, so that nothing waits for a holder that is gone. Steps of one run
-    are coordinated on one machine; beyond it, computing a part twice costs time only."""
+    are coordinated on one machine; beyond it, and after the wait, computing a part twice costs time only."""
     folder = Path(tempfile.gettempdir()) / f"mae-features-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     path = folder / hashlib.sha256(uri.encode()).hexdigest()
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        holds_lock = _acquire(descriptor, uri, progress)
         yield
-        # Whoever waits still holds the old file, and the next comer makes another: both find all features there.
-        path.unlink(missing_ok=True)
+        if holds_lock:
+            # Whoever waits still holds the old file, and the next comer makes another: both find all features there.
+            path.unlink(missing_ok=True)
     finally:
         os.close(descriptor)  # releases the lock
+
+
+def _acquire(descriptor: int, uri: str, progress: Progress) -> bool:
+    """Return whether the lock was free within WAIT_S. Polls, because only a signal could end a blocking flock."""
+    began, said = time.monotonic(), False
+    while True:
+        with suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        waited = time.monotonic() - began
+        if waited > WAIT_S:
+            progress.say(
+                f"another step has been computing the features in {uri} for {WAIT_S:g} s; not waiting any longer"
+            )
+            return False
+        if waited > SAY_AFTER_S and not said:
+            said = True
+            progress.say(f"waiting up to {WAIT_S:g} s for another step that is computing the features in {uri}")
+        time.sleep(POLL_S)
 
 
 def _compute_parts(
@@ -235,43 +254,53 @@ def _write_parts(
     """Compute and write some parts. Returns their number of images."""
     encoder, selection, store = request.encoder.load(), request.selection(), open_store(store_uri)
     # not by what is visible: a run on the CPU leaves a GPU alone that others may be using
-    device = torch.device("cuda" if resources.use_gpu is True and local_gpu_count() else "cpu")
+    on_gpu = resources.use_gpu is True and local_gpu_count() > 0
+    device = torch.device("cuda" if on_gpu else "cpu")
     module, total, images = encoder.build().to(device), int(selection.counts.sum()), 0
     for index in indices:
         images += len(plain_slice(total, index, parts))
         if store.exists(_part_name(index, parts)):  # another machine was quicker, or this task is being repeated
             continue
-        loader = _loader(request, selection, encoder.config, resources, index=index, parts=parts, device=device)
+        loader = evaluation_loader(
+            selection,
+            request.dataset,
+            resources,
+            image_size=encoder.config.image_size,
+            part=(index, parts),
+            decode_workers=resources.decode_processes if on_gpu else 0,  # a task on CPUs has one
+            pin_memory=on_gpu,
+        )
         features = _compute(module, loader, encoder.config, request.pool, batch=resources.micro_batch, device=device)
         content = save({key: value.contiguous() for key, value in features._asdict().items()})
         store.write(_part_name(index, parts), content)
     return images
 
 
-def _loader(
-    request: FeatureRequest,
+def evaluation_loader(
     selection: Selection,
-    config: ViTConfig,
+    dataset: DatasetAddress,
     resources: Resources,
     *,
-    index: int,
-    parts: int,
-    device: torch.device,
+    image_size: tuple[int, int],
+    part: tuple[int, int] = (0, 1),
+    decode_workers: int = 0,
+    pin_memory: bool = False,
 ) -> Loader:
-    on_gpu = device.type == "cuda"
+    """Return a reader of the selected samples, each cropped from the centre. `part`: (index, number) of those in plain order."""
     return Loader(
         selection,
-        SampleOrder(selection.counts, OrderConfig(seed=request.seed)),
-        global_batch=1,  # of no effect on evaluation_batches, which splits the plain order among the ranks
-        rank=index,
-        world_size=parts,
+        # No effect on evaluation_batches, which splits the plain order among the ranks: the order, global_batch and seed.
+        SampleOrder(selection.counts, OrderConfig(seed=0)),
+        global_batch=1,
+        rank=part[0],
+        world_size=part[1],
         # Features are cached for all epochs, so a random crop would be frozen in them.
         augment=AugmentConfig(kind="center", flip=False),
-        image_size=config.image_size,
-        seed=request.seed,
-        cache=node_cache(request.dataset, resources),
-        decode_workers=resources.decode_processes if on_gpu else 0,  # a task on CPUs has one
-        pin_memory=on_gpu,
+        image_size=image_size,
+        seed=0,
+        cache=node_cache(dataset, resources),
+        decode_workers=decode_workers,
+        pin_memory=pin_memory,
     )
 
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mae_core.config import ViTConfig
-from pipeline.data.dataset.address import labels_of
+from pipeline.data.dataset.address import dataset_address, labels_of
 from pipeline.data.dataset.facts import DatasetFacts, ScoredSplit, unsuited
+from pipeline.errors import DataError
 from pipeline.graph.facts import Facts
 from pipeline.graph.step import ADDED_LATER, Attempt, StageInput, StageResult
 from pipeline.storage import Store
@@ -95,10 +96,23 @@ class ScoreFacts(Facts):
 
 
 def skipped(shards: StageInput, split: ScoredSplit = "test") -> StageResult | None:
-    """Return the result to leave for a dataset that cannot be evaluated on, or None if it can be."""
+    """Return the result to leave for a dataset that cannot be evaluated on, or None if it can be.
+
+    Raises DataError for a label for which a classifier of the dataset's classes has no output."""
     # Decided from the receipt: no shard is opened, and no worker starts, for a dataset without labels.
     facts = DatasetFacts.read(shards.facts)
     reason = unsuited(
         facts.classes, {name: one for name, one in labels_of(shards).items() if name in facts.splits}, split
     )
-    return StageResult(ScoreFacts(skipped=reason).as_json()) if reason else None
+    if reason:
+        return StageResult(ScoreFacts(skipped=reason).as_json())
+    _check_labels(shards, len(facts.classes))
+    return None
+
+
+def _check_labels(shards: StageInput, classes: int) -> None:
+    if wrong := dataset_address(shards).open().sample_with_label_from(classes):
+        raise DataError(
+            f"{shards.root_uri}: sample {wrong['sample_id']} has label {wrong['label']}, but the dataset names only {classes} "
+            f"classes, 0 to {classes - 1}. Its tables are of different runs: delete the folder and run the same command again"
+        )

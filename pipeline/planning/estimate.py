@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from mae_core.cost import encoder_flops, forward_flops, training_flops
+from mae_core.cost import classifier_training_flops, encoder_flops, forward_flops, training_flops
 from pipeline.cluster.resources import Resources
 from pipeline.data.dataset.facts import Counts, DatasetFacts, SnapshotFacts
 from pipeline.data.feed.order import steps_total
@@ -101,7 +101,7 @@ def estimate_memory(training: TrainingConfig, resources: Resources, hardware: Ha
     model = _model_size(training, settings)
     held = footprint(model, settings, workers=workers, device=hardware.kind)
     if resources.checkpoint_copy == "memory":
-        held = with_checkpoint_copy(held, model, workers=workers, device=hardware.kind)
+        held = with_checkpoint_copy(held, model, settings, workers=workers, device=hardware.kind)
     held = with_feed(
         held,
         processes=resources.decided_for(ASSUMED_CPUS if hardware.kind == "cuda" else 0).decode_processes,
@@ -258,7 +258,7 @@ def _changed(resources: Resources, **fields: object) -> Resources:
 def _model_size(training: TrainingConfig, settings: EngineSettings) -> ModelSize:
     if isinstance(training, PretrainConfig):
         return autoencoder_size(training.model, settings)
-    return classifier_size(training.encoder, settings, num_classes=CLASSES)
+    return classifier_size(training.encoder, settings, num_classes=CLASSES, trained_blocks=training.trained_blocks)
 
 
 def _pixel_bytes(training: TrainingConfig) -> int:
@@ -272,4 +272,6 @@ def _flops_per_image(training: TrainingConfig, *, recompute: bool) -> int:
     if isinstance(training, PretrainConfig):
         return training_flops(training.model) + (forward_flops(training.model) if recompute else 0)
     forward = encoder_flops(training.encoder, visible_patches=training.encoder.num_patches)
-    return (4 if recompute else 3) * forward  # a backward pass costs two forward passes
+    step = classifier_training_flops(training.encoder, num_classes=CLASSES, trained_blocks=training.trained_blocks)
+    # The backward pass costs two forward passes of what is trained, and that is what is recomputed.
+    return step + ((step - forward) // 2 if recompute else 0)

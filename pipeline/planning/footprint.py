@@ -4,18 +4,19 @@ DeepSpeed holds more than the textbook's 16 bytes per weight: at ZeRO-1 and 2 a 
 gradients being reduced, and the partition's gradients a second time, flat and in float32, while AdamW steps. A training step has
 four moments that can be the largest. The footprint is that of the largest one, so that its parts add up to a total that occurs.
 
-Shapes: N weights, P = N / W of them a worker's own partition, b bytes per value in the compute precision.
+Shapes: N trained weights, P = N / W of them a worker's own partition, b bytes per value in the compute precision.
 Units:  bytes. CUDA's context, NCCL's buffers and what the allocators waste are in `overhead`, measured or assumed as said there.
 Source: deepspeed 0.19.8, runtime/zero/stage_1_and_2.py and stage3.py, read and traced; activations: mae_core.cost.
 `python -m benchmarks.footprint` compares the result with real processes; docs/planning.md has the comparison."""
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Literal, NamedTuple
 
 from mae_core.config import MAEConfig, ViTConfig
-from mae_core.cost import Recompute, activation_bytes, encoder_activation_bytes, parameter_count
+from mae_core.cost import Recompute, activation_bytes, classifier_weights, encoder_activation_bytes, parameter_count
 from pipeline.data.feed.loader import PREFETCH_BATCHES, batches_ahead
 from pipeline.training.engine.settings import LIVE_ELEMENTS, PREFETCH_ELEMENTS, REDUCE_BUCKET_ELEMENTS, EngineSettings
 
@@ -24,7 +25,9 @@ Device = Literal["cpu", "cuda"]
 OVERHEAD: Mapping[Device, int] = {"cpu": 100 * _MIB, "cuda": 1024 * _MIB}
 """CPU: measured, the modules and buffers that come with the engine. CUDA: assumed, for its context and NCCL; not yet measured."""
 STATE_BYTES = 12
-"""Per weight: the weight itself and AdamW's two moments, in float32."""
+"""Per trained weight: the weight itself and AdamW's two moments, in float32."""
+AVERAGE_BYTES = 4
+"""Per trained weight, where a recipe keeps the moving average of the weights: it lies beside AdamW's moments."""
 DECODE_PROCESS_BYTES = 80 * _MIB
 """Own memory of a decode worker, without what it shares with the server that it was forked from (docs/planning.md)."""
 DECODE_SERVER_BYTES = 320 * _MIB
@@ -60,6 +63,7 @@ class ModelSize(NamedTuple):
     """What the footprint needs to know of a model."""
 
     weights: int
+    """Weights that are trained."""
     largest_group: int
     """Weights in the largest parameter group of the optimiser; AdamW steps group by group."""
     last_weights: int
@@ -68,6 +72,8 @@ class ModelSize(NamedTuple):
     """Bytes per image after the forward pass."""
     first_activations: int
     """Bytes per image that are left once the backward pass has gone through the last layers."""
+    frozen: int = 0
+    """Weights without gradient and optimiser state."""
 
 
 def autoencoder_size(config: MAEConfig, settings: EngineSettings) -> ModelSize:
@@ -90,10 +96,17 @@ def autoencoder_size(config: MAEConfig, settings: EngineSettings) -> ModelSize:
     )
 
 
-def classifier_size(config: ViTConfig, settings: EngineSettings, *, num_classes: int) -> ModelSize:
-    """Return the size of a classifier in fine-tuning, which sees whole images."""
+def classifier_size(
+    config: ViTConfig, settings: EngineSettings, *, num_classes: int, trained_blocks: float | None = None
+) -> ModelSize:
+    """Return the size of a classifier in fine-tuning, which sees whole images.
+
+    `trained_blocks`: the encoder's last blocks that are trained, None for all weights."""
+    weights = _classifier_weights(config, num_classes=num_classes, trained_blocks=trained_blocks)
+    # Frozen blocks keep no activations, but one has its own while it computes. Half a block counts as a whole one.
+    depth = config.depth if trained_blocks is None else max(1, math.ceil(trained_blocks))
     activations = encoder_activation_bytes(
-        config,
+        replace(config, depth=depth),
         visible_patches=config.num_patches,
         bytes_per_value=_width(settings),
         recompute=_recompute(settings),
@@ -101,11 +114,12 @@ def classifier_size(config: ViTConfig, settings: EngineSettings, *, num_classes:
     dim, head = config.embed_dim, (config.embed_dim + 1) * num_classes
     layer = 4 * dim * dim + 2 * dim * config.mlp_dim  # the learning rate decays by layer, so each layer is a group
     return ModelSize(
-        weights=_weights(config) + head,
-        largest_group=max(layer, head),
+        weights=weights.trained,
+        largest_group=min(max(layer, head), weights.trained),
         last_weights=head,
         activations=activations + _pixels(config),
         first_activations=activations,
+        frozen=weights.frozen,
     )
 
 
@@ -114,9 +128,11 @@ def footprint(model: ModelSize, settings: EngineSettings, *, workers: int, devic
     return max(_moments(model, settings, workers=workers, device=device), key=lambda moment: moment.total)
 
 
-def with_checkpoint_copy(held: Footprint, model: ModelSize, *, workers: int, device: Device) -> Footprint:
+def with_checkpoint_copy(
+    held: Footprint, model: ModelSize, settings: EngineSettings, *, workers: int, device: Device
+) -> Footprint:
     """Add the copy of a worker's state from which a checkpoint is written while training continues."""
-    copy = STATE_BYTES * math.ceil(model.weights / workers)
+    copy = _state_bytes(settings) * math.ceil(model.weights / workers)
     # A CPU worker's copy takes memory that training needs too; a GPU's is in its host's.
     return held._replace(copy=copy) if device == "cpu" else held._replace(host=held.host + copy)
 
@@ -145,6 +161,8 @@ def _moments(model: ModelSize, settings: EngineSettings, *, workers: int, device
     elements = min(REDUCE_BUCKET_ELEMENTS, model.weights)
     bucket = width * elements
     constant = _constant(own // width, whole, settings, device=device)
+    frozen = math.ceil(model.frozen / workers) if stage == 3 else model.frozen
+    constant = constant._replace(weights=constant.weights + width * frozen)
     wide = sums > width  # DeepSpeed keeps the sums of bf16 gradients on the device, even for an offloaded optimiser
     kept = 0 if stage == 3 or (constant.host and not wide) else sums * (own // width)  # until AdamW takes them
     unreduced = whole if stage == 1 else bucket  # ZeRO-1 reduces only after the whole backward pass
@@ -152,7 +170,8 @@ def _moments(model: ModelSize, settings: EngineSettings, *, workers: int, device
         0 if settings.accumulation == 1 or stage == 3 else whole if stage == 1 else kept
     )  # gradients of earlier micro-batches
     # Up to LIVE_ELEMENTS stay gathered while PREFETCH_ELEMENTS more are on their way.
-    gathered = min(width * (LIVE_ELEMENTS + PREFETCH_ELEMENTS), whole) if stage == 3 else 0
+    everything = whole + width * model.frozen
+    gathered = min(width * (LIVE_ELEMENTS + PREFETCH_ELEMENTS), everything) if stage == 3 else 0
     backward = constant._replace(
         weights=constant.weights + gathered,
         gradients=constant.gradients + earlier,
@@ -201,13 +220,13 @@ def _heap_holes(model: ModelSize, settings: EngineSettings, *, device: Device) -
 
     The first float32 weights are freed one by one, with bf16 copies allocated in between. Only small blocks (below 32 MiB:
     activations, gradients) reuse those holes. CUDA's allocator hands such blocks back."""
-    return 4 * model.weights if settings.precision == "bf16" and device == "cpu" else 0
+    return 4 * (model.weights + model.frozen) if settings.precision == "bf16" and device == "cpu" else 0
 
 
 def _constant(own: int, whole: int, settings: EngineSettings, *, device: Device) -> Footprint:
     """What is held throughout. `own`: weights of the partition; `whole`: bytes of all weights."""
     width, sums, sharded = _width(settings), _sum_width(settings), settings.zero_stage == 3
-    state = STATE_BYTES * own  # in float32, too, the weights that AdamW updates are a second copy
+    state = _state_bytes(settings) * own  # in float32, too, the weights that AdamW updates are a second copy
     offloaded = settings.offload == "optimizer" and device == "cuda"
     first_shards = width * own if sharded and device == "cpu" else 0  # freed at the start, kept by the C library
     return Footprint(
@@ -232,6 +251,12 @@ def _optimizer_step(constant: Footprint, group: int, settings: EngineSettings, *
 
 # Cached, because a search over settings asks for the same model again and again.
 _weights = cache(parameter_count)
+_classifier_weights = cache(classifier_weights)
+
+
+def _state_bytes(settings: EngineSettings) -> int:
+    """Bytes of state per trained weight."""
+    return STATE_BYTES + (AVERAGE_BYTES if settings.average_decay else 0)
 
 
 def _width(settings: EngineSettings) -> int:

@@ -165,7 +165,7 @@ def _draw_line(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str) -
 
 def _draw_milestones(axes: Axes, milestones: Mapping[str, Sequence[tuple[float, float]]]) -> None:
     """Draw the accuracy of checkpoints that were scored while training went on."""
-    for (name, points), colour in zip(milestones.items(), (BLUE, GREEN), strict=False):
+    for (name, points), colour in zip(milestones.items(), (BLUE, GREEN, PURPLE), strict=False):
         steps, accuracies = zip(*points, strict=True)
         axes.plot(steps, 100 * np.asarray(accuracies), color=colour, marker="o", markersize=4, label=name)
     axes.set_title("Held-out accuracy along the way, per cent", pad=8)

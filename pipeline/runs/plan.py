@@ -85,8 +85,16 @@ def _row(planned: PlannedStep, forecast: Forecast | None) -> PlanRow:
 
 def _why(differs: Sequence[str]) -> str:
     """Join the fields that differ. Inputs are named only where nothing else differs: their own rows say why."""
-    own = [line for line in differs if not line.startswith("inputs.")]
+    own = [_explained(line) for line in differs if not line.startswith("inputs.")]
     return "; ".join(own or differs)
+
+
+def _explained(line: str) -> str:
+    """Return a line with words for the field that no configuration holds."""
+    _, rounded_down, count = line.partition("config.visible_patches_rounded_down: absent -> ")
+    if not rounded_down:
+        return line
+    return f"{count} visible patches: rounded down, as in the official code, where earlier versions kept one more"
 
 
 def _step_json(planned: PlannedStep, forecast: Forecast | None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pipeline.evaluation.protocol import EncoderOrigin, EvaluationProtocol, Prot
 from pipeline.evaluation.protocols import protocol_named
 from pipeline.graph.step import Step, canonical
 from pipeline.stages.join import JoinConfig, join
-from pipeline.stages.pretrain import MILESTONE_IMAGES, pretrain
+from pipeline.stages.pretrain import MILESTONE_OPTIONS, pretrain
 from pipeline.stages.report import ReportConfig, Scored, report
 from pipeline.stages.shard import ShardStageConfig, shard
 from pipeline.stages.snapshot import snapshot
@@ -43,7 +43,7 @@ def build(config: RunConfig) -> list[Step]:
         config=PretrainConfig(model=config.model, recipe=config.pretrain, seed=config.seed, start=config.fork),
         inputs={"shards": shards[own]},
         resources=config.resources,
-        options={MILESTONE_IMAGES: config.evaluation.milestone_images},
+        options={name: getattr(config.evaluation, name) for name in MILESTONE_OPTIONS},
         resume_point=resume_point,
     )
     evaluations: dict[str, Step] = {}
@@ -69,7 +69,7 @@ def build(config: RunConfig) -> list[Step]:
     inside = {key: value for key, value in config.model_dump().items() if key not in OUTSIDE}
     # thresholds for bad images: they stop or warn and change no result
     inside["data"] = {key: value for key, value in inside["data"].items() if not key.startswith("bad_share")}
-    del inside["evaluation"][MILESTONE_IMAGES]
+    inside["evaluation"] = {key: value for key, value in inside["evaluation"].items() if key not in MILESTONE_OPTIONS}
     page = Step(
         kind="report",
         name="report",

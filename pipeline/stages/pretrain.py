@@ -38,8 +38,8 @@ PANEL_IMAGES = 8
 """Images in reconstructions.npz."""
 BASIS_IMAGES = 512
 """Images from whose patches target `pca` takes its components: at 224 px, 100,352 patches of 768 values each."""
-MILESTONE_IMAGES = "milestone_images"
-"""Option of the step: the most images on which checkpoints are scored along the way."""
+MILESTONE_OPTIONS = MILESTONE_IMAGES, MILESTONE_PROBE_EPOCHS = "milestone_images", "milestone_probe_epochs"
+"""Options of the step, as in the configuration: how checkpoints are scored along the way."""
 HISTORY = "history.jsonl"
 RECONSTRUCTIONS = "reconstructions.npz"
 
@@ -64,7 +64,12 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, StageInput], attempt: 
         spec = replace(spec, task=task)
     if images := attempt.options.get(MILESTONE_IMAGES, 0):
         scores = MilestoneScores(
-            model=config.model, basis=task.basis, dataset=dataset, images=images, resources=attempt.resources
+            model=config.model,
+            basis=task.basis,
+            dataset=dataset,
+            images=images,
+            probe_epochs=attempt.options.get(MILESTONE_PROBE_EPOCHS, 0),
+            resources=attempt.resources,
         )
         spec = replace(spec, milestones=scores)
     trained = run_training(spec, attempt)

@@ -160,7 +160,7 @@ def _milestones(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float
     """Return (global step, accuracy) of the checkpoints that were scored along the way, by protocol."""
     found: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        for protocol in ("knn", "ridge"):
+        for protocol in ("knn", "ridge", "probe"):
             if f"milestone_{protocol}" in row:
                 # The row is that of the step at which the score became known.
                 step = row["milestone_images"] * row["step"] / row["images"]

@@ -32,6 +32,7 @@ from mae_core import (
     parameter_count,
     training_flops,
 )
+from mae_core.classification.heads import freeze_below
 
 WIDE = ViTConfig(image_size=(24, 16), patch_size=4, embed_dim=16, depth=2, num_heads=2)
 TALL = ViTConfig(image_size=(64, 32), patch_size=8, embed_dim=48, depth=3, num_heads=4, mlp_ratio=3.0, cls_tokens=4)
@@ -106,6 +107,19 @@ def test_flops_of_fine_tuning_equal_torch_s_counter(config):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(pixels).mean().backward()
     assert counter.get_total_flops() // 2 == classifier_training_flops(config, num_classes=10)
+
+
+@pytest.mark.parametrize("config", [WIDE, TALL], ids=["wide", "tall"])
+def test_flops_of_partial_fine_tuning_equal_torch_s_counter(config):
+    for trained_blocks in (0, 0.5, 1, 1.5, config.depth):
+        with torch.device("meta"):
+            model = Classifier(ViTEncoder(config), num_classes=10, generator=torch.Generator("cpu"))
+            pixels = torch.empty(2, config.in_channels, *config.image_size)
+        freeze_below(model, trained_blocks=trained_blocks)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(pixels).mean().backward()
+        expected = classifier_training_flops(config, num_classes=10, trained_blocks=trained_blocks)
+        assert counter.get_total_flops() // 2 == expected
 
 
 BASE_PROBE = {"tokens": 196, "dim": 768, "num_classes": 1000}

@@ -31,6 +31,7 @@ from pipeline.data.dataset.schema import (
     SAMPLES,
     SHARDS,
     QuarantineTable,
+    SampleRow,
     SampleTable,
     ShardRow,
     ShardTable,
@@ -225,6 +226,17 @@ class Manifest:
         for row in self._shards.to_pylist():
             tally.add_served(row["split"], self.stored_samples(row["shard"]))
         return tally.splits(self.classes, also=self.splits)
+
+    def sample_with_label_from(self, lowest: int) -> SampleRow | None:
+        """Return a stored sample whose label is `lowest` or above, or None. Reads rows of a shard only if it has one."""
+        column = SAMPLES.names.index("label")
+        for shard, group in self._row_group.items():
+            # the footer's statistics, which cost no read
+            if self._samples.metadata.row_group(group).column(column).statistics.max >= lowest:
+                rows = self.stored_samples(shard)
+                row: SampleRow = rows.filter(pc.greater_equal(rows.column("label"), lowest)).slice(0, 1).to_pylist()[0]
+                return row
+        return None
 
     def shards(self, split: str) -> ShardTable:
         """Return the split's rows of shards.parquet, by shard number."""

@@ -86,11 +86,17 @@ class Selection:
         return cls(manifest, split, tuple(np.flatnonzero(part) for part in per_shard))
 
     @classmethod
-    def drawn(cls, manifest: Manifest, split: str, *, count: int, seed: int) -> "Selection":
-        """Select `count` samples, labelled or not, or all if there are fewer. A smaller selection is part of a larger one."""
+    def drawn(
+        cls, manifest: Manifest, split: str, *, count: int, seed: int, by: Literal["samples", "shards"] = "samples"
+    ) -> "Selection":
+        """Select `count` samples, labelled or not, or all if there are fewer. A smaller selection is part of a larger one.
+
+        Samples are drawn one by one from all shards, or shard by shard: a remote shard is fetched whole, so that few are used."""
         everything = cls(manifest, split)
         if count >= everything.counts.sum():
             return everything
+        if by == "shards":
+            return cls(manifest, split, _first_of_shards(everything.counts, count, seed))
         ids = np.concatenate([everything._read_rows(index).sample_ids for index in range(len(everything.shards))])
         selected = np.zeros(len(ids), dtype=bool)
         selected[np.argsort(hash64(ids, key64("subset/drawn", seed)), kind="stable")[:count]] = True
@@ -149,6 +155,15 @@ class Selection:
                 f"samples of it, shards.parquet {self.counts[shard]}, so the files are of different runs. Run the shard step again"
             )
         return rows
+
+
+def _first_of_shards(counts: Int64s, count: int, seed: int) -> tuple[Int64s, ...]:
+    """Return the chosen rows of each shard: all of the first ones in a hashed order, since neighbours may be of one folder."""
+    chosen, left = [np.empty(0, np.int64)] * len(counts), count
+    for shard in np.argsort(hash64(np.arange(len(counts)), key64("milestone/shard", seed))):
+        chosen[shard] = np.arange(min(left, counts[shard]))
+        left -= len(chosen[shard])
+    return tuple(chosen)
 
 
 def balanced_sequence(sample_ids: Int64s, labels: Int64s, seed: int) -> Int64s:

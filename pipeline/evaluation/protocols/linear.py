@@ -18,7 +18,7 @@ from mae_core.classification.metrics import topk_counts
 from mae_core.optimisation.schedules import scaled_lr, warmup_cosine
 from pipeline.data.dataset.facts import DatasetFacts
 from pipeline.evaluation import predictions
-from pipeline.evaluation.features import Features, Pool, extract_splits
+from pipeline.evaluation.features import Features, Pool, extract_splits, standardisation
 from pipeline.evaluation.predictions import PREDICTIONS
 from pipeline.evaluation.protocol import EvaluationProtocol, ProtocolConfig, ScoreFacts, skipped
 from pipeline.graph.step import Attempt, StageInput, StageResult
@@ -70,8 +70,7 @@ def linear(config: LinearConfig, inputs: Mapping[str, StageInput], attempt: Atte
     if result := skipped(shards, config.split):
         return result
     train, test = extract_splits(config, inputs, attempt, pool=config.probe.pool)
-    # The biased variance, by which BatchNorm normalises a batch. Features that never vary are divided by 1e-6 and stay at zero.
-    mean, deviation = train.values.mean(dim=0), train.values.std(dim=0, correction=0).clamp_min(1e-6)
+    mean, deviation = standardisation(train.values)
     head = fit(
         train._replace(values=(train.values - mean) / deviation),
         config.probe,

@@ -18,7 +18,7 @@ from mae_core.classification.ridge import fit_ridge, ridge_scores
 from pipeline.data.dataset.facts import DatasetFacts
 from pipeline.data.feed.selection import balanced_sequence
 from pipeline.evaluation import predictions
-from pipeline.evaluation.features import Features, Pool, extract_splits
+from pipeline.evaluation.features import Features, Pool, extract_splits, standardisation
 from pipeline.evaluation.predictions import PREDICTIONS
 from pipeline.evaluation.protocol import EvaluationProtocol, ProtocolConfig, ScoreFacts, skipped
 from pipeline.graph.step import Attempt, StageInput, StageResult
@@ -66,7 +66,7 @@ def ridge(config: RidgeConfig, inputs: Mapping[str, StageInput], attempt: Attemp
         return result
     num_classes = len(DatasetFacts.read(shards.facts).classes)
     train, test = extract_splits(config, inputs, attempt, pool=config.ridge.pool)
-    mean, deviation = train.values.mean(dim=0), train.values.std(dim=0, correction=0).clamp_min(1e-6)
+    mean, deviation = standardisation(train.values)
     standardised = (test.values - mean) / deviation
     by_setting = {}
     for number in config.ridge.labels_per_class:

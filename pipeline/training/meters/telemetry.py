@@ -53,6 +53,7 @@ METRICS = {
     "milestone_held_out_loss": "milestone/held_out_loss",
     "milestone_knn": "milestone/knn_top1",
     "milestone_ridge": "milestone/ridge_top1",
+    "milestone_probe": "milestone/probe_top1",
     "milestone_rankme": "milestone/rankme",
     "milestones_dropped": "milestone/dropped",  # checkpoints that were overtaken before they could be scored
 }
@@ -233,7 +234,7 @@ def progress_fields(row: Mapping[str, float]) -> dict[str, float]:
         line["decoders restarted"] = row["decode_restarts"]
     if lost := row["skipped_steps"] + row["stepped_over"]:
         line["lost steps"] = lost
-    for name in ("knn", "held_out_loss"):
+    for name in ("knn", "probe", "held_out_loss"):
         if f"milestone_{name}" in row:
             line[name.replace("_", " ")] = round(row[f"milestone_{name}"], 3)
     line |= {"wait": round(row["data_wait"], 2), "mfu": round(row["mfu"], 3)}

@@ -239,8 +239,11 @@ class ClassificationTask:
         return batch.images, batch.labels, batch.noise
 
     def training_flops(self) -> int:
-        """Count the encoder on all patches and the head; branches that drop path drops are computed, so they count."""
-        return classifier_training_flops(self.encoder, num_classes=self.num_classes)
+        """Count the encoder on all patches and the head; branches that drop path drops are computed, so they count.
+
+        Frozen blocks have no backward pass.
+        """
+        return classifier_training_flops(self.encoder, num_classes=self.num_classes, trained_blocks=self.trained_blocks)
 
     def evaluate(self, module: nn.Module, batches: Iterator[Batch], world: World) -> Mapping[str, Any]:
         """Return top-1 and top-5 accuracy and the mean loss: counts are summed over samples and workers, and divided once.

@@ -383,6 +383,7 @@ OUTSIDE = (
     "data.bad_share_warn",
     "data.bad_share_stop",
     "evaluation.milestone_images",
+    "evaluation.milestone_probe_epochs",
 )
 RECIPES = ("pretrain", "evaluation.finetune", "evaluation.partial", "evaluation.scratch")
 PROBES = ("evaluation.linear_online", "evaluation.attentive")

@@ -15,7 +15,7 @@ from pipeline.errors import DataError
 from pipeline.evaluation import encoders as encoders_module
 from pipeline.evaluation import features as features_module
 from pipeline.evaluation.encoders import Initial, Pretrained, WeightsFile, encoder_source
-from pipeline.evaluation.features import FOLDER, FeatureRequest, Features, extract_features
+from pipeline.evaluation.features import FOLDER, FeatureRequest, extract_features
 from pipeline.evaluation.protocol import ProtocolConfig
 from pipeline.weights import ENCODER, read_encoder, read_weights
 
@@ -114,6 +114,23 @@ def test_only_missing_parts_are_computed(request_for, tmp_path, monkeypatch):
     assert again[1] != written[1]
 
 
+def test_a_wait_for_another_step_is_said_and_ends_with_computing(request_for, tmp_path, monkeypatch):
+    monkeypatch.setattr(features_module, "SAY_AFTER_S", 0.1)
+    monkeypatch.setattr(features_module, "WAIT_S", 0.4)
+    attempt, said = attempt_at(tmp_path / "store" / "step"), []
+    monkeypatch.setattr(attempt.progress, "say", said.append, raising=False)
+    first = extract_features(request_for(), attempt)
+    assert said == []
+    (folder,) = (tmp_path / "store" / FOLDER).iterdir()
+    (part,) = folder.glob("*.safetensors")
+    part.unlink()
+    with features_module._alone(folder.as_uri(), attempt.progress):
+        assert all(map(torch.equal, first, extract_features(request_for(), attempt)))
+        waits, gives_up = said
+    assert waits == f"waiting up to 0.4 s for another step that is computing the features in {folder.as_uri()}"
+    assert gives_up.startswith(f"another step has been computing the features in {folder.as_uri()} for 0.4 s")
+
+
 def test_a_run_on_gpus_gives_each_worker_a_task_of_several_parts(request_for, tmp_path, monkeypatch):
     monkeypatch.setattr(features_module, "IMAGES_PER_TASK", 9)
     asked = []
@@ -163,13 +180,6 @@ def test_an_encoder_of_another_architecture_or_normalisation_is_refused(pretrain
         other = replace(config, encoder=replace(encoder_config(), **change))
         with pytest.raises(DataError, match=f"{words}. Write in model.encoder what is there"):
             encoder_source(other, {"pretrain": pretrained})
-
-
-def test_a_label_that_no_class_has_is_refused():
-    found = Features(torch.zeros(3, 2), torch.tensor([0, 7, 2]), torch.tensor([4, 5, 6]))
-    features_module.check_labels([found], ["a"] * 8, "file:///x")
-    with pytest.raises(DataError, match="sample 5 has label 7, but the dataset names only 3 classes, 0 to 2"):
-        features_module.check_labels([found], ["a", "b", "c"], "file:///x")
 
 
 def test_a_damaged_part_is_named(request_for, tmp_path):

@@ -97,6 +97,26 @@ def test_steps_time_and_cost_by_hand(huge):
     assert more.seconds[0] / took.seconds[0] == pytest.approx(4 / 3, rel=0.01)
 
 
+def test_partial_fine_tuning_takes_less_time_and_memory_the_fewer_blocks_it_trains(huge):
+    config = load_config(
+        ROOT / "jobs/configs/vit_huge.yaml",
+        ["data.source=/data/imagenet", "evaluation.datasets=[{name: i, protocols: [partial, finetune]}]"],
+    )
+    steps, device = training_configs(build(config)), hardware_named("H100").with_overrides(tflops=500.0, mfu=0.4)
+    of_blocks = [steps[f"partial-{blocks}-i-pretrained-s0"] for blocks in ("0", "0.5", "1", "2", "4")]
+    hours = [
+        estimate_effort(one, config.resources, device, images=1000).seconds[0] / one.recipe.epochs for one in of_blocks
+    ]
+    whole = steps["finetune-i-pretrained-s0"]
+    full = estimate_effort(whole, config.resources, device, images=1000).seconds[0] / whole.recipe.epochs
+    assert hours == sorted(hours)
+    # forward passes are all there is to training a head, and backward passes cost two of them
+    assert hours[0] / full == pytest.approx(1 / 3, rel=0.01)
+    assert hours[4] / full == pytest.approx((32 + 2 * 4) / (3 * 32), rel=0.01)
+    totals = [estimate_memory(one, config.resources, device).footprint.total for one in (*of_blocks, whole)]
+    assert totals == sorted(totals)
+
+
 def test_what_cannot_fit_is_refused_with_settings_that_are_accepted(huge):
     steps = build(huge)
     with pytest.raises(ConfigError) as caught:

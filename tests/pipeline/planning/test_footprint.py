@@ -106,7 +106,7 @@ def test_the_copy_for_a_checkpoint_is_the_cpu_s_memory():
     on_gpu, on_cpu = (
         (
             held(workers=2, device=device),
-            with_checkpoint_copy(held(workers=2, device=device), model, workers=2, device=device),
+            with_checkpoint_copy(held(workers=2, device=device), model, SETTINGS, workers=2, device=device),
         )
         for device in ("cuda", "cpu")
     )
@@ -119,6 +119,45 @@ def test_fine_tuning_sees_whole_images():
     one = footprint(classifier_size(HUGE.encoder, settings, num_classes=1000), settings, workers=8, device="cuda")
     assert one.activations > 2 * held(settings).activations
     assert one.weights == 2 * (parameter_count(HUGE.encoder) + 1281 * 1000)
+
+
+def partial_size(blocks: float | None, settings: EngineSettings = SETTINGS):
+    return classifier_size(HUGE.encoder, settings, num_classes=1000, trained_blocks=blocks)
+
+
+def of_partial(blocks: float | None, *, zero_stage=1, workers=8):
+    settings = replace(SETTINGS, micro_batch=64, zero_stage=zero_stage)
+    return footprint(partial_size(blocks, settings), settings, workers=workers, device="cuda")
+
+
+def test_frozen_weights_are_held_but_have_neither_gradients_nor_state():
+    dim, mlp, head = 1280, 5120, 1281 * 1000
+    block = 4 * dim * dim + 4 * dim + 2 * dim * mlp + mlp + dim + 4 * dim  # attention, MLP, two norms
+    sizes = {blocks: partial_size(blocks) for blocks in (0, 0.5, 1, 4, 32, None)}
+    assert sizes[0].weights == head + 2 * dim
+    assert sizes[0.5].weights == sizes[0].weights + 2 * dim * mlp + mlp + dim + 2 * dim
+    assert sizes[4].weights == sizes[0].weights + 4 * block
+    assert sizes[32] == sizes[None]
+    assert {size.weights + size.frozen for size in sizes.values()} == {parameter_count(HUGE.encoder) + head}
+    four, all_of_it = of_partial(4), of_partial(None)
+    assert four.weights == all_of_it.weights
+    assert four.optimizer == pytest.approx(12 * sizes[4].weights / 8, rel=1e-6)
+    assert four.activations < all_of_it.activations / 7  # 4 of 32 blocks
+    totals = [of_partial(blocks).total for blocks in (0, 1, 4, 16, 32)]
+    assert totals == sorted(totals)
+    # ZeRO-3 divides frozen weights, too
+    assert of_partial(4, zero_stage=3, workers=64).weights < four.weights / 2
+
+
+def test_the_average_of_the_weights_takes_four_bytes_of_each_and_is_in_the_copy():
+    averaging = replace(SETTINGS, average_decay=0.9999)
+    model = autoencoder_size(HUGE, SETTINGS)
+    plain, more = (held(settings, workers=8) for settings in (SETTINGS, averaging))
+    assert more.optimizer - plain.optimizer == pytest.approx(4 * WEIGHTS / 8, rel=1e-6)
+    saved = with_checkpoint_copy(more, model, averaging, workers=8, device="cuda")
+    assert saved.host == pytest.approx(16 * WEIGHTS / 8, rel=1e-6)
+    moved = held(replace(averaging, offload="optimizer"), workers=1)
+    assert moved.host == pytest.approx(22 * WEIGHTS, rel=1e-6)
 
 
 def test_decode_workers_and_what_they_read_ahead_are_the_node_s_memory():

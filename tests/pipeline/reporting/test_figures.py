@@ -9,7 +9,7 @@ from PIL import Image
 
 from pipeline.errors import PipelineError
 from pipeline.reporting import reconstructions
-from pipeline.reporting.figures import BLUE, GREY, Curves, curve_png, scores_png
+from pipeline.reporting.figures import BLUE, GREY, PURPLE, Curves, curve_png, scores_png
 from pipeline.reporting.reconstructions import half_blocks, reconstruction_grid_png, terminal_reconstruction
 from pipeline.reporting.summaries import Score
 
@@ -52,6 +52,9 @@ def test_scores_along_the_way_get_a_panel_of_their_own():
     below = decode(curve_png(scored))
     assert below.shape[0] > 1.2 * decode(curve_png(plain)).shape[0]
     assert len(pixels_of(below[-400:], BLUE)) > 100
+    with_probe = replace(plain, milestones={**scored.milestones, "probe": [(10, 0.5), (20, 0.7)]})
+    assert len(pixels_of(below[-400:], PURPLE)) == 0
+    assert len(pixels_of(decode(curve_png(with_probe))[-400:], PURPLE)) > 100
 
 
 def test_a_falling_loss_falls_in_the_picture():

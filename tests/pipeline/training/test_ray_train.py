@@ -20,7 +20,7 @@ from training_kit import (
 from pipeline import cluster
 from pipeline.cluster import sharing
 from pipeline.errors import ConfigError, Stopped
-from pipeline.stages.pretrain import MILESTONE_IMAGES
+from pipeline.stages.pretrain import MILESTONE_IMAGES, MILESTONE_PROBE_EPOCHS
 from pipeline.training import room as before_workers
 from pipeline.training.launch import run_worker
 
@@ -85,7 +85,10 @@ def decide(folder, monkeypatch, *, gpus, cpus=16.0, grows=False, **resources):
 def test_checkpoints_are_scored_beside_the_training(shards, tmp_path):
     """One CPU trains, the other scores; what is scored changes nothing about what is trained."""
     changes = {"checkpoint_every_steps": 40, "log_every_steps": 20, "keep_best_by": "knn"}
-    attempt = replace(attempt_at(tmp_path / "ray", executor="ray", **changes), options={MILESTONE_IMAGES: 60})
+    attempt = replace(
+        attempt_at(tmp_path / "ray", executor="ray", **changes),
+        options={MILESTONE_IMAGES: 60, MILESTONE_PROBE_EPOCHS: 2},
+    )
     config = pretrain_config(epochs=20 * EPOCHS)
     scored = in_a_process(pretrain_on_ray, shards, attempt, config, ())
     assert scored.left == []
@@ -95,7 +98,7 @@ def test_checkpoints_are_scored_beside_the_training(shards, tmp_path):
     for row in known:
         assert row["milestone_images"] % (40 * 13) == 0
         assert row["milestone_images"] <= row["images"]
-        assert {"milestone_knn", "milestone_ridge", "milestone_rankme", "milestone_held_out_loss"} <= row.keys()
+        assert {f"milestone_{name}" for name in ("knn", "ridge", "probe", "rankme", "held_out_loss")} <= row.keys()
     assert not list(attempt.root.list("pins/"))
     assert len(list(attempt.root.list("milestones/"))) >= len(known)
 

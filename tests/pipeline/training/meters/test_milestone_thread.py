@@ -140,10 +140,13 @@ def test_without_a_scorer_nothing_happens(attempt):
 
 
 def test_columns_stand_at_the_images_that_the_checkpoint_had_seen():
-    columns = milestone_columns({"step": 10, "knn": 0.5, "held_out_loss": 0.4, "dropped": 1}, global_batch=13)
+    columns = milestone_columns(
+        {"step": 10, "knn": 0.5, "probe": 0.6, "held_out_loss": 0.4, "dropped": 1}, global_batch=13
+    )
     assert columns == {
         "milestone_images": 130,
         "milestone_knn": 0.5,
+        "milestone_probe": 0.6,
         "milestone_held_out_loss": 0.4,
         "milestones_dropped": 1,
     }
@@ -164,4 +167,4 @@ def test_columns_stand_at_the_images_that_the_checkpoint_had_seen():
         0.0,
     )
     line = progress_fields({**row, "process_gib": 1.0, "images_per_s": 9.0, **columns})
-    assert (line["knn"], line["held out loss"]) == (0.5, 0.4)
+    assert (line["knn"], line["probe"], line["held out loss"]) == (0.5, 0.6, 0.4)
