@@ -341,7 +341,7 @@ def _scaled(
     weights: Mapping[str, Tensor], theirs: Mapping[str, Tensor], scales: Mapping[str, str]
 ) -> dict[str, Tensor]:
     """Return the linear layers that a LayerScale follows, with its factors multiplied into them."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for layer, name in scales.items():
         if name in theirs:
             weight, bias = weights[f"{layer}.weight"], weights[f"{layer}.bias"]

@@ -6,7 +6,7 @@ name, its value, and what to write instead (docs/decisions/017-no-omegaconf.md).
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,18 @@ from pipeline.errors import ConfigError
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, apply `a.b=value` overrides and validate. Local paths become absolute."""
     document, overridden = _read_and_override(path, overrides)
+    return _validated(document, lambda field: _origin(path, overridden, field))
+
+
+def config_from(document: dict[str, Any], overrides: Sequence[str], *, command: str) -> RunConfig:
+    """Validate a document that a command made, with `a.b=value` overrides. Errors of its own fields name the command."""
+    overridden = [_override(document, override) for override in overrides]
+    resolve_paths(document, Path.cwd())
+    return _validated(document, lambda field: _origin(Path(command), overridden, field))
+
+
+def _validated(document: dict[str, Any], origin: Callable[[str], str]) -> RunConfig:
+    """`origin`: field -> where it was written."""
     try:
         config = RunConfig.model_validate(document)
     except ValidationError as error:
@@ -31,7 +43,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         problems = list(_booleans_for_numbers(document, config))
     if problems:
         # pydantic reports a union once per member; the first line of each field is enough
-        lines = {field: f"{_origin(path, overridden, field)}: {field}{text}" for field, text in reversed(problems)}
+        lines = {field: f"{origin(field)}: {field}{text}" for field, text in reversed(problems)}
         raise ConfigError("\n".join(reversed(lines.values())))
     return with_absolute_addresses(config)
 
