@@ -144,5 +144,5 @@ def conformance(
         typer.echo(json.dumps({"weights": str(weights), "checks": [asdict(check) for check in checks]}))
     else:
         for check in checks:
-            typer.echo(f"{check.state:<12} {check.name:<16} {check.detail}")
+            typer.echo(f"{check.state:<12} {check.name:<20} {check.detail}")
     raise typer.Exit(int(any(check.state == "failed" for check in checks)))
