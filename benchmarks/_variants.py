@@ -33,10 +33,10 @@ def mean_loss(
     patches = patchify(pixels, model.config.encoder.patch_size)  # [B, L, N]
     if head == "hidden":
         patches = gather_patches(patches, masked.ids_hidden)
-        decoded = _hidden(decoded[:, model.config.encoder.cls_tokens :], masked, order=order)  # [B, M, Dd]
+        decoded = _hidden(decoded[:, model.config.encoder.prefix_tokens :], masked, order=order)  # [B, M, Dd]
         prediction = model.decoder.head(model.decoder.norm(decoded))
     else:
-        prediction = model.decoder.head(model.decoder.norm(decoded))[:, model.config.encoder.cls_tokens :]
+        prediction = model.decoder.head(model.decoder.norm(decoded))[:, model.config.encoder.prefix_tokens :]
         if order == "shuffled":
             patches = gather_patches(patches, _shuffle(masked))
     target = target_of(patches, target=model.config.target, basis=model.basis_on(pixels.device))
@@ -74,7 +74,7 @@ def _encode_all_embedded(model: MaskedAutoencoder, pixels: Tensor, masked: Maske
 
 
 def _decode(model: MaskedAutoencoder, tokens: Tensor, masked: Masked, *, order: Literal["shuffled", "image"]) -> Tensor:
-    decoder, n = model.decoder, model.config.encoder.cls_tokens
+    decoder, n = model.decoder, model.config.encoder.prefix_tokens
     x: Tensor = decoder.embed(tokens)  # [B, n + K, Dd]
     classes, x = x[:, :n], x[:, n:]
     hidden = decoder.mask_token.to(x.dtype).expand(len(x), masked.ids_hidden.shape[1], -1)

@@ -14,6 +14,7 @@ import typer
 from jobs.commands import job, model, shards, store
 from jobs.commands.config import config
 from jobs.commands.doctor import doctor
+from jobs.commands.evaluate import conformance, evaluate
 from jobs.commands.fork import fork
 from jobs.commands.init import init
 from jobs.commands.plan import plan
@@ -29,7 +30,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (init, config, run, sweep, plan, replay, fork, ui, doctor):
+for command in (init, config, run, sweep, plan, evaluate, conformance, replay, fork, ui, doctor):
     app.command()(command)
 for group in (job, shards, model, store):
     app.add_typer(group.app, name=group.__name__.rpartition(".")[2])

@@ -23,6 +23,7 @@ MEANINGS = {
     "scratch": "trains an untrained one",
     "linear_online": "probes it under crops",
     "attentive": "probes its patch tokens",
+    "own_head": "scores its own head",
 }
 """What steps do whose names are words of the field."""
 

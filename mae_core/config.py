@@ -87,6 +87,9 @@ class ViTConfig:
     """Added to the variance in every LayerNorm."""
     cls_tokens: int = field(default=1, metadata=ADDED_LATER)
     """Number of class tokens in front of the patch tokens. The paper uses one, Pixio eight."""
+    num_register_tokens: int = field(default=0, metadata=ADDED_LATER)
+    """Number of register tokens between class and patch tokens: blocks use them as scratch space, and no feature reads them (Darcet
+    et al. 2023, arXiv 2309.16588). DINOv2's encoders with registers have four."""
     positions: Positions = field(default="sine_cosine", metadata=ADDED_LATER)
     """`sine_cosine` is a fixed table, recomputed for any grid. `learned` is a parameter that starts as that table; encoders
     fine-tuned with the official code and most supervised encoders need it."""
@@ -98,6 +101,8 @@ class ViTConfig:
     def __post_init__(self) -> None:
         _check_positive(self, "patch_size", "in_channels", "embed_dim", "depth", "num_heads", "mlp_ratio")
         _check_positive(self, "layer_norm_eps", "cls_tokens")
+        if self.num_register_tokens < 0:
+            raise ConfigError(f"num_register_tokens={self.num_register_tokens} is negative: write 0 for none")
         _check_choice(self, "positions", Positions)
         for side, pixels in zip(("height", "width"), self.image_size, strict=True):
             # Tested first: for a patch larger than the image, the nearest multiple would be the wrong advice.
@@ -133,6 +138,11 @@ class ViTConfig:
     def num_patches(self) -> int:
         """L, the number of patches in an image."""
         return self.grid[0] * self.grid[1]
+
+    @property
+    def prefix_tokens(self) -> int:
+        """n, the number of tokens in front of the patches: class tokens, then registers."""
+        return self.cls_tokens + self.num_register_tokens
 
     @property
     def patch_dim(self) -> int:

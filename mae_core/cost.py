@@ -65,9 +65,9 @@ def _embedding_flops(config: ViTConfig, visible_patches: int) -> int:
 def encoder_flops(config: ViTConfig, *, visible_patches: int) -> int:
     """Return the FLOPs of one image's forward pass through the encoder.
 
-    The encoder sees the class tokens and `visible_patches` patches; pass config.num_patches when nothing is hidden.
+    The encoder sees class and register tokens and `visible_patches` patches; pass config.num_patches when nothing is hidden.
     """
-    tokens = config.cls_tokens + visible_patches
+    tokens = config.prefix_tokens + visible_patches
     block = _block_flops(tokens=tokens, dim=config.embed_dim, mlp_dim=config.mlp_dim)
     return _embedding_flops(config, visible_patches) + config.depth * block
 
@@ -75,11 +75,11 @@ def encoder_flops(config: ViTConfig, *, visible_patches: int) -> int:
 def decoder_flops(config: MAEConfig) -> int:
     """Return the FLOPs of one image's forward pass through the decoder.
 
-    The blocks run on every patch and class token, the head on predicted patches only.
+    The blocks run on every patch, class and register token, the head on predicted patches only.
     """
     encoder, dim = config.encoder, config.decoder_embed_dim
-    tokens = encoder.cls_tokens + encoder.num_patches
-    encoded = tokens if config.encoder_input == "all" else encoder.cls_tokens + config.visible_patches
+    tokens = encoder.prefix_tokens + encoder.num_patches
+    encoded = tokens if config.encoder_input == "all" else encoder.prefix_tokens + config.visible_patches
     embedding = 2 * encoded * encoder.embed_dim * dim
     block = _block_flops(tokens=tokens, dim=dim, mlp_dim=config.decoder_mlp_dim)
     head = 2 * config.predicted_patches * dim * config.target_dim
@@ -180,7 +180,7 @@ def _saved_by_encoder(
 
 def _saved_by_decoder(config: MAEConfig, *, encoded: int, bytes_per_value: int, recompute: Recompute) -> _Saved:
     encoder, dim, predicted = config.encoder, config.decoder_embed_dim, config.predicted_patches
-    tokens = encoder.cls_tokens + encoder.num_patches
+    tokens = encoder.prefix_tokens + encoder.num_patches
     blocks = _saved_by_blocks(
         depth=config.decoder_depth,
         tokens=tokens,
@@ -207,8 +207,10 @@ def activation_bytes(config: MAEConfig, *, bytes_per_value: int = 2, recompute: 
     Gradients and the scratch memory of kernels are not counted. Autocast holds more than this, because it keeps norms and
     the residual stream in float32.
     """
-    visible = config.encoder.cls_tokens + config.visible_patches
-    encoded = visible if config.encoder_input == "visible" else config.encoder.cls_tokens + config.encoder.num_patches
+    visible = config.encoder.prefix_tokens + config.visible_patches
+    encoded = (
+        visible if config.encoder_input == "visible" else config.encoder.prefix_tokens + config.encoder.num_patches
+    )
     encoder = _saved_by_encoder(
         config.encoder,
         embedded=config.visible_patches,
@@ -231,7 +233,7 @@ def encoder_activation_bytes(
     saved = _saved_by_encoder(
         config,
         embedded=visible_patches,
-        tokens=config.cls_tokens + visible_patches,
+        tokens=config.prefix_tokens + visible_patches,
         bytes_per_value=bytes_per_value,
         recompute=recompute,
     )

@@ -55,7 +55,7 @@ class Decoder(nn.Module):
     def __init__(self, config: MAEConfig) -> None:
         super().__init__()
         dim, eps = config.decoder_embed_dim, config.encoder.layer_norm_eps
-        self.cls_tokens, self.predicted = config.encoder.cls_tokens, config.predicted_patches
+        self.prefix_tokens, self.predicted = config.encoder.prefix_tokens, config.predicted_patches
         self.embed = Linear(config.encoder.embed_dim, dim)
         if config.encoder_input == "visible":
             self.mask_token = nn.Parameter(torch.full((1, 1, dim), math.nan))
@@ -76,15 +76,15 @@ class Decoder(nn.Module):
         Shapes: tokens [B, n + K, D], or [B, n + L, D] when the encoder saw mask tokens -> [B, M, T].
         """
         x = self.embed(tokens)  # [B, n + K, Dd] or [B, n + L, Dd]
-        n, K = self.cls_tokens, masked.ids_visible.shape[1]
-        classes, visible, hidden = x.split([n, K, x.shape[1] - n - K], dim=1)  # [B, n], [B, K], [B, L - K or 0]
+        n, K = self.prefix_tokens, masked.ids_visible.shape[1]
+        prefix, visible, hidden = x.split([n, K, x.shape[1] - n - K], dim=1)  # [B, n], [B, K], [B, L - K or 0]
         if hidden.shape[1] == 0:
             hidden = self.mask_token.to(x.dtype)  # [1, 1, Dd]
         table = self.positions.to(x.dtype)
         visible = visible + positions_of(table, masked.ids_visible)  # [B, K, Dd]
         hidden = hidden + positions_of(table, masked.ids_hidden)  # [B, L - K, Dd]
-        # class tokens get no position: theirs is zero
-        x = torch.cat([classes, visible, hidden], dim=1)  # [B, n + L, Dd]
+        # class and register tokens get no position: theirs is zero
+        x = torch.cat([prefix, visible, hidden], dim=1)  # [B, n + L, Dd]
         for block in self.blocks:
             x = block(x)
         return cast("Tensor", self.head(self.norm(x[:, -self.predicted :])))  # [B, M, T]

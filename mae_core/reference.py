@@ -22,7 +22,7 @@ def reference_forward(model: MaskedAutoencoder, pixels: Tensor, noise: Tensor) -
     Arguments, result and errors are those of `MaskedAutoencoder.forward`.
     """
     config, encoder, decoder = model.config, model.encoder, model.decoder
-    n, count = config.encoder.cls_tokens, config.visible_patches
+    n, count = config.encoder.prefix_tokens, config.visible_patches
     masked = model.mask(pixels, noise)
     shuffle = torch.cat([masked.ids_visible, masked.ids_hidden], dim=1)  # [B, L]
     unshuffle = shuffle.argsort(dim=1)  # [B, L]
@@ -34,16 +34,18 @@ def reference_forward(model: MaskedAutoencoder, pixels: Tensor, noise: Tensor) -
     x = x + encoder.positions
     if config.encoder_input == "visible":
         x = gather_patches(x, shuffle)[:, :count]  # [B, K, D]
+    if config.encoder.num_register_tokens:
+        x = torch.cat([encoder.register_tokens.expand(len(x), -1, -1), x], dim=1)
     x = torch.cat([encoder.cls_token.expand(len(x), -1, -1), x], dim=1)
     for block in encoder.blocks:
         x = block(x)
     x = decoder.embed(encoder.norm(x))
 
-    classes, x = x[:, :n], x[:, n:]
+    prefix, x = x[:, :n], x[:, n:]
     if config.encoder_input == "visible":
         hidden = decoder.mask_token.expand(len(x), masked.ids_hidden.shape[1], -1)  # [B, L - K, Dd]
         x = gather_patches(torch.cat([x, hidden], dim=1), unshuffle)  # [B, L, Dd]
-    x = torch.cat([classes, x + decoder.positions], dim=1)
+    x = torch.cat([prefix, x + decoder.positions], dim=1)
     for block in decoder.blocks:
         x = block(x)
     prediction = decoder.head(decoder.norm(x))[:, n:]  # [B, L, T]

@@ -3,7 +3,7 @@
 Weights are NaN until `initialise` or `load_state_dict` fills them. Constructing a module therefore leaves torch's global
 random generator untouched, and a model whose weights were never filled cannot be mistaken for a trained one.
 
-Shapes: pixels [B, C, H, W], patches [B, L, N], ids_visible [B, K] -> tokens [B, n + K, D], the n class tokens first.
+Shapes: pixels [B, C, H, W], patches [B, L, N], ids_visible [B, K] -> tokens [B, n + K, D], the n class and register tokens first.
 T tokens and h heads inside a block; M hidden patches that have a mask token.
 
 Units: pixels are normalised float32 (see `normalise_pixels`); the encoder casts them to the dtype of its parameters.
@@ -122,7 +122,7 @@ class MaskTokens(NamedTuple):
 
 
 class ViTEncoder(nn.Module):
-    """Encode images into tokens: patch embedding, class tokens, positions, blocks, final norm.
+    """Encode images into tokens: patch embedding, class and register tokens, positions, blocks, final norm.
 
     With a `generator` the weights are initialised from it; without one they are NaN until they are loaded.
 
@@ -137,6 +137,8 @@ class ViTEncoder(nn.Module):
         self.config = config
         self.patch_embed = PatchEmbed(config.patch_dim, config.embed_dim)
         self.cls_token = nn.Parameter(torch.full((1, config.cls_tokens, config.embed_dim), math.nan))
+        if config.num_register_tokens:
+            self.register_tokens = nn.Parameter(torch.full((1, config.num_register_tokens, config.embed_dim), math.nan))
         if config.positions == "learned":
             self.positions = nn.Parameter(torch.full((config.num_patches, config.embed_dim), math.nan))
         else:
@@ -191,8 +193,11 @@ class ViTEncoder(nn.Module):
         Arguments, shapes and errors are those of `forward`.
         """
         x = self.embed(pixels, ids_visible, mask_tokens)
-        # class tokens are added after the positions, because theirs is zero
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)  # [B, n + K (+ M), D]
+        # class and register tokens are added after the positions, because theirs is zero
+        prefix = [self.cls_token, self.register_tokens] if self.config.num_register_tokens else [self.cls_token]
+        x = torch.cat(
+            [*(token.expand(len(x), -1, -1).to(x.dtype) for token in prefix), x], dim=1
+        )  # [B, n + K (+ M), D]
         for index, block in enumerate(self.blocks):
             x = block(x, None if drop_scales is None else drop_scales[:, index])
         return x
@@ -206,8 +211,8 @@ class ViTEncoder(nn.Module):
     ) -> Tensor:
         """Encode images, or only their visible patches, into tokens after the final norm.
 
-        The result is in the dtype of the parameters. Class tokens come first, then patches in the order of ids_visible,
-        then hidden patches in the order of mask_tokens.ids.
+        The result is in the dtype of the parameters. Class tokens come first, then registers, patches in the order of
+        ids_visible, and hidden patches in the order of mask_tokens.ids.
 
         Shapes: pixels float32 [B, C, H, W]; ids_visible int64 [B, K], or None for all patches; drop_scales
         [B, depth, 2] (see `drop_path_scales`), or None to drop nothing; mask_tokens for M hidden patches, or None
@@ -229,13 +234,13 @@ class ViTEncoder(nn.Module):
         Raises:
             ConfigError: The images do not have the size that the encoder was built for, or pool is unknown.
         """
-        return pooled(cast("Tensor", self(pixels)), pool=pool, cls_tokens=self.config.cls_tokens)
+        return pooled(cast("Tensor", self(pixels)), pool=pool, config=self.config)
 
 
-def pooled(tokens: Tensor, *, pool: Literal["cls", "mean", "none"], cls_tokens: int) -> Tensor:
+def pooled(tokens: Tensor, *, pool: Literal["cls", "mean", "none"], config: ViTConfig) -> Tensor:
     """Pool the tokens of each image into one feature, as `ViTEncoder.encode` does.
 
-    Shapes: tokens [B, n + L, D] with n = cls_tokens -> [B, D], or the tokens as they are for pool "none".
+    Shapes: tokens [B, n + L, D] of ViTEncoder(config) -> [B, D], or the tokens as they are for pool "none".
 
     Raises:
         ConfigError: pool is unknown.
@@ -244,9 +249,9 @@ def pooled(tokens: Tensor, *, pool: Literal["cls", "mean", "none"], cls_tokens: 
         case "none":
             return tokens
         case "cls":
-            return tokens[:, :cls_tokens].mean(dim=1)
+            return tokens[:, : config.cls_tokens].mean(dim=1)
         case "mean":
-            return tokens[:, cls_tokens:].mean(dim=1)
+            return tokens[:, config.prefix_tokens :].mean(dim=1)
     raise ConfigError(f"pool={pool!r} is unknown: write one of cls, mean, none")
 
 
@@ -268,8 +273,8 @@ def initialise(module: nn.Module, *, generator: torch.Generator) -> None:
     """Initialise every parameter of an encoder, a decoder or an autoencoder from the generator.
 
     Linear layers are xavier uniform with zero bias, where the patch embedding counts as a matrix over the flattened patch,
-    and queries, keys and values as one matrix. Norms start at one and zero, class and mask tokens normal with standard
-    deviation 0.02, and learned positions as the fixed table. Parameters are drawn in the order of `named_modules`.
+    and queries, keys and values as one matrix. Norms start at one and zero, class, register and mask tokens normal with
+    standard deviation 0.02, and learned positions as the fixed table. Parameters are drawn in the order of `named_modules`.
 
     Source: arXiv 2111.06377, A.1.
 
@@ -289,7 +294,7 @@ def initialise(module: nn.Module, *, generator: torch.Generator) -> None:
             part.reset_parameters()
             continue
         for name, parameter in part.named_parameters(recurse=False):
-            if name in ("cls_token", "mask_token"):
+            if name in ("cls_token", "register_tokens", "mask_token"):
                 fill(parameter, normal, generator=generator)
             # a copy of the fixed table, so that learned positions start where the others stay
             elif isinstance(part, ViTEncoder) and name == "positions":

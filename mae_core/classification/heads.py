@@ -74,7 +74,7 @@ class Classifier(nn.Module):
         -> float32 [B, num_classes].
         """
         tokens = self.encoder(pixels, None, drop_scales)  # [B, n + L, D], before the final norm when norm is "fresh"
-        feature = pooled(tokens, pool=self.pool, cls_tokens=self.encoder.config.cls_tokens)  # [B, D]
+        feature = pooled(tokens, pool=self.pool, config=self.encoder.config)  # [B, D]
         logits: Tensor = self.head(self.fc_norm(feature))
         return logits.float()
 

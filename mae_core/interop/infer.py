@@ -27,9 +27,10 @@ from mae_core.interop.layouts import (
     canonical_names,
     depth_of,
     names_matching,
+    part_names,
     tensor_names,
-    unsupported_parts,
 )
+from mae_core.interop.unsupported import unsupported_parts
 from mae_core.positions import sine_cosine_2d
 
 # every named size has its own width, so the width is enough
@@ -86,8 +87,9 @@ def infer_encoder_config(
     _check_kernel(kernel, _foreign_name(names, "patch_embed.weight", depth))
     embed_dim, in_channels, patch_size, _ = kernel.shape  # [D, C, P, P]
     _check_position_table(stored, names.positions, embed_dim)
+    registers = _register_count(found, names, embed_dim)
     if image_size is None:
-        grid = _grid_of(stored[0], names.positions)
+        grid = _grid_of(stored[0], names.positions, registers=registers)
         image_size = grid[0] * patch_size, grid[1] * patch_size
     else:
         grid = image_size[0] // patch_size, image_size[1] // patch_size
@@ -101,6 +103,7 @@ def infer_encoder_config(
         num_heads=num_heads or _known_heads(_HEADS, embed_dim, field="num_heads"),
         mlp_ratio=_mlp_ratio(hidden.shape[0], embed_dim),
         layer_norm_eps=layer_norm_eps,
+        num_register_tokens=registers,
         positions="sine_cosine" if is_sine_cosine(table, grid=grid) else "learned",
         pixel_mean=tuple(pixel_mean),
         pixel_std=tuple(pixel_std),
@@ -108,6 +111,15 @@ def infer_encoder_config(
     if len(table) != config.num_patches:
         raise positions_error(names.positions, stored, config)
     return config
+
+
+def _register_count(found: Mapping[str, Tensor], names: NameTable, embed_dim: int) -> int:
+    if names.registers not in found:
+        return 0
+    (tokens,) = _required(found, names.registers)
+    if tokens.ndim != 3 or tokens.shape[0] != 1 or tokens.shape[2] != embed_dim:
+        raise ConfigError(f"{names.registers} of shape {tuple(tokens.shape)} should be [1, r, {embed_dim}]")
+    return tokens.shape[1]
 
 
 def _check_kernel(kernel: Tensor, name: str) -> None:
@@ -238,18 +250,19 @@ def check_floating_point(name: str, tensor: Tensor) -> None:
 
 
 def patch_rows(stored: Tensor, *, num_patches: int) -> Tensor:
-    """Return the rows [L, D] of the patches in a position table [1, 1 + L, D] or [1, L, D].
+    """Return the rows [L, D] of the patches in a position table: the last ones.
 
-    The first row is the class token's, unless there are as many rows as patches: timm's models with `no_embed_class` give the
-    class token no position, as we do.
+    The first row is the class token's, followed by those of registers if they have some, unless there are as many rows as patches:
+    timm's models with `no_embed_class` give neither a position, as we do.
     """
-    return stored[0] if stored.shape[1] == num_patches else stored[0, 1:]
+    return stored[0, max(0, stored.shape[1] - num_patches) :]
 
 
 def _check_parts(found: Mapping[str, Tensor], layout: LayoutName, depth: int) -> None:
     """Refuse an encoder of another kind by what it has, before its shapes are read as if it were of ours."""
     known, names = LAYOUTS[layout], LAYOUTS[layout].encoder
     wanted = {name for group in tensor_names(names, depth=depth).values() for name in group}
+    wanted |= part_names(found, names, depth=depth)
     ignored = names_matching(found, (*known.decoder_patterns, *known.optional_patterns))
     if parts := unsupported_parts(set(found) - wanted - ignored):
         raise ConfigError(parts_message(parts))
@@ -293,8 +306,8 @@ def _foreign_name(names: NameTable, ours: str, depth: int) -> str:
     return tensor_names(names, depth=max(1, depth))[ours][0]
 
 
-def _grid_of(rows: Tensor, name: str) -> tuple[int, int]:
-    """Return the grid of a position table [1 + L, D] or [L, D], if its values or its shape determine one."""
+def _grid_of(rows: Tensor, name: str, *, registers: int) -> tuple[int, int]:
+    """Return the grid of a position table, if its values or its shape determine one. Its shape is that of `patch_rows`."""
     # 256 patches may be 16 x 16 or 8 x 32; a fixed table matches only one of them
     # with a row for the class token first: nearly all files have one
     for table in (rows[1:], rows):
@@ -303,9 +316,11 @@ def _grid_of(rows: Tensor, name: str) -> tuple[int, int]:
                 return grid
     # trained values say nothing about the grid, so from here on only the number of rows does
     count = len(rows) - 1
-    side = math.isqrt(count)
-    if side * side == count:
-        return side, side
+    # timm's encoders with registers have no row for them or for the class token, and a few older ones have a row for each
+    for patches in (count, *((len(rows), count - registers) if registers else ())):
+        side = math.isqrt(patches)
+        if side * side == patches:
+            return side, side
     without = math.isqrt(len(rows))
     if without * without == len(rows):
         raise ConfigError(

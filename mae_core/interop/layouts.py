@@ -1,28 +1,29 @@
-"""The tensor names of four kinds of weight files, as tables, and the renaming of a file's tensors to match its table.
+"""The tensor names of five kinds of weight files, as tables, and the renaming of a file's tensors to match its table.
 
 - `official_mae`: facebookresearch/mae, encoder and decoder.
-- `timm`: timm's VisionTransformer. The official encoder alone, pretrained or fine-tuned, has the same names.
+- `timm`: timm's VisionTransformer. The official encoder alone, pretrained or fine-tuned, has the same names, and so has DINOv2's.
 - `hf_vitmae`: transformers' ViTMAEForPreTraining.
 - `hf_vit`: transformers' ViTModel and ViTMAEModel, and any model that holds one as `vit.`.
+- `hf_dinov2`: transformers' Dinov2Model and Dinov2WithRegistersModel.
 
 "Ours" are the names of this project, "theirs" those of a layout. In a table, `name.*` means name.weight and name.bias.
 
 Shapes: our fused qkv [3D, D] is q, k and v, [D, D] each, at Hugging Face. Stored position tables are [1, 1 + L, D], the row
-of the class token first, or [1, L, D] where the class token has none.
+of the class token first, [1, 1 + r + L, D] where r register tokens have rows too, or [1, L, D] where neither has one.
 
 Source: the names found in files of each kind. For Hugging Face these are the parameter names of transformers 5 in memory,
 of transformers 5 on disk, and of the released facebook/vit-mae-* files (transformers 4)."""
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Literal, TypeVar
 
 from mae_core.errors import ConfigError
 
-LayoutName = Literal["official_mae", "timm", "hf_vit", "hf_vitmae"]
+LayoutName = Literal["official_mae", "timm", "hf_vit", "hf_vitmae", "hf_dinov2"]
 
 Value = TypeVar("Value")
 
@@ -54,6 +55,10 @@ class NameTable:
     """Names within a block, ours -> theirs. One of ours may hold several of theirs, concatenated along the first axis."""
     positions: str
     """Their name of the position table."""
+    registers: str = ""
+    """Their name of the register tokens, if an encoder of theirs can have some."""
+    layer_scales: Mapping[str, str] = field(default_factory=dict)
+    """Our linear layers within a block -> their names of the factors on the layer's outputs (LayerScale), if there can be some."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +74,8 @@ class Layout:
     optional_patterns: tuple[str, ...] = ()
     """fnmatch patterns of names that may accompany an encoder without being part of it, such as a head. Every import leaves
     them out and reports them."""
+    recognised_by: tuple[str, ...] = ()
+    """fnmatch patterns. A file is of this layout only if one of its names matches, or if there are none."""
     renames: tuple[tuple[str, str], ...] = ()
     """Regular expressions and their replacements, applied in order: they turn older spellings into that of the tables."""
 
@@ -82,6 +89,7 @@ _SPLIT_BLOCK = {
     "mlp.fc1.*": ("mlp.fc1.*",),
     "mlp.fc2.*": ("mlp.fc2.*",),
 }
+_DINOV2_BLOCK = {**_SPLIT_BLOCK, "norm1.*": ("norm1.*",), "norm2.*": ("norm2.*",)}
 # "attention.output.dense" must come before "output.dense", which matches its end
 _HF_BLOCK_RENAMES = (
     (r"\.attention\.attention\.query\.", ".attention.q_proj."),
@@ -97,10 +105,12 @@ _TIMM_ENCODER = NameTable(
     blocks="blocks",
     block=_FUSED_BLOCK,
     positions="pos_embed",
+    registers="reg_token",
+    layer_scales={"attn.proj": "ls1.gamma", "mlp.fc2": "ls2.gamma"},
 )
 
 
-def _hf_encoder(prefix: str) -> NameTable:
+def _hf_encoder(prefix: str, block: Mapping[str, tuple[str, ...]] = _SPLIT_BLOCK) -> NameTable:
     return NameTable(
         names={
             "cls_token": f"{prefix}embeddings.cls_token",
@@ -108,7 +118,7 @@ def _hf_encoder(prefix: str) -> NameTable:
             "norm.*": f"{prefix}layernorm.*",
         },
         blocks=f"{prefix}layers",
-        block=_SPLIT_BLOCK,
+        block=block,
         positions=f"{prefix}embeddings.position_embeddings",
     )
 
@@ -129,9 +139,14 @@ LAYOUTS: Mapping[LayoutName, Layout] = MappingProxyType(
                 positions="decoder_pos_embed",
             ),
             decoder_patterns=("decoder_*", "mask_token"),
+            recognised_by=("decoder_*",),
         ),
         # fc_norm normalises the mean of the tokens, so it cannot replace `norm`, which stays required
-        "timm": Layout(encoder=_TIMM_ENCODER, optional_patterns=("head.*", "fc_norm.*")),
+        "timm": Layout(
+            encoder=_TIMM_ENCODER,
+            optional_patterns=("head.*", "fc_norm.*", "mask_token"),
+            renames=((r"^register_tokens$", "reg_token"),),
+        ),
         "hf_vitmae": Layout(
             encoder=_hf_encoder("vit."),
             decoder=NameTable(
@@ -146,12 +161,23 @@ LAYOUTS: Mapping[LayoutName, Layout] = MappingProxyType(
                 positions="decoder.decoder_pos_embed",
             ),
             decoder_patterns=("decoder.*",),
+            recognised_by=("decoder.*",),
             optional_patterns=("vit.embeddings.mask_token",),
             renames=(
                 (r"^vit\.encoder\.layer\.", "vit.layers."),
                 (r"^decoder\.decoder_encoder\.layer\.", "decoder.decoder_layers."),
                 *_HF_BLOCK_RENAMES,
             ),
+        ),
+        "hf_dinov2": Layout(
+            encoder=replace(
+                _hf_encoder("", _DINOV2_BLOCK),
+                registers="embeddings.register_tokens",
+                layer_scales={"attn.proj": "layer_scale1.lambda1", "mlp.fc2": "layer_scale2.lambda1"},
+            ),
+            optional_patterns=("classifier.*", "embeddings.mask_token"),
+            recognised_by=("*.layer_scale1.lambda1",),
+            renames=((r"^dinov2(_with_registers)?\.", ""), (r"^encoder\.layer\.", "layers."), *_HF_BLOCK_RENAMES),
         ),
         "hf_vit": Layout(
             encoder=_hf_encoder(""),
@@ -160,36 +186,8 @@ LAYOUTS: Mapping[LayoutName, Layout] = MappingProxyType(
         ),
     }
 )
-"""The known layouts. Those with a decoder come first, because `detect_layout` takes the first match and a layout without a
-decoder matches their encoders too."""
-
-_UNSUPPORTED_PARTS = (
-    (r"reg_token|register_tokens", "register tokens"),
-    (r"dist_token|distillation_token|head_dist\.", "a distillation token"),
-    (r"\.ls[12]\.gamma$|\.gamma_[12]$|layer_scale", "LayerScale"),
-    (r"\b[qk]_norm\.|inner_attn_ln", "normalised queries and keys"),
-    (r"\.mlp\.(w\d+|fc1_[gx]|weights_in|weights_out)\.", "a gated MLP"),
-    (r"relative_position|rel_pos|(^|[._])rope|freqs_cis", "relative or rotary positions"),
-    (r"norm_pre\.|pre_?layrnorm|\bln_pre\.", "a norm in front of the blocks"),
-    (r"attn_pool\.", "attention pooling"),
-    (r"lora_|adapter", "adapters such as LoRA, which have to be merged first"),
-    (r"\bSCB$|absmax|quant_|weight_scale|zero_points?$|_packed_params|qweight|qzeros", "quantised weights"),
-    (r"patch_embed\.(?!proj\.)|patch_embeddings\.(?!projection\.)", "another patch embedding"),
-)
-"""What other encoders have and ours does not: regular expressions of the names, and what to call it. They only explain a refusal:
-unknown names are refused whether or not they are listed here."""
-
-
-def unsupported_parts(unknown: Iterable[str]) -> str:
-    """Return what unknown names stand for, with an example of each, or an empty string if none is recognised."""
-    unknown = sorted(unknown)
-    found = []
-    for pattern, what in _UNSUPPORTED_PARTS:
-        # one example of each kind is enough to find it in the file
-        if name := next((name for name in unknown if re.search(pattern, name)), None):
-            found.append(f"{what} ({name})")
-    return ", ".join(found)
-
+"""The known layouts. Those that more is needed to recognise come first, because `detect_layout` takes the first match and the
+others match their encoders too."""
 
 _HF_FILE_RENAMES = (
     (r"^(vit\.|)layers\.", r"\1encoder.layer."),
@@ -218,6 +216,22 @@ def tensor_names(table: NameTable, *, depth: int) -> dict[str, tuple[str, ...]]:
         for kind in ("weight", "bias") if ours.endswith(".*") else ("",):
             names[ours.replace("*", kind)] = tuple(name.replace("*", kind) for name in theirs)
     return names
+
+
+def scale_names(table: NameTable, *, depth: int) -> dict[str, str]:
+    """Return our linear layers whose outputs a LayerScale of theirs multiplies -> their names of its factors."""
+    return {
+        f"blocks.{index}.{ours}": f"{table.blocks}.{index}.{theirs}"
+        for index in range(depth)
+        for ours, theirs in table.layer_scales.items()
+    }
+
+
+def part_names(found: Iterable[str], table: NameTable, *, depth: int) -> set[str]:
+    """Return their names of the parts that not every encoder has, registers and LayerScale, if these have them."""
+    scales = set(scale_names(table, depth=depth).values())
+    # all of them or none: a file that lacks some is incomplete
+    return {table.registers}.intersection(found) | (scales if scales.intersection(found) else set())
 
 
 def depth_of(names: Iterable[str], table: NameTable) -> int:
@@ -307,12 +321,12 @@ def detect_layout(names: Iterable[str]) -> LayoutName:
     for title, layout in LAYOUTS.items():
         found = canonical_names(given, layout)
         patch_embed = layout.encoder.names["patch_embed.*"].replace("*", "weight")
-        if patch_embed in found and (layout.decoder is None or names_matching(found, layout.decoder_patterns)):
+        if patch_embed in found and (not layout.recognised_by or names_matching(found, layout.recognised_by)):
             return title
     raise ConfigError(
         f"weights named {', '.join(sorted(given)[:4]) or '(none)'} ... are in no known layout. The known layouts are "
-        f"official_mae (facebookresearch/mae), timm (VisionTransformer), hf_vit (transformers ViTModel) and "
-        f"hf_vitmae (transformers ViTMAEForPreTraining)"
+        f"official_mae (facebookresearch/mae), timm (VisionTransformer), hf_vit (transformers ViTModel), "
+        f"hf_vitmae (transformers ViTMAEForPreTraining) and hf_dinov2 (transformers Dinov2Model)"
     )
 
 

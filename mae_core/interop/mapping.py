@@ -1,11 +1,14 @@
-"""Conversion of weights from other layouts and into them: every name is accounted for, and no bit is changed.
+"""Conversion of weights from other layouts and into them: every name is accounted for, and no value is changed but two.
 
 Shapes: our patch_embed.weight [D, P * P * C] is a convolution kernel [D, C, P, P] elsewhere. Our qkv [3D, D] is q, k and v,
 [D, D] each, at Hugging Face. Other layouts store position tables as [1, 1 + L, D]; here the fixed table is computed, and a
 learned one is kept as [L, D].
 
 Our class token has no position. On import, its row of the position table, if there is one, is added to the token itself, which
-is what the other programs do in every forward pass; exported tables have a zero row.
+is what the other programs do in every forward pass; exported tables have a zero row. Register tokens are treated alike.
+
+Our blocks have no LayerScale. On import, its factors are multiplied into the linear layer whose outputs they scale, in float32. The
+features are the same up to rounding; only fine-tuning differs, since the factors are no longer parameters of their own.
 
 Errors: ConfigError if names are missing or unknown, if a shape does not fit the config, or if a position table is not the
 fixed one where it has to be."""
@@ -34,9 +37,11 @@ from mae_core.interop.layouts import (
     NameTable,
     canonical_names,
     names_matching,
+    part_names,
+    scale_names,
     tensor_names,
-    unsupported_parts,
 )
+from mae_core.interop.unsupported import unsupported_parts
 from mae_core.mae import MaskedAutoencoder
 from mae_core.positions import sine_cosine_2d
 from mae_core.vit import ViTEncoder
@@ -58,24 +63,28 @@ class Imported(NamedTuple):
 def encoder_from(state_dict: Mapping[str, Tensor], config: ViTConfig, *, layout: LayoutName) -> Imported:
     """Convert a state dict of another layout into the weights of ViTEncoder(config).
 
-    Values and dtypes are kept. A tensor that is neither concatenated nor changed is shared with state_dict, not copied. A
-    decoder, a pooler or a classification head is left out and reported. When config.positions is "learned" the stored
-    position table becomes a weight; otherwise it has to be the fixed one.
+    Values and dtypes are kept, apart from LayerScale. A tensor that is neither concatenated nor changed is shared with
+    state_dict, not copied. A decoder, a pooler or a classification head is left out and reported. When config.positions is
+    "learned" the stored position table becomes a weight; otherwise it has to be the fixed one.
 
     Raises:
         ConfigError: Names are missing or unknown, a shape does not fit the config, or the position table does not.
     """
     known = LAYOUTS[layout]
     theirs, names = canonical_names(state_dict, known), tensor_names(known.encoder, depth=config.depth)
+    if config.num_register_tokens:
+        names["register_tokens"] = (known.encoder.registers,)
     ignored = names_matching(theirs, (*known.decoder_patterns, *known.optional_patterns))
     # the position table is expected in every file, although ours may not keep it
-    wanted = {known.encoder.positions, *(name for group in names.values() for name in group)}
+    scales = part_names(theirs, known.encoder, depth=config.depth) - {known.encoder.registers}
+    wanted = {known.encoder.positions, *scales, *(name for group in names.values() for name in group)}
     # timm's models with average pooling drop `norm`; saying so beats "missing norm.weight"
     pooled = "fc_norm.weight" in theirs and "norm.weight" not in theirs
     hint = "fc_norm normalises the mean of the tokens, and these weights have no norm for the tokens" if pooled else ""
     _check_names(theirs, wanted, ignored=ignored, hint=hint)
     weights = _import_tensors(theirs, names, _encoder_shapes(config), config)
-    weights |= _import_positions(theirs[known.encoder.positions], weights["cls_token"], known.encoder, config)
+    weights |= _scaled(weights, theirs, scale_names(known.encoder, depth=config.depth))
+    weights |= _import_positions(theirs[known.encoder.positions], weights, known.encoder, config)
     return Imported(weights, tuple(sorted(set(theirs) - wanted)))
 
 
@@ -102,7 +111,7 @@ def autoencoder_from(state_dict: Mapping[str, Tensor], config: MAEConfig, *, lay
     weights = _import_tensors(theirs, names, _autoencoder_shapes(config), config.encoder)
     encoder = _import_positions(
         theirs[known.encoder.positions],
-        weights["encoder.cls_token"],
+        {"cls_token": weights["encoder.cls_token"]},
         known.encoder,
         config.encoder,
         tolerance=_FROZEN_TOLERANCE,
@@ -147,7 +156,7 @@ def to_timm(state_dict: Mapping[str, Tensor], config: ViTConfig) -> dict[str, Te
     Build the timm model with norms of config.layer_norm_eps.
 
     Raises:
-        ConfigError: Names or shapes do not fit the config, or it has more than one class token.
+        ConfigError: Names or shapes do not fit the config, or it has registers or more than one class token.
     """
     return _encoder_to(state_dict, config, layout="timm")
 
@@ -158,7 +167,7 @@ def to_hf_vit(state_dict: Mapping[str, Tensor], config: ViTConfig) -> dict[str, 
     The names are those of transformers 5 in memory; `hf_file_names` turns them into those of files.
 
     Raises:
-        ConfigError: Names or shapes do not fit the config, or it has more than one class token.
+        ConfigError: Names or shapes do not fit the config, or it has registers or more than one class token.
     """
     return _encoder_to(state_dict, config, layout="hf_vit")
 
@@ -175,7 +184,7 @@ def to_hf_vitmae(state_dict: Mapping[str, Tensor], config: MAEConfig) -> dict[st
 
     Raises:
         ConfigError: Names or shapes do not fit the config, or the config describes a model that other layouts cannot hold:
-            mask tokens in the encoder, a "pca" target, or more than one class token.
+            mask tokens in the encoder, a "pca" target, registers, or more than one class token.
     """
     return _autoencoder_to(state_dict, config, layout="hf_vitmae")
 
@@ -189,7 +198,7 @@ def to_official_mae(state_dict: Mapping[str, Tensor], config: MAEConfig) -> dict
 
 
 def _encoder_to(state_dict: Mapping[str, Tensor], config: ViTConfig, *, layout: LayoutName) -> dict[str, Tensor]:
-    _check_class_tokens(config)
+    _check_prefix(config)
     names = LAYOUTS[layout].encoder
     shapes = _encoder_shapes(config)
     _check_names(state_dict, shapes)
@@ -245,7 +254,12 @@ def _check_names(found: Iterable[str], wanted: Iterable[str], *, ignored: Iterab
         )
 
 
-def _check_class_tokens(config: ViTConfig) -> None:
+def _check_prefix(config: ViTConfig) -> None:
+    if config.num_register_tokens:
+        raise ConfigError(
+            f"num_register_tokens={config.num_register_tokens} cannot be converted: exported layouts have no register tokens; "
+            f"keep the file that the encoder was imported from, or export as safetensors"
+        )
     if config.cls_tokens != 1:
         raise ConfigError(
             f"cls_tokens={config.cls_tokens} cannot be converted: other layouts hold exactly one class token"
@@ -253,7 +267,7 @@ def _check_class_tokens(config: ViTConfig) -> None:
 
 
 def _check_expressible(config: MAEConfig) -> None:
-    _check_class_tokens(config.encoder)
+    _check_prefix(config.encoder)
     if config.encoder_input != "visible":
         raise ConfigError(
             f"encoder_input={config.encoder_input!r} cannot be converted: other layouts have no mask token in the encoder; "
@@ -323,20 +337,37 @@ def _is_position_table(stored: Tensor, config: ViTConfig, width: int) -> bool:
     return tuple(stored.shape) == (1, 1 + config.num_patches, width) and stored.is_floating_point()
 
 
-def _import_positions(
-    stored: Tensor, cls_token: Tensor, names: NameTable, config: ViTConfig, *, tolerance: float | None = None
+def _scaled(
+    weights: Mapping[str, Tensor], theirs: Mapping[str, Tensor], scales: Mapping[str, str]
 ) -> dict[str, Tensor]:
-    """Return the class token with its row of the table added and, if positions are learned, the rest of the table."""
+    """Return the linear layers that a LayerScale follows, with its factors multiplied into them."""
+    found: dict[str, Tensor] = {}
+    for layer, name in scales.items():
+        if name in theirs:
+            weight, bias = weights[f"{layer}.weight"], weights[f"{layer}.bias"]
+            _check_shapes(theirs, {name: bias.shape})
+            factors = theirs[name].float()
+            found |= {f"{layer}.weight": factors[:, None] * weight.float(), f"{layer}.bias": factors * bias.float()}
+    return found
+
+
+def _import_positions(
+    stored: Tensor, tokens: Mapping[str, Tensor], names: NameTable, config: ViTConfig, *, tolerance: float | None = None
+) -> dict[str, Tensor]:
+    """Return class and register tokens with their rows of the table added and, if positions are learned, the rest of the table."""
     fixed = config.positions == "sine_cosine"
-    without_class_row = tuple(stored.shape) == (1, config.num_patches, config.embed_dim)
-    if not without_class_row and not _is_position_table(stored, config, config.embed_dim):
+    rows = stored.shape[1] - config.num_patches if stored.ndim == 3 else -1  # of class and register tokens
+    expected = (1, max(0, rows) + config.num_patches, config.embed_dim)
+    if rows not in (0, 1, 1 + config.num_register_tokens) or tuple(stored.shape) != expected:
         raise positions_error(names.positions, stored, config)
     check_floating_point(names.positions, stored)
     table = patch_rows(stored, num_patches=config.num_patches)
     if fixed and not is_sine_cosine(table, grid=config.grid, tolerance=tolerance):
         raise positions_error(names.positions, stored, config)
-    token = {"cls_token": cls_token if without_class_row else cls_token + stored[:, :1]}
-    return token if fixed else token | {"positions": table.clone()}  # a slice would keep the whole stored table alive
+    found = {"cls_token": tokens["cls_token"] + stored[:, :1]} if rows else {}
+    if rows > 1:
+        found["register_tokens"] = tokens["register_tokens"] + stored[:, 1:rows]
+    return found if fixed else found | {"positions": table.clone()}  # a slice would keep the whole stored table alive
 
 
 def _export_positions(like: Tensor, learned: Tensor | None, config: ViTConfig) -> Tensor:

@@ -11,9 +11,11 @@ from torch import nn
 
 from mae_core.errors import ConfigError
 
-NEVER_DECAYED = ("cls_token", "mask_token", "positions", "queries")
+NEVER_DECAYED = ("cls_token", "register_tokens", "mask_token", "positions", "queries")
 """Names of learnt tokens and positions. They have two or three dimensions, yet they are not matrices that map one space to
 another, so weight decay does not apply to them."""
+
+_FIRST_TOKENS = ("cls_token", "register_tokens", "mask_token", "positions")
 
 
 class ParameterGroup(TypedDict):
@@ -34,7 +36,7 @@ class ParameterGroup(TypedDict):
 def layer_index(name: str, *, depth: int) -> int:
     """Return the layer that a parameter belongs to.
 
-    Layer 0 makes the encoder's first tokens: patch embedding, class and mask tokens, positions. Block i of the encoder is
+    Layer 0 makes the encoder's first tokens: patch embedding, class, register and mask tokens, positions. Block i of the encoder is
     layer i + 1. Everything else (final norm, head, and the whole decoder with its mask token) is layer depth + 1.
     `name` is as in named_parameters of a ViTEncoder, Classifier or MaskedAutoencoder.
 
@@ -44,7 +46,7 @@ def layer_index(name: str, *, depth: int) -> int:
         ConfigError: The name is of a block that an encoder of this depth does not have.
     """
     local = name.removeprefix("encoder.")
-    if local.startswith("patch_embed.") or local in ("cls_token", "mask_token", "positions"):
+    if local.startswith("patch_embed.") or local in _FIRST_TOKENS:
         return 0
     # the decoder's names begin with "decoder.", so its blocks fall through to the last layer
     block = re.match(r"blocks\.(\d+)\.", local)

@@ -53,7 +53,9 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 NAME = r"^[A-Za-z0-9._-]{1,64}$"
 Name = Annotated[str, Field(pattern=NAME)]
 ShortName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")]
+SHA256 = r"^[0-9a-f]{64}$"
 PATTERN_MEANINGS = {
+    SHA256: "64 hexadecimal digits",
     NAME: "1 to 64 letters, digits, dots, _ or -",
     r"^[a-z0-9][a-z0-9_-]{0,31}$": "1 to 32 lower-case letters, digits, _ or -",
 }
@@ -255,6 +257,19 @@ class TrackingConfig(Section):
     """The MLflow experiment that the runs belong to."""
 
 
+class WeightsConfig(Section):
+    """Weights from elsewhere, which are evaluated in place of a pretraining. `mae evaluate` fills this section."""
+
+    file: Address
+    """The file or folder. Where it lies changes no fingerprint."""
+    sha256: str = Field(pattern=SHA256)
+    """Digest of what is read there."""
+    prefix: str | None = None
+    """Which of several models in the file, such as model_ema or teacher.backbone."""
+    assumed: tuple[str, ...] = ()
+    """Fields of the encoder that neither the file nor a person stated, as field=value. For the report; changes no result."""
+
+
 class RunConfig(Section):
     """The whole configuration of a pipeline run."""
 
@@ -276,6 +291,8 @@ class RunConfig(Section):
     """Where and how a run works. Changing a field never makes a finished step run again."""
     tracking: TrackingConfig = TrackingConfig()
     """MLflow, which records every run."""
+    weights: WeightsConfig | None = None
+    """If given, nothing is pretrained: these weights are evaluated. `mae evaluate` writes it."""
     fork: StartPoint | None = None
     """Checkpoint of another pretraining, in the same store, from which this one continues. `mae fork` writes it."""
 
@@ -308,6 +325,14 @@ class RunConfig(Section):
         if type(side := encoder.get("image_size")) is int:
             encoder = {**encoder, "image_size": [side, side]}
         return {**rest, "encoder": {**dataclasses.asdict(SIZES[size]()), **encoder}}
+
+    @model_validator(mode="after")
+    def _own_head_needs_weights(self) -> Self:
+        if self.weights is None and any("own_head" in dataset.protocols for dataset in self.evaluation.datasets):
+            raise ValueError(
+                "evaluation.datasets: own_head scores the head of weights from elsewhere: use it with `mae evaluate`"
+            )
+        return self
 
     @field_validator("model")
     @classmethod

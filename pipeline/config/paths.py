@@ -18,6 +18,7 @@ _FIELDS = {
     "data": ("source", "labels"),
     "resources": ("cache_directory",),
     "tracking": ("uri",),
+    "weights": ("file",),
 }
 _SQLITE = "sqlite:///"
 
@@ -48,6 +49,7 @@ def with_absolute_addresses(config: RunConfig) -> RunConfig:
             "store": absolute_address(config.store),
             "data": config.data.model_copy(update=_absolute(config.data, "source", "labels")),
             "evaluation": config.evaluation.model_copy(update={"datasets": datasets}),
+            "weights": config.weights and config.weights.model_copy(update=_absolute(config.weights, "file")),
         }
     )
 

@@ -37,6 +37,18 @@ def load_config(
         set_field(document, dotted, copy.deepcopy(value), said=f"{changed_by}: {dotted}")
         overridden[dotted] = changed_by
     resolve_paths(document, Path.cwd())
+    return _validated(document, overridden, written_in=str(path))
+
+
+def config_from(document: dict[str, Any], overrides: Sequence[str], *, command: str) -> RunConfig:
+    """Validate a document that a command made, with `a.b=value` overrides. Errors of its own fields name the command."""
+    overridden = {_override(document, override): "--set" for override in overrides}
+    resolve_paths(document, Path.cwd())
+    return _validated(document, overridden, written_in=command)
+
+
+def _validated(document: dict[str, Any], overridden: Mapping[str, str], *, written_in: str) -> RunConfig:
+    """`overridden`: where a field was written that is not of `written_in`."""
     try:
         config = RunConfig.model_validate(document)
     except ValidationError as error:
@@ -45,7 +57,9 @@ def load_config(
         problems = list(_booleans_for_numbers(document, config))
     if problems:
         # pydantic reports a union once per member; the first line of each field is enough
-        lines = {field: f"{_origin(path, overridden, field)}: {field}{text}" for field, text in reversed(problems)}
+        lines = {
+            field: f"{_origin(field, overridden, written_in)}: {field}{text}" for field, text in reversed(problems)
+        }
         raise ConfigError("\n".join(reversed(lines.values())))
     return with_absolute_addresses(config)
 
@@ -65,12 +79,12 @@ def _read_and_override(path: Path, overrides: Sequence[str]) -> tuple[dict[str, 
     return document, overridden
 
 
-def _origin(path: Path, overridden: Mapping[str, str], field: str) -> str:
+def _origin(field: str, overridden: Mapping[str, str], written_in: str) -> str:
     """Where a field was written: with what it, its section or one of its own fields was overridden, or else the file."""
     for dotted, origin in reversed(list(overridden.items())):
         if any(f"{inner}.".startswith(f"{outer}.") for inner, outer in ((field, dotted), (dotted, field))):
             return origin
-    return str(path)
+    return written_in
 
 
 def _override(document: dict[str, Any], override: str) -> str:

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from mae_core.config import ViTConfig
 from mae_core.patches import normalise_pixels
-from mae_core.vit import ViTEncoder
+from mae_core.vit import ViTEncoder, pooled
 from pipeline.cluster.device import local_gpu_count
 from pipeline.cluster.progress import Progress
 from pipeline.cluster.resources import Resources
@@ -68,6 +68,8 @@ SAY_AFTER_S, POLL_S = 10.0, 0.2
 
 Pool = Literal["cls", "mean"]
 """The feature of an image: its class token, or the mean of its patch tokens."""
+TokenPool = Literal["cls", "mean", "mean of unnormalised"]
+"""The same, and the mean of the patch tokens before the encoder's final norm, which some classifiers' heads read."""
 
 
 class Features(NamedTuple):
@@ -88,7 +90,7 @@ class FeatureRequest:
     samples: Samples
     seed: int
     """Decides which samples are chosen if `samples` is a number."""
-    pool: Pool
+    pool: TokenPool
     at_most: int | None = None
     """If given, of `all` samples only this many, drawn by the seed."""
 
@@ -305,22 +307,27 @@ def evaluation_loader(
 
 
 def _compute(
-    module: ViTEncoder, loader: Loader, config: ViTConfig, pool: Pool, *, batch: int, device: torch.device
+    module: ViTEncoder, loader: Loader, config: ViTConfig, pool: TokenPool, *, batch: int, device: torch.device
 ) -> Features:
     def batches() -> Iterator[Features]:
         with closing(loader.evaluation_batches(batch)) as read:
             for one in read:
                 images = one.images.to(device, non_blocking=True)
                 pixels = normalise_pixels(images, mean=config.pixel_mean, std=config.pixel_std)
-                values = module.encode(
-                    pixels, pool=pool
-                ).cpu()  # waits, so that the loader may use the batch's memory again
-                yield Features(values, one.labels.clone(), one.sample_ids.clone())
+                values = _encode(module, pixels, pool)
+                # .cpu() waits, so that the loader may use the batch's memory again
+                yield Features(values.cpu(), one.labels.clone(), one.sample_ids.clone())
 
     # Gives the columns their types and shapes where a part has no images.
     nothing = Features(torch.empty(0, config.embed_dim), *(torch.empty(0, dtype=torch.int64) for _ in range(2)))
     with torch.inference_mode():
         return Features(*(torch.cat(columns) for columns in zip(nothing, *batches(), strict=True)))
+
+
+def _encode(module: ViTEncoder, pixels: Tensor, pool: TokenPool) -> Tensor:
+    if pool == "mean of unnormalised":
+        return pooled(module.tokens(pixels), pool="mean", config=module.config)
+    return module.encode(pixels, pool=pool)
 
 
 def _part_name(index: int, parts: int) -> str:

@@ -48,11 +48,14 @@ class EvaluationProtocol:
     step_config: Callable[[ProtocolConfig, Any], ProtocolConfig]
     """(common part, settings) -> the whole config of the step, all of which enters the fingerprint."""
     evaluate: Callable[[Any, Mapping[str, StageInput], Attempt], StageResult]
-    """The stage. Its inputs are `shards` and, for a pretrained encoder, `pretrain`; its facts are ScoreFacts."""
+    """The stage. Its inputs are `shards` and, for a pretrained encoder, `pretrain`, which is the import of weights from elsewhere
+    if there was no pretraining; its facts are ScoreFacts."""
     resume_point: Callable[[Store], str] | None = None
     """As in `Step`, for protocols that train with checkpoints."""
     needs_labels: bool = True
     """Whether it scores labelled images. One that does not is evaluated on every dataset."""
+    learns: bool = True
+    """Whether it learns from labelled images of train. One that does not needs no train split."""
     variants: Callable[[Any], Mapping[str, Any]] = lambda settings: {"": settings}
     """Settings -> what each variant appends to the protocol's name -> its settings. A variant has steps and rows of its own."""
     origins: tuple[EncoderOrigin, ...] = ("pretrained", "random")
@@ -95,14 +98,17 @@ class ScoreFacts(Facts):
         return self.top1 if self.measure is None else self.value
 
 
-def skipped(shards: StageInput, split: ScoredSplit = "test") -> StageResult | None:
+def skipped(shards: StageInput, split: ScoredSplit = "test", *, learns: bool = True) -> StageResult | None:
     """Return the result to leave for a dataset that cannot be evaluated on, or None if it can be.
 
     Raises DataError for a label for which a classifier of the dataset's classes has no output."""
     # Decided from the receipt: no shard is opened, and no worker starts, for a dataset without labels.
     facts = DatasetFacts.read(shards.facts)
     reason = unsuited(
-        facts.classes, {name: one for name, one in labels_of(shards).items() if name in facts.splits}, split
+        facts.classes,
+        {name: one for name, one in labels_of(shards).items() if name in facts.splits},
+        split,
+        learns=learns,
     )
     if reason:
         return StageResult(ScoreFacts(skipped=reason).as_json())

@@ -25,7 +25,7 @@ from pipeline.cluster.resources import Resources
 from pipeline.cluster.tasks import Executor
 from pipeline.storage import Store, open_store
 
-StepKind = Literal["snapshot", "shard", "join", "pretrain", "evaluate", "report"]
+StepKind = Literal["snapshot", "shard", "join", "pretrain", "import", "evaluate", "report"]
 """What a step does. Code asks for the kind; names are for people and for the store."""
 
 

@@ -18,7 +18,11 @@ from pipeline.planning.hardware import Hardware, Precision, local_hardware, with
 from pipeline.reporting.format import clock
 from pipeline.storage import Store
 
-_DOING = {"shard": "packing the images, or indexing tars where they lie", "join": "one manifest over all parts"}
+_DOING = {
+    "import": "reading the weights, and writing them as safetensors",
+    "shard": "packing the images, or indexing tars where they lie",
+    "join": "one manifest over all parts",
+}
 _ENCODERS = {"pretrained": "pretrained", "random": "untrained"}
 
 

@@ -164,6 +164,7 @@ class RunHooks:
             experiment=self.config.tracking.experiment,
             name=self.config.name,
             tags={
+                "mae.kind": "evaluate" if self.config.weights else "run",
                 "git.revision": _git_revision(),
                 **{f"version.{name}": v for name, v in installed_versions().items()},
                 **self.tags,

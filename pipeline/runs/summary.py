@@ -55,7 +55,7 @@ def summarise(
     if page.receipt:
         files = page.receipt.as_input(page.uri).store
         where["report"] = str(files.local_path(PAGE) or f"{files.uri}/{PAGE}")
-    pretrained = next((o for o in outcomes if o.step.kind == "pretrain" and o.receipt), None)
+    pretrained = next((o for o in outcomes if o.step.kind in {"pretrain", "import"} and o.receipt), None)
     if pretrained:
         where["encoder"] = f"{finished[pretrained.step.name].store.uri}/{ENCODER}"
     return RunSummary(

@@ -2,6 +2,8 @@
 
     snapshot -> shard [-> join] -> pretrain -> protocols x datasets x { pretrained, random } x seeds -> report
 
+Weights from elsewhere (`weights`) replace the pretraining by their import, which needs no shards.
+
 If the source has several snapshots, each is a part that is sharded by itself, and `join` writes one manifest over all of them.
 An evaluation dataset that is the pretraining source shares its snapshots and shards. Evaluations of the random encoder do not
 depend on pretraining, so that another mask ratio does not repeat them."""
@@ -11,13 +13,14 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from pipeline.config import Moved, RunConfig, SourceConfig
+from pipeline.config import Moved, RunConfig, SourceConfig, WeightsConfig
 from pipeline.data.snapshots.config import SnapshotConfig
 from pipeline.data.sources.listing import MOVED
 from pipeline.data.sources.splits import SplitFrom
 from pipeline.evaluation.protocol import EncoderOrigin, EvaluationProtocol, ProtocolConfig
 from pipeline.evaluation.protocols import protocol_named
 from pipeline.graph.step import Step, canonical
+from pipeline.stages.import_weights import ASSUMED, FILE, ImportConfig, import_weights
 from pipeline.stages.join import JoinConfig, join
 from pipeline.stages.pretrain import MILESTONE_OPTIONS, pretrain
 from pipeline.stages.report import ReportConfig, Scored, report
@@ -36,16 +39,7 @@ def build(config: RunConfig) -> list[Step]:
     """Return every step of the run, inputs before their readers."""
     own = _Source.of(config.data.source, config.data)
     shards = {own: _dataset(config, own, snapshot_names(config), suffix="")}
-    pretrained = Step(
-        kind="pretrain",
-        name="pretrain",
-        function=pretrain,
-        config=PretrainConfig(model=config.model, recipe=config.pretrain, seed=config.seed, start=config.fork),
-        inputs={"shards": shards[own]},
-        resources=config.resources,
-        options={name: getattr(config.evaluation, name) for name in MILESTONE_OPTIONS},
-        resume_point=resume_point,
-    )
+    pretrained = _import(config, config.weights) if config.weights else _pretraining(config, shards[own])
     evaluations: dict[str, Step] = {}
     scored: list[Scored] = []
     for dataset in config.evaluation.datasets:
@@ -70,22 +64,48 @@ def build(config: RunConfig) -> list[Step]:
     # thresholds for bad images: they stop or warn and change no result
     inside["data"] = {key: value for key, value in inside["data"].items() if not key.startswith("bad_share")}
     inside["evaluation"] = {key: value for key, value in inside["evaluation"].items() if key not in MILESTONE_OPTIONS}
+    if config.weights:  # the import's fingerprint stands for them, wherever they lie
+        del inside["weights"]["file"], inside["weights"]["assumed"]
     page = Step(
         kind="report",
         name="report",
         function=report,
         config=ReportConfig(
-            title="Masked autoencoder",
+            title="Evaluation of weights" if config.weights else "Masked autoencoder",
             scored=tuple(scored),
             sources={name: source.uri for name, source in zip(datasets, shards, strict=True)},
             config=canonical(inside),
         ),
-        inputs={**datasets, "pretrain": pretrained, **evaluations},
+        inputs={**datasets, pretrained.kind: pretrained, **evaluations},
     )
     parts = [part for step in shards.values() for part in (step.inputs.values() if step.kind == "join" else [step])]
     snapshots = [step.inputs["snapshot"] for step in parts]
     joins = [step for step in shards.values() if step.kind == "join"]
     return [*snapshots, *parts, *joins, pretrained, *evaluations.values(), page]
+
+
+def _pretraining(config: RunConfig, shards: Step) -> Step:
+    return Step(
+        kind="pretrain",
+        name="pretrain",
+        function=pretrain,
+        config=PretrainConfig(model=config.model, recipe=config.pretrain, seed=config.seed, start=config.fork),
+        inputs={"shards": shards},
+        resources=config.resources,
+        options={name: getattr(config.evaluation, name) for name in MILESTONE_OPTIONS},
+        resume_point=resume_point,
+    )
+
+
+def _import(config: RunConfig, weights: WeightsConfig) -> Step:
+    return Step(
+        kind="import",
+        name="import",
+        function=import_weights,
+        config=ImportConfig(sha256=weights.sha256, prefix=weights.prefix, encoder=config.model.encoder),
+        options={FILE: weights.file, ASSUMED: weights.assumed},
+        resources=config.resources,
+    )
 
 
 @dataclass(frozen=True)

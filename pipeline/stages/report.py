@@ -10,7 +10,7 @@ import os
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +25,7 @@ from pipeline.reporting.page import Card, DatasetCard, ReportData, render_page
 from pipeline.reporting.reconstructions import reconstruction_grid_png
 from pipeline.reporting.summaries import Score, StepRow
 from pipeline.training.facts import PretrainFacts
+from pipeline.weights import ENCODER, ImportFacts
 
 VERSION = 1
 PAGE = "index.html"
@@ -57,16 +58,8 @@ class ReportConfig:
 def report(config: ReportConfig, inputs: Mapping[str, StageInput], attempt: Attempt) -> StageResult:
     """Draw the pictures and write the page."""
     scores = collect_scores(config.scored, inputs)
-    shown = "held-out" if DatasetFacts.read(inputs["shard"].facts).panel_split == "test" else "training"
-    pretrained = inputs["pretrain"]
-    panel = np.load(io.BytesIO(pretrained.store.read("reconstructions.npz")), allow_pickle=False)["images"]
-    rows = [json.loads(line) for line in pretrained.store.read("history.jsonl").splitlines()]
-    model = config.config["model"]
-    normalised = model["target"] == "normalised"
-    pictures = {
-        "reconstructions.png": reconstruction_grid_png(panel, statistics="true" if normalised else "predicted"),
-        "curves.png": curve_png(_curves(rows)),
-    }
+    pretrained = _pretrained(config, inputs) if "pretrain" in inputs else _imported(config, inputs["import"])
+    pictures = dict(pretrained.pictures)
     if any(not score.measure for score in scores):
         pictures["scores.png"] = scores_png(scores)
     for name, png in pictures.items():
@@ -74,36 +67,74 @@ def report(config: ReportConfig, inputs: Mapping[str, StageInput], attempt: Atte
     page = render_page(
         ReportData(
             title=config.title,
-            summary=_summary(config, inputs),
+            summary=pretrained.summary,
             created=datetime.datetime.now(tz=datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
             scores=scores,
-            cards=(
-                Card(
-                    label="final loss",
-                    value=f"{PretrainFacts.read(pretrained.facts).loss:.3f}",
-                    note=f"on {model['loss_on']} patches",
-                ),
-                _speed(rows),
-            ),
-            reconstructions_png=pictures["reconstructions.png"],
-            reconstructions_note=f"{len(panel)} {shown} images, {model['mask_ratio']:.0%} of the patches hidden",
-            curves_png=pictures["curves.png"],
+            cards=pretrained.cards,
+            reconstructions_png=pictures.get("reconstructions.png"),
+            reconstructions_note=pretrained.note,
+            curves_png=pictures.get("curves.png"),
             scores_png=pictures.get("scores.png"),
             datasets=[_dataset_card(name, config, inputs) for name in config.sources],
             steps=[_step_row(name, step) for name, step in inputs.items()],
             config=config.config,
             versions=installed_versions(),
             hardware={"machine": platform.machine(), "CPUs": str(os.cpu_count()), "system": platform.platform()},
-            command="mae run CONFIG.yaml",
-            addresses={
-                "encoder": f"{pretrained.store.uri}/encoder.safetensors",
-                "data": inputs["shard"].root_uri,
-            },
+            command=pretrained.command,
+            addresses={**pretrained.addresses, "data": inputs["shard"].root_uri},
         )
     )
     attempt.store.write(PAGE, page.encode())
     return StageResult(
         {"page": PAGE, "scores": {f"{s.protocol}/{s.dataset}/{s.encoder}": list(s.values) for s in scores}}
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Origin:
+    """What the page says of where the encoder comes from."""
+
+    summary: str
+    command: str
+    addresses: Mapping[str, str]
+    cards: Sequence[Card] = ()
+    pictures: Mapping[str, bytes] = field(default_factory=dict)
+    note: str = ""
+    """On the reconstructions."""
+
+
+def _pretrained(config: ReportConfig, inputs: Mapping[str, StageInput]) -> _Origin:
+    pretrained, model = inputs["pretrain"], config.config["model"]
+    shown = "held-out" if DatasetFacts.read(inputs["shard"].facts).panel_split == "test" else "training"
+    panel = np.load(io.BytesIO(pretrained.store.read("reconstructions.npz")), allow_pickle=False)["images"]
+    rows = [json.loads(line) for line in pretrained.store.read("history.jsonl").splitlines()]
+    normalised = model["target"] == "normalised"
+    loss = f"{PretrainFacts.read(pretrained.facts).loss:.3f}"
+    return _Origin(
+        summary=_summary(config, inputs),
+        command="mae run CONFIG.yaml",
+        addresses={"encoder": f"{pretrained.store.uri}/{ENCODER}"},
+        cards=(Card(label="final loss", value=loss, note=f"on {model['loss_on']} patches"), _speed(rows)),
+        pictures={
+            "reconstructions.png": reconstruction_grid_png(panel, statistics="true" if normalised else "predicted"),
+            "curves.png": curve_png(_curves(rows)),
+        },
+        note=f"{len(panel)} {shown} images, {model['mask_ratio']:.0%} of the patches hidden",
+    )
+
+
+def _imported(config: ReportConfig, imported: StageInput) -> _Origin:
+    facts, told = ImportFacts.read(imported.facts), imported.made.get("notes", {})
+    file, assumed = str(told.get("file", "")), ", ".join(told.get("assumed", ()))
+    understood = [f"{facts.layout} weights {file}", *([f"assumed {assumed}"] if assumed else []), *facts.notes]
+    return _Origin(
+        summary="; ".join([_encoder_text(config), *understood]),
+        command="mae evaluate WEIGHTS --data DIR",
+        addresses={
+            "weights": file,
+            "their SHA-256": facts.sha256,
+            "encoder": f"{imported.store.uri}/{ENCODER}",
+        },
     )
 
 
@@ -169,13 +200,18 @@ def _milestones(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float
 
 
 def _summary(config: ReportConfig, inputs: Mapping[str, StageInput]) -> str:
-    encoder, recipe = config.config["model"]["encoder"], config.config["pretrain"]
+    recipe = config.config["pretrain"]
     served = DatasetFacts.read(inputs["shard"].facts).counts.splits["train"].served
-    height, width = encoder["image_size"]
     return (
-        f"ViT {encoder['embed_dim']} wide, {encoder['depth']} deep, patch {encoder['patch_size']}, {height} x {width} px; "
-        f"pretrained on {served} images, {recipe['epochs']} epochs at a global batch of {recipe['global_batch']}"
+        f"{_encoder_text(config)}; pretrained on {served} images, {recipe['epochs']} epochs at a global batch of "
+        f"{recipe['global_batch']}"
     )
+
+
+def _encoder_text(config: ReportConfig) -> str:
+    encoder = config.config["model"]["encoder"]
+    height, width = encoder["image_size"]
+    return f"ViT {encoder['embed_dim']} wide, {encoder['depth']} deep, patch {encoder['patch_size']}, {height} x {width} px"
 
 
 def _dataset_card(name: str, config: ReportConfig, inputs: Mapping[str, StageInput]) -> DatasetCard:

@@ -12,6 +12,7 @@ Errors: DataError for a file without weights; ConfigError for a choice that is m
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +40,8 @@ class Chosen(NamedTuple):
     """The other entries and names of the file."""
     notes: tuple[str, ...] = ()
     """What to know about the choice, one line each."""
+    beside: Mapping[str, Tensor] = MappingProxyType({})
+    """Tensors beside the encoder in its mapping, which may be a head's, by their whole names."""
 
 
 class _Found(NamedTuple):
@@ -67,10 +70,10 @@ def choose_weights(path: Path, content: Mapping[Any, Any], *, prefix: str | None
             )
         return _unrecognised(path, content)
     taken = _choose(path, found, prefix)
-    weights, left_out = _split(path, content, taken)
+    weights, left_out, beside = _split(path, content, taken)
     others = [_quoted(other.path) for other in found if other != taken]
     note = f"taken: {_quoted(taken.path)}; also in the file: {', '.join(others)} (choose with prefix=...)"
-    return Chosen(weights, left_out, (note,) if others else ())
+    return Chosen(weights, left_out, (note,) if others else (), beside)
 
 
 def _encoders(content: Mapping[Any, Any]) -> list[_Found]:
@@ -120,8 +123,10 @@ def _quoted(at: str) -> str:
     return repr(at) if at else "the top level ('')"
 
 
-def _split(path: Path, content: Mapping[Any, Any], taken: _Found) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Return the tensors of an encoder, and the names of everything else on the way to it."""
+def _split(
+    path: Path, content: Mapping[Any, Any], taken: _Found
+) -> tuple[dict[str, Tensor], tuple[str, ...], dict[str, Tensor]]:
+    """Return the tensors of an encoder, the names of everything else on the way to it, and the tensors beside it."""
     left_out: list[str] = []
     mapping = content
     for level, entry in enumerate(taken.entries):
@@ -130,10 +135,11 @@ def _split(path: Path, content: Mapping[Any, Any], taken: _Found) -> tuple[dict[
     tensors = _tensors(mapping)
     left_out += [str(name) for name in mapping if name not in tensors]
     named = without_wrappers(tensors)
-    left_out += [name for name in named if not name.startswith(taken.prefix)]
+    beside = {name: value for name, value in named.items() if not name.startswith(taken.prefix)}
+    left_out += beside
     weights = {name.removeprefix(taken.prefix): value for name, value in named.items() if name.startswith(taken.prefix)}
     _check_tensors(path, weights)
-    return weights, tuple(sorted(left_out))
+    return weights, tuple(sorted(left_out)), beside
 
 
 def _check_tensors(path: Path, weights: Mapping[str, Tensor]) -> None:

@@ -14,7 +14,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
@@ -38,6 +38,7 @@ FOLDER_FILES = (
 
 _PART = re.compile(r"-([0-9]{5})-of-([0-9]{5})\.")
 """How Hugging Face names one of several files of a model."""
+_DEEPSPEED_PART = re.compile(r"mp_rank_[0-9]+_model_states\.pt")
 
 
 class _Dropped:
@@ -78,6 +79,8 @@ class ForeignWeights:
     """The checkpoint's other entries (optimizer, epoch, ...), and names outside the encoder or autoencoder."""
     notes: tuple[str, ...] = ()
     """What to know about the choice among several models in one file."""
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
+    """Tensors beside the encoder, which may be a head's."""
 
 
 def read_foreign_weights(path: Path, *, prefix: str | None = None) -> ForeignWeights:
@@ -101,7 +104,19 @@ def read_foreign_weights(path: Path, *, prefix: str | None = None) -> ForeignWei
         preprocessor=_read_json(folder / "preprocessor_config.json") if folder else {},
         left_out=chosen.left_out,
         notes=chosen.notes,
+        beside=chosen.beside,
     )
+
+
+def files_read(path: Path) -> list[Path]:
+    """Return the files that `read_foreign_weights` reads for a file or folder."""
+    file = _weights_in(path) if path.is_dir() else path
+    if not file.is_file():
+        raise DataError(f"{path} does not exist: give a file of torch.save or safetensors, or a folder with one")
+    parts = [file.parent / name for name in _part_names(file)] if _is_index(file) else []
+    described = path.is_dir() or _is_index(path)
+    beside = [file.parent / name for name in ("config.json", "preprocessor_config.json")] if described else []
+    return [file, *parts, *(one for one in beside if one.is_file())]
 
 
 def _weights_in(folder: Path) -> Path:
@@ -109,6 +124,8 @@ def _weights_in(folder: Path) -> Path:
     if weights is not None:
         return weights
     names = sorted(entry.name for entry in folder.iterdir())
+    if found := _deepspeed_weights(folder, names):
+        return found
     if any(name.endswith(".distcp") for name in names):
         raise DataError(
             f"{folder} is a checkpoint of torch.distributed.checkpoint: convert it with `python -m "
@@ -116,6 +133,24 @@ def _weights_in(folder: Path) -> Path:
         )
     there = f"{', '.join(names[:6])}{', ...' * (len(names) > 6)}" or "nothing"
     raise DataError(f"{folder} holds none of {', '.join(FOLDER_FILES)}, but {there}: give the weight file itself")
+
+
+def _deepspeed_weights(folder: Path, names: Sequence[str]) -> Path | None:
+    """Return the file with the weights of a DeepSpeed checkpoint, which its folder or the one above it may be."""
+    if "latest" in names:
+        tag = (folder / "latest").read_text(errors="replace").strip()
+        # a file from elsewhere: `../` in it must not lead out of the folder
+        if PurePath(tag).name == tag and (folder / tag).is_dir():
+            return _weights_in(folder / tag)
+    if any(name.startswith("zero_pp_rank_") and name.endswith("_model_states.pt") for name in names):
+        raise DataError(
+            f"{folder} is a DeepSpeed checkpoint of ZeRO 3, whose weights are split over its files: gather them with "
+            f"zero_to_fp32.py, beside the checkpoint, and give the result"
+        )
+    parts = [name for name in names if _DEEPSPEED_PART.fullmatch(name)]
+    if len(parts) > 1:
+        raise DataError(f"{folder} holds {len(parts)} tensor-parallel parts ({', '.join(parts[:3])}): merge them first")
+    return folder / parts[0] if parts else None
 
 
 def _read_content(path: Path) -> tuple[Mapping[Any, Any], Mapping[str, Any]]:
@@ -175,20 +210,29 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise DataError(f"{path} is damaged or truncated ({cause}): download it again") from cause
 
 
-def _read_parts(index: Path) -> dict[str, Tensor]:
-    """Read the files beside an index that maps each tensor to its file."""
+def _weight_map(index: Path) -> dict[str, Any]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise DataError(f"{index} has no weight_map: download it again")
-    names = sorted({str(name) for name in weight_map.values()})
+    return weight_map
+
+
+def _part_names(index: Path) -> list[str]:
+    names = sorted({str(name) for name in _weight_map(index).values()})
     # An index is input from elsewhere: `../` in it must not read other files.
     if outside := [name for name in names if PurePath(name).name != name]:
         raise DataError(f"{index} points outside its folder, to {outside[0]!r}: do not use these weights")
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise DataError(f"{index} names {missing[0]}, which is not in its folder: download it too")
+    return names
+
+
+def _read_parts(index: Path) -> dict[str, Tensor]:
+    """Read the files beside an index that maps each tensor to its file."""
+    weight_map = _weight_map(index)
     found: dict[str, Tensor] = {}
-    for name in names:
+    for name in _part_names(index):
         part = index.parent / name
-        if not part.is_file():
-            raise DataError(f"{index} names {name}, which is not in its folder: download it too")
         content = _read_safetensors(part) if file_kind(part) == "safetensors" else _read_pickle(part)
         if not isinstance(content, Mapping):
             raise DataError(f"{part} holds a {type(content).__name__}, not a dict of tensors: download it again")

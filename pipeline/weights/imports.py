@@ -134,7 +134,14 @@ def import_encoder(
     own_file = path / ENCODER
     # A folder of a pretraining holds both files; the encoder's is the smaller one.
     found = read_foreign_weights(own_file if layout is None and own_file.is_file() else path, prefix=prefix)
-    if layout is None and _is_own(found):
+    return encoder_in(path, found, caller, layout=layout)
+
+
+def encoder_in(
+    path: Path, found: ForeignWeights, caller: StatedFields, *, layout: LayoutName | None = None
+) -> ImportedEncoder:
+    """Import the encoder in what was read from `path`. `caller`: what its caller states. The rest is as in `import_encoder`."""
+    if layout is None and is_own(found):
         return _import_own_encoder(path, found, caller)
     try:
         layout = layout or detect_layout(found.state_dict)
@@ -178,7 +185,7 @@ def import_autoencoder(
         target=target,
     )
     found = read_foreign_weights(path, prefix=prefix)
-    if layout is None and _is_own(found):
+    if layout is None and is_own(found):
         return _import_own_autoencoder(path, found, caller)
     try:
         layout = layout or detect_layout(found.state_dict)
@@ -194,7 +201,7 @@ def import_autoencoder(
     return ImportedAutoencoder(config, _in_float32(path, weights), report)
 
 
-def _is_own(found: ForeignWeights) -> bool:
+def is_own(found: ForeignWeights) -> bool:
     """Return whether the tensors have our names: our patch embedding is a matrix, where others have a convolution."""
     kernels = (found.state_dict.get(name) for name in ("patch_embed.weight", "encoder.patch_embed.weight"))
     return any(kernel is not None and kernel.ndim == 2 for kernel in kernels)

@@ -166,7 +166,7 @@ def test_a_missing_decoder_is_never_replaced(config, peer):
 
 
 @pytest.mark.parametrize(
-    ("layout", "name"), [("timm", "reg_token"), ("hf_vit", "decoder.decoder_norm.bias"), ("timm", "blocks.0.ls1.gamma")]
+    ("layout", "name"), [("timm", "reg_token"), ("hf_vit", "decoder.decoder_norm.bias"), ("timm", "blocks.0.gamma_1")]
 )
 def test_only_declared_names_may_accompany_an_encoder(config, layout, name):
     peer = timm_peer(config.encoder, positions="fixed") if layout == "timm" else hf_vit_peer(config.encoder)

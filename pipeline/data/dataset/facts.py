@@ -211,18 +211,22 @@ class DatasetFacts(Facts):
         return "test" if test and test.served else "train"
 
 
-def unsuited(classes: Sequence[str], labels: Mapping[str, SplitLabels], split: ScoredSplit) -> str:
-    """Return why nothing can be scored on a split, or an empty string if it can. `labels`: of all splits of the dataset."""
+def unsuited(
+    classes: Sequence[str], labels: Mapping[str, SplitLabels], split: ScoredSplit, *, learns: bool = True
+) -> str:
+    """Return why nothing can be scored on a split, or an empty string if it can.
+
+    `labels`: of all splits of the dataset. `learns`: whether labelled images of train are needed, too."""
     if not classes:
         return "no labels"
     if split not in labels:
         return f"no {split} split"
     if not labels[split].images:
         return f"the {split} split serves no image"
-    for name in ("train", split):
+    for name in ("train", split) if learns else (split,):
         known = labels.get(name)
         if known is None or not known.labelled:
             return f"no labelled image in the {name} split"
-        if known.classes == 1:
+        if learns and known.classes == 1:
             return f"all labelled images of the {name} split are of one class"
     return ""

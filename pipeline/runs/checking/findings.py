@@ -25,7 +25,7 @@ from pipeline.data.snapshots.config import where_it_is
 from pipeline.data.snapshots.rereading import not_compared, reread
 from pipeline.data.snapshots.writer import preview
 from pipeline.errors import ConfigError, DataError, PipelineError
-from pipeline.evaluation.protocols import protocol_named
+from pipeline.evaluation.protocols import protocol_of
 from pipeline.graph.receipts import read_receipt
 from pipeline.graph.step import StageInput, Step
 from pipeline.reporting.data_table import data_table
@@ -81,12 +81,14 @@ def examine(
 
     `previews`: listings, by step, that were made only to look."""
     found = []
+    # not by the report's rows, which may be variants, such as `partial-0.5`
+    protocols = {step.name: protocol_of(step.function) for step in steps if step.kind == "evaluate"}
     scored = {
         one.input: f"{one.protocol}-{one.dataset}"
         for step in steps
         if step.kind == "report"
         for one in step.config.scored
-        if protocol_named(one.protocol).needs_labels
+        if protocols[one.input].needs_labels
     }
     # by name: one finding for a dataset, however many steps read it
     for dataset in {step.inputs["shards"].name: step.inputs["shards"] for step in _readers(steps)}.values():
@@ -95,7 +97,8 @@ def examine(
         if waiting and known:
             # of the protocols that need labels; the others are evaluated on every dataset
             evaluated = {scored[step.name] for step in waiting if step.name in scored}
-            judged = _judge(config, dataset, waiting, known, sorted(evaluated))
+            learns = any(step.name not in protocols or protocols[step.name].learns for step in waiting)
+            judged = _judge(config, dataset, waiting, known, sorted(evaluated), learns=learns)
             found.append(_with_small_images(judged, config.model.encoder.patch_size, finished(dataset)))
     return found
 
@@ -292,10 +295,15 @@ def _is_of_tars(step: Step, done: StageInput) -> bool:
 
 
 def _judge(
-    config: RunConfig, dataset: Step, waiting: Sequence[Step], known: _Known, evaluated: Sequence[str]
+    config: RunConfig, dataset: Step, waiting: Sequence[Step], known: _Known, evaluated: Sequence[str], *, learns: bool
 ) -> DatasetFindings:
+    """`learns`: whether a step reads the train split."""
     split, source = config.evaluation.split, _listings(dataset)[0].config.source
     train = known.labels.get("train")
+    if not learns:
+        reason = unsuited(known.classes, known.labels, split, learns=False)
+        skipped = {name: f"not evaluated: {reason}; {_way_out(known, split)}" for name in evaluated} if reason else {}
+        return DatasetFindings(dataset, waiting, skipped, "", ())
     if train is None or not train.images:
         there = ", ".join(f"{name} ({count(one.images)})" for name, one in known.labels.items())
         return DatasetFindings(
@@ -341,7 +349,8 @@ def _with_small_images(judged: DatasetFindings, patch_size: int, done: StageInpu
     if judged.problem or done is None:
         return judged
     manifest = dataset_address(done).open()
-    shards = manifest.shards("train").column("shard").to_pylist()
+    split = "train" if "train" in manifest.splits else next(iter(manifest.splits))
+    shards = manifest.shards(split).column("shard").to_pylist()
     samples = manifest.samples(shards[0]) if shards else None
     if samples is None or not len(samples):
         return judged

@@ -51,7 +51,7 @@ def datasets_of(config: RunConfig) -> list[FinishedDataset]:
             made += [FinishedDataset(root.uri, receipt)] if receipt else []
     if not made:
         raise DataError(f"{store.uri}: the shards of this configuration do not exist yet. `mae run` makes them")
-    pretraining = next(step.inputs["shards"].name for step in steps if step.kind == "pretrain")
+    pretraining = next((step.inputs["shards"].name for step in steps if step.kind == "pretrain"), "")
     return sorted(made, key=lambda dataset: dataset.receipt.step != pretraining)
 
 

@@ -41,6 +41,10 @@ class Pretraining:
 
 def pretrain_step(config: RunConfig) -> Step:
     """Return the pretraining step of a run."""
+    if config.weights:
+        raise ConfigError(
+            f"weights={config.weights.file}: weights from elsewhere are evaluated, and nothing is pretrained"
+        )
     return next(step for step in build(config) if step.kind == "pretrain")
 
 

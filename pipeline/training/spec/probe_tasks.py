@@ -72,7 +72,7 @@ class FrozenProbes(nn.Module):
             if self.reads in ("cls", "mean"):
                 return self.encoder.encode(pixels, pool=self.reads)
             tokens = self.encoder.encode(pixels, pool="none")
-            return tokens if self.reads == "all" else tokens[:, self.encoder.config.cls_tokens :]
+            return tokens if self.reads == "all" else tokens[:, self.encoder.config.prefix_tokens :]
 
     def logits(self, features: Tensor) -> list[Tensor]:
         """Return each head's logits, float32 [b, classes]."""
@@ -207,7 +207,7 @@ class ProbeTask:
 
     def training_flops(self) -> int:
         """Count the encoder's forward pass, and forward and backward passes of every head."""
-        tokens = self.encoder.num_patches + (self.encoder.cls_tokens if self.reads == "all" else 0)
+        tokens = self.encoder.num_patches + (self.encoder.prefix_tokens if self.reads == "all" else 0)
         dim, classes = self.encoder.embed_dim, self.num_classes
         of_head = {
             "linear": linear_probe_flops(dim=dim, num_classes=classes),

@@ -428,6 +428,7 @@ OTHER: dict[str, Any] = {
     "resources.zero_stage": 2,
     "resources.profile_steps": [10, 2],
     "resources.keep_every_steps": 100,
+    "weights": {"file": "/w.pth", "sha256": "0" * 64},
     "fork": {"checkpoint": "pretrain-0/g0001/checkpoints/step-00000004", "manifest_sha256": "0" * 64},
     "resources.offload": "optimizer",
     **{f"{section}.gradient_precision": "fp32" for section in RECIPES},

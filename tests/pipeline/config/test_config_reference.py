@@ -16,6 +16,9 @@ def test_every_field_has_a_type_and_a_meaning():
     assert not [one.name for one in FIELDS.values() if "\n" in one.meaning]
 
 
+WEIGHTS = {"weights.file", "weights.sha256", "weights.prefix", "weights.assumed"}
+
+
 def test_the_fields_are_those_of_a_configuration(tmp_path):
     config = load_config(write_config(tmp_path / "run.yaml", document("/s", "/i")))
 
@@ -28,7 +31,7 @@ def test_the_fields_are_those_of_a_configuration(tmp_path):
 
     assert isinstance(config, BaseModel)
     found = {name.removeprefix(".") for name in names(config.model_dump(mode="json"))} - {"", "evaluation.datasets.*"}
-    assert FIELDS.keys() - found == {"model.size", "fork.checkpoint", "fork.manifest_sha256"}
+    assert FIELDS.keys() - found == {"model.size", "fork.checkpoint", "fork.manifest_sha256", *WEIGHTS}
     assert found <= FIELDS.keys()
 
 

@@ -234,10 +234,9 @@ def test_parts_that_the_encoder_does_not_have_are_named(tmp_path, vit):
     rows = vit["pos_embed"][:, 1:]
     without = {name: value for name, value in vit.items() if name != "cls_token"}
     for content, text in (
-        ({**vit, "pos_embed": rows, "reg_token": torch.zeros(1, 4, 32)}, r"register tokens (reg_token)"),
-        ({**vit, "register_tokens": torch.zeros(1, 4, 32)}, r"register tokens (register_tokens)"),
+        ({**vit, "register_tokens": torch.zeros(1, 4, 16)}, "reg_token of shape (1, 4, 16) should be [1, r, 32]"),
         ({**without, "pos_embed": rows}, "no class token (cls_token)"),
-        ({**vit, "blocks.0.ls1.gamma": torch.ones(32)}, "LayerScale (blocks.0.ls1.gamma)"),
+        ({**vit, "blocks.0.gamma_1": torch.ones(32)}, "LayerScale (blocks.0.gamma_1)"),
         ({**vit, "dist_token": torch.zeros(1, 1, 32)}, "a distillation token (dist_token)"),
         ({**vit, "blocks.1.attn.q_norm.weight": torch.ones(8)}, "normalised queries and keys"),
         ({**vit, "blocks.0.attn.qkv.lora_A.weight": torch.ones(2, 2)}, "adapters such as LoRA"),

@@ -139,6 +139,18 @@ def test_a_protocol_without_labels_is_evaluated_where_the_others_are_not(tmp_pat
     assert "scores.png" not in page
 
 
+def test_a_protocol_with_variants_is_told_by_their_names(tmp_path, store):
+    source = fill(tmp_path / "images", ["train/a", "train/b"])
+    config = configured(
+        *(tmp_path, store, source),
+        "evaluation.datasets=[{name: toy, protocols: [partial]}]",
+        "evaluation.partial.blocks=[0, 0.5]",
+    )
+    said = lines(config)
+    assert "partial-0-toy: not evaluated" in said
+    assert "partial-0.5-toy: not evaluated" in said
+
+
 def test_fewer_labels_than_classes_are_refused_before_training(tmp_path, store):
     source = fill(tmp_path / "images", [f"{split}/{name}" for split in ("train", "test") for name in "abc"], 2)
     config = configured(tmp_path, store, source, "evaluation.train_labels=2")
