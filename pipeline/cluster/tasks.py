@@ -22,6 +22,15 @@ IN_FLIGHT = 64
 """Tasks handed to Ray at a time: enough to keep a cluster busy, few enough to be cancelled quickly after an error."""
 
 
+def _remote(function: Callable[..., R], need: Mapping[str, float], *, retries: int, **options: Any) -> Any:
+    """Return a plain function as a Ray task that reserves `need`, in Ray's terms (CPU, GPU)."""
+    import ray
+
+    return ray.remote(num_cpus=need.get("CPU", 0), num_gpus=need.get("GPU", 0), max_retries=retries, **options)(
+        function
+    )
+
+
 def original_error(error: BaseException) -> BaseException:
     """Return the error that a task raised, without Ray's wrapping."""
     cause = getattr(error, "cause", None)
@@ -61,7 +70,7 @@ def _completed(
     def call(item: T) -> R:  # ray.remote takes functions only, not partials
         return function(item)
 
-    task = ray.remote(num_cpus=need.get("CPU", 0), num_gpus=need.get("GPU", 0), max_retries=3)(call)
+    task = _remote(call, need, retries=3)
     waiting = iter(enumerate(items))
     running: dict[Any, int] = {}
     try:
@@ -96,7 +105,7 @@ def call_reserved(
 
     # with a GPU, once is Ray's own default: the memory would stay taken
     once = {"max_calls": 1} if own_process else {}
-    task = ray.remote(num_cpus=need.get("CPU", 0), num_gpus=need.get("GPU", 0), max_retries=0, **once)(function)
+    task = _remote(function, need, retries=0, **once)
     try:
         return cast("R", ray.get(task.remote(*arguments)))
     except ray.exceptions.RayTaskError as error:
@@ -141,13 +150,11 @@ def start_if_free(function: Callable[..., Any], *arguments: Any, need: Mapping[s
     """Start a function on a node where what it needs (CPU, GPU) is free; return None if there is none. Ray does not repeat it."""
     if worker_capacity(need, of="free") < 1:
         return None
-    import ray
 
     def call(*given: Any) -> Any:  # ray.remote takes functions only
         return function(*given)
 
-    task = ray.remote(num_cpus=need.get("CPU", 0), num_gpus=need.get("GPU", 0), max_retries=0)(call)
-    return Handle(task.remote(*arguments))
+    return Handle(_remote(call, need, retries=0).remote(*arguments))
 
 
 def wait_for_any(handles: Sequence[Handle], *, timeout_s: float) -> None:
@@ -162,7 +169,5 @@ def submit(function: Callable[..., Any], *arguments: Any) -> Handle:
     """Start a coordinating function. It reserves no CPU and runs on the driver's node, so that it lives and dies with the driver.
 
     Ray does not repeat it: a second run must first claim a generation, which only the driver does."""
-    import ray
-
-    task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=on_this_node())(function)
+    task = _remote(function, {}, retries=0, scheduling_strategy=on_this_node())
     return Handle(task.remote(*arguments))

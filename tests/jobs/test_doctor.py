@@ -55,7 +55,10 @@ def test_what_a_run_cannot_do_without_is_exit_code_1(monkeypatch):
     monkeypatch.setattr(machine, "cpu_computes_bf16", lambda: False)
     monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: False)
     assert machine._bf16().state == "warning"
-    assert "precision: fp32" in machine._bf16().text
+    trained = (
+        "evaluation.finetune, evaluation.partial, evaluation.scratch, evaluation.linear_online, evaluation.attentive"
+    )
+    assert machine._bf16().text.endswith(f"write precision: fp32 in pretrain, {trained}")
 
 
 def test_wrong_options_are_one_line_and_exit_code_2(tmp_path):

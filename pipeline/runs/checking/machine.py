@@ -17,6 +17,7 @@ import torch
 from pipeline import cluster
 from pipeline.cluster.device import local_gpu_count
 from pipeline.errors import PipelineError
+from pipeline.evaluation.protocols import PROTOCOL_NAMES, protocol_named
 from pipeline.planning.hardware import cpu_computes_bf16, host_memory_bytes
 
 GIB = 2**30
@@ -68,7 +69,8 @@ def _bf16() -> Finding:
     else:
         fits = cpu_computes_bf16()
         text = "computed by the CPU" if fits else "not computed by this CPU"
-    return _finding("bf16", fits, text, "write precision: fp32 in pretrain and evaluation.finetune", bad="warning")
+    trained = [f"evaluation.{name}" for name in PROTOCOL_NAMES if hasattr(protocol_named(name).settings(), "precision")]
+    return _finding("bf16", fits, text, f"write precision: fp32 in {', '.join(['pretrain', *trained])}", bad="warning")
 
 
 def _disk() -> Finding:
