@@ -33,7 +33,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         # pydantic reports a union once per member; the first line of each field is enough
         lines = {field: f"{_origin(path, overridden, field)}: {field}{text}" for field, text in reversed(problems)}
         raise ConfigError("\n".join(reversed(lines.values())))
-    return with_absolute_addresses(config)
+    return with_absolute_addresses(config).written_with(overridden)
 
 
 def read_document(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -125,5 +125,5 @@ def _run(config: RunConfig, executor: Executor, display: Display, stop: StopSign
     with stop.during("waiting for MLflow to note how the run ended; what was made is saved"):
         addresses = {"store": store.uri, "tracking": uri or tracking.NO_TRACKING}
         summary = summarise(config, outcomes, run_id=hooks.run_id, addresses=addresses)
-        hooks.close(summary, store)
+        hooks.close(summary)
     return summary
