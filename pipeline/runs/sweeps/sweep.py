@@ -31,8 +31,7 @@ from pipeline.graph.step import Step
 from pipeline.runs.sources.state import settled_for_run
 from pipeline.runs.sweeps.graph import Member, share_steps
 from pipeline.runs.workflow import build
-
-SWEEP_TAG = "mae.sweep"
+from pipeline.tracking.names import SWEEP_TAG
 
 
 @dataclass(frozen=True, kw_only=True)
