@@ -113,9 +113,8 @@ def test_a_half_made_database_without_runs_is_created_again(tmp_path, caplog, st
     create(path)
     assert rows(path, "SELECT name FROM experiments") == [("Default",)]
     assert not rows(path, "SELECT name FROM sqlite_master WHERE name = '_alembic_tmp_params'")
-    assert [record.getMessage() for record in caplog.records] == [
-        f"tracking database {path} was left half made and holds no runs: creating it again"
-    ]
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith("pipeline.")]
+    assert ours == [f"tracking database {path} was left half made and holds no runs: creating it again"]
 
 
 @pytest.mark.parametrize("content", ["INSERT INTO runs VALUES ('a')", "INSERT INTO experiments VALUES (1, 'digits')"])
