@@ -192,7 +192,7 @@ class ViTEncoder(nn.Module):
         """
         x = self.embed(pixels, ids_visible, mask_tokens)
         # class tokens are added after the positions, because theirs is zero
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)  # [B, n + K (+ M), D]
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)  # [B, n + K (+ M), D]
         for index, block in enumerate(self.blocks):
             x = block(x, None if drop_scales is None else drop_scales[:, index])
         return x

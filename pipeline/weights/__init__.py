@@ -16,4 +16,8 @@ from pipeline.weights.own import read_encoder as read_encoder
 from pipeline.weights.own import read_encoder_as as read_encoder_as
 from pipeline.weights.own import read_encoder_config as read_encoder_config
 from pipeline.weights.own import read_weights as read_weights
+from pipeline.weights.own import weights_digest as weights_digest
 from pipeline.weights.own import write_weights as write_weights
+from pipeline.weights.starting import StartSummary as StartSummary
+from pipeline.weights.starting import start_summary as start_summary
+from pipeline.weights.starting import starting_weights as starting_weights

@@ -117,11 +117,13 @@ def import_encoder(
     layer_norm_eps: float | None = None,
     pixel_mean: Sequence[float] | None = None,
     pixel_std: Sequence[float] | None = None,
+    assume: Mapping[str, Any] | None = None,
 ) -> ImportedEncoder:
     """Import the encoder of a weight file or folder, leaving out any decoder, pooler or classification head.
 
     `image_size` is the size the weights were made for; mae_core.resized_encoder changes it. `prefix` chooses among several
-    models in one file, such as "model_ema" or "teacher.backbone". Our own weights (encoder.safetensors or model.safetensors,
+    models in one file, such as "model_ema" or "teacher.backbone". `assume` holds values of these fields for where nothing states
+    them; without it, defaults are assumed. Our own weights (encoder.safetensors or model.safetensors,
     beside config.json) are read as they are and take no overrides.
     """
     caller = StatedFields(
@@ -141,7 +143,7 @@ def import_encoder(
         stated = _stated_fields(path, found, layout).stated() | caller.stated()
         # A ViTMAE's config.json also states the decoder's fields, which this inference does not take.
         stated = {name: value for name, value in stated.items() if name in _ENCODER_FIELDS}
-        config = infer_encoder_config(found.state_dict, layout=layout, **stated)
+        config = infer_encoder_config(found.state_dict, layout=layout, **{**(assume or {}), **stated})
         weights, left_out = encoder_from(found.state_dict, config, layout=layout)
     except ConfigError as cause:
         raise ConfigError(f"{path}: {cause}") from cause
@@ -162,6 +164,7 @@ def import_autoencoder(
     pixel_std: Sequence[float] | None = None,
     mask_ratio: float | None = None,
     target: Target | None = None,
+    assume: Mapping[str, Any] | None = None,
 ) -> ImportedAutoencoder:
     """Import the whole autoencoder of a weight file or folder; raise a ConfigError naming what is missing if it has no decoder.
 
@@ -186,7 +189,7 @@ def import_autoencoder(
             layout = "official_mae"
         # Later entries win: what the caller states overrides the file.
         stated = _stated_fields(path, found, layout).stated() | caller.stated()
-        config = infer_autoencoder_config(found.state_dict, layout=layout, **stated)
+        config = infer_autoencoder_config(found.state_dict, layout=layout, **{**(assume or {}), **stated})
         weights, left_out = autoencoder_from(found.state_dict, config, layout=layout)
     except ConfigError as cause:
         raise ConfigError(f"{path}: {cause}") from cause

@@ -5,6 +5,7 @@
     config.json           the MAEConfig of both
 Nothing here unpickles. Errors: DataError for a damaged file; MissingObject for an absent one."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import fields
@@ -38,6 +39,16 @@ class _DescribedWhole(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     autoencoder: MAEConfig
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of names, shapes and values: equal weights have equal digests, wherever they come from."""
+    content = hashlib.sha256()
+    for name, value in sorted(weights.items()):  # files list tensors in any order
+        content.update(f"{name} {tuple(value.shape)}\n".encode())
+        # The bytes themselves, without copying them.
+        content.update(value.detach().contiguous().view(torch.uint8).numpy().data)
+    return content.hexdigest()
 
 
 def write_weights(store: Store, weights: Mapping[str, Tensor], config: MAEConfig) -> tuple[str, ...]:
