@@ -3,10 +3,8 @@
 Tracking never fails a run: an error from MLflow becomes a warning."""
 
 import logging
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -20,7 +18,7 @@ from pipeline.data.dataset.facts import DatasetFacts, SnapshotFacts
 from pipeline.data.dataset.understanding import HIDDEN
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.evaluation.protocol import ScoreFacts
-from pipeline.graph.receipts import Receipt, installed_versions
+from pipeline.graph.receipts import Receipt, code_revision, installed_versions
 from pipeline.graph.runner import Outcome
 from pipeline.graph.step import Step
 from pipeline.reporting.format import count
@@ -164,7 +162,7 @@ class RunHooks:
             experiment=self.config.tracking.experiment,
             name=self.config.name,
             tags={
-                "git.revision": _git_revision(),
+                "git.revision": code_revision(),
                 **{f"version.{name}": v for name, v in installed_versions().items()},
                 **self.tags,
             },
@@ -339,30 +337,6 @@ def _dataset_digest(receipt: Receipt) -> str:
     if receipt.kind in {"shard", "join"}:
         return DatasetFacts.read(receipt.facts).digest
     return PretrainFacts.read(receipt.facts).dataset_digest if receipt.kind == "pretrain" else ""
-
-
-def _git_revision() -> str:
-    """Commit of the running code, with `+` if the tree has changes; `unknown` outside a checkout."""
-    # not the working directory, which may be another repository
-    folder = Path(__file__).parent
-    try:
-        revision = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return revision + ("+" if changed else "")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
     encoder.safetensors   float32 tensors under ViTEncoder's names, for probes, fine-tuning and other programs
     model.safetensors     the whole autoencoder, including the decoder
+    classifier.safetensors  a fine-tuned classifier: encoder, norm of the pooled feature, head
     config.json           the MAEConfig of both
 Nothing here unpickles. Errors: DataError for a damaged file; MissingObject for an absent one."""
 
@@ -24,6 +25,7 @@ from pipeline.storage import Store
 
 ENCODER = "encoder.safetensors"
 MODEL = "model.safetensors"
+CLASSIFIER = "classifier.safetensors"
 CONFIG = "config.json"
 
 
@@ -97,6 +99,15 @@ def _undescribed(store: Store, what: str, cause: Exception) -> DataError:
 def read_encoder(store: Store) -> tuple[ViTConfig, dict[str, Tensor]]:
     """Return the encoder's config and weights, of a finished pretraining or of an export as safetensors."""
     return read_encoder_config(store), read_weights(store, ENCODER)
+
+
+def read_classifier(store: Store) -> tuple[ViTConfig, tuple[str, ...], dict[str, Tensor]]:
+    """Return encoder's config, class names and weights of a classifier that was exported as safetensors."""
+    try:
+        classes = tuple(map(str, json.loads(store.read(CONFIG))["classifier"]["classes"]))
+    except (ValueError, KeyError, TypeError) as cause:
+        raise _undescribed(store, "a classifier", cause) from cause
+    return read_encoder_config(store), classes, read_weights(store, CLASSIFIER)
 
 
 def read_encoder_as(store: Store, config: ViTConfig) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from mae_core.interop import detect_layout
 from pipeline.errors import ConfigError
 from pipeline.weights.foreign import ForeignWeights, read_foreign_weights
 from pipeline.weights.imports import ImportReport, import_autoencoder, import_encoder
+from pipeline.weights.own import ENCODER, MODEL
 
 _OF_DECODERS = ("decoder_num_heads", "mask_ratio", "target")
 """Options of import_autoencoder that import_encoder does not take."""
@@ -47,7 +48,7 @@ def import_weights(
     **options: Any,
 ) -> ImportedWeights:
     """Import all that is there. `options`: those of import_autoencoder; `assume`: their values where nothing states them."""
-    if not encoder_only and has_decoder(read_foreign_weights(path, prefix=prefix)):
+    if not encoder_only and has_decoder(read_foreign_weights(own_or_given(path), prefix=prefix)):
         whole = import_autoencoder(path, prefix=prefix, assume=assume, **options)
         return ImportedWeights(config=whole.config, weights=whole.weights, report=whole.report)
     if unused := [name for name in _OF_DECODERS if options.pop(name, None) is not None]:
@@ -55,6 +56,11 @@ def import_weights(
     assumed = {name: value for name, value in (assume or {}).items() if name not in _OF_DECODERS}
     encoder = import_encoder(path, prefix=prefix, assume=assumed, **options)
     return ImportedWeights(config=encoder.config, weights=encoder.weights, report=encoder.report)
+
+
+def own_or_given(path: Path) -> Path:
+    """Return the file of a folder with our encoder alone, whose name other programs do not use; any other path as it is."""
+    return path / ENCODER if (path / ENCODER).is_file() and not (path / MODEL).is_file() else path
 
 
 def has_decoder(found: ForeignWeights) -> bool:
