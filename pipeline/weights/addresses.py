@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from pipeline.errors import DataError
 from pipeline.graph.receipts import read_receipt
 from pipeline.storage import Store, open_store
+from pipeline.weights.own import CONFIG
 
 _FETCHED = (".safetensors", ".bin", ".json", ".pth", ".pt", ".ckpt", ".tar")
 
@@ -23,8 +24,9 @@ def weights_at(address: str) -> Iterator[Path]:
         return
     with TemporaryDirectory(prefix="mae-weights-") as scratch:
         folder = Path(scratch)
-        keys = [name] if name else [key for key, _ in _objects(store)]
-        for key in keys:
+        # our own weights are described by their neighbour
+        neighbours = [CONFIG] if name and store.exists(CONFIG) else []
+        for key in [name, *neighbours] if name else [key for key, _ in _objects(store)]:
             store.download(key, folder / key)
         yield folder / name if name else folder
 

@@ -112,7 +112,7 @@ def start_summary(address: str, model: MAEConfig, *, decoder: Decoder) -> StartS
     return _summary(address, state_of(address), model, decoder)
 
 
-@lru_cache(maxsize=8)  # a run asks several times, and weights take seconds to read
+@lru_cache(maxsize=128)  # a run asks several times, and weights take seconds to read
 def _summary(address: str, state: object, model: MAEConfig, decoder: Decoder) -> StartSummary:
     return starting_weights(address, model, decoder=decoder).summary
 

@@ -51,6 +51,9 @@ class OnnxExport(NamedTuple):
 class _WithScale(nn.Module):
     """Scales pixels in 0..1 as the model expects them."""
 
+    mean: Tensor  # [C, 1, 1], as `std`
+    std: Tensor
+
     def __init__(self, model: nn.Module, config: ViTConfig) -> None:
         super().__init__()
         self.model, self.config = model, config

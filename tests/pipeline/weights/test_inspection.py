@@ -11,7 +11,14 @@ from jobs.cli import app
 from mae_core import Classifier, MAEConfig, MaskedAutoencoder, ViTConfig, ViTEncoder, initialise
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import FileStore
-from pipeline.weights import export_classifier, import_autoencoder, import_encoder, read_encoder, weights_digest
+from pipeline.weights import (
+    export_classifier,
+    import_autoencoder,
+    import_encoder,
+    read_encoder,
+    start_summary,
+    weights_digest,
+)
 
 CONFIG = ViTConfig(image_size=(32, 32), patch_size=8, embed_dim=32, depth=2, num_heads=4)
 MODEL = MAEConfig(encoder=CONFIG, decoder_embed_dim=24, decoder_depth=1, decoder_num_heads=2)
@@ -123,6 +130,19 @@ def test_an_import_is_our_own_format_and_says_what_it_assumed(tmp_path):
     with pytest.raises(ConfigError, match="--pixel-std a,b: write one number per channel"):
         mae("import", tmp_path / "a.pth", "--out", tmp_path / "x", "--pixel-std", "a,b")
     assert not (tmp_path / "x").exists()
+
+
+def test_weights_lie_in_a_bucket_as_well(tmp_path, s3_bucket):
+    torch.save(official_names(hf_vitmae_peer(MODEL).state_dict()), tmp_path / "a.pth")
+    where = f"s3://{s3_bucket}/weights"
+    files = mae("import", tmp_path / "a.pth", "--out", where, "--num-heads", 4, "--decoder-num-heads", 2).splitlines()
+    assert files[-1] == f"{where}/config.json"
+    (whole, encoder) = (inspected(address) for address in (where, f"{where}/encoder.safetensors"))
+    assert (whole["kind"], encoder["kind"], whole["source"]) == ("autoencoder", "encoder", where)
+    summary = start_summary(where, MODEL, decoder="auto")
+    assert (summary.sha256, summary.fresh) == (whole["sha256"], ())
+    with pytest.raises(DataError, match=r"s3://.*/nothing.pth does not exist"):
+        mae("inspect", f"{where}/nothing.pth")
 
 
 def test_of_several_models_one_is_chosen(tmp_path):
