@@ -196,7 +196,7 @@ class ViTEncoder(nn.Module):
         # class and register tokens are added after the positions, because theirs is zero
         prefix = [self.cls_token, self.register_tokens] if self.config.num_register_tokens else [self.cls_token]
         x = torch.cat(
-            [*(token.expand(len(x), -1, -1).to(x.dtype) for token in prefix), x], dim=1
+            [*(token.expand(x.shape[0], -1, -1).to(x.dtype) for token in prefix), x], dim=1
         )  # [B, n + K (+ M), D]
         for index, block in enumerate(self.blocks):
             x = block(x, None if drop_scales is None else drop_scales[:, index])

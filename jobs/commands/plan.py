@@ -52,7 +52,7 @@ def plan(
     for table in planned.data.tables:
         console.print()
         console.print(table, soft_wrap=True)
-    for line in planned.data.lines:
+    for line in (*planned.data.lines, *(planned.start.lines() if planned.start else ())):
         console.print(f"note: {line}", soft_wrap=True, markup=False)
     if planned.forecasts:
         console.print(forecast_text(planned.forecasts.values(), planned.hardware, planned.proposed), soft_wrap=True)

@@ -32,7 +32,7 @@ from pipeline.evaluation.presets import PresetName, size_of, with_preset
 from pipeline.evaluation.protocols import PROTOCOL_NAMES, ProtocolName, protocol_named
 from pipeline.storage import expand_address, open_store
 from pipeline.training.checkpoints.resume import StartPoint
-from pipeline.training.spec.recipe import Recipe, fitting_warmup
+from pipeline.training.spec.recipe import PretrainRecipe, fitting_warmup
 
 
 def _check_address(address: str) -> str:
@@ -285,7 +285,7 @@ class RunConfig(Section):
     """Where the images come from and how they are stored."""
     model: MAEConfig
     """The encoder, the decoder and the task. Write `size: base` for a named size."""
-    pretrain: Recipe = Recipe()
+    pretrain: PretrainRecipe = PretrainRecipe()
     """How the autoencoder is trained. Defaults are the paper's (arXiv 2111.06377, table 8)."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """How the encoder is evaluated, next to the same encoder with random weights."""
@@ -314,7 +314,7 @@ class RunConfig(Section):
     @field_validator("pretrain", mode="before")
     @classmethod
     def _fitting_warmup(cls, value: Any) -> Any:
-        return _with_fitting_warmup(value, Recipe())
+        return _with_fitting_warmup(value, PretrainRecipe())
 
     @field_validator("evaluation", mode="before")
     @classmethod
@@ -346,6 +346,15 @@ class RunConfig(Section):
         if self.weights is None and any("own_head" in dataset.protocols for dataset in self.evaluation.datasets):
             raise ValueError(
                 "evaluation.datasets: own_head scores the head of weights from elsewhere: use it with `mae evaluate`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if self.fork and self.pretrain.start:
+            raise ValueError(
+                f"pretrain.start={self.pretrain.start!r} and fork cannot both be written: a fork takes its weights from a "
+                "checkpoint. Leave one of them out"
             )
         return self
 

@@ -6,16 +6,19 @@ are. What is no address at all is left for the fields' own checks to refuse."""
 import logging
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.fields import RunConfig, Section
+from pipeline.storage import expand_address
 
 log = logging.getLogger(__name__)
 
 _FIELDS = {
     "": ("store",),
     "data": ("source", "labels"),
+    "pretrain": ("start",),
     "resources": ("cache_directory",),
     "tracking": ("uri",),
     "weights": ("file",),
@@ -44,10 +47,12 @@ def resolve_paths(document: Any, folder: Path) -> None:
 def with_absolute_addresses(config: RunConfig) -> RunConfig:
     """Make local addresses absolute, because steps run in other processes with other working directories."""
     datasets = tuple(one.model_copy(update=_absolute(one, "source", "labels")) for one in config.evaluation.datasets)
+    start = config.pretrain.start
     return config.model_copy(
         update={
             "store": absolute_address(config.store),
             "data": config.data.model_copy(update=_absolute(config.data, "source", "labels")),
+            "pretrain": replace(config.pretrain, start=start and absolute_address(expand_address(start))),
             "evaluation": config.evaluation.model_copy(update={"datasets": datasets}),
             "weights": config.weights and config.weights.model_copy(update=_absolute(config.weights, "file")),
         }

@@ -27,9 +27,9 @@ from pipeline.training.loop.scoring import read_predicted
 from pipeline.training.spec.recipe import FinetuneRecipe
 from pipeline.training.spec.tasks import ClassificationTask
 from pipeline.training.spec.train_spec import TrainSpec
+from pipeline.weights import CLASSIFIER
 
 HISTORY = "history.jsonl"
-CLASSIFIER = "classifier.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)

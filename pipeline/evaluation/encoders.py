@@ -3,7 +3,6 @@
 The shape of a stored encoder is read from its file, never assumed.
 Errors: DataError for a damaged file; ConfigError for weights that are not of a known encoder."""
 
-import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from pipeline.errors import DataError
 from pipeline.evaluation.protocol import ProtocolConfig
 from pipeline.graph.step import StageInput, canonical
 from pipeline.storage import open_store
-from pipeline.weights import import_encoder, read_encoder, read_encoder_config
+from pipeline.weights import import_encoder, read_encoder, read_encoder_config, weights_digest
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +40,7 @@ class Encoder:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of names, shapes and values: equal weights have equal digests, wherever they come from."""
-        content = hashlib.sha256()
-        for name, value in sorted(self.weights.items()):  # files list tensors in any order
-            content.update(f"{name} {tuple(value.shape)}\n".encode())
-            # The bytes themselves, without copying them.
-            content.update(value.detach().contiguous().view(torch.uint8).numpy().data)
-        return content.hexdigest()
+        return weights_digest(self.weights)
 
 
 class EncoderSource(Protocol):

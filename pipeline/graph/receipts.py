@@ -13,11 +13,14 @@ import json
 import platform
 import re
 import socket
+import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError, Fenced
@@ -28,6 +31,7 @@ RECEIPT = "receipt.json"
 CLAIMS = "gen/"
 PACKAGES = ("mae-pipeline", "torch", "deepspeed", "ray", "numpy", "webdataset", "pyarrow", "pillow", "simplejpeg")
 """Packages on which results depend; a receipt records their versions."""
+UNKNOWN_REVISION = "unknown"
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,7 @@ def write_receipt(root: Store, step: Step, generation: int, result: StageResult,
             "architecture": platform.machine(),
             "python": platform.python_version(),
             "versions": installed_versions(),
+            "revision": code_revision(),
             "notes": result.notes,
         },
     )
@@ -165,6 +170,22 @@ def installed_versions() -> dict[str, str]:
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions
+
+
+@cache
+def code_revision() -> str:
+    """Return the commit of the running code, with `+` if the tree has changes; UNKNOWN_REVISION outside a checkout."""
+    # not the working directory, which may be another repository
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)  # noqa: S603
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno"))
+    except (OSError, subprocess.CalledProcessError):
+        return UNKNOWN_REVISION
 
 
 def _output_file(store: Store, key: str) -> OutputFile:

@@ -16,6 +16,7 @@ from pipeline.planning.estimate import images_per_epoch, training_configs
 from pipeline.planning.forecast import forecast_step
 from pipeline.planning.hardware import Hardware, Precision, local_hardware, with_measured_peak
 from pipeline.reporting.format import clock
+from pipeline.stages.pretrain import START_ADDRESS
 from pipeline.storage import Store
 
 _DOING = {
@@ -55,6 +56,8 @@ def beginning_of(step: Step, store: Store, executor: Executor) -> Beginning:
     except PipelineError:
         resumed = 0
     texts = [f"resuming from step {resumed}"] if resumed else []
+    if step.kind == "pretrain" and step.config.start_sha256 and not resumed:
+        texts.append(f"starting from {step.options[START_ADDRESS]}")
     foreseen = _foreseen(step, store, resumed)
     if foreseen.seconds:
         texts.append(f"at least {clock(foreseen.seconds)} of computing")

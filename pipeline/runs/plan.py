@@ -4,7 +4,7 @@ Nothing is written. Units: GiB, seconds, USD. Errors: those of the configuration
 assumptions."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pipeline.cluster.resources import Resources
@@ -17,7 +17,9 @@ from pipeline.reporting.forecast import cost_text
 from pipeline.reporting.summaries import PlanRow
 from pipeline.runs.checking.findings import DataDescription
 from pipeline.runs.run import plan_run
+from pipeline.runs.workflow import start_of
 from pipeline.storage import open_store
+from pipeline.weights import StartSummary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,8 @@ class RunPlan:
     proposed: Resources | None
     """The layout that fits all of them; None when none does, or nothing would train."""
     data: DataDescription
+    start: StartSummary | None
+    """The weights that pretraining starts from; None for random ones."""
 
     @property
     def rows(self) -> list[PlanRow]:
@@ -43,6 +47,7 @@ class RunPlan:
             "steps": [_step_json(step, self.forecasts.get(step.step.name)) for step in self.steps],
             "hardware": self.hardware.name,
             "proposed": as_set_options(self.proposed) if self.proposed else None,
+            "start": asdict(self.start) if self.start else None,
         }
 
 
@@ -68,7 +73,9 @@ def forecast_run(config: RunConfig, assumptions: Assumptions) -> RunPlan:
         for name, training in configs.items()
     }
     proposed = propose_resources(list(configs.values()), resources, hardware) if configs else None
-    return RunPlan(hardware=hardware, steps=steps, forecasts=forecasts, proposed=proposed, data=data)
+    return RunPlan(
+        hardware=hardware, steps=steps, forecasts=forecasts, proposed=proposed, data=data, start=start_of(config)
+    )
 
 
 def _row(planned: PlannedStep, forecast: Forecast | None) -> PlanRow:

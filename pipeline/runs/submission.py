@@ -32,9 +32,10 @@ def warnings(config: RunConfig) -> Iterator[str]:
         ("store", config.store),
         ("data.source", config.data.source),
         ("data.labels", config.data.labels),
+        ("pretrain.start", config.pretrain.start),
     ):
         if address and not address.startswith("s3://"):
-            what = "file" if field == "data.labels" else "folder"
+            what = "folder" if field in ("store", "data.source") else "file"
             yield f"{field} {address} is a {what}: every node of the cluster must see it under this path"
     uri = config.tracking.uri
     if uri is None:

@@ -22,12 +22,13 @@ from pipeline.evaluation.protocols import protocol_named
 from pipeline.graph.step import Step, canonical
 from pipeline.stages.import_weights import ASSUMED, FILE, ImportConfig, import_weights
 from pipeline.stages.join import JoinConfig, join
-from pipeline.stages.pretrain import MILESTONE_OPTIONS, pretrain
+from pipeline.stages.pretrain import MILESTONE_OPTIONS, START_ADDRESS, START_DECODER, pretrain
 from pipeline.stages.report import ReportConfig, Scored, report
 from pipeline.stages.shard import ShardStageConfig, shard
 from pipeline.stages.snapshot import snapshot
 from pipeline.training.checkpoints.format import resume_point
 from pipeline.training.spec.train_spec import PretrainConfig
+from pipeline.weights import StartSummary, start_summary
 
 COMPARED_AT = "compared_at"
 """Option of snapshot and shard steps whose files have moved: `Moved.compared_at`."""
@@ -39,7 +40,8 @@ def build(config: RunConfig) -> list[Step]:
     """Return every step of the run, inputs before their readers."""
     own = _Source.of(config.data.source, config.data)
     shards = {own: _dataset(config, own, snapshot_names(config), suffix="")}
-    pretrained = _import(config, config.weights) if config.weights else _pretraining(config, shards[own])
+    start = start_of(config)
+    pretrained = _import(config, config.weights) if config.weights else _pretraining(config, shards[own], start)
     evaluations: dict[str, Step] = {}
     scored: list[Scored] = []
     for dataset in config.evaluation.datasets:
@@ -66,6 +68,8 @@ def build(config: RunConfig) -> list[Step]:
     inside["evaluation"] = {key: value for key, value in inside["evaluation"].items() if key not in MILESTONE_OPTIONS}
     if config.weights:  # the import's fingerprint stands for them, wherever they lie
         del inside["weights"]["file"], inside["weights"]["assumed"]
+    # not the address: it changes no result
+    inside["pretrain"]["start"] = f"sha256:{start.sha256}" if start else None
     page = Step(
         kind="report",
         name="report",
@@ -84,15 +88,24 @@ def build(config: RunConfig) -> list[Step]:
     return [*snapshots, *parts, *joins, pretrained, *evaluations.values(), page]
 
 
-def _pretraining(config: RunConfig, shards: Step) -> Step:
+def _pretraining(config: RunConfig, shards: Step, start: StartSummary | None) -> Step:
     return Step(
         kind="pretrain",
         name="pretrain",
         function=pretrain,
-        config=PretrainConfig(model=config.model, recipe=config.pretrain, seed=config.seed, start=config.fork),
+        config=PretrainConfig(
+            model=config.model,
+            recipe=config.pretrain.recipe,
+            seed=config.seed,
+            start=config.fork,
+            start_sha256=start.sha256 if start else "",
+        ),
         inputs={"shards": shards},
         resources=config.resources,
-        options={name: getattr(config.evaluation, name) for name in MILESTONE_OPTIONS},
+        options={
+            **{name: getattr(config.evaluation, name) for name in MILESTONE_OPTIONS},
+            **({START_ADDRESS: config.pretrain.start, START_DECODER: config.pretrain.start_decoder} if start else {}),
+        },
         resume_point=resume_point,
     )
 
@@ -106,6 +119,12 @@ def _import(config: RunConfig, weights: WeightsConfig) -> Step:
         options={FILE: weights.file, ASSUMED: weights.assumed},
         resources=config.resources,
     )
+
+
+def start_of(config: RunConfig) -> StartSummary | None:
+    """Return the weights that pretraining starts from; None for random ones and for a fork. Reads them, once per process."""
+    recipe = config.pretrain
+    return start_summary(recipe.start, config.model, decoder=recipe.start_decoder) if recipe.start else None
 
 
 @dataclass(frozen=True)

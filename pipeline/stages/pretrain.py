@@ -23,15 +23,16 @@ from mae_core.targets import PatchBasis, patch_basis
 from pipeline.data.dataset.address import dataset_address
 from pipeline.data.dataset.facts import DatasetFacts
 from pipeline.data.feed.order import OrderConfig
+from pipeline.errors import DataError
 from pipeline.evaluation.milestones import MilestoneScores
 from pipeline.graph.step import Attempt, StageInput, StageResult
 from pipeline.training.checkpoints.format import open_checkpoint
 from pipeline.training.facts import PretrainFacts, incident_fields
 from pipeline.training.launch import run_training
-from pipeline.training.spec.tasks import BASIS, MAETask
+from pipeline.training.spec.tasks import BASIS, START, MAETask
 from pipeline.training.spec.train_spec import PretrainConfig, TrainSpec
 from pipeline.training.world import World
-from pipeline.weights import write_weights
+from pipeline.weights import starting_weights, write_weights
 
 VERSION = 1
 PANEL_IMAGES = 8
@@ -40,6 +41,8 @@ BASIS_IMAGES = 512
 """Images from whose patches target `pca` takes its components: at 224 px, 100,352 patches of 768 values each."""
 MILESTONE_OPTIONS = MILESTONE_IMAGES, MILESTONE_PROBE_EPOCHS = "milestone_images", "milestone_probe_epochs"
 """Options of the step, as in the configuration: how checkpoints are scored along the way."""
+START_ADDRESS, START_DECODER = "start", "start_decoder"
+"""Options of the step: where the weights to start from are, and `pretrain.start_decoder`."""
 HISTORY = "history.jsonl"
 RECONSTRUCTIONS = "reconstructions.npz"
 
@@ -48,6 +51,9 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, StageInput], attempt: 
     """Train the autoencoder and write its weights, history and reconstructions."""
     dataset = dataset_address(inputs["shards"])
     task = MAETask(model=config.model, weight_decay=config.recipe.weight_decay, seed=config.seed)
+    if config.start_sha256:
+        _import_start(config, attempt)
+        task = replace(task, start_uri=attempt.root_uri)
     spec = TrainSpec(
         task=task,
         recipe=config.recipe,
@@ -83,7 +89,7 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, StageInput], attempt: 
         attempt.store.write(BASIS, save(task.basis._asdict()))
         files = (*files, BASIS)
     packed = io.BytesIO()
-    np.savez(packed, images=_panel(config, spec, inputs["shards"], task.basis, weights))
+    np.savez(packed, images=_panel(config, spec, inputs["shards"], task, weights))
     attempt.store.write(RECONSTRUCTIONS, packed.getvalue())
     return StageResult(
         facts=PretrainFacts(
@@ -98,6 +104,19 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, StageInput], attempt: 
         files=(*files, RECONSTRUCTIONS),
         notes={"checkpoint": trained.checkpoint_key},
     )
+
+
+def _import_start(config: PretrainConfig, attempt: Attempt) -> None:
+    """Put the weights to start from into the step's directory. Later attempts, and workers elsewhere, need no more than these."""
+    if attempt.root.exists(START):
+        return
+    address = attempt.options[START_ADDRESS]
+    start = starting_weights(address, config.model, decoder=attempt.options[START_DECODER])
+    if start.summary.sha256 != config.start_sha256:
+        raise DataError(f"{address} changed while the run began: run the same command again")
+    for line in start.summary.lines():
+        attempt.progress.say(line)
+    attempt.root.write(START, save(dict(start.weights)))
 
 
 def _basis(spec: TrainSpec, model: MAEConfig, attempt: Attempt) -> PatchBasis:
@@ -123,7 +142,7 @@ def _here(spec: TrainSpec) -> TrainSpec:
 
 
 def _panel(
-    config: PretrainConfig, spec: TrainSpec, shards: StageInput, basis: PatchBasis | None, weights: Mapping[str, Tensor]
+    config: PretrainConfig, spec: TrainSpec, shards: StageInput, task: MAETask, weights: Mapping[str, Tensor]
 ) -> "np.typing.NDArray[np.uint8]":
     """uint8 [N, 4, H, W, 3]: images, held out if any are, their visible patches, and reconstructions before and after training."""
     split = DatasetFacts.read(shards.facts).panel_split
@@ -137,8 +156,8 @@ def _panel(
     ids = batch.sample_ids.numpy()
     # epoch 0: one fixed mask per image, so that the pictures of two runs can be compared
     noise = torch.as_tensor(mask_noise(config.seed, np.zeros_like(ids), ids, encoder.num_patches))
-    generator = torch.Generator().manual_seed(config.seed)
-    model = MaskedAutoencoder(config.model, generator=generator, basis=basis).eval()
+    model = task.build().module.get_submodule("model").eval()
+    assert isinstance(model, MaskedAutoencoder)  # noqa: S101 - for the type checker
     with torch.inference_mode():
         before = model(pixels, noise)
         model.load_state_dict(dict(weights))

@@ -117,11 +117,13 @@ def import_encoder(
     layer_norm_eps: float | None = None,
     pixel_mean: Sequence[float] | None = None,
     pixel_std: Sequence[float] | None = None,
+    assume: Mapping[str, Any] | None = None,
 ) -> ImportedEncoder:
     """Import the encoder of a weight file or folder, leaving out any decoder, pooler or classification head.
 
     `image_size` is the size the weights were made for; mae_core.resized_encoder changes it. `prefix` chooses among several
-    models in one file, such as "model_ema" or "teacher.backbone". Our own weights (encoder.safetensors or model.safetensors,
+    models in one file, such as "model_ema" or "teacher.backbone". `assume` holds values of these fields for where nothing states
+    them; without it, defaults are assumed. Our own weights (encoder.safetensors or model.safetensors,
     beside config.json) are read as they are and take no overrides.
     """
     caller = StatedFields(
@@ -134,11 +136,16 @@ def import_encoder(
     own_file = path / ENCODER
     # A folder of a pretraining holds both files; the encoder's is the smaller one.
     found = read_foreign_weights(own_file if layout is None and own_file.is_file() else path, prefix=prefix)
-    return encoder_in(path, found, caller, layout=layout)
+    return encoder_in(path, found, caller, layout=layout, assume=assume)
 
 
 def encoder_in(
-    path: Path, found: ForeignWeights, caller: StatedFields, *, layout: LayoutName | None = None
+    path: Path,
+    found: ForeignWeights,
+    caller: StatedFields,
+    *,
+    layout: LayoutName | None = None,
+    assume: Mapping[str, Any] | None = None,
 ) -> ImportedEncoder:
     """Import the encoder in what was read from `path`. `caller`: what its caller states. The rest is as in `import_encoder`."""
     if layout is None and is_own(found):
@@ -148,7 +155,7 @@ def encoder_in(
         stated = _stated_fields(path, found, layout).stated() | caller.stated()
         # A ViTMAE's config.json also states the decoder's fields, which this inference does not take.
         stated = {name: value for name, value in stated.items() if name in _ENCODER_FIELDS}
-        config = infer_encoder_config(found.state_dict, layout=layout, **stated)
+        config = infer_encoder_config(found.state_dict, layout=layout, **{**(assume or {}), **stated})
         weights, left_out = encoder_from(found.state_dict, config, layout=layout)
     except ConfigError as cause:
         raise ConfigError(f"{path}: {cause}") from cause
@@ -169,6 +176,7 @@ def import_autoencoder(
     pixel_std: Sequence[float] | None = None,
     mask_ratio: float | None = None,
     target: Target | None = None,
+    assume: Mapping[str, Any] | None = None,
 ) -> ImportedAutoencoder:
     """Import the whole autoencoder of a weight file or folder; raise a ConfigError naming what is missing if it has no decoder.
 
@@ -193,7 +201,7 @@ def import_autoencoder(
             layout = "official_mae"
         # Later entries win: what the caller states overrides the file.
         stated = _stated_fields(path, found, layout).stated() | caller.stated()
-        config = infer_autoencoder_config(found.state_dict, layout=layout, **stated)
+        config = infer_autoencoder_config(found.state_dict, layout=layout, **{**(assume or {}), **stated})
         weights, left_out = autoencoder_from(found.state_dict, config, layout=layout)
     except ConfigError as cause:
         raise ConfigError(f"{path}: {cause}") from cause

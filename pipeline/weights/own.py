@@ -2,9 +2,11 @@
 
     encoder.safetensors   float32 tensors under ViTEncoder's names, for probes, fine-tuning and other programs
     model.safetensors     the whole autoencoder, including the decoder
+    classifier.safetensors  a fine-tuned classifier: encoder, norm of the pooled feature, head
     config.json           the MAEConfig of both
 Nothing here unpickles. Errors: DataError for a damaged file; MissingObject for an absent one."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import fields
@@ -23,6 +25,7 @@ from pipeline.storage import Store
 
 ENCODER = "encoder.safetensors"
 MODEL = "model.safetensors"
+CLASSIFIER = "classifier.safetensors"
 CONFIG = "config.json"
 
 
@@ -38,6 +41,16 @@ class _DescribedWhole(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     autoencoder: MAEConfig
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of names, shapes and values: equal weights have equal digests, wherever they come from."""
+    content = hashlib.sha256()
+    for name, value in sorted(weights.items()):  # files list tensors in any order
+        content.update(f"{name} {tuple(value.shape)}\n".encode())
+        # The bytes themselves, without copying them.
+        content.update(value.detach().contiguous().view(torch.uint8).numpy().data)
+    return content.hexdigest()
 
 
 def write_weights(store: Store, weights: Mapping[str, Tensor], config: MAEConfig) -> tuple[str, ...]:
@@ -86,6 +99,15 @@ def _undescribed(store: Store, what: str, cause: Exception) -> DataError:
 def read_encoder(store: Store) -> tuple[ViTConfig, dict[str, Tensor]]:
     """Return the encoder's config and weights, of a finished pretraining or of an export as safetensors."""
     return read_encoder_config(store), read_weights(store, ENCODER)
+
+
+def read_classifier(store: Store) -> tuple[ViTConfig, tuple[str, ...], dict[str, Tensor]]:
+    """Return encoder's config, class names and weights of a classifier that was exported as safetensors."""
+    try:
+        classes = tuple(map(str, json.loads(store.read(CONFIG))["classifier"]["classes"]))
+    except (ValueError, KeyError, TypeError) as cause:
+        raise _undescribed(store, "a classifier", cause) from cause
+    return read_encoder_config(store), classes, read_weights(store, CLASSIFIER)
 
 
 def read_encoder_as(store: Store, config: ViTConfig) -> dict[str, Tensor]:

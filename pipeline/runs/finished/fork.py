@@ -32,11 +32,19 @@ MUST_STAY = ("pretrain.global_batch",)
 
 def fork(path: Path, overrides: Sequence[str], *, at: int, out: Path) -> StartPoint:
     """Write to `out` the configuration of a run that continues from training step `at` of the run in `path`."""
+    set_fields = {override.partition("=")[0].strip() for override in overrides}
+    if wrong := next((name for name in set_fields if name.startswith("pretrain.start")), None):
+        raise ConfigError(
+            f"--set {wrong}: a fork takes its weights from the checkpoint, not from elsewhere: leave it out"
+        )
     parent = settled(load_config(path))
     root = pretraining_of(parent).root
     key = checkpoint_at(root, at)
     document = read_document(path, overrides)
-    if "name" not in {override.partition("=")[0].strip() for override in overrides}:
+    # the weights that the parent started from are in the checkpoint
+    for name in ("start", "start_decoder"):
+        (document.get("pretrain") or {}).pop(name, None)
+    if "name" not in set_fields:
         document["name"] = f"{parent.name[:48]}-from-{at}"  # a name has 64 characters at most
     document["data"].setdefault(
         "snapshot", parent.model_dump(mode="json")["data"]["snapshot"]

@@ -4,7 +4,7 @@ Errors: DataError if there is none or more than one; CheckpointError if the chec
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 from pydantic import TypeAdapter
 from torch import Tensor
@@ -17,9 +17,7 @@ from pipeline.graph.step import Step
 from pipeline.runs.workflow import build
 from pipeline.storage import Store, open_store
 from pipeline.training.checkpoints.format import committed, open_checkpoint, step_of
-from pipeline.weights import MODEL, export_autoencoder, export_encoder, read_weights
-
-Format = Literal["timm", "hf-vit", "hf-vitmae", "safetensors"]
+from pipeline.weights import MODEL, read_weights
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,9 @@ class Pretraining:
 
     root: Store
     model: MAEConfig
+    identity: Mapping[str, Any]
+    """What its fingerprint covers."""
+    fingerprint: str
 
     def weights(self, at: int | None) -> dict[str, Tensor]:
         """Return the weights at training step `at`, or the final ones if it is None: float32, by names of MaskedAutoencoder."""
@@ -50,7 +51,8 @@ def pretrain_step(config: RunConfig) -> Step:
 
 def pretraining_of(config: RunConfig) -> Pretraining:
     """Return the pretraining of a configuration."""
-    return Pretraining(open_store(config.store).at(pretrain_step(config).directory), config.model)
+    step = pretrain_step(config)
+    return Pretraining(open_store(config.store).at(step.directory), config.model, step.identity(), step.fingerprint)
 
 
 def pretraining_at(address: str) -> Pretraining:
@@ -67,7 +69,8 @@ def pretraining_at(address: str) -> Pretraining:
     if receipt is None or receipt.kind != "pretrain":
         what = f"a {receipt.step} step" if receipt else "a step that is not finished, so its model is unknown"
         raise DataError(f"{store.uri} is {what}. Give the YAML file of the run instead")
-    return Pretraining(store, TypeAdapter(MAEConfig).validate_python(receipt.identity["config"]["model"]))
+    model = TypeAdapter(MAEConfig).validate_python(receipt.identity["config"]["model"])
+    return Pretraining(store, model, receipt.identity, receipt.fingerprint)
 
 
 def checkpoint_at(root: Store, step: int) -> str:
@@ -82,17 +85,6 @@ def checkpoint_weights(root: Store, key: str) -> dict[str, Tensor]:
     """Return the weights of a checkpoint, verified, by the names of MaskedAutoencoder."""
     with open_checkpoint(root, key) as checkpoint:
         return {name.removeprefix("model."): value for name, value in checkpoint.weights().items()}
-
-
-def export(store: Store, weights: Mapping[str, Tensor], model: MAEConfig, *, to: Format) -> tuple[str, ...]:
-    """Write the weights in another program's format into an empty folder. Returns the keys of the files."""
-    existing = next(store.list(), None)
-    if existing:
-        raise ConfigError(f"--out {store.uri} is not empty (it holds {existing.key}): name a new folder")
-    if to in ("hf-vitmae", "safetensors"):
-        return export_autoencoder(store, weights, model, to="huggingface" if to == "hf-vitmae" else "safetensors")
-    encoder = {name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")}
-    return export_encoder(store, encoder, model.encoder, to="timm" if to == "timm" else "huggingface")
 
 
 def _kept(root: Store) -> str:

@@ -8,10 +8,8 @@ import getpass
 import json
 import logging
 import math
-import subprocess
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import yaml
 
@@ -19,7 +17,7 @@ from pipeline import tracking
 from pipeline.config import RunConfig
 from pipeline.data.dataset.facts import DatasetFacts
 from pipeline.errors import PipelineError
-from pipeline.graph.receipts import Receipt, installed_versions
+from pipeline.graph.receipts import UNKNOWN_REVISION, Receipt, code_revision, installed_versions
 from pipeline.graph.runner import Outcome
 from pipeline.graph.step import Step
 from pipeline.reporting.summaries import as_metrics
@@ -187,8 +185,10 @@ _MODEL_TAGS = {names.DATA_TAG, names.SIZE_TAG, names.DIFFERS_TAG, names.COMMIT_T
 
 def parent_tags(config: RunConfig) -> dict[str, str]:
     """Return what a run is found by, grouped by and traced back with."""
-    revision, changed = code_revision()
-    source = {names.SOURCE_TAG: "mae run", names.SOURCE_TYPE_TAG: "LOCAL", names.COMMIT_TAG: revision}
+    revision = code_revision()
+    source = {names.SOURCE_TAG: "mae run", names.SOURCE_TYPE_TAG: "LOCAL"}
+    if revision != UNKNOWN_REVISION:
+        source[names.COMMIT_TAG] = revision.rstrip("+")
     with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
         source[names.USER_TAG] = getpass.getuser()
     return {
@@ -200,8 +200,8 @@ def parent_tags(config: RunConfig) -> dict[str, str]:
         names.DIFFERS_TAG: naming.differs_label(config),
         names.KIND_TAG: "evaluate" if config.weights else "run",
         names.STARTED_TAG: datetime.datetime.now(tz=datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
-        "git.revision": f"{revision[:12]}{'+' if changed else ''}" or "unknown",
-        **{key: value for key, value in source.items() if value},
+        "git.revision": revision,
+        **source,
         **{f"version.{name}": version for name, version in installed_versions().items()},
     }
 
@@ -248,18 +248,3 @@ def failures_as_warnings(what: str) -> Iterator[None]:
         yield
     except PipelineError as error:
         log.warning("%s: %s", what, error)
-
-
-def code_revision() -> tuple[str, bool]:
-    """Return the commit of the running code, empty outside a checkout, and whether its files have changed since."""
-    # not the working directory, which may be another repository
-    folder = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        call = ["git", *arguments]
-        return subprocess.run(call, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603 - ours
-
-    try:
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "-uno"))
-    except (OSError, subprocess.CalledProcessError):
-        return "", False

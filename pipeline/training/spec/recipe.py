@@ -4,7 +4,7 @@ A recipe decides results, so all of it enters the fingerprint; a field that is a
 (ADDED_LATER). Units: epochs, steps and images; learning rates are per global batch of 256 (`base_lr`) or absolute.
 Errors: ConfigError names the field, its value and what to write."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Literal
 
@@ -100,6 +100,29 @@ class Recipe:
             total_images=total_images,
             min_lr=self.min_lr,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainRecipe(Recipe):
+    """How the autoencoder is trained, and from which weights."""
+
+    start: str | None = None
+    """Weights to start from instead of random ones: a file, folder or s3:// address that `mae model inspect` reads, or the
+    directory of a finished pretraining. Their SHA-256 is in the fingerprint, not their address."""
+    start_decoder: Literal["auto", "fresh"] = "auto"
+    """`auto` takes the decoder too, if these weights have one; `fresh` starts the decoder from random weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.start is not None and not self.start.strip():
+            raise ConfigError("start is empty: write the address of a weight file, or leave it out")
+        if self.start_decoder != "auto" and self.start is None:
+            raise ConfigError(f"start_decoder={self.start_decoder} needs weights to start from: write start")
+
+    @property
+    def recipe(self) -> Recipe:
+        """What is left without the weights to start from."""
+        return Recipe(**{one.name: getattr(self, one.name) for one in fields(Recipe)})
 
 
 @dataclass(frozen=True, kw_only=True)

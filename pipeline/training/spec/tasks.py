@@ -29,10 +29,12 @@ from pipeline.data.feed.batch import Batch, Int64s
 from pipeline.storage import open_store
 from pipeline.training.engine.plain_engine import MakeOptimizer
 from pipeline.training.world import World
-from pipeline.weights import read_encoder_as
+from pipeline.weights import read_encoder_as, read_weights
 
 BASIS = "basis.safetensors"
 """The patch basis of target `pca`, in the training step's directory."""
+START = "start.safetensors"
+"""The imported weights that a pretraining starts from, in the training step's directory. What they lack is drawn from the seed."""
 
 
 class Built(NamedTuple):
@@ -105,11 +107,15 @@ class MAETask:
     seed: int
     basis: PatchBasis | None = None
     """For target `pca`; None for the other targets."""
+    start_uri: str = ""
+    """Folder with the weights to start from, START; empty for initial weights."""
 
     def build(self) -> Built:
-        """Return the autoencoder, initialised from the seed."""
+        """Return the autoencoder, initialised from the seed, with the weights to start from in place of those they replace."""
         generator = torch.Generator().manual_seed(self.seed)
         model = MaskedAutoencoder(self.model, generator=generator, basis=self.basis)
+        if self.start_uri:
+            model.load_state_dict({**model.state_dict(), **read_weights(open_store(self.start_uri), START)})
         return Built(MAELosses(model), parameter_groups(model, weight_decay=self.weight_decay))
 
     def noise(self, epochs: Int64s, sample_ids: Int64s) -> npt.NDArray[np.float32]:

@@ -39,6 +39,8 @@ class PretrainConfig:
     seed: int
     start: StartPoint | None = field(default=None, metadata=ADDED_LATER)
     """The checkpoint that a fork starts from; None for initial weights."""
+    start_sha256: str = field(default="", metadata=ADDED_LATER)
+    """Digest of the imported weights that training starts from; empty for initial weights and for a fork."""
     visible_patches_rounded_down: int | None = field(default=None, init=False, metadata=ADDED_LATER)
     """The number of visible patches, if versions that rounded it to the nearest kept one more; else None, so that what they
     trained still counts as done."""
