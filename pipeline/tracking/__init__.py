@@ -12,12 +12,12 @@ from pipeline.tracking.journal import Point as Point
 from pipeline.tracking.mlflow_format import redact as redact
 from pipeline.tracking.mlflow_format import redact_text as redact_text
 from pipeline.tracking.mlflow_format import short_digest as short_digest
+from pipeline.tracking.names import FINGERPRINT_TAG as FINGERPRINT_TAG
+from pipeline.tracking.names import PARENT_TAG as PARENT_TAG
+from pipeline.tracking.names import STEP_TAG as STEP_TAG
 from pipeline.tracking.records import log_dataset as log_dataset
 from pipeline.tracking.records import log_figure as log_figure
 from pipeline.tracking.records import log_scores as log_scores
-from pipeline.tracking.runs import FINGERPRINT_TAG as FINGERPRINT_TAG
-from pipeline.tracking.runs import PARENT_TAG as PARENT_TAG
-from pipeline.tracking.runs import STEP_TAG as STEP_TAG
 from pipeline.tracking.runs import RunStatus as RunStatus
 from pipeline.tracking.runs import close_run as close_run
 from pipeline.tracking.runs import find_child as find_child

@@ -10,16 +10,17 @@ from typing import Any, Literal
 from pipeline.errors import TrackingError
 from pipeline.tracking.connection import artifact_location, client_of, translate_errors
 from pipeline.tracking.mlflow_format import mlflow_key, mlflow_tags
+from pipeline.tracking.names import (
+    FINGERPRINT_TAG,
+    LATER_PARENTS_TAG,
+    PARENT_TAG,
+    ROLLBACKS_TAG,
+    ROLLED_BACK_TO_TAG,
+    STEP_TAG,
+)
 from pipeline.tracking.records import log_params, log_tags
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
-
-FINGERPRINT_TAG = "mae.fingerprint"
-PARENT_TAG = "mlflow.parentRunId"
-LATER_PARENTS_TAG = "mae.later_parents"
-STEP_TAG = "mae.step."
-ROLLBACKS_TAG = "mae.rollbacks"
-ROLLED_BACK_TO_TAG = "mae.rolled_back_to"
 
 
 def open_parent(
