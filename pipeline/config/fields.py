@@ -6,7 +6,7 @@ Errors: ValueError, which `reading` turns into one line per field."""
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import (
@@ -253,8 +253,10 @@ class TrackingConfig(Section):
     uri: Annotated[str, AfterValidator(expand_address)] | None = None
     """If left out: MLFLOW_TRACKING_URI, or else an SQLite file in the store (in ./.mae/ if the store is remote). With `none`, no
     runs are kept in MLflow; the curves are in the store and the report."""
-    experiment: str = Field("mae", min_length=1)
-    """The MLflow experiment that the runs belong to."""
+    experiment: str | None = Field(None, min_length=1)
+    """The MLflow experiment that the run belongs to. If left out: one for each data set, `mae-<name of the data>`."""
+    usd_per_hour: float | None = Field(None, ge=0)
+    """What an hour of one GPU costs you, or of one CPU core where there is no GPU, in USD. The run then shows its cost."""
 
 
 class WeightsConfig(Section):
@@ -295,6 +297,19 @@ class RunConfig(Section):
     """If given, nothing is pretrained: these weights are evaluated. `mae evaluate` writes it."""
     fork: StartPoint | None = None
     """Checkpoint of another pretraining, in the same store, from which this one continues. `mae fork` writes it."""
+    # Private, as it says how the configuration was written, not what it is: `load_config` sets it.
+    _overridden: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def overridden(self) -> tuple[str, ...]:
+        """The fields that were written elsewhere than in the file: those of a sweep, then those of --set."""
+        return self._overridden
+
+    def written_with(self, overridden: Sequence[str]) -> Self:
+        """Return the configuration with the fields that were written elsewhere than in its file."""
+        copy = self.model_copy()
+        copy._overridden = tuple(overridden)
+        return copy
 
     @field_validator("pretrain", mode="before")
     @classmethod

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline.reporting.format import count
+from pipeline.tracking.names import SCORE_N_PREFIX, SCORE_PREFIX, SCORE_SD_PREFIX
 
 StepState = Literal["done", "cached", "running", "failed", "stopped", "blocked", "waiting"]
 PlanState = Literal["cached", "to_run", "blocked"]
@@ -134,13 +135,13 @@ def pairs(scores: Sequence[Score]) -> dict[tuple[str, str], dict[str, Score]]:
 
 
 def as_metrics(scores: Sequence[Score]) -> dict[str, float]:
-    """Name scores as MLflow compares them: `score/<protocol>/<dataset>/<encoder>`, `.../sd`, `.../seeds`, and `.../k100` for
-    another setting."""
+    """Name scores as MLflow compares them: `score/<protocol>/<dataset>/<encoder>`, the same under `score_sd/` and `score_n/`, and
+    `score/.../k100` for another setting."""
     metrics: dict[str, float] = {}
     for score in scores:
-        key = f"score/{score.protocol}/{score.dataset}/{score.encoder}"
-        metrics |= {key: score.mean, f"{key}/seeds": len(score.values)}
+        key = f"{score.protocol}/{score.dataset}/{score.encoder}"
+        metrics |= {SCORE_PREFIX + key: score.mean, SCORE_N_PREFIX + key: len(score.values)}
         if score.sd is not None:
-            metrics[f"{key}/sd"] = score.sd
-        metrics |= {f"{key}/{setting}": statistics.fmean(values) for setting, values in score.others.items()}
+            metrics[SCORE_SD_PREFIX + key] = score.sd
+        metrics |= {f"{SCORE_PREFIX}{key}/{setting}": statistics.fmean(of) for setting, of in score.others.items()}
     return metrics

@@ -3,10 +3,7 @@
 Tracking never fails a run: an error from MLflow becomes a warning."""
 
 import logging
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -20,17 +17,16 @@ from pipeline.data.dataset.facts import DatasetFacts, SnapshotFacts
 from pipeline.data.dataset.understanding import HIDDEN
 from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.evaluation.protocol import ScoreFacts
-from pipeline.graph.receipts import Receipt, installed_versions
+from pipeline.graph.receipts import Receipt
 from pipeline.graph.runner import Outcome
 from pipeline.graph.step import Step
 from pipeline.reporting.format import count
-from pipeline.reporting.summaries import as_metrics
 from pipeline.runs.beginning import beginning_of
 from pipeline.runs.checking.findings import examine, finished_in, lines_of, problem_of, table_of
+from pipeline.runs.recording.recorder import Recorder, failures_as_warnings
 from pipeline.runs.summary import RunSummary
-from pipeline.stages.report import PAGE, PICTURES
-from pipeline.storage import Store, open_store
-from pipeline.training.facts import IncidentFacts, PretrainFacts
+from pipeline.storage import open_store
+from pipeline.training.facts import IncidentFacts
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +54,7 @@ class RunHooks:
     """`pipeline.graph.runner.Hooks` for a real run: a parent run in MLflow with one child per step, and a display.
 
     Opening the parent is the one call that may fail the run, since it comes before the first step. With an empty address,
-    nothing is recorded."""
+    nothing is recorded. `tags` are added to the parent's."""
 
     def __init__(
         self,
@@ -70,15 +66,18 @@ class RunHooks:
         tags: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.tracking_uri, self.config, self.display, self.steps = uri, config, display, steps
-        self.tags = tags
-        """Of the parent run, beside those that every run has."""
         self.executor: Executor = "in_process"
         self.told: set[str] = set()
         """Findings that were shown."""
         self.open_children: dict[str, str] = {}
         self.unreported: list[Outcome] = []
         """Outcomes that MLflow refused when they happened; `close` tries them again."""
-        self.run_id = self._open_parent() if uri else ""
+        self.recorder = Recorder(uri, config, tags=tags) if uri else None
+
+    @property
+    def run_id(self) -> str:
+        """Id of the parent run in MLflow; empty if nothing is recorded."""
+        return self.recorder.run_id if self.recorder else ""
 
     def begin(self, step: Step) -> str:
         """Open the step's child run and return its id, or an empty string if MLflow refused or nothing is recorded."""
@@ -86,11 +85,11 @@ class RunHooks:
         self.display.step_state(step.title, "running", detail=known.text)
         if known.images and known.seconds:
             self.display.update(step.title, known.images_done, known.images, "images", {"eta_s": known.seconds})
-        if not self.tracking_uri:
+        if not self.recorder:
             return ""
         with failures_as_warnings(f"tracking of {step.name}"):
-            # if it fails, the step has no run yet; `_record` opens one when it ends
-            self.open_children[step.name] = self._open(step)
+            # if it fails, the step has no run yet; one is opened when it ends
+            self.open_children[step.name] = self.recorder.open(step)
         return self.open_children.get(step.name, "")
 
     def progress(self, step_name: str, done: int, total: int, unit: str, fields: Mapping[str, float]) -> None:
@@ -107,10 +106,8 @@ class RunHooks:
         self.open_children.pop(outcome.step.name, None)
         about = [listing_of(outcome), detail_of(outcome)]
         self.display.step_state(outcome.step.title, outcome.state, detail="; ".join(text for text in about if text))
-        with failures_as_warnings(f"tracking of {outcome.step.name}"):
-            self.unreported.append(outcome)  # stays there if the next line raises
-            self._record(outcome)
-            self.unreported.remove(outcome)
+        self.unreported.append(outcome)
+        self._record(outcome)
         self._tell(outcome)
 
     def _tell(self, outcome: Outcome) -> None:
@@ -133,102 +130,30 @@ class RunHooks:
         if problem := problem_of(findings):
             raise problem
 
-    def close(self, summary: RunSummary, store: Store) -> None:
-        """Close the parent run, with scores, report page and pictures. Outcomes that MLflow refused before are tried again."""
-        if not self.tracking_uri:
-            return
-        for outcome in self.unreported:
-            with failures_as_warnings(f"tracking of {outcome.step.name}"):
-                self._record(outcome)
-        with failures_as_warnings("tracking of the run"):
-            tracking.log_scores(self.tracking_uri, self.run_id, as_metrics(summary.scores))
-            page = next((o for o in summary.outcomes if o.step.kind == "report" and o.receipt), None)
-            if page and page.receipt:
-                files = page.receipt.as_input(page.uri).store
-                for name in (PAGE, *PICTURES):
-                    # scores.png is missing where nothing was scored
-                    if files.exists(name):
-                        tracking.log_figure(self.tracking_uri, self.run_id, files.read(name), f"report/{name}")
-            ended: Mapping[str, tracking.RunStatus] = {"failed": "FAILED", "stopped": "KILLED"}
-            tracking.close_run(self.tracking_uri, self.run_id, ended.get(summary.verdict, "FINISHED"))
+    def _record(self, outcome: Outcome) -> None:
+        """Record an outcome, and forget it once that has worked."""
+        with failures_as_warnings(f"tracking of {outcome.step.name}"):
+            if self.recorder:
+                self.recorder.end(outcome)
+            self.unreported.remove(outcome)
+
+    def close(self, summary: RunSummary) -> None:
+        """Close the parent run with what the run made. Outcomes that MLflow refused before are tried again."""
+        for outcome in list(self.unreported):
+            self._record(outcome)
+        if self.recorder:
+            with failures_as_warnings("tracking of the run"):
+                self.recorder.close(summary)
 
     def abandon(self, status: tracking.RunStatus) -> None:
         """Close the runs that are still open after the run broke off, so that none says RUNNING forever."""
-        for run_id in (*self.open_children.values(), *([self.run_id] if self.run_id else [])):
+        if not self.recorder:
+            return
+        for run_id in self.open_children.values():
             with failures_as_warnings("tracking of the run"):
                 tracking.close_run(self.tracking_uri, run_id, status)
-
-    def _open_parent(self) -> str:
-        return tracking.open_parent(
-            self.tracking_uri,
-            experiment=self.config.tracking.experiment,
-            name=self.config.name,
-            tags={
-                "mae.kind": "evaluate" if self.config.weights else "run",
-                "git.revision": _git_revision(),
-                **{f"version.{name}": v for name, v in installed_versions().items()},
-                **self.tags,
-            },
-            params=self.config.model_dump(),
-        )
-
-    def _open(self, step: Step) -> str:
-        return tracking.open_child(
-            self.tracking_uri,
-            experiment=self.config.tracking.experiment,
-            parent_run_id=self.run_id,
-            name=step.name,
-            fingerprint=step.fingerprint,
-            tags={"mae.step": step.name, "mae.kind": step.kind},
-            params=step.identity()["config"],
-        )
-
-    def _record(self, outcome: Outcome) -> None:
-        """Record how a step ended, and send what MLflow lacks of its curves.
-
-        A cached step can lack some, too: it may have been made while MLflow was down, or for another server."""
-        step, receipt = outcome.step, outcome.receipt
-        # either there is no tracking, or the step never began
-        if not self.tracking_uri or (not receipt and not outcome.mlflow_run_id):
-            return
-        # looked up, because a rollback closes the run that the attempt began with and opens another
-        run_id = tracking.find_child(
-            self.tracking_uri, experiment=self.config.tracking.experiment, fingerprint=step.fingerprint
-        )
-        # only steps that train keep a journal, and only they have a resume point
-        files = receipt.as_input(outcome.uri).store if receipt and step.resume_point else None
-        # no run has an empty id, so without a run everything counts as unsent
-        has_unsent = files is not None and tracking.Journal(files).has_unsent(run_id or "")
-        if run_id:
-            tracking.link_child(self.tracking_uri, parent_run_id=self.run_id, name=step.name, run_id=run_id)
-        if outcome.state == "cached" and not has_unsent:
-            return
-        run_id = run_id or self._open(step)
-        if files and has_unsent:
-            tracking.deliver(files, self.tracking_uri, run_id)
-        self._log_result(outcome, run_id)
-        status: Mapping[str, tracking.RunStatus] = {"done": "FINISHED", "cached": "FINISHED", "stopped": "KILLED"}
-        tracking.close_run(self.tracking_uri, run_id, status.get(outcome.state, "FAILED"))
-
-    def _log_result(self, outcome: Outcome, run_id: str) -> None:
-        if outcome.receipt is None:
-            return
-        step, facts = outcome.step, outcome.receipt.facts
-        numbers = {f"result/{key}": float(value) for key, value in facts.items() if isinstance(value, int | float)}
-        settings = facts.get("top1_by_setting", {})
-        numbers |= {f"result/top1/{setting}": float(value) for setting, value in settings.items()}
-        tracking.log_scores(self.tracking_uri, run_id, numbers)
-        dataset = next((s for s in (step, *step.inputs.values()) if s.kind in {"shard", "join"}), None)
-        digest = _dataset_digest(outcome.receipt)
-        if dataset and digest:
-            tracking.log_dataset(
-                self.tracking_uri,
-                run_id,
-                name=dataset.name,
-                digest=digest,
-                source=str(dataset.config.source),
-                context="training",
-            )
+        with failures_as_warnings("tracking of the run"):
+            self.recorder.abandon(status)
 
 
 def listing_of(outcome: Outcome) -> str:
@@ -333,43 +258,3 @@ def _remedied_reasons(facts: DatasetFacts) -> Iterator[str]:
     for reason, images in (facts.quarantine_reasons or {}).items():
         if reason not in _DAMAGE:
             yield f"{images} {reason}" + (f", such as {example_of[reason]}" if reason in example_of else "")
-
-
-def _dataset_digest(receipt: Receipt) -> str:
-    """Digest of the dataset that a step made or was pretrained on, or an empty string."""
-    if receipt.kind in {"shard", "join"}:
-        return DatasetFacts.read(receipt.facts).digest
-    return PretrainFacts.read(receipt.facts).dataset_digest if receipt.kind == "pretrain" else ""
-
-
-def _git_revision() -> str:
-    """Commit of the running code, with `+` if the tree has changes; `unknown` outside a checkout."""
-    # not the working directory, which may be another repository
-    folder = Path(__file__).parent
-    try:
-        revision = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return revision + ("+" if changed else "")
-
-
-@contextmanager
-def failures_as_warnings(what: str) -> Iterator[None]:
-    """Turn a PipelineError of the block into a logged warning that begins with `what`."""
-    try:
-        yield
-    except PipelineError as error:
-        log.warning("%s: %s", what, error)

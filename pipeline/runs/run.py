@@ -143,4 +143,4 @@ def _run(members: Sequence[Member], executor: Executor, display: Display, stop: 
                 cluster.disconnect()
     with stop.during("waiting for MLflow to note how the run ended; what was made is saved"):
         addresses = {"store": store.uri, "tracking": uri or tracking.NO_TRACKING}
-        return hooks.close(outcomes, store, addresses)
+        return hooks.close(outcomes, addresses)

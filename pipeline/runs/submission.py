@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import yaml
 
@@ -13,11 +14,16 @@ def submit(config: RunConfig, *, address: str) -> str:
     """Start the run as a Ray job and return its id; a run that is already running is not started again.
 
     The job gets the resolved configuration, so that no file of this machine is needed there."""
-    document = json.loads(config.model_dump_json())
+    text = yaml.safe_dump(resolved_document(config), sort_keys=False)
+    return submit_run(config.name, text, address=address)
+
+
+def resolved_document(config: RunConfig) -> dict[str, Any]:
+    """Return the whole configuration as plain values that `load_config` reads."""
+    document: dict[str, Any] = json.loads(config.model_dump_json())
     if "snapshot" not in config.data.model_fields_set:
         del document["data"]["snapshot"]  # written out, it would pin the first snapshot
-    text = yaml.safe_dump(document, sort_keys=False)
-    return submit_run(config.name, text, address=address)
+    return document
 
 
 def warnings(config: RunConfig) -> Iterator[str]:

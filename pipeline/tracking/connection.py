@@ -40,7 +40,7 @@ def resolve_tracking_uri(configured: str | None, *, store_uri: str) -> str:
     because workers and `mae ui` start in other directories."""
     chosen = configured or os.environ.get("MLFLOW_TRACKING_URI")
     if not chosen:
-        folder = _local_folder(store_uri)
+        folder = local_folder(store_uri)
         database = ((folder or Path(".mae")) / "mlflow.db").absolute()
         if folder is None:
             log.warning(
@@ -155,7 +155,8 @@ def artifact_location(uri: str) -> str | None:
     return None
 
 
-def _local_folder(uri: str) -> Path | None:
+def local_folder(uri: str) -> Path | None:
+    """Return the folder behind a path or a file:// address, or None for any other address."""
     if "://" not in uri:
         return Path(uri)
     parts = urlsplit(uri)

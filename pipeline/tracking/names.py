@@ -4,10 +4,10 @@ A *parent* is one run of one configuration, however often it is resubmitted; a *
 names. Metrics of the training loop (`train/loss`, `throughput/mfu`) are the child's; those below are the parent's."""
 
 PARENT_TAG = "mlflow.parentRunId"
-NAME_TAG = "mlflow.runName"
 NOTE_TAG = "mlflow.note.content"
 SOURCE_TAG = "mlflow.source.name"
 COMMIT_TAG = "mlflow.source.git.commit"
+SOURCE_TYPE_TAG, USER_TAG = "mlflow.source.type", "mlflow.user"
 
 RUN_TAG = "mae.run"
 """Of a parent: the configuration's `name`. No other run has it."""
@@ -27,6 +27,10 @@ SWEEP_TAG = "mae.sweep"
 """Of a parent that is a member of a sweep: the sweep's name."""
 ATTEMPTS_TAG = "mae.attempts"
 """Of a parent: how often the run was started."""
+ATTEMPT_TAG = "mae.attempt"
+"""Of a parent: id of the start that came last. Only that one says how the run ended."""
+STARTED_TAG = "mae.started"
+"""Of a parent: when that was, in UTC."""
 STEP_TAG = "mae.step."
 """Of a parent, followed by the step's name: run id of the child."""
 

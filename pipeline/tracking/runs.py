@@ -1,14 +1,14 @@
-"""MLflow runs: one parent per `mae run`, and one child per step, which later attempts find by its fingerprint and resume.
+"""The children of a run in MLflow: one for each step, which later attempts find by its fingerprint and resume.
 
-Tags: each child has its `mae.fingerprint`. Each parent has `mae.step.<step name>` = run id for all its children, cached ones
-included. A rollback opens another child with the same fingerprint, tagged with the number of rollbacks so far
-(`mae.rollbacks`) and the step it went back to (`mae.rolled_back_to`). Errors: TrackingError."""
+Each child has its `mae.fingerprint`, and each parent names all its children, cached ones included. A rollback opens another child
+with the same fingerprint, tagged with the number of rollbacks so far (`mae.rollbacks`) and the step it went back to
+(`mae.rolled_back_to`). Errors: TrackingError."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pipeline.errors import TrackingError
-from pipeline.tracking.connection import artifact_location, client_of, translate_errors
+from pipeline.tracking.connection import client_of, translate_errors
+from pipeline.tracking.experiments import experiment_named, runs_found
 from pipeline.tracking.mlflow_format import mlflow_key, mlflow_tags
 from pipeline.tracking.names import (
     FINGERPRINT_TAG,
@@ -17,26 +17,11 @@ from pipeline.tracking.names import (
     ROLLBACKS_TAG,
     ROLLED_BACK_TO_TAG,
     STEP_TAG,
+    URI_TAG,
 )
 from pipeline.tracking.records import log_params, log_tags
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
-
-
-def open_parent(
-    uri: str,
-    *,
-    experiment: str,
-    name: str,
-    tags: Mapping[str, str],
-    params: Mapping[str, Any],
-) -> str:
-    """Open the run of one `mae run`, creating the experiment if necessary; return its run id."""
-    with translate_errors(uri, f"opening the run {name!r}"):
-        experiment_id = _experiment(uri, experiment)
-        run_id = str(client_of(uri).create_run(experiment_id, tags=mlflow_tags(tags), run_name=name).info.run_id)
-    log_params(uri, run_id, params)
-    return run_id
 
 
 def open_child(
@@ -55,7 +40,7 @@ def open_child(
         client = client_of(uri)
         if run_id is None:
             family = {FINGERPRINT_TAG: fingerprint, PARENT_TAG: parent_run_id}
-            experiment_id = _experiment(uri, experiment)
+            experiment_id = experiment_named(uri, experiment)
             run_id = str(
                 client.create_run(experiment_id, tags=mlflow_tags({**tags, **family}), run_name=name).info.run_id
             )
@@ -68,16 +53,18 @@ def open_child(
 
 
 def find_child(uri: str, *, experiment: str, fingerprint: str) -> str | None:
-    """Return the newest run with this fingerprint, in whatever state, or None if there is none."""
+    """Return the newest run with this fingerprint, in whatever state, or None if there is none.
+
+    The given experiment comes first, then all others: runs on other data may share a benchmark's steps, and before there was an
+    experiment for each data set, all of them were in one."""
     with translate_errors(uri, "looking for a step's run"):
         client = client_of(uri)
-        found = client.get_experiment_by_name(experiment)
-        if found is None:
-            return None
         query = f"tags.`{FINGERPRINT_TAG}` = '{fingerprint}'"
-        order = ["attributes.start_time DESC"]
-        runs = client.search_runs([found.experiment_id], filter_string=query, order_by=order, max_results=1)
-        return str(runs[0].info.run_id) if runs else None
+        own = client.get_experiment_by_name(experiment)
+        found = runs_found(client, [own.experiment_id], query) if own else []
+        if not found:
+            found = runs_found(client, [one.experiment_id for one in client.search_experiments()], query)
+        return str(found[0].info.run_id) if found else None
 
 
 def child_after(uri: str, run_id: str, *, rollbacks: int, to_step: int) -> str:
@@ -104,8 +91,10 @@ def child_after(uri: str, run_id: str, *, rollbacks: int, to_step: int) -> str:
         return str(created.info.run_id)
 
 
-def link_child(uri: str, *, parent_run_id: str, name: str, run_id: str) -> None:
-    """Tag the parent with a step's run, and tag a run that began under another parent (resumed or cached) with this one."""
+def link_child(uri: str, *, parent_run_id: str, name: str, run_id: str, files_uri: str = "") -> None:
+    """Tag the parent with a step's run, and tag a run that began under another parent (resumed or cached) with this one.
+
+    `files_uri`: where the finished step's files are; of two stores that have them, the first one stays."""
     with translate_errors(uri, f"linking step {name!r}"):
         client = client_of(uri)
         log_tags(client, parent_run_id, {f"{STEP_TAG}{mlflow_key(name)}": run_id})
@@ -114,6 +103,28 @@ def link_child(uri: str, *, parent_run_id: str, name: str, run_id: str) -> None:
         if tags.get(PARENT_TAG) != parent_run_id and parent_run_id not in later:
             # a tag holds 8000 characters, and an id has 32
             log_tags(client, run_id, {LATER_PARENTS_TAG: " ".join([*later, parent_run_id][-200:])})
+        if files_uri and URI_TAG not in tags:
+            log_tags(client, run_id, {URI_TAG: files_uri})
+
+
+def parents_of(uri: str, run_id: str) -> list[str]:
+    """Return the ids of the parents that use a step's run, without those that are deleted."""
+    with translate_errors(uri, "looking for a step's parents"):
+        client = client_of(uri)
+        tags = client.get_run(run_id).data.tags
+        named = [tags.get(PARENT_TAG, ""), *tags.get(LATER_PARENTS_TAG, "").split()]
+        return [parent for parent in named if parent and _is_there(client, parent)]
+
+
+def _is_there(client: Any, run_id: str) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return bool(client.get_run(run_id).info.lifecycle_stage == "active")
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise
 
 
 def close_run(uri: str, run_id: str, status: RunStatus) -> None:
@@ -122,22 +133,13 @@ def close_run(uri: str, run_id: str, status: RunStatus) -> None:
         client_of(uri).set_terminated(run_id, status=status)
 
 
-def _experiment(uri: str, name: str) -> str:
-    """Return the experiment's id, creating it if necessary; of two processes that try at once, the second takes the first's."""
-    from mlflow.exceptions import MlflowException
-
-    client = client_of(uri)
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        try:
-            return str(client.create_experiment(name, artifact_location=artifact_location(uri)))
-        except MlflowException:
-            found = client.get_experiment_by_name(name)
-            if found is None:
-                raise
-    # a deleted experiment keeps its name, so creating it again would fail
-    if found.lifecycle_stage == "deleted":
-        raise TrackingError(
-            f"experiment {name!r} was deleted in MLflow: restore it there, or choose another tracking.experiment"
-        )
-    return str(found.experiment_id)
+def pages_of_children(uri: str, parent_run_id: str) -> dict[str, str]:
+    """Return the address of the page of each step's run, by step name, relative to MLflow's own pages."""
+    with translate_errors(uri, "looking for the steps' runs"):
+        client = client_of(uri)
+        tags = client.get_run(parent_run_id).data.tags
+        ids = {key.removeprefix(STEP_TAG): run_id for key, run_id in tags.items() if key.startswith(STEP_TAG)}
+        return {
+            name: f"#/experiments/{client.get_run(run_id).info.experiment_id}/runs/{run_id}"
+            for name, run_id in ids.items()
+        }

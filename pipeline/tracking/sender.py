@@ -18,8 +18,12 @@ from pipeline.storage import Store
 from pipeline.tracking.connection import client_of, translate_errors
 from pipeline.tracking.journal import Journal, JournalCursor, Point
 from pipeline.tracking.mlflow_format import METRICS_PER_CALL, chunks, mlflow_key
-from pipeline.tracking.records import log_tags
-from pipeline.tracking.runs import child_after
+from pipeline.tracking.names import CURVE, KIND_TAG
+from pipeline.tracking.records import last_steps, log_curve, log_tags
+from pipeline.tracking.runs import child_after, parents_of
+
+LOSS, IMAGES = "train/loss", "train/images_seen"
+"""Names of the training loop's metrics."""
 
 
 @dataclass
@@ -37,6 +41,7 @@ class Sender:
         self.uri, self.run_id, self.journal = uri, run_id, journal
         self.cursor = JournalCursor()
         self._curves: dict[int, _Curve] = {}
+        self._parents: list[str] | None = None
 
     def send_next(self) -> bool:
         """Send the next part of the journal, or what is new in it; return False if there was nothing to send."""
@@ -46,7 +51,9 @@ class Sender:
             for rollbacks, group in groupby(points, key=lambda point: point.rollbacks):
                 self._send(rollbacks, list(group))
         except Exception:
-            self._curves.clear()  # some points may have arrived: ask MLflow again
+            # some points may have arrived, and a parent may be gone: ask MLflow again
+            self._curves.clear()
+            self._parents = None
             raise
         self.cursor = next_cursor
         return bool(points)
@@ -57,7 +64,7 @@ class Sender:
 
         if rollbacks not in self._curves:
             run_id = child_after(self.uri, self.run_id, rollbacks=rollbacks, to_step=points[0].step)
-            self._curves[rollbacks] = _Curve(run_id, _last_steps(client, run_id))
+            self._curves[rollbacks] = _Curve(run_id, last_steps(client, run_id))
         curve = self._curves[rollbacks]
         values = [
             Metric(mlflow_key(name), value, point.time_ms, point.step)
@@ -72,9 +79,23 @@ class Sender:
             curve.sent_up_to[value.key] = max(value.step, curve.sent_up_to.get(value.key, -1))
         nonfinite = [value for value in values if not math.isfinite(value.value)]
         log_tags(client, curve.run_id, {f"mae.nonfinite.{v.key}": f"{v.value} at step {v.step}" for v in nonfinite})
+        self._send_to_parents(client, points)
         for point in points:
             if point.artifact:
                 _copy_artifact(client, curve.run_id, self.journal.store, point.artifact)
+
+    def _send_to_parents(self, client: Any, points: Sequence[Point]) -> None:
+        """Draw the curve of pretraining on the runs that the step belongs to, too, by images seen."""
+        if self._parents is None:
+            kind = client.get_run(self.run_id).data.tags.get(KIND_TAG)
+            self._parents = parents_of(self.uri, self.run_id) if kind == "pretrain" else []
+        curve = [
+            (int(point.metrics[IMAGES]), point.metrics[LOSS], point.time_ms)
+            for point in points
+            if {IMAGES, LOSS} <= point.metrics.keys()
+        ]
+        for parent in self._parents if curve else ():
+            log_curve(self.uri, parent, CURVE, curve)
 
 
 def deliver(store: Store, uri: str, run_id: str) -> None:
@@ -98,9 +119,3 @@ def _copy_artifact(client: Any, run_id: str, store: Store, key: str) -> None:
         path = Path(scratch) / name
         store.download(key, path)
         client.log_artifact(run_id, str(path), artifact_path=folder or None)
-
-
-def _last_steps(client: Any, run_id: str) -> dict[str, int]:
-    """Return the highest step the server has of each metric of a run: MLflow keeps that point as the metric's latest."""
-    # through the protocol buffer: the public dictionary of metrics has no steps
-    return {metric.key: metric.step for metric in client.get_run(run_id).data.to_proto().metrics}

@@ -16,7 +16,6 @@ from pipeline.graph.step import Step
 from pipeline.runs.hooks import Display, RunHooks
 from pipeline.runs.summary import RunSummary, summarise
 from pipeline.runs.sweeps.graph import Member
-from pipeline.storage import Store
 
 
 class MembersHooks:
@@ -62,14 +61,14 @@ class MembersHooks:
             with _unseen(hooks):
                 hooks.end(linked)
 
-    def close(self, outcomes: Sequence[Outcome], store: Store, addresses: Mapping[str, str]) -> list[RunSummary]:
+    def close(self, outcomes: Sequence[Outcome], addresses: Mapping[str, str]) -> list[RunSummary]:
         """Close the runs in MLflow, and return how each ended."""
         summaries = []
         for member, hooks in zip(self.members, self.runs, strict=True):
             own = {step.title for step in member.steps}
             ended = [outcome for outcome in outcomes if outcome.step.title in own]
             summary = summarise(member.config, ended, run_id=hooks.run_id, addresses=addresses)
-            hooks.close(summary, store)
+            hooks.close(summary)
             summaries.append(summary)
         return summaries
 

@@ -146,7 +146,7 @@ def test_mlflow_holds_the_family(finished):
     mlflow = client(summary.addresses["tracking"])
     parent = mlflow.get_run(summary.run_id)
     assert parent.info.status == "FINISHED"
-    assert parent.info.run_name == "tiny"
+    assert parent.info.run_name.startswith("tiny · toy · ViT 12x1/4 · epochs=2 global_batch=8")
     assert parent.data.params["pretrain.epochs"] == "2"
     assert {"git.revision", "version.torch"} <= parent.data.tags.keys()
     assert {"score/linear/toy/pretrained", "score/finetune/toy/random"} <= parent.data.metrics.keys()

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline import tracking
 from pipeline.errors import TrackingError, WrongTrackingAddress
-from pipeline.tracking import database
+from pipeline.tracking import database, names
 from pipeline.tracking.connection import artifact_location
 from pipeline.tracking.database import create_database, sqlite_address, sqlite_file
 
@@ -177,8 +177,9 @@ def test_a_folder_of_any_name_holds_its_own_database_and_artifacts(tmp_path, nam
     uri = tracking.resolve_tracking_uri(None, store_uri=folder.as_uri())
     assert sqlite_file(uri) == folder / "mlflow.db"
     assert tracking.resolve_tracking_uri(uri, store_uri="/elsewhere") == uri
-    run = tracking.open_parent(uri, experiment="digits", name="run", tags={}, params={"seed": 0})
-    tracking.log_figure(uri, run, b"png", "report/curve.png")
+    tags = dict.fromkeys((names.RUN_TAG, names.DIGEST_TAG, names.STORE_TAG), "x")
+    run = tracking.open_parent(uri, experiment="digits", name="run", attempt="a", tags=tags, params={"seed": 0}).run_id
+    tracking.log_file(uri, run, b"png", "report/curve.png")
     assert rows(folder / "mlflow.db", "SELECT run_uuid FROM runs") == [(run,)]
     assert [path.read_bytes() for path in (folder / "mlartifacts").rglob("curve.png")] == [b"png"]
     assert [path.name for path in (tmp_path / "ws").iterdir()] == [name]  # no second folder under a quoted name

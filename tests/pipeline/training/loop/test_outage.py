@@ -10,7 +10,7 @@ from mlflow_kit import Server, points_of, wait_for
 from training_kit import Team, TeamError, attempt_at, mae_spec, napping
 
 from pipeline import tracking
-from pipeline.tracking import Journal
+from pipeline.tracking import Journal, names
 from pipeline.tracking.journal import JournalCursor
 from pipeline.training.checkpoints.format import newest_checkpoint
 from pipeline.training.launch import run_worker
@@ -32,7 +32,10 @@ def killable(tmp_path):
 def test_a_training_neither_waits_nor_loses_nor_repeats_a_point(teams, killable, shards, tmp_path):
     with Server(tmp_path) as server:
         server.start()
-        parent = tracking.open_parent(server.address, experiment="e", name="run", tags={}, params={})
+        tags = {names.RUN_TAG: "run", names.DIGEST_TAG: "d", names.STORE_TAG: "s"}
+        parent = tracking.open_parent(
+            server.address, experiment="e", name="run", attempt="a", tags=tags, params={}
+        ).run_id
         run = tracking.open_child(
             server.address, experiment="e", parent_run_id=parent, name="step", fingerprint="f" * 64, tags={}, params={}
         )
