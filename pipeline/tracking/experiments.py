@@ -6,6 +6,9 @@ from typing import Any
 from pipeline.errors import TrackingError
 from pipeline.tracking.connection import artifact_location, client_of
 
+KIND_TAG, TRAINING = "mlflow.experimentKind", "custom_model_development"
+"""Without it, MLflow shows the experiment among pages for language models."""
+
 
 def experiment_named(uri: str, name: str) -> str:
     """Return the experiment's id, creating it if necessary; of two processes that try at once, the second takes the first's."""
@@ -15,7 +18,8 @@ def experiment_named(uri: str, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return str(client.create_experiment(name, artifact_location=artifact_location(uri)))
+            where, tags = artifact_location(uri), {KIND_TAG: TRAINING}
+            return str(client.create_experiment(name, artifact_location=where, tags=tags))
         except MlflowException:
             found = client.get_experiment_by_name(name)
             if found is None:

@@ -13,7 +13,7 @@ from mae_core.config import SIZES, ViTConfig
 from pipeline.config import RunConfig
 from pipeline.evaluation.protocols import PROTOCOL_NAMES
 from pipeline.runs.workflow import OUTSIDE, snapshot_names
-from pipeline.tracking.mlflow_format import flatten_params, redact
+from pipeline.tracking.mlflow_format import flatten_params, redact_text
 
 LETTERS: Mapping[str, str] = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H"}
 TITLE_CHARS = 60
@@ -111,14 +111,17 @@ def differs_label(config: RunConfig) -> str:
 
 
 def run_title(config: RunConfig) -> str:
-    """Return the name of a run: its own, then data, size, and what differs from the defaults as far as there is room."""
+    """Return the name of a run: its own with what --set changed, then data, size, and what else differs, as far as there is room.
+
+    MLflow's lists and legends show some twenty characters of it, so that what tells runs apart comes first."""
+    words = {key: f"{key}={value}" for key, value in differences(config).items()}
+    changed = [words.pop(key) for key in map(_short, config.overridden) if key in words]
+    rest = list(words.values())
+    shown = [word for end, word in enumerate(rest, 1) if len(" ".join([*changed, *rest[:end]])) <= TITLE_CHARS]
+    left_out = [] if shown == rest else [f"… #{identity_digest(config)[:4]}"]
     data = data_label(config)
-    parts = [config.name, *([] if data in config.name else [data]), size_label(config.model.encoder)]
-    words = [f"{key}={value}" for key, value in differences(config).items()]
-    shown = [word for end, word in enumerate(words, 1) if len(" ".join(words[:end])) <= TITLE_CHARS]
-    left_out = [] if shown == words else [f"… #{identity_digest(config)[:4]}"]
-    parts.append(" ".join([*shown, *left_out]))
-    return " · ".join(part for part in parts if part)
+    parts = [" ".join([config.name, *changed]), "" if data in config.name else data, size_label(config.model.encoder)]
+    return " · ".join(part for part in (*parts, " ".join([*shown, *left_out])) if part)
 
 
 def _defaults(config: RunConfig, **sections: Any) -> RunConfig:
@@ -152,4 +155,5 @@ def _plain(value: str) -> str:
 
 
 def _flat(config: RunConfig) -> dict[str, str]:
-    return flatten_params(redact(config))
+    flat = flatten_params(config.model_dump(mode="json"))
+    return {key: redact_text(value) for key, value in flat.items()}

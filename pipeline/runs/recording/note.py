@@ -30,8 +30,9 @@ def note(
     addresses: Mapping[str, str],
 ) -> str:
     """Return the note. `steps`: name, state and seconds of each; `links`: step name -> address of its run's page."""
+    # the scores first: MLflow shows the first lines, and the rest on request
     sections = [f"**{_STATES[verdict]}** {_what(config)}", _scores(scores), _numbers(metrics)]
-    sections += ["### To go on, or to run it again", _resume()]
+    sections += [f"Differs from the defaults: `{differs_label(config)}`", "### To go on, or to run it again", _resume()]
     places = [f"- {name}: `{redact_text(where)}`" for name, where in addresses.items()]
     # last: a tag has its limit, and a run may have hundreds of steps
     sections += ["### Where", "\n".join(places), _steps(steps, links)]
@@ -41,7 +42,7 @@ def note(
 def _what(config: RunConfig) -> str:
     return (
         f"{size_label(config.model.encoder)} pretrained on {data_label(config)}, {config.pretrain.epochs} epochs at a batch of "
-        f"{config.pretrain.global_batch}. Differs from the defaults: `{differs_label(config)}`"
+        f"{config.pretrain.global_batch}."
     )
 
 
@@ -57,7 +58,7 @@ def _scores(scores: Sequence[Score]) -> str:
         seeds = max(len(score.values) for score in group.values())
         lines.append(_row([dataset, protocol, *cells, difference, str(seeds)]))
     remarks = [f"- {name}: {text}" for name, text in settings_of_scores(scores).items()]
-    return "\n".join(["### Scores", "", *lines, "", *remarks])
+    return "\n".join([*lines, *(["", *remarks] if remarks else [])])
 
 
 def _numbers(metrics: Mapping[str, float]) -> str:

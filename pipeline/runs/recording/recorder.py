@@ -7,6 +7,7 @@ import datetime
 import getpass
 import json
 import logging
+import math
 import subprocess
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -236,7 +237,8 @@ def _dataset_digest(receipt: Receipt) -> str:
 
 def _as_yaml(config: RunConfig) -> bytes:
     """The whole configuration, with secrets hidden, so that `mae run` can read it."""
-    return yaml.safe_dump(tracking.redact(resolved_document(config)), sort_keys=False).encode()
+    # the text, not by key as for parameters: only addresses hold secrets, and `***` for `tokens: all` could not be read again
+    return tracking.redact_text(yaml.safe_dump(resolved_document(config), sort_keys=False, width=math.inf)).encode()
 
 
 @contextlib.contextmanager

@@ -37,6 +37,7 @@ METRICS = {
     "stepped_over": "train/stepped_over_steps",
     "images_per_s": "throughput/images_per_s",
     "mfu": "throughput/mfu",
+    "workers": "throughput/workers",
     "checkpoint_wait": "throughput/checkpoint_wait_share",  # share of the time since the last row, mean over workers
     "agree_wait": "throughput/agree_wait_share",  # of the loop's thread, in collectives on the CPU; mean over workers
     "gpu_busy": "throughput/gpu_busy_share",  # passes and optimiser, by events; gaps between kernels count as busy; GPUs only
@@ -142,6 +143,7 @@ class TrainingMeter:
             "stepped_over": guard.untrained_before(position.global_step),
             "images_per_s": images_per_s,
             "mfu": images_per_s * self.flops / self.peak,
+            "workers": self.world.size,
             **data,
             **over_workers(everyone, elapsed=elapsed),
             **time_shares(everyone, elapsed=elapsed, passes=self.passes),

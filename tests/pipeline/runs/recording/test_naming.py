@@ -70,11 +70,11 @@ def test_the_title_says_data_size_and_first_what_was_changed_on_the_command_line
     assert run_title(plain()) == "mae · cats · ViT-B/16"
     assert run_title(plain(name="cats-b")) == "cats-b · ViT-B/16"
     assert run_title(config("model.mask_ratio=0.5")).startswith(
-        "vit_base · imagenet · ViT-B/16 · mask_ratio=0.5 epochs=1600"
+        "vit_base mask_ratio=0.5 · imagenet · ViT-B/16 · epochs=1600"
     )
     changed = config("model.decoder_depth=4", recipe="digits")
     assert next(iter(differences(changed))) == "decoder_depth"
-    assert " · decoder_depth=4 target=raw" in run_title(changed)
+    assert run_title(changed).startswith("digits decoder_depth=4 · ViT 96x4/4 · target=raw epochs=100")
 
 
 def test_titles_differ_even_where_there_is_no_room_for_the_difference():
