@@ -93,4 +93,5 @@ def _resume() -> str:
 
 
 def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    # wide spaces, since MLflow's tables have no padding
+    return "".join(f"| {cell}\u2002" for cell in cells) + "|"
