@@ -40,6 +40,8 @@ def note(
 
 
 def _what(config: RunConfig) -> str:
+    if config.weights:
+        return f"{size_label(config.model.encoder)} from `{redact_text(config.weights.file)}`, evaluated on {data_label(config)}."
     return (
         f"{size_label(config.model.encoder)} pretrained on {data_label(config)}, {config.pretrain.epochs} epochs at a batch of "
         f"{config.pretrain.global_batch}."

@@ -188,7 +188,11 @@ _MODEL_TAGS = {names.DATA_TAG, names.SIZE_TAG, names.DIFFERS_TAG, names.COMMIT_T
 def parent_tags(config: RunConfig) -> dict[str, str]:
     """Return what a run is found by, grouped by and traced back with."""
     revision, changed = code_revision()
-    source = {names.SOURCE_TAG: "mae run", names.SOURCE_TYPE_TAG: "LOCAL", names.COMMIT_TAG: revision}
+    source = {
+        names.SOURCE_TAG: "mae evaluate" if config.weights else "mae run",
+        names.SOURCE_TYPE_TAG: "LOCAL",
+        names.COMMIT_TAG: revision,
+    }
     with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
         source[names.USER_TAG] = getpass.getuser()
     return {
@@ -198,7 +202,7 @@ def parent_tags(config: RunConfig) -> dict[str, str]:
         names.DATA_TAG: naming.data_label(config),
         names.SIZE_TAG: naming.size_label(config.model.encoder),
         names.DIFFERS_TAG: naming.differs_label(config),
-        names.KIND_TAG: "run",
+        names.KIND_TAG: "evaluate" if config.weights else "run",
         names.STARTED_TAG: datetime.datetime.now(tz=datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
         "git.revision": f"{revision[:12]}{'+' if changed else ''}" or "unknown",
         **{key: value for key, value in source.items() if value},

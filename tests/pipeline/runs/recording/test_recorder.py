@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from foreign_kit import official
 from run_kit import Silent, document, migrated_database, states, store, write_config, write_images
 
 from pipeline import tracking
 from pipeline.config import RunConfig, load_config
+from pipeline.runs.foreign.evaluation import evaluation_of
 from pipeline.runs.run import run_pipeline
 from pipeline.runs.summary import RunSummary
 from pipeline.tracking import names
@@ -141,3 +143,20 @@ def test_without_tracking_nothing_is_recorded(tmp_path, images):
     summary = go(config)
     assert (summary.verdict, summary.run_id) == ("done", "")
     assert not list((tmp_path / "store").glob("*.db"))
+
+
+def test_weights_from_elsewhere_are_a_run_of_their_own_kind(store, images, tmp_path):
+    # named by their file, evaluated, and no model of ours to register
+    weights = official(tmp_path)
+    overrides = ("data.test_share=0.3", "data.min_shards=2")
+    _, config = evaluation_of(
+        weights, str(images), protocols="knn", store=str(store), options={"num_heads": 4}, overrides=overrides
+    )
+    summary = go(config)
+    (parent,) = parents(summary)
+    assert parent.data.tags[names.KIND_TAG] == "evaluate"
+    assert parent.info.run_name.startswith("mae.pth test_share=0.3 min_shards=2 · images · ViT 32x2/4")
+    assert [tag.value for one in parent.inputs.dataset_inputs for tag in one.tags] == ["evaluation"]
+    assert "score/knn/images/pretrained" in parent.data.metrics
+    assert "evaluated on images" in parent.data.tags[names.NOTE_TAG]
+    assert not tracking.client_of(summary.addresses["tracking"]).search_registered_models()
