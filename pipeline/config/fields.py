@@ -302,11 +302,11 @@ class RunConfig(Section):
 
     @property
     def overridden(self) -> tuple[str, ...]:
-        """The fields that --set gave, in the order of the command line."""
+        """The fields that were written elsewhere than in the file: those of a sweep, then those of --set."""
         return self._overridden
 
     def written_with(self, overridden: Sequence[str]) -> Self:
-        """Return the configuration with the fields that --set gave."""
+        """Return the configuration with the fields that were written elsewhere than in its file."""
         copy = self.model_copy()
         copy._overridden = tuple(overridden)
         return copy

@@ -61,7 +61,9 @@ def _validated(document: dict[str, Any], overridden: Mapping[str, str], *, writt
             field: f"{_origin(field, overridden, written_in)}: {field}{text}" for field, text in reversed(problems)
         }
         raise ConfigError("\n".join(reversed(lines.values())))
-    return with_absolute_addresses(config).written_with(tuple(overridden))
+    return with_absolute_addresses(config).written_with(
+        sorted(overridden, key=lambda dotted: overridden[dotted] == "--set")
+    )
 
 
 def read_document(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

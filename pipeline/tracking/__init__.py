@@ -7,8 +7,13 @@ from pipeline.tracking.connection import NO_TRACKING as NO_TRACKING
 from pipeline.tracking.connection import check_tracking as check_tracking
 from pipeline.tracking.connection import client_of as client_of
 from pipeline.tracking.connection import resolve_tracking_uri as resolve_tracking_uri
-from pipeline.tracking.journal import Journal as Journal
-from pipeline.tracking.journal import Point as Point
+from pipeline.tracking.curves.journal import Journal as Journal
+from pipeline.tracking.curves.journal import Point as Point
+from pipeline.tracking.curves.node_metrics import node_metrics as node_metrics
+from pipeline.tracking.curves.sender import deliver as deliver
+from pipeline.tracking.curves.writer import NullTracker as NullTracker
+from pipeline.tracking.curves.writer import Tracker as Tracker
+from pipeline.tracking.curves.writer import open_tracker as open_tracker
 from pipeline.tracking.mlflow_format import redact as redact
 from pipeline.tracking.mlflow_format import redact_text as redact_text
 from pipeline.tracking.mlflow_format import short_digest as short_digest
@@ -31,9 +36,5 @@ from pipeline.tracking.runs import find_child as find_child
 from pipeline.tracking.runs import link_child as link_child
 from pipeline.tracking.runs import open_child as open_child
 from pipeline.tracking.runs import pages_of_children as pages_of_children
-from pipeline.tracking.sender import deliver as deliver
 from pipeline.tracking.serve import serve as serve
 from pipeline.tracking.serve import serve_command as serve_command
-from pipeline.tracking.writer import NullTracker as NullTracker
-from pipeline.tracking.writer import Tracker as Tracker
-from pipeline.tracking.writer import open_tracker as open_tracker

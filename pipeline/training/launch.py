@@ -16,7 +16,7 @@ from pipeline import errors
 from pipeline.cluster.device import choose_device_here
 from pipeline.errors import ConfigError, PipelineError, Stopped
 from pipeline.graph.step import Attempt
-from pipeline.tracking import NullTracker, open_tracker
+from pipeline.tracking import NullTracker, node_metrics, open_tracker
 from pipeline.training import ray_task, room
 from pipeline.training.health.failures import FailureStreak, reason_to_give_up
 from pipeline.training.health.stop_reasons import stop_on_sigterm_if_unhandled, stop_signal_of
@@ -97,7 +97,9 @@ def run_worker(spec: TrainSpec, attempt: Attempt) -> None:
     )
     answer: Mapping[str, Any]
     try:
-        with stop_signal_of(attempt, world) as stop_signal:
+        # one worker speaks for its node
+        watched = attempt.tracking_uri if world.local_rank == 0 else ""
+        with stop_signal_of(attempt, world) as stop_signal, node_metrics(watched, attempt.mlflow_run_id):
             answer = asdict(train(spec, attempt, world=world, tracker=tracker, stop_signal=stop_signal))
     except Unanswered:
         raise  # the workers cannot agree on an answer either, and starting them again may help

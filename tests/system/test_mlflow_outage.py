@@ -15,7 +15,7 @@ from run_kit import ROOT, document, end_with_parent, environment, write_config, 
 
 from pipeline.storage import open_store
 from pipeline.tracking import Journal, client_of
-from pipeline.tracking.journal import JournalCursor
+from pipeline.tracking.curves.journal import JournalCursor
 from pipeline.training.checkpoints.format import committed, open_checkpoint
 
 pytestmark = pytest.mark.system

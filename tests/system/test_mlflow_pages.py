@@ -101,7 +101,9 @@ def test_one_run_says_what_it_is_and_what_came_out(page, runs):
     see(page, "Registered models")
     see(page, "Done.", re.compile("pretrained on toy, 2 epochs"))
     page.get_by_text("Show more").click()
-    see(page, "To go on, or to run it again", "mae run config.yaml", "protocol", re.compile(r"^\d+\.\d ± \d+\.\d %$"))
+    see(
+        page, "To go on, or to run it again", "mae run config.yaml", "protocol", re.compile(r"^\d+\.\d ± \d+\.\d %\s*$")
+    )
     see(page, "pretrain/loss", "pretrain/final_loss", "score/linear/toy/pretrained", "score_sd/linear/toy/pretrained")
     page.get_by_role("link", name="finetune-toy-random-s1").first.wait_for(state="visible")
 

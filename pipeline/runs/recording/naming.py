@@ -13,6 +13,7 @@ from mae_core.config import SIZES, ViTConfig
 from pipeline.config import RunConfig
 from pipeline.evaluation.protocols import PROTOCOL_NAMES
 from pipeline.runs.workflow import OUTSIDE, snapshot_names
+from pipeline.stages.pretrain import MILESTONE_OPTIONS
 from pipeline.tracking.mlflow_format import flatten_params, redact_text
 
 LETTERS: Mapping[str, str] = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H"}
@@ -33,12 +34,13 @@ _SAYS_NOTHING = {
     "root",
 }
 _CHANGES_NO_RESULT = re.compile(
-    rf"({'|'.join(OUTSIDE)})(\..*)?|data\.bad_share_(warn|stop)|evaluation\.milestone_\w+|weights\.(file|assumed)(\..*)?"
+    rf"({'|'.join(OUTSIDE)})(\..*)?|data\.bad_share_(warn|stop)|evaluation\.({'|'.join(MILESTONE_OPTIONS)})|weights\.(file|assumed)"
 )
 _SHOWN_ELSEWHERE = re.compile(
-    r"data\.(source|labels|\w+_column|split_from)|evaluation\.datasets\..*|model\.encoder\.(embed_dim|depth|num_heads|patch_size)"
+    r"data\.(source|labels|\w+_column|split_from)|evaluation\.datasets\..*|weights(\..*)?"
+    r"|model\.encoder\.(embed_dim|depth|num_heads|patch_size)"
 )
-"""The data and the size have tags of their own."""
+"""The data and the size have tags of their own; weights from elsewhere give the run its name."""
 _FIRST = ("mask_ratio", "masking", "target", "epochs", "base_lr", "global_batch", "seed")
 """Fields that are varied most often come first."""
 _SIZE = ("embed_dim", "depth", "num_heads", "patch_size", "image_size")

@@ -40,6 +40,8 @@ def note(
 
 
 def _what(config: RunConfig) -> str:
+    if config.weights:
+        return f"{size_label(config.model.encoder)} from `{redact_text(config.weights.file)}`, evaluated on {data_label(config)}."
     return (
         f"{size_label(config.model.encoder)} pretrained on {data_label(config)}, {config.pretrain.epochs} epochs at a batch of "
         f"{config.pretrain.global_batch}."
@@ -93,4 +95,5 @@ def _resume() -> str:
 
 
 def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    # wide spaces, since MLflow's tables have no padding
+    return "".join(f"| {cell}\u2002" for cell in cells) + "|"

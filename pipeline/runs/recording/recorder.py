@@ -186,7 +186,10 @@ _MODEL_TAGS = {names.DATA_TAG, names.SIZE_TAG, names.DIFFERS_TAG, names.COMMIT_T
 def parent_tags(config: RunConfig) -> dict[str, str]:
     """Return what a run is found by, grouped by and traced back with."""
     revision = code_revision()
-    source = {names.SOURCE_TAG: "mae run", names.SOURCE_TYPE_TAG: "LOCAL"}
+    source = {
+        names.SOURCE_TAG: "mae evaluate" if config.weights else "mae run",
+        names.SOURCE_TYPE_TAG: "LOCAL",
+    }
     if revision != UNKNOWN_REVISION:
         source[names.COMMIT_TAG] = revision.rstrip("+")
     with contextlib.suppress(OSError, KeyError):  # a container's user may have no name

@@ -86,7 +86,8 @@ def used_datasets(outcomes: Sequence[Outcome], *, data_name: str) -> list[UsedDa
     receipts = {outcome.step.name: outcome.receipt for outcome in outcomes}
     page = next(outcome.step for outcome in outcomes if outcome.step.kind == "report")
     roles: dict[str, tuple[Step, str, list[str]]] = {}
-    if pretrained := page.inputs.get("pretrain"):  # weights from elsewhere were trained on data that are not known here
+    # weights from elsewhere were not pretrained on anything here
+    if pretrained := page.inputs.get("pretrain"):
         shards = pretrained.inputs["shards"]
         roles[shards.name] = (shards, data_name, ["training"])
     for scored in page.config.scored if isinstance(page.config, ReportConfig) else ():

@@ -149,5 +149,5 @@ def test_scores_have_names_under_which_mlflow_compares_them():
     rows = [Score(protocol="linear", dataset="digits", encoder="pretrained", values=(0.5, 0.7))]
     metrics = as_metrics(rows)
     assert metrics["score/linear/digits/pretrained"] == pytest.approx(0.6)
-    assert metrics["score/linear/digits/pretrained/sd"] == pytest.approx(0.02**0.5)
-    assert metrics["score/linear/digits/pretrained/seeds"] == 2
+    assert metrics["score_sd/linear/digits/pretrained"] == pytest.approx(0.02**0.5)
+    assert metrics["score_n/linear/digits/pretrained"] == 2

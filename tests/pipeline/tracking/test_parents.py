@@ -1,15 +1,18 @@
 """One parent for a run, however often and by how many drivers it is started: against the real MLflow, over SQLite."""
 
 import shutil
+import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from mlflow_kit import wait_for
 
 from pipeline import tracking
 from pipeline.storage import FileStore
 from pipeline.tracking import Point, names
+from pipeline.tracking.curves.sender import Sender
 from pipeline.tracking.models import LINEAR_TAG
-from pipeline.tracking.sender import Sender
 
 
 @pytest.fixture
@@ -199,3 +202,27 @@ def test_a_better_score_on_other_data_is_not_better(uri):
     register(uri, parent, "f2", 0.9, data="easy")
     version = tracking.client_of(uri).get_model_version_by_alias("cats", names.BEST_LINEAR_ALIAS)
     assert str(version.version) == "1"
+
+
+# --- the nodes
+
+
+def test_a_node_that_pretrains_is_watched_on_the_run_that_started_it_last(uri):
+    first, second = start(uri).run_id, start(uri, store="s3://other").run_id
+    step = child(uri, first)
+    child(uri, second)
+    node = f"system/{socket.gethostname()}"
+    with tracking.node_metrics(uri, step, every_s=0.05):
+        wait_for(lambda: f"{node}/cpu_utilization_percentage" in run(uri, second).data.metrics)
+    assert {f"{node}/system_memory_usage_percentage", f"{node}/disk_usage_percentage"} <= run(
+        uri, second
+    ).data.metrics.keys()
+    assert not run(uri, first).data.metrics
+
+
+def test_without_a_run_or_a_server_nodes_are_not_watched_and_nobody_waits(uri, caplog):
+    caplog.set_level("INFO")
+    with tracking.node_metrics(uri, "", every_s=0.01), tracking.node_metrics("", "r", every_s=0.01):
+        assert not [thread for thread in threading.enumerate() if thread.name == "node-metrics"]
+    with tracking.node_metrics(uri, "no-such-run", every_s=0.01):
+        wait_for(lambda: "system metrics are not recorded" in caplog.text)

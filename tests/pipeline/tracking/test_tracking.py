@@ -17,12 +17,13 @@ from mlflow_kit import wait_for
 from pipeline import tracking
 from pipeline.errors import StorageError, WrongTrackingAddress
 from pipeline.storage import FileStore
-from pipeline.tracking import Journal, Point, TrackingError, connection, journal, names
+from pipeline.tracking import Journal, Point, TrackingError, connection, names
 from pipeline.tracking.connection import artifact_location
+from pipeline.tracking.curves import journal
+from pipeline.tracking.curves.writer import JournalTracker
 from pipeline.tracking.experiments import experiment_named
 from pipeline.tracking.mlflow_format import flatten_params
 from pipeline.tracking.records import log_params
-from pipeline.tracking.writer import JournalTracker
 
 FINGERPRINT = "ab" * 32
 

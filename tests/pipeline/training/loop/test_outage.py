@@ -11,7 +11,7 @@ from training_kit import Team, TeamError, attempt_at, mae_spec, napping
 
 from pipeline import tracking
 from pipeline.tracking import Journal, names
-from pipeline.tracking.journal import JournalCursor
+from pipeline.tracking.curves.journal import JournalCursor
 from pipeline.training.checkpoints.format import newest_checkpoint
 from pipeline.training.launch import run_worker
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.storage import Store
 from pipeline.tracking.connection import client_of, translate_errors
-from pipeline.tracking.journal import Journal, JournalCursor, Point
+from pipeline.tracking.curves.journal import Journal, JournalCursor, Point
 from pipeline.tracking.mlflow_format import METRICS_PER_CALL, chunks, mlflow_key
 from pipeline.tracking.names import CURVE, KIND_TAG
 from pipeline.tracking.records import last_steps, log_curve, log_tags

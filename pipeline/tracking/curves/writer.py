@@ -12,10 +12,10 @@ from typing import Protocol
 
 from pipeline.storage import Store
 from pipeline.tracking.connection import root_cause
-from pipeline.tracking.journal import Journal, Point
+from pipeline.tracking.curves.journal import Journal, Point
+from pipeline.tracking.curves.sender import Sender
 from pipeline.tracking.mlflow_format import redact_text
 from pipeline.tracking.records import now_ms
-from pipeline.tracking.sender import Sender
 
 log = logging.getLogger(__name__)
 
