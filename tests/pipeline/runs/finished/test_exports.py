@@ -77,7 +77,7 @@ def test_the_card_of_an_encoder_tells_where_it_comes_from(run, tmp_path):
     receipt = json.loads(directory(run, "shard").read("receipt.json"))
     assert f"manifest digest `{receipt['facts']['digest']}`" in sections["Lineage"]
     assert steps["pretrain"].fingerprint in sections["Lineage"]
-    assert re.search(r"code revision `([0-9a-f]{12}\+?|unknown)`, Python .*torch 2", sections["Lineage"])
+    assert re.search(r"code revision `([0-9a-f]{40}\+?|unknown)`, Python .*torch 2", sections["Lineage"])
     assert re.search(
         r"\| toy \| linear \| [\d.]+ ± [\d.]+ % \| [\d.]+ ± [\d.]+ % \| 2 \| \d+ \| \d+ \|", sections["Scores"]
     )
