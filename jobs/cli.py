@@ -12,6 +12,7 @@ from typing import Annotated, TextIO
 import typer
 
 from jobs.commands import job, model, shards, store
+from jobs.commands.compare import compare
 from jobs.commands.config import config
 from jobs.commands.doctor import doctor
 from jobs.commands.evaluate import conformance, evaluate
@@ -30,7 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (init, config, run, sweep, plan, evaluate, conformance, replay, fork, ui, doctor):
+for command in (init, config, run, sweep, plan, compare, evaluate, conformance, replay, fork, ui, doctor):
     app.command()(command)
 for group in (job, shards, model, store):
     app.add_typer(group.app, name=group.__name__.rpartition(".")[2])

@@ -1,7 +1,8 @@
 """Masked autoencoder pretraining: shards in, an encoder out (He et al. 2021, arXiv 2111.06377).
 
 Output: encoder.safetensors, model.safetensors, config.json, basis.safetensors (only for target `pca`), history.jsonl, and
-reconstructions.npz (images uint8 [N, 4, H, W, 3]: original, visible patches, reconstruction before training, and after).
+reconstructions.npz (images uint8 [N, 4, H, W, 3]: original, visible patches, reconstruction before training, and after;
+sample_ids int64 [N]). Its images are the same in every run of a dataset, whatever its seed or image size.
 Errors: those of training; DataError if there is nothing to train on."""
 
 import io
@@ -89,7 +90,8 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, StageInput], attempt: 
         attempt.store.write(BASIS, save(task.basis._asdict()))
         files = (*files, BASIS)
     packed = io.BytesIO()
-    np.savez(packed, images=_panel(config, spec, inputs["shards"], task, weights))
+    ids, panel = _panel(config, spec, inputs["shards"], task, weights)
+    np.savez(packed, images=panel, sample_ids=ids)
     attempt.store.write(RECONSTRUCTIONS, packed.getvalue())
     return StageResult(
         facts=PretrainFacts(
@@ -143,8 +145,10 @@ def _here(spec: TrainSpec) -> TrainSpec:
 
 def _panel(
     config: PretrainConfig, spec: TrainSpec, shards: StageInput, task: MAETask, weights: Mapping[str, Tensor]
-) -> "np.typing.NDArray[np.uint8]":
-    """uint8 [N, 4, H, W, 3]: images, held out if any are, their visible patches, and reconstructions before and after training."""
+) -> "tuple[np.typing.NDArray[np.int64], np.typing.NDArray[np.uint8]]":
+    """Sample ids int64 [N] and uint8 [N, 4, H, W, 3]: images, visible patches, and reconstructions before and after training.
+
+    The images are the first of the split in the manifest's order, held out if any are: no seed enters, so runs can be compared."""
     split = DatasetFacts.read(shards.facts).panel_split
     single = World(0, 1, torch.device("cpu"), None)
     with closing(
@@ -170,7 +174,7 @@ def _panel(
     ]
     shown = [denormalise_pixels(p, mean=encoder.pixel_mean, std=encoder.pixel_std).clamp(0, 1) for p in pictures]
     stacked = torch.stack(shown, dim=1).permute(0, 1, 3, 4, 2)  # [N, 4, H, W, C]
-    return (stacked * 255).round().to(torch.uint8).numpy()
+    return ids, (stacked * 255).round().to(torch.uint8).numpy()
 
 
 def _only_visible(pixels: Tensor, output: MAEOutput, patch_size: int, grid: tuple[int, int]) -> Tensor:

@@ -25,6 +25,9 @@ from pipeline.tracking.names import STEP_TAG as STEP_TAG
 from pipeline.tracking.parents import Parent as Parent
 from pipeline.tracking.parents import close_parent as close_parent
 from pipeline.tracking.parents import open_parent as open_parent
+from pipeline.tracking.reading import TrackedRun as TrackedRun
+from pipeline.tracking.reading import parents_in as parents_in
+from pipeline.tracking.reading import runs_by_id as runs_by_id
 from pipeline.tracking.records import log_curve as log_curve
 from pipeline.tracking.records import log_dataset as log_dataset
 from pipeline.tracking.records import log_file as log_file

@@ -61,6 +61,7 @@ def config(tmp_path, store) -> Path:
     [
         ["--help"],
         ["run", "--help"],
+        ["compare", "--help"],
         ["plan", "--help"],
         ["sweep", "--help"],
         ["job", "submit", "--help"],
@@ -88,7 +89,7 @@ print("HEAVY", sorted(heavy))
 
 def test_every_command_says_what_it_does():
     text = mae("--help").stdout + mae("job", "--help").stdout
-    for command in ("run", "sweep", "plan", "ui", "job", "submit", "status", "logs", "stop", "list"):
+    for command in ("run", "sweep", "plan", "compare", "ui", "job", "submit", "status", "logs", "stop", "list"):
         assert re.search(rf"\b{command}\s+\w+", text), command
 
 
