@@ -11,7 +11,6 @@ from typing import Annotated, TextIO
 
 import typer
 
-from jobs.commands import job, model, shards, store
 from jobs.commands.compare import compare
 from jobs.commands.config import config
 from jobs.commands.doctor import doctor
@@ -23,6 +22,7 @@ from jobs.commands.replay import replay
 from jobs.commands.run import run
 from jobs.commands.sweep import sweep
 from jobs.commands.ui import ui
+from jobs.groups import job, model, shards, store
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -1,1 +1,1 @@
-"""The commands of `mae`: one file per command or group of commands, named like it."""
+"""The single commands of `mae`, one file each, named like it."""

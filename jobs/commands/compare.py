@@ -122,7 +122,7 @@ def _show_lineage(targets: "Sequence[str]", uri: str, store: str, *, as_json: bo
     from rich.console import Console
 
     from pipeline.reporting.comparison.lineage import lineage_json, lineage_tree
-    from pipeline.runs.comparing.tracing import trace
+    from pipeline.runs.lineage.tracing import trace
 
     for target in targets:
         for lineage in trace(target, tracking_uri=uri, store=store):

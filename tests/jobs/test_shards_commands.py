@@ -11,7 +11,7 @@ from PIL import Image
 from run_kit import document, mae, write_config, write_images
 from typer.testing import CliRunner
 
-from jobs.commands.shards import app
+from jobs.groups.shards import app
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, DataError
 from pipeline.runs.finished.datasets import datasets_of, make_datasets

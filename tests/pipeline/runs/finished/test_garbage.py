@@ -6,7 +6,7 @@ import time
 import pytest
 from typer.testing import CliRunner
 
-from jobs.commands.store import app
+from jobs.groups.store import app
 from pipeline.runs.finished.garbage import StepState, delete, unneeded, unneeded_in_step
 from pipeline.storage import FileStore, ObjectInfo
 

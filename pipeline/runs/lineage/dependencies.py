@@ -12,7 +12,7 @@ from pipeline.evaluation.protocol import ScoreFacts
 from pipeline.reporting.comparison.lineage import Lineage, Node
 from pipeline.reporting.format import count
 from pipeline.runs.comparing.history import FinishedStep, is_, made_at
-from pipeline.runs.comparing.places import Place
+from pipeline.runs.lineage.places import Place
 
 ENCODER_FILE, MANIFEST_FILE, LISTING_FILE = "encoder.safetensors", "manifest.json", "snapshot.parquet"
 _DATA, _ENCODERS = {"shard", "join"}, {"pretrain", "import"}

@@ -9,9 +9,9 @@ from pipeline.errors import DataError
 from pipeline.reporting.comparison.lineage import Lineage
 from pipeline.runs.comparing.finding import find
 from pipeline.runs.comparing.history import History
-from pipeline.runs.comparing.lineage import dependents, lineage_of
 from pipeline.runs.comparing.loading import load
-from pipeline.runs.comparing.places import place_of
+from pipeline.runs.lineage.dependencies import dependents, lineage_of
+from pipeline.runs.lineage.places import place_of
 from pipeline.storage import open_store
 
 

@@ -1,0 +1,1 @@
+"""Groups of commands, one file each, named like it: `mae shards ...` is shards.py."""
