@@ -52,7 +52,7 @@ def _scores(scores: Sequence[Score]) -> str:
     if not scores:
         return ""
     encoders = list(dict.fromkeys(score.encoder for score in scores))
-    lines = [_row(["dataset", "protocol", *encoders, "difference", "seeds"]), _row(["---"] * (len(encoders) + 4))]
+    lines = [_row(["dataset", "protocol", *encoders, "difference", "seeds"]), "|---" * (len(encoders) + 4) + "|"]
     for (dataset, protocol), group in pairs(scores).items():
         cells = [group[encoder].text if encoder in group else "–" for encoder in encoders]
         both = {"pretrained", "random"} <= group.keys()
@@ -80,7 +80,7 @@ def _numbers(metrics: Mapping[str, float]) -> str:
 def _steps(steps: Sequence[tuple[str, str, float]], links: Mapping[str, str]) -> str:
     if not steps:
         return ""
-    lines = [_row(["step", "state", "time"]), _row(["---"] * 3)]
+    lines = [_row(["step", "state", "time"]), "|---" * 3 + "|"]
     for name, state, seconds in steps:
         shown = f"[{name}]({links[name]})" if name in links else name
         lines.append(_row([shown, state, clock(seconds or None)]))
