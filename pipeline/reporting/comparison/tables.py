@@ -13,6 +13,7 @@ from pipeline.reporting.terminal import plain_table
 SCORES_SHOWN = 3
 """Score columns of the table; the page and --json have all."""
 UNKNOWN = "–"
+DIFFERS_CHARS = 80
 SCORES_NOTE = """
 scores: per cent, mean ± standard deviation over seeds (seeds)
 hours: GPU-hours or hours of CPU cores, of pretraining and evaluations; h: hours of pretraining, where no more is known
@@ -26,7 +27,9 @@ def runs_table(rows: Sequence[RunRow], *, scores: Sequence[str] = ()) -> Table:
         "id": lambda row: row.run_id[:6],
         "data": lambda row: row.data,
         "size": lambda row: row.size,
-        "differs": lambda row: row.differs,
+        "differs": lambda row: (
+            row.differs if len(row.differs) <= DIFFERS_CHARS else f"{row.differs[: DIFFERS_CHARS - 2]} …"
+        ),
         "loss": lambda row: _number(row.final_loss, ".4f"),
         **{name.replace("/", " "): _score(name) for name in scores},
         "images/s": lambda row: UNKNOWN if row.images_per_s is None else count(row.images_per_s),

@@ -24,7 +24,7 @@ def compare(found: Sequence[Found]) -> Comparison:
     labels = _labels([one.row for one in loaded])
     loaded = [replace(one, row=replace(one.row, name=label)) for one, label in zip(loaded, labels, strict=True)]
     config, machine = _config_differences(loaded)
-    if len(loaded) > 1 and config:
+    if len(loaded) > 1:  # from each other, not from the defaults
         loaded = [
             replace(one, row=replace(one.row, differs=short_differences(config, index)))
             for index, one in enumerate(loaded)
