@@ -264,3 +264,12 @@ SIZES: Mapping[str, Callable[..., ViTConfig]] = MappingProxyType(
     {"tiny": tiny, "small": small, "base": base, "large": large, "huge": huge}
 )
 """The named sizes, for configs that say `model.size: base`."""
+
+
+def size_name(config: ViTConfig) -> str:
+    """Return `ViT-B/16`, or width x depth / patch size of a size without a name: `ViT 192x6/4`."""
+    for name, make in SIZES.items():
+        known = make()
+        if (known.embed_dim, known.depth, known.num_heads) == (config.embed_dim, config.depth, config.num_heads):
+            return f"ViT-{'Ti' if name == 'tiny' else name[0].upper()}/{config.patch_size}"
+    return f"ViT {config.embed_dim}x{config.depth}/{config.patch_size}"

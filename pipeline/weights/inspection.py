@@ -12,13 +12,12 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from mae_core.config import MAEConfig
+from mae_core.config import MAEConfig, size_name
 from mae_core.interop import detect_layout
 from pipeline.errors import ConfigError
 from pipeline.graph.step import canonical
 from pipeline.storage import FileStore, Store
 from pipeline.weights.exports import Origin, export_autoencoder, export_encoder
-from pipeline.weights.exports.card import size_name
 from pipeline.weights.foreign import read_foreign_weights
 from pipeline.weights.imports import OWN_LAYOUT, ImportReport
 from pipeline.weights.own import CLASSIFIER, CONFIG, read_classifier, weights_digest

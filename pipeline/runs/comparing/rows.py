@@ -11,13 +11,13 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from mae_core.config import ViTConfig
+from mae_core.config import ViTConfig, size_name
 from pipeline.config import RunConfig
 from pipeline.errors import ConfigError
 from pipeline.evaluation.protocol import ScoreFacts
 from pipeline.reporting.comparison.values import RunRow, Spread
 from pipeline.runs.comparing.history import FinishedStep, is_, made_at, score_steps
-from pipeline.runs.recording.naming import data_label, differs_label, size_label
+from pipeline.runs.recording.naming import data_label, differs_label
 from pipeline.runs.recording.results import pretraining_metrics
 from pipeline.tracking import names
 from pipeline.training.facts import PretrainFacts
@@ -43,7 +43,7 @@ def finished_row(name: str, steps: Mapping[str, FinishedStep]) -> RunRow:
     return replace(
         row,
         data=data or _source_name(steps),
-        size=size_label(TypeAdapter(ViTConfig).validate_python(encoder)),
+        size=size_name(TypeAdapter(ViTConfig).validate_python(encoder)),
         differs=differs,
         final_loss=metrics[names.FINAL_LOSS],
         best_loss=metrics.get(names.BEST_LOSS),
@@ -108,7 +108,7 @@ def _with_import(row: RunRow, steps: Mapping[str, FinishedStep]) -> RunRow:
     return replace(
         row,
         data=_described(steps)[0] or _source_name(steps),
-        size=size_label(encoder),
+        size=size_name(encoder),
         differs=PurePosixPath(file).name,
     )
 

@@ -6,17 +6,15 @@ It covers only the fields that differ from the defaults, so that a field that is
 import hashlib
 import json
 import re
-from collections.abc import Mapping
 from typing import Any
 
-from mae_core.config import SIZES, ViTConfig
+from mae_core.config import size_name
 from pipeline.config import RunConfig
 from pipeline.evaluation.protocols import PROTOCOL_NAMES
 from pipeline.runs.workflow import OUTSIDE, snapshot_names
 from pipeline.stages.pretrain import MILESTONE_OPTIONS
 from pipeline.tracking.mlflow_format import flatten_params, redact_text
 
-LETTERS: Mapping[str, str] = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H"}
 TITLE_CHARS = 60
 """Room for differences in a run's name. Where there are more, the first digits of its digest tell the names apart."""
 _SAYS_NOTHING = {
@@ -70,15 +68,6 @@ def experiment_name(config: RunConfig) -> str:
     return config.tracking.experiment or f"mae-{data_name(config)}"
 
 
-def size_label(encoder: ViTConfig) -> str:
-    """Return `ViT-B/16`, or width, depth and patch size of an encoder that has no name: `ViT 192x6/4`."""
-    for name, make in SIZES.items():
-        known = make()
-        if (known.embed_dim, known.depth, known.num_heads) == (encoder.embed_dim, encoder.depth, encoder.num_heads):
-            return f"ViT-{LETTERS[name]}/{encoder.patch_size}"
-    return f"ViT {encoder.embed_dim}x{encoder.depth}/{encoder.patch_size}"
-
-
 def identity_digest(config: RunConfig) -> str:
     """Return 32 hex digits that are equal for runs that compute the same."""
     defaults = _flat(_defaults(config))
@@ -122,7 +111,7 @@ def run_title(config: RunConfig) -> str:
     shown = [word for end, word in enumerate(rest, 1) if len(" ".join([*changed, *rest[:end]])) <= TITLE_CHARS]
     left_out = [] if shown == rest else [f"… #{identity_digest(config)[:4]}"]
     data = data_label(config)
-    parts = [" ".join([config.name, *changed]), "" if data in config.name else data, size_label(config.model.encoder)]
+    parts = [" ".join([config.name, *changed]), "" if data in config.name else data, size_name(config.model.encoder)]
     return " · ".join(part for part in (*parts, " ".join([*shown, *left_out])) if part)
 
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
+from mae_core.config import size_name
 from pipeline.config import RunConfig
 from pipeline.reporting.format import clock
 from pipeline.reporting.summaries import Score, pairs, settings_of_scores
-from pipeline.runs.recording.naming import data_label, differs_label, size_label
+from pipeline.runs.recording.naming import data_label, differs_label
 from pipeline.tracking import names, redact_text
 
 CONFIG_FILE = "config.yaml"
@@ -41,9 +42,9 @@ def note(
 
 def _what(config: RunConfig) -> str:
     if config.weights:
-        return f"{size_label(config.model.encoder)} from `{redact_text(config.weights.file)}`, evaluated on {data_label(config)}."
+        return f"{size_name(config.model.encoder)} from `{redact_text(config.weights.file)}`, evaluated on {data_label(config)}."
     return (
-        f"{size_label(config.model.encoder)} pretrained on {data_label(config)}, {config.pretrain.epochs} epochs at a batch of "
+        f"{size_name(config.model.encoder)} pretrained on {data_label(config)}, {config.pretrain.epochs} epochs at a batch of "
         f"{config.pretrain.global_batch}."
     )
 

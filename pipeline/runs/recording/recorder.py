@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import yaml
 
+from mae_core.config import size_name
 from pipeline import tracking
 from pipeline.config import RunConfig
 from pipeline.data.dataset.facts import DatasetFacts
@@ -199,7 +200,7 @@ def parent_tags(config: RunConfig) -> dict[str, str]:
         names.DIGEST_TAG: naming.identity_digest(config),
         names.STORE_TAG: open_store(config.store).uri,
         names.DATA_TAG: naming.data_label(config),
-        names.SIZE_TAG: naming.size_label(config.model.encoder),
+        names.SIZE_TAG: size_name(config.model.encoder),
         names.DIFFERS_TAG: naming.differs_label(config),
         names.KIND_TAG: "evaluate" if config.weights else "run",
         names.STARTED_TAG: datetime.datetime.now(tz=datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),

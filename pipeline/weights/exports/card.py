@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from mae_core.config import SIZES, ViTConfig
+from mae_core.config import ViTConfig, size_name
 
 README = "README.md"
 
@@ -48,15 +48,6 @@ class Usage:
     """What `pixels` is."""
     notes: str = ""
     """Markdown behind it."""
-
-
-def size_name(config: ViTConfig) -> str:
-    """Return `ViT-B/16`, or widths and depth for a size without a name."""
-    for name, size in SIZES.items():
-        named = size()
-        if (named.embed_dim, named.depth, named.num_heads) == (config.embed_dim, config.depth, config.num_heads):
-            return f"ViT-{'Ti' if name == 'tiny' else name[0].upper()}/{config.patch_size}"
-    return f"ViT {config.embed_dim}x{config.depth}/{config.patch_size}"
 
 
 def normalised_pixels(config: ViTConfig) -> str:

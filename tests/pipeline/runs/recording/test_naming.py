@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from mae_core.config import size_name
 from pipeline.config import RunConfig, load_config
 from pipeline.runs.recording.naming import (
     data_label,
@@ -13,7 +14,6 @@ from pipeline.runs.recording.naming import (
     experiment_name,
     identity_digest,
     run_title,
-    size_label,
 )
 
 CONFIGS = Path(__file__).parents[4] / "jobs" / "configs"
@@ -50,12 +50,12 @@ def test_the_name_that_the_user_gave_the_same_images_wins_and_snapshots_are_told
 
 
 def test_sizes_have_the_names_that_papers_use():
-    assert [size_label(config(f"model.size={name}").model.encoder) for name in ("tiny", "base", "huge")] == [
+    assert [size_name(config(f"model.size={name}").model.encoder) for name in ("tiny", "base", "huge")] == [
         "ViT-Ti/16",
         "ViT-B/16",
         "ViT-H/14",
     ]
-    assert size_label(config(recipe="digits").model.encoder) == "ViT 96x4/4"
+    assert size_name(config(recipe="digits").model.encoder) == "ViT 96x4/4"
 
 
 def test_what_follows_from_another_field_is_no_difference():
