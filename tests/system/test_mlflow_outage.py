@@ -146,7 +146,7 @@ def wait_for_run(server) -> str:
 
     def found():
         client = client_of(server.address)
-        experiment = client.get_experiment_by_name("mae")
+        experiment = client.get_experiment_by_name("mae-toy")
         runs = client.search_runs([experiment.experiment_id], "tags.`mae.step` = 'pretrain'") if experiment else []
         return runs[0].info.run_id if runs else ""
 
