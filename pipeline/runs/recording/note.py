@@ -96,5 +96,5 @@ def _resume() -> str:
 
 
 def _row(cells: Sequence[str]) -> str:
-    # wide spaces, since MLflow's tables have no padding
-    return "".join(f"| {cell}\u2002" for cell in cells) + "|"
+    # wide spaces as entities (the character is trimmed), since MLflow's tables have no padding
+    return "".join(f"| {cell}&ensp;" for cell in cells) + "|"

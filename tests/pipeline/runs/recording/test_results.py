@@ -73,7 +73,7 @@ def test_the_note_begins_with_what_came_out_and_hides_secrets():
         links={"pretrain": "#/experiments/1/runs/ab"},
         addresses={"tracking": "http://me:secret@host"},
     )
-    plain = text.replace("\u2002", "")
+    plain = text.replace("&ensp;", "")
     assert plain.startswith("**Stopped, nothing is lost.** ViT-B/16 pretrained on cats, 800 epochs at a batch of 4096.")
     assert "| cats| linear| 60.0 ± 14.1 %| 25.0 %| +35.0| 2|" in plain
     assert "final loss 0.4, 12 GPU-hours" in text
