@@ -43,7 +43,8 @@ def test_fine_tuning_is_table_9_and_the_probe_table_10(config, size):
     assert (tuning.epochs, tuning.drop_path) == FINETUNING[size]
     assert (tuning.betas, tuning.weight_decay, tuning.base_lr) == ((0.9, 0.999), 0.05, 1e-3)
     assert (tuning.global_batch, tuning.warmup_epochs, tuning.layer_decay) == (1024, 5, 0.75)
-    assert tuning.label_smoothing == 0.1
+    assert (tuning.label_smoothing, tuning.mixup, tuning.cutmix) == (0.1, 0.8, 1.0)
+    assert tuning.augment.rand_augment == "rand-m9-mstd0.5-inc1"
     assert (probe.base_lr, probe.batch, probe.epochs, probe.warmup_epochs, probe.pool) == (0.1, 16384, 90, 10, "cls")
 
 
