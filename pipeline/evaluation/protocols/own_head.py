@@ -52,9 +52,10 @@ def step_config(common: ProtocolConfig, settings: OwnHeadSettings) -> OwnHeadCon
 
 def own_head(config: OwnHeadConfig, inputs: Mapping[str, StageInput], attempt: Attempt) -> StageResult:
     """Classify every image of the scored split."""
-    shards, weights = inputs["shards"], inputs["pretrain"]
+    shards = inputs["shards"]
     if result := skipped(shards, config.split, learns=False):
         return result
+    weights = inputs["pretrain"]
     imported, classes = ImportFacts.read(weights.facts), DatasetFacts.read(shards.facts).classes
     if imported.head_reads is None:
         raise ConfigError("own_head: the weights have no classification head: leave own_head out of the protocols")
