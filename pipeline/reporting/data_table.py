@@ -26,10 +26,14 @@ def data_table(
     unit: str,
     classes: Sequence[str] | None,
     origin: SplitOrigin | None = None,
+    label_tables: Mapping[str, int] | None = None,
+    image_folders: bool = False,
     passed_over: Mapping[str, int] | None = None,
     notes: Sequence[str] = (),
 ) -> RenderableType:
-    """Return the table of one source. `unit`: what is counted; `classes`: None if they are not known yet."""
+    """Return the table of one source. `unit`: what is counted; `classes`: None if they are not known yet.
+
+    `label_tables`: tables beside the images -> images that they label. `image_folders`: whether all are in folders `images`."""
     table = plain_table(["split"], numbers=[unit, *(["classes", "unlabelled"] if classes is not None else [])])
     for split, known in splits.items():
         numbers = [count(known.images)]
@@ -43,6 +47,15 @@ def data_table(
         if known.examples
     ]
     lines += [Text(f"splits from {ORIGINS[origin]}", style="dim")] if origin else []
+    lines += (
+        [Text("every file is in a folder such as images/, which is not taken for a class", style="dim")]
+        if image_folders
+        else []
+    )
+    lines += [
+        Text(f"labels of {count(images)} images from {path}", style="dim")
+        for path, images in (label_tables or {}).items()
+    ]
     if classes:
         more = f" and {count(len(classes) - _CLASSES_SHOWN)} more" if len(classes) > _CLASSES_SHOWN else ""
         lines.append(Text(f"classes {', '.join(classes[:_CLASSES_SHOWN])}{more}", style="dim"))

@@ -88,8 +88,18 @@ SITUATIONS = [
     Situation(
         "tiny imagenet",
         ["train/n01/images/1.JPEG", "val/images/1.JPEG", "test/images/1.JPEG"],
-        Listed({"train": 1, "val": 1, "test": 1}, ("images", "n01")),
+        Listed({"train": 1, "val": 1, "test": 1}, ("n01",)),
     ),
+    Situation("yolo's folders", each(["train/images", "valid/images"]), Listed({"train": 2, "val": 2})),
+    Situation("images in a folder of theirs", each(["images"]), Listed({"train": 2}, (), "hash")),
+    Situation("a class called images", each(["images", "cat"]), Listed({"train": 4}, ("cat", "images"), "hash")),
+    Situation("images below the classes", each(["cat/IMG", "dog/images"]), Listed({"train": 4}, BOTH, "hash")),
+    Situation(
+        "images below splits below classes",
+        each(["cat/train/images", "dog/test/images"]),
+        Listed({"train": 2, "test": 2}, BOTH),
+    ),
+    Situation("two folders of that name", each(["train/images/images"]), Listed({"train": 2})),
     Situation("spelled in two ways", [*classes_in(["train"]), *classes_in(["Training"])], Listed({"train": 8}, BOTH)),
     # --- split folders below others -----------------------------------------------------------------------------------------
     Situation(

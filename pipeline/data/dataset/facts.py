@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from pipeline.data.sources.label_tables import TableUse
 from pipeline.data.sources.listing import SourceKind
 from pipeline.data.sources.splits import SplitOrigin
 from pipeline.graph.facts import Facts
@@ -68,6 +69,10 @@ class SnapshotFacts(Facts):
     """Later parts only: files that an earlier part lists and the source no longer holds."""
     understood: Understood | None = None
     """None in the receipts of older versions; `pipeline.runs.checking.findings` then takes it from snapshot.parquet."""
+    label_tables: Mapping[str, TableUse] | None = None
+    """Path -> a table beside the images that labels those whose folders do not (`sources/label_tables.py`)."""
+    image_folders: bool | None = None
+    """True if every image lies in a folder such as `images`, which is no label."""
 
 
 @dataclass(frozen=True, kw_only=True)

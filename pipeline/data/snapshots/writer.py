@@ -5,7 +5,7 @@ tables, the list of files."""
 
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from pipeline.data.dataset.schema import NO_LABEL, SNAPSHOT, TABLE_SNAPSHOT
 from pipeline.data.dataset.understanding import PassedOver, SplitTally, notes_on_classes
 from pipeline.data.snapshots.config import SnapshotConfig
 from pipeline.data.snapshots.parts import BATCH_ROWS, SNAPSHOT_FILE, EarlierListing
+from pipeline.data.sources.label_tables import LabelTables, TablePaths, TableUse
 from pipeline.data.sources.labels import CLASSES_MAX, Labels
 from pipeline.data.sources.listing import KINDS, Role, SourceItem, SourceKind, list_source
 from pipeline.data.sources.splits import (
@@ -34,6 +35,7 @@ from pipeline.data.sources.splits import (
 )
 from pipeline.data.sources.tables import TableColumns, list_rows
 from pipeline.errors import ConfigError, DataError
+from pipeline.storage import open_store
 
 _FILES = pa.schema([("path", pa.string()), ("size", pa.int64())])
 _LABELLED_FILES = pa.schema([*_FILES, ("label", pa.large_string()), ("split", pa.large_string())])
@@ -64,6 +66,7 @@ class _Listing:
     folders: FolderEvidence
     """Of all images, new or not, so that all parts agree on the layout."""
     labels: Labels | None
+    tables: TablePaths
     without_split: int
     """Images that the labels file gives no split, new or not."""
     rows_max: float
@@ -79,6 +82,8 @@ class _Listed(NamedTuple):
     unlabelled: int | None
     origin: SplitOrigin
     notes: tuple[str, ...] = ()
+    label_tables: Mapping[str, TableUse] | None = None
+    image_folders: bool | None = None
 
 
 def take_snapshot(
@@ -104,6 +109,8 @@ def take_snapshot(
             passed_over=listing.passed_over.by_ending,
             notes=(*listed.notes, *notes_on_classes(listed.classes)),
         ),
+        label_tables=listed.label_tables,
+        image_folders=listed.image_folders,
     )
     return facts, listing.path
 
@@ -113,14 +120,16 @@ def _list(
 ) -> _Listing:
     """List the source in one pass, or its first `files` files."""
     labels = Labels(config.labels) if config.labels else None
-    folders, passed_over = FolderEvidence(), PassedOver()
+    folders, passed_over, tables = FolderEvidence(), PassedOver(), TablePaths()
     role: Role = "ignored"
     seen = without_split = 0
     schema = _LABELLED_FILES if labels else _FILES
     with pq.ParquetWriter(path, schema) as writer:
         for batch in _batches(islice(list_source(config.source, besides=config.labels), files), BATCH_ROWS):
             items = [item for item in batch if item.role != "ignored"]
-            passed_over.add_all(item.path for item in batch if item.role == "ignored")
+            others = [item.path for item in batch if item.role == "ignored"]
+            passed_over.add_all(others)
+            tables.add_all(others)
             seen += len(items)
             progress.update(seen, 0, unit="files listed")
             if not items:
@@ -149,11 +158,11 @@ def _list(
         raise DataError(f"{config.source}: none of its first {files} files is an image, a tar or a table")
     if labels and files is None:  # a preview has not seen every path
         labels.check_all_known(config.source)
-    return _Listing(path, KINDS[role], passed_over, folders, labels, without_split, files or math.inf)
+    return _Listing(path, KINDS[role], passed_over, folders, labels, tables, without_split, files or math.inf)
 
 
 def _resolve_images(config: SnapshotConfig, listing: _Listing, folder: Path) -> _Listed:
-    """Take labels and splits from the labels file, the folders and the keyed hash, in this order."""
+    """Take labels and splits from the labels file, the folders, tables beside the images and the keyed hash, in this order."""
     labels = listing.labels
     if config.split_from == "column" and listing.without_split:
         raise ConfigError(
@@ -168,12 +177,14 @@ def _resolve_images(config: SnapshotConfig, listing: _Listing, folder: Path) -> 
         splits_given=given and not listing.without_split,
     )
     classes = labels.classes if labels else layout.classes
+    tables = LabelTables(open_store(config.source), listing.tables, () if labels else layout.classes)
 
     def resolve(batch: Batch) -> tuple[list[str | None], list[str]]:
         by_name = [
             split_and_label(path, layout, test_share=config.test_share, seed=config.seed) for path in batch["path"]
         ]
-        names = batch.get("label", [name for _, name in by_name])
+        pairs = zip(batch["path"], by_name, strict=True)
+        names = batch.get("label") or [name or tables.label_of(path) for path, (_, name) in pairs]
         splits = [split for split, _ in by_name]
         if given:
             splits = [named or split for named, split in zip(batch["split"], splits, strict=True)]
@@ -181,8 +192,14 @@ def _resolve_images(config: SnapshotConfig, listing: _Listing, folder: Path) -> 
 
     listed = _write(folder / SNAPSHOT_FILE, read_batches(listing.path), resolve, classes, SNAPSHOT)
     notes = () if labels else listing.passed_over.emptied(listing.folders.names, layout.label_depth)
-    # the fact is about labels files and tables that leave images out, not about images outside class folders
-    return listed._replace(unlabelled=listed.unlabelled if labels else None, origin=layout.origin, notes=notes)
+    return listed._replace(
+        # the fact is about labels files and tables that leave images out, not about images outside class folders
+        unlabelled=listed.unlabelled if labels else None,
+        origin=layout.origin,
+        notes=(*notes, *tables.notes),
+        label_tables=tables.used or None,
+        image_folders=True if layout.image_folders and not labels else None,
+    )
 
 
 def _resolve_tars(config: SnapshotConfig, listing: _Listing, folder: Path) -> _Listed:

@@ -19,7 +19,8 @@ import pyarrow.json
 import pyarrow.parquet as pq
 
 from pipeline.data.sources.listing import file_address
-from pipeline.data.sources.splits import class_order, split_named
+from pipeline.data.sources.splits import class_order
+from pipeline.data.sources.words import split_named
 from pipeline.errors import DataError
 from pipeline.storage import open_store
 

@@ -1,46 +1,29 @@
 """Splits and labels from the names of folders and files, or by a keyed hash where the names say nothing.
 
-Words: `train` or `training`; `val`, `valid`, `validation` or `dev`; `test` or `testing`, in any case.
+Words for splits: `words.py`.
 Images: a level of folders on which every image has such a word is the split, wherever it is in the path. The label is the first
 folder below it (`data/train/cat/x.jpg`) or, if there is none, the one folder above it that varies (`cat/train/x.jpg`). Without such
 words all images form one pool with the first folder as the label, of which a keyed hash of the path puts `test_share` into `test`
-and the rest into `train`. Hive folders are read as what they say: `split=test/`, `label=cat/`, `class=cat/`.
+and the rest into `train`. If every image lies in a folder called `images`, these folders are no labels. Hive folders are read as
+what they say: `split=test/`, `label=cat/`, `class=cat/`.
 Tars and tables: a word in the name of the file or of one of its folders is the split (`imagenet-train-0001.tar`). Without words
 they form a pool: whole tars are held out (`choose_tars`), or rows of tables (`pool_split`).
 What could be read in two ways is refused rather than guessed: a wrong split trains on the test images, and no score shows it.
 Errors: DataError for such a layout, with an example of each word and the ways out."""
 
 import hashlib
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any, Literal, TypeVar
 
+from pipeline.data.sources.words import HIVE_LABEL, SplitName, is_image_folder, label_name, split_named, words_in
 from pipeline.errors import DataError
 
 _Item = TypeVar("_Item")
-
-SplitName = Literal["train", "val", "test"]
 SplitFrom = Literal["path", "name", "column", "hash"]
 """What `data.split_from` may say: the folders, the file's own name, a column, or the keyed hash, whatever the names say."""
 SplitOrigin = Literal["folders", "names", "column", "hash"]
 """What gave the images of a listing their splits."""
-WORDS: Mapping[str, SplitName] = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-    "testing": "test",
-}
-"""Word, in lower case -> split."""
-_HIVE_SPLIT = re.compile(r"(?i)split=(.+)")
-_HIVE_LABEL = re.compile(r"(?i)(?:label|class)=(.+)")
-_TOKEN = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
-_MAY_HOLD_A_WORD = re.compile(r"(?i)train|val|dev|test")
 _SIDE_BY_SIDE = 8
 """A level with more folders than this holds classes: `bullet_train` and `test_tube` among a thousand of them are no splits."""
 _NAMES_SHARE = 0.5
@@ -59,6 +42,8 @@ class ImageLayout:
     """Index of the folder that is the label. An image that is not so deep has none."""
     classes: tuple[str, ...]
     """Label names, sorted; empty if no image is in a class folder."""
+    image_folders: bool = False
+    """Whether every image lies in a folder such as `images`, which is no label."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +64,8 @@ class FolderEvidence:
 
     names: list[set[str]] = field(default_factory=list)
     """Distinct folder names by depth."""
+    image_folders: bool = True
+    """Whether every image so far lies in a folder such as `images`, whatever is above it."""
     _groups: dict[_Words, list[Any]] = field(default_factory=dict)
     """Which words occur together -> the first path with them, and the number of images."""
     _folder: str | None = None
@@ -95,6 +82,7 @@ class FolderEvidence:
             self.names += [set() for _ in range(len(parts) - len(self.names))]
             for names, part in zip(self.names, parts, strict=False):
                 names.add(part)
+            self.image_folders = self.image_folders and is_image_folder(folder)
             whole = _trimmed([split_named(part) for part in parts])
             self._folder = folder
             self._enter(_Words(whole, _trimmed([words_in(part) for part in parts]), named), path)
@@ -150,6 +138,8 @@ def split_and_label(path: str, layout: ImageLayout, *, test_share: float, seed: 
     """Return split and label name of an image: by its names, or its split by a keyed hash of its path."""
     *folders, name = path.split("/")
     label = label_name(folders[layout.label_depth]) if len(folders) > layout.label_depth else None
+    if layout.image_folders and label is not None and is_image_folder(label):
+        label = None
     if layout.split_depth is not None:
         # exactly one: find_layout has refused the others
         (split,) = words_in(folders[layout.split_depth])
@@ -202,31 +192,6 @@ def pool_split(path: str, *, test_share: float, seed: int) -> str:
     return "test" if keyed_hash(seed, path, purpose="split") < test_share * 2.0**64 else "train"
 
 
-def split_named(text: str) -> SplitName | None:
-    """Return the split that a whole folder name or a word in a column stands for, or None if it is unknown."""
-    hive = _HIVE_SPLIT.fullmatch(text)
-    return WORDS.get((hive[1] if hive else text).strip().lower())
-
-
-def words_in(text: str) -> frozenset[SplitName]:
-    """Return the splits that the words in a name stand for: `imagenet-train-0001`, `train2017`, `TestSet`."""
-    return _words_in(text) if _MAY_HOLD_A_WORD.search(text) else frozenset()
-
-
-@lru_cache(maxsize=4096)  # folder names come again and again
-def _words_in(text: str) -> frozenset[SplitName]:
-    if whole := split_named(text):
-        return frozenset({whole})
-    tokens = (token.lower() for token in _TOKEN.findall(text))
-    return frozenset(WORDS[word] for token in tokens if (word := token.removesuffix("set")) in WORDS)
-
-
-def label_name(folder: str) -> str:
-    """Return the label that a folder stands for: its name, or the value in a Hive folder `label=cat`."""
-    hive = _HIVE_LABEL.fullmatch(folder) if "=" in folder else None
-    return hive[1] if hive else folder
-
-
 def class_order(names: Collection[str]) -> tuple[str, ...]:
     """Return the classes in the order of their labels: by value if all are whole numbers, else by text."""
     # 07 is not a number here: it and 7 would be two classes of one value
@@ -244,8 +209,8 @@ def keyed_hash(seed: int, path: str, *, purpose: Literal["split", "shard", "row_
 
 def _pool(evidence: FolderEvidence, origin: SplitOrigin) -> ImageLayout:
     """The layout without split folders: the label is the first folder, or the Hive folder that says so."""
-    label = next((depth for depth, names in enumerate(evidence.names) if all(map(_HIVE_LABEL.fullmatch, names))), 0)
-    return ImageLayout(origin, None, label, _classes(evidence, label))
+    label = next((depth for depth, names in enumerate(evidence.names) if all(map(HIVE_LABEL.fullmatch, names))), 0)
+    return ImageLayout(origin, None, label, _classes(evidence, label), evidence.image_folders)
 
 
 def _below_splits(evidence: FolderEvidence, depths: Sequence[int], *, loose: bool, labels_given: bool) -> ImageLayout:
@@ -260,9 +225,9 @@ def _below_splits(evidence: FolderEvidence, depths: Sequence[int], *, loose: boo
     # of `train/train/cat`, as archives unpack, the lower one: what is above it says nothing else
     split, below = depths[-1], depths[-1] + 1
     above = [depth for depth in range(split) if depth not in depths and len(evidence.names[depth]) > 1]
-    has_below = len(evidence.names) > below
+    has_below = bool(_classes(evidence, below))
     if labels_given or not above:
-        return ImageLayout("folders", split, below, _classes(evidence, below))
+        return ImageLayout("folders", split, below, _classes(evidence, below), evidence.image_folders)
     if has_below or len(above) > 1:
         two = [sorted(evidence.names[depth])[:2] for depth in (*above, *([below] if has_below else []))]
         raise DataError(
@@ -270,12 +235,13 @@ def _below_splits(evidence: FolderEvidence, depths: Sequence[int], *, loose: boo
             f"({'; '.join(' or '.join(names) for names in two)}, as in {evidence.patterns[0][1]}). Point data.source at a "
             "folder that holds one set of splits, or give the labels in data.labels"
         )
-    return ImageLayout("folders", split, above[0], _classes(evidence, above[0]))
+    return ImageLayout("folders", split, above[0], _classes(evidence, above[0]), evidence.image_folders)
 
 
 def _classes(evidence: FolderEvidence, depth: int) -> tuple[str, ...]:
     # train/cat and test/cat are one class, so classes are united over the splits
-    return tuple(sorted({label_name(name) for name in evidence.names[depth]})) if depth < len(evidence.names) else ()
+    names = {label_name(name) for name in evidence.names[depth]} if depth < len(evidence.names) else set()
+    return tuple(sorted(name for name in names if not (evidence.image_folders and is_image_folder(name))))
 
 
 def _split_depths(evidence: FolderEvidence, *, loose: bool) -> list[int]:

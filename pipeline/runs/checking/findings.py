@@ -145,6 +145,8 @@ def snapshot_table(name: str, facts: SnapshotFacts) -> RenderableType:
         unit="tars" if tars else "images",
         classes=None if tars or known is None else facts.classes,
         origin=known.origin if known else None,
+        label_tables={path: one.images for path, one in (facts.label_tables or {}).items()},
+        image_folders=bool(facts.image_folders),
         passed_over=known.passed_over if known else None,
         notes=known.notes if known else (),
     )

@@ -106,16 +106,29 @@ def _lines(section: str, steps: Sequence[Step], parts: Sequence[StageInput]) -> 
             LIMIT_S, lambda: compare_source(where["source"], where["labels"], parts, compared_at=compared_at)
         )
         lines += _files_line(name, names, found, is_own=section == "data")
-        recorded = SnapshotFacts.read(parts[-1].facts).labels_sha256
-        if recorded and recorded != within(LIMIT_S, lambda: sha256_of_labels(where["labels"])):
-            lines.append(
-                f"{section}.labels {where['labels']} has changed since snapshot {names}, whose labels this run uses: --refresh "
-                "gives the new ones only to new images; a new data.snapshot labels all of them again"
-            )
+        lines += [
+            f"{table} has changed since snapshot {names}, whose labels this run uses: --refresh "
+            "gives the new ones only to new images; a new data.snapshot labels all of them again"
+            for table in within(LIMIT_S, lambda: _changed_labels(section, where, parts))
+        ]
     except (PipelineError, ConfigError, OSError, pa.ArrowException) as error:
         reason = str(error) or f"it did not answer within {LIMIT_S:g} s"
         lines.append(f"{name} could not be compared with snapshot {names}, which this run reads: {reason}")
     return lines
+
+
+def _changed_labels(section: str, where: Mapping[str, str], parts: Sequence[StageInput]) -> list[str]:
+    """The files with labels that are not what they were."""
+    facts = [SnapshotFacts.read(part.facts) for part in parts]
+    tables = {path: table for one in facts for path, table in (one.label_tables or {}).items()}
+    changed = [
+        f"{section}.source {where['source']}: {path}"
+        for path, table in tables.items()
+        if table.sha256 != sha256_of_labels(f"{where['source']}/{path}")
+    ]
+    if facts[-1].labels_sha256 and facts[-1].labels_sha256 != sha256_of_labels(where["labels"]):
+        changed.append(f"{section}.labels {where['labels']}")
+    return changed
 
 
 def _files_line(name: str, names: str, found: SourceChanges, *, is_own: bool) -> list[str]:

@@ -128,6 +128,9 @@ def _is_same(here: Moved, parts: Sequence[_Part], say: Callable[[str], None]) ->
     try:
         if here.labels and sha256_of_labels(here.labels) != facts[-1].labels_sha256:
             return False
+        tables = [(path, table.sha256) for one in facts for path, table in (one.label_tables or {}).items()]
+        if any(sha256_of_labels(f"{here.source}/{path}") != sha256 for path, sha256 in tables):
+            return False
         listed = sum(one.listed for one in facts)
         if listed > FULL:
             say(f"comparing {here.source} with the {listed} files that were listed at {facts[0].source}")

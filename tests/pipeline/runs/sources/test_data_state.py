@@ -121,6 +121,27 @@ def test_a_changed_labels_file_is_told(tmp_path, path, source):
     assert line.startswith(f"data.labels {labels} has changed since snapshot 1")
 
 
+def test_a_changed_table_beside_the_images_is_told_and_makes_moved_data_other_data(path, source, tmp_path):
+    val = write_images(tmp_path / "flat", 4, classes=(), seed=1)
+    for name in ("cat", "dog"):
+        (source / "train" / name).parent.mkdir(exist_ok=True)
+        (source / name).rename(source / "train" / name)
+    val.rename(source / "val")
+    table = source / "val" / "val_annotations.txt"
+    table.write_text("".join(f"000{index}.png\tcat\n" for index in range(4)))
+    first, _ = told(path)
+    make_data(first)
+    assert told(path)[1] == []
+    there = f"data.source={moved(source, tmp_path)}"
+    assert fingerprints(told(path, there)[0]) == fingerprints(first)
+    (tmp_path / "elsewhere").rename(source)
+    table.write_text(table.read_text().replace("cat", "dog"))
+    _, (line,) = told(path)
+    assert line.startswith(f"data.source {source}: val/val_annotations.txt has changed since snapshot 1")
+    there = f"data.source={moved(source, tmp_path)}"
+    assert told(path, there)[0].data.moved is None
+
+
 def test_a_source_that_is_gone_is_a_line_and_no_failure(path, source):
     config, _ = told(path)
     make_data(config)
