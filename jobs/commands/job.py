@@ -53,8 +53,16 @@ def submit(
 
     checked = load_config(config, overrides)
     if kubernetes:
-        kinds = {"workers_per_pod": workers_per_pod, "memory_gib": memory_gib, "queue": queue, "priority": priority}
-        typer.echo(pods.pod_manifest(checked, dry_run=dry_run, image=image, **kinds), nl=False)
+        text = pods.pod_manifest(
+            checked,
+            dry_run=dry_run,
+            image=image,
+            workers_per_pod=workers_per_pod,
+            memory_gib=memory_gib,
+            queue=queue,
+            priority=priority,
+        )
+        typer.echo(text, nl=False)
         return
     if dry_run:
         raise ConfigError("--dry-run prints a RayJob: add --kubernetes. `mae plan` shows what a run would do")

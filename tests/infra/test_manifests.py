@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +106,58 @@ def instructions() -> list[tuple[str, str]]:
     return [(line.split()[0], line.split(maxsplit=1)[1]) for line in text.splitlines() if line.strip()]
 
 
-def test_the_image_starts_mae_as_an_ordinary_user():
-    last = dict(instructions())
-    assert json.loads(last["ENTRYPOINT"]) == ["mae"]
-    cluster = yaml.safe_load((ROOT / "pipeline/cluster/kubernetes/cluster/raycluster.yaml").read_text())
+def stages() -> dict[str, list[tuple[str, str]]]:
+    """Instructions by the name of their stage, in order; each begins with its FROM."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for instruction, arguments in instructions():
+        if instruction == "FROM":
+            found[arguments.split()[-1]] = []
+        if found:
+            found[list(found)[-1]].append((instruction, arguments))
+    return found
+
+
+def test_hadolint_finds_nothing():
+    hadolint = Path(sys.executable).parent / "hadolint"
+    done = subprocess.run([hadolint, DOCKERFILE], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_each_target_runs_mae_as_the_user_of_the_pods_with_the_pinned_versions(target):
+    cluster = yaml.safe_load((TEMPLATES / "cluster/raycluster.yaml").read_text())
     pod = cluster["spec"]["headGroupSpec"]["template"]["spec"]
-    assert last["USER"] == str(pod["securityContext"]["runAsUser"])
+    own, node = stages()[target], stages()["node"]
+    assert own[0] == ("FROM", f"node AS {target}")
+    assert own[-1] == ("USER", str(pod["securityContext"]["runAsUser"]))
+    assert json.loads(dict(node)["ENTRYPOINT"]) == ["mae"]
+    copied = [arguments.split() for instruction, arguments in node if instruction == "COPY"]
+    pins = f"{copied[0][1]}{copied[0][0]}"
+    assert f"PIP_CONSTRAINT={pins}" in dict(node)["ENV"]
+    (install,) = (arguments for _, arguments in own if "pip install" in arguments)
+    assert f"{copied[1][-1]}/*.whl" in install
+
+
+def test_the_image_that_is_built_without_a_target_is_the_one_for_gpus_with_a_compiler_for_their_kernels():
+    assert list(stages())[-1] == "cuda"
+    assert any("gcc" in arguments for _, arguments in stages()["cuda"])
+
+
+def test_images_are_named_after_the_version_everywhere():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    files = [DOCKERFILE, CLUSTER, ROOT / "docs/kubernetes.md", *TEMPLATES.rglob("*.yaml")]
+    named = {tag for file in files for tag in re.findall(r"mae-pipeline:([\w.-]+)", file.read_text())}
+    named |= set(
+        re.findall(r"newTag: (\S+?)[},]", (ROOT / "infra/kuberay/overlays/cpu-small/kustomization.yaml").read_text())
+    )
+    assert named == {version, f"{version}-cpu"}
+
+
+def test_the_base_image_has_a_python_that_the_project_supports():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    python = re.search(r"^ARG BASE=python:(\d+\.\d+)-", DOCKERFILE.read_text(), re.MULTILINE)
+    assert python is not None
+    assert f"Programming Language :: Python :: {python[1]}" in project["classifiers"]
 
 
 def test_the_image_copies_what_exists_and_the_ignore_file_lets_in():
