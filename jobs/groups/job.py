@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from jobs.commands import kubernetes as pods
 from jobs.options import ConfigPath, Overrides
 
 app = typer.Typer(no_args_is_help=True, help="Submit, follow and stop runs on a Ray cluster.")
@@ -14,7 +15,7 @@ app = typer.Typer(no_args_is_help=True, help="Submit, follow and stop runs on a 
 
 def _with_scheme(address: str) -> str:
     """Return an address as Ray's client needs it: it takes `host:8265` for a cluster of another kind and waits for it."""
-    return address if "://" in address else f"http://{address}"
+    return address if "://" in address or not address else f"http://{address}"
 
 
 Address = Annotated[
@@ -30,15 +31,43 @@ JobId = Annotated[str, typer.Argument(help="The job's id, as `mae job submit` pr
 
 
 @app.command()
-def submit(config: ConfigPath, address: Address, overrides: Overrides = []) -> None:  # noqa: B006 - typer copies it
+def submit(
+    config: ConfigPath,
+    address: Address = "",
+    overrides: Overrides = [],  # noqa: B006 - typer copies it
+    kubernetes: pods.OnKubernetes = False,
+    dry_run: pods.DryRun = False,
+    image: pods.Image = "",
+    workers_per_pod: pods.WorkersPerPod = 1,
+    memory_gib: pods.Memory = None,
+    queue: pods.Queue = None,
+    priority: pods.Priority = None,
+) -> None:
     """Check the configuration here, start the run on the cluster and print the job's id.
 
-    A run that is already running is not started twice.
+    A run that is already running is not started twice. With --kubernetes --dry-run, print a RayJob instead.
     """
     from pipeline.config import load_config
+    from pipeline.errors import ConfigError
     from pipeline.runs import submission
 
     checked = load_config(config, overrides)
+    if kubernetes:
+        text = pods.pod_manifest(
+            checked,
+            dry_run=dry_run,
+            image=image,
+            workers_per_pod=workers_per_pod,
+            memory_gib=memory_gib,
+            queue=queue,
+            priority=priority,
+        )
+        typer.echo(text, nl=False)
+        return
+    if dry_run:
+        raise ConfigError("--dry-run prints a RayJob: add --kubernetes. `mae plan` shows what a run would do")
+    if not address:
+        raise ConfigError("--address is missing: the cluster's dashboard, such as http://head:8265")
     for warning in submission.warnings(checked):
         typer.echo(f"WARNING {warning}", err=True)
     job = submission.submit(checked, address=address)

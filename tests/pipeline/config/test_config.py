@@ -338,14 +338,6 @@ def test_every_recipe_loads(recipe):
     assert load_config(recipe, ["data.source=/data/images"]).data.source == "/data/images"
 
 
-def test_the_configuration_in_the_kubernetes_manifest_loads(tmp_path):
-    manifest = (ROOT / "infra/kuberay/rayjob.yaml").read_text()
-    (text,) = (part["data"]["run.yaml"] for part in yaml.safe_load_all(manifest) if part["kind"] == "ConfigMap")
-    path = tmp_path / "run.yaml"
-    path.write_text(text.replace("BUCKET", "bucket"))
-    assert load_config(path).resources.workers == (2, 4)
-
-
 # --- a few epochs and square images need no second field -----------------------------------------------------------------------
 
 
